@@ -1,0 +1,69 @@
+"""phi3lora: LoRA fine-tuning of the Phi-3 family on chat data, in plain PyTorch on loralib.
+
+import phi3lora as p3
+
+model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")
+print(p3.inject_lora(model, p3.LoraConfig(r=16, lora_alpha=32)))
+chats = p3.ChatDataset.load("support.jsonl", tokenizer, max_length=2048)
+p3.train(model, chats, p3.TrainingConfig(output_dir="runs/support", learning_rate=2e-4), tokenizer=tokenizer)
+p3.save_adapter(model, "support.safetensors")
+"""
+
+from loralib import lora_state_dict, mark_only_lora_as_trainable
+
+from . import demo
+from .adapters.files import load_adapter, save_adapter
+from .config import LoraConfig, TrainingConfig
+from .data.dataset import ChatDataset
+from .data.loader import batches
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    Phi3LoRAError,
+    TrainingError,
+)
+from .inference.evaluation import evaluate
+from .inference.generation import generate
+from .model.forward_pass import causal_lm_loss
+from .model.injection import InjectionReport, inject_lora
+from .model.layers import Conv2d, Embedding, Linear, MergedLinear
+from .model.loading import load_model
+from .training.callbacks import Callback
+from .training.loop import TrainingResult, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "Callback",
+    "ChatDataset",
+    "CheckpointError",
+    "ConfigError",
+    "Conv2d",
+    "DataError",
+    "Embedding",
+    "InjectionReport",
+    "Linear",
+    "LoraConfig",
+    "MergedLinear",
+    "ModelError",
+    "Phi3LoRAError",
+    "TrainingConfig",
+    "TrainingError",
+    "TrainingResult",
+    "batches",
+    "causal_lm_loss",
+    "demo",
+    "evaluate",
+    "generate",
+    "inject_lora",
+    "load_adapter",
+    "load_model",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "save_adapter",
+    "train",
+]

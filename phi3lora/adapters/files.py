@@ -1,0 +1,189 @@
+"""An adapter as a file: what ``lora_state_dict`` gives, and how to read it back without surprises.
+
+``.safetensors``: the tensors under loralib's names, and in the header (key ``phi3lora``) how each layer is built, so a
+wrong scaling, rank or segment layout is caught at load. ``.pt``: ``torch.save(lora.lora_state_dict(model), path)`` as
+loralib writes it, with the same facts in ``<path>.json`` beside it. A bare ``.pt`` of loralib's own loads too.
+
+``load_state_dict(..., strict=False)`` never complains; so after it nothing may be unexpected and no LoRA key missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import LoraConfig
+from ..errors import AdapterError
+from ..model.injection import inject_lora, lora_layers
+from ..model.layers import MergedLinear
+
+logger = logging.getLogger("phi3lora")
+
+_HEADER_KEY = "phi3lora"
+_FORMAT = 1
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of an adapter: each LoRA layer's A and B, and the biases that were trained (``bias != "none"``).
+
+    By module, not by the substring ``lora_``: a module of the user's called ``lora_router`` is not in it. With
+    ``bias="none"`` and no such module it equals ``loralib.lora_state_dict(model)``.
+    """
+    state = {}
+    for path, layer in lora_layers(model).items():
+        prefix = f"{path}." if path else ""
+        state[prefix + "lora_A"] = layer.lora_A.detach()
+        state[prefix + "lora_B"] = layer.lora_B.detach()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            state[name] = parameter.detach()
+    return state
+
+
+def adapter_facts(model: nn.Module) -> dict[str, Any]:
+    """How the adapters are built: format, the config that injected them, and each layer's own settings."""
+    layers = {}
+    for path, layer in lora_layers(model).items():
+        facts: dict[str, Any] = {
+            "class": type(layer).__name__,
+            "r": layer.r,
+            "lora_alpha": layer.lora_alpha,
+            "use_rslora": layer.use_rslora,
+        }
+        if isinstance(layer, MergedLinear):
+            facts["segments"] = list(layer.segments)
+            facts["enable_lora"] = layer.enable_lora
+        layers[path] = facts
+    config = getattr(model, "lora_config", None)
+    return {"format": _FORMAT, "config": config.to_dict() if config else None, "layers": layers}
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the adapters to ``path``: ``.safetensors``, or ``.pt`` (with ``<path>.json`` beside it).
+
+    Returns:
+        The path written.
+
+    Raises:
+        AdapterError: a model without adapters, or another suffix.
+    """
+    path = Path(path)
+    if not lora_layers(model):
+        raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
+    _check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    facts = json.dumps(adapter_facts(model))
+    if path.suffix == ".safetensors":
+        save_file(state, path, metadata={"format": "pt", _HEADER_KEY: facts})
+    else:
+        torch.save(state, path)
+        _sidecar(path).write_text(facts)
+    return path
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load adapters into ``model`` with ``strict=False``, then hold them to what strict would have asked.
+
+    A model without adapters is injected first, as the file says. Nothing is written until everything matches.
+
+    Raises:
+        AdapterError: no such file, not an adapter file, keys or shapes that do not match (it says which), or layers
+            built otherwise (rank, alpha, rsLoRA, segments).
+    """
+    path = Path(path)
+    state, facts = read_adapter(path)
+    if not lora_layers(model):
+        config = (facts or {}).get("config")
+        if config is None:
+            raise AdapterError(
+                f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first"
+            )
+        inject_lora(model, LoraConfig(**config))
+    if facts is None:
+        logger.warning("%s carries no settings: alpha and segments cannot be checked against the model's", path)
+    else:
+        _check_facts(path, facts["layers"], adapter_facts(model)["layers"])
+    load_adapter_state(model, state, str(path))
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """The checked ``load_state_dict(strict=False)``; ``name`` is for messages."""
+    own = model.state_dict()
+    needed = adapter_state_dict(model)
+    unexpected = [key for key in state if key not in own or not (key in needed or key.endswith("bias"))]
+    missing = [key for key in needed if key not in state]
+    shapes = [
+        f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in state
+        if key in own and state[key].shape != own[key].shape
+    ]
+    if unexpected or missing or shapes:
+        problems = [f"not in the model: {_few(unexpected)}"] if unexpected else []
+        problems += [f"missing in the file: {_few(missing)}"] if missing else []
+        problems += [f"other shape: {_few(shapes)}"] if shapes else []
+        raise AdapterError(f"{name!r} does not fit the model's adapters: " + "; ".join(problems))
+    bad = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AdapterError(f"{name!r} holds NaN or infinite values in {_few(bad)}")
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys and not set(result.missing_keys) & set(needed)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of an adapter file, on the CPU, and its facts if it carries any. Executes nothing from the file."""
+    path = Path(path)
+    _check_suffix(path)
+    if not path.is_file():
+        raise AdapterError(f"no such adapter file: {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                facts = (file.metadata() or {}).get(_HEADER_KEY)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            facts = _sidecar(path).read_text() if _sidecar(path).is_file() else None
+        parsed = json.loads(facts) if facts is not None else None
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise AdapterError(f"{str(path)!r} is not a readable adapter file: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise AdapterError(f"{str(path)!r} does not hold a dict of tensors")
+    if parsed is not None and not (isinstance(parsed, dict) and isinstance(parsed.get("layers"), dict)):
+        raise AdapterError(f"{str(path)!r}: the settings beside the tensors are not phi3lora's")
+    return state, parsed
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".safetensors", ".pt"):
+        raise AdapterError(f"an adapter file cannot be called {path.name!r}; allowed: *.safetensors, *.pt")
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _check_facts(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Compare the settings of layers that both have; keys and shapes are compared with the tensors."""
+    for layer in theirs.keys() & ours.keys():
+        wrong = [
+            f"{name} {theirs[layer].get(name)!r} in the file, {value!r} in the model"
+            for name, value in ours[layer].items()
+            if theirs[layer].get(name) != value
+        ]
+        if wrong:
+            raise AdapterError(f"{str(path)!r} was made for other adapters: {layer}: {'; '.join(wrong)}")
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -1,0 +1,287 @@
+"""``ChatDataset``: rows -> chats -> tokenised documents, held flat in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .formats import check_columns, detect_format, known_format, to_messages
+from .sources import NumberedRow, read_rows
+from .template import ChatEncoder, EncodedChat
+
+logger = logging.getLogger("phi3lora")
+
+IGNORE = -100
+"""The label of a token that is not trained."""
+
+OVERFLOW = ("truncate", "split", "error")
+_ROWS_AT_ONCE = 1000
+
+
+class ChatDataset:
+    """A sequence of tokenised documents; ``d[i]`` is ``{"input_ids": [...], "labels": [...]}``.
+
+    Labels are as transformers has them: unshifted, -100 where nothing is trained. Packing happens in the loader
+    (:func:`phi3lora.batches`), not here. Make one with :meth:`load`.
+    """
+
+    def __init__(
+        self,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        starts: np.ndarray,
+        *,
+        max_length: int,
+        pad_token_id: int,
+        end_of_turn_id: int,
+        format: str,
+        rows: np.ndarray,
+        truncated: np.ndarray,
+        dropped_rows: int = 0,
+        index: np.ndarray | None = None,
+    ) -> None:
+        self._input_ids, self._labels, self._starts = input_ids, labels, starts  # (tokens,), (tokens,), (documents+1,)
+        self._rows, self._truncated = rows, truncated  # (documents,)
+        self._index = np.arange(len(starts) - 1) if index is None else index  # the documents that belong to this set
+        self.max_length = max_length
+        self.pad_token_id = pad_token_id
+        self.end_of_turn_id = end_of_turn_id
+        self.format = format
+        self.dropped_rows = dropped_rows
+
+    @classmethod
+    def load(
+        cls,
+        source: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        split: str = "train",
+        format: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        overflow: str = "truncate",
+        train_on: str = "assistant",
+        revision: str | None = None,
+        streaming: bool = False,
+    ) -> ChatDataset:
+        """Read, recognise, render and tokenise a chat dataset.
+
+        Args:
+            source: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a hub name, a ``datasets.Dataset``, dicts.
+            tokenizer: a fast tokenizer with a chat template.
+            max_length: the longest document, in tokens.
+            split: of a hub dataset.
+            format: ``"auto"`` (by the first row's keys), ``"messages"``, ``"sharegpt"``, ``"alpaca"``,
+                ``"prompt_completion"`` or ``"text"``; see ``data/formats.py``.
+            columns: our column name -> yours, ``{"prompt": "question", "completion": "answer"}``.
+            overflow: a longer document is cut (``"truncate"``; dropped where nothing trained is left, both counted),
+                made several documents (``"split"``; no trained token is lost), or an ``"error"``.
+            train_on: ``"assistant"`` turns, the ``"last"`` one, or ``"all"`` tokens. A message may carry
+                ``"train": false``.
+            revision: of a hub dataset.
+            streaming: only False so far.
+
+        Raises:
+            DataError: with the row's number, whatever cannot be trained on.
+
+        Example:
+            >>> rows = [{"prompt": "Hi", "completion": "Hello!"}]
+            >>> chats = p3.ChatDataset.load(rows, tokenizer, max_length=64)
+            >>> len(chats), chats.format
+            (1, 'prompt_completion')
+        """
+        _check(isinstance(max_length, int) and max_length >= 2, "max_length", max_length, "a whole number >= 2")
+        _check(overflow in OVERFLOW, "overflow", overflow, ", ".join(map(repr, OVERFLOW)))
+        _check(streaming is False, "streaming", streaming, "False (the whole dataset is tokenised first)")
+        check_columns(columns)
+        encoder = ChatEncoder(tokenizer, train_on)
+        rows = iter(read_rows(source, split, revision))
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"the dataset {_short(source)} is empty: it has no rows")
+        name = known_format(format)
+        if name == "auto":
+            name = detect_format(first[1], columns)
+        builder = _Builder(max_length, overflow)
+        for numbers, chats in _chunks(first, rows, name, columns):
+            for number, chat in zip(numbers, encoder.encode(chats, numbers), strict=True):
+                builder.add(chat, number)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        dataset = builder.finish(pad_token_id=pad or 0, end_of_turn_id=encoder.end_of_turn_id, format=name)
+        logger.info("%s", dataset)
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        ids, labels = self.document(i)
+        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return (self[i] for i in range(len(self)))
+
+    def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document ``i`` without a copy: input ids (n,) and labels (n,), int32."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        at = self._index[i]
+        part = slice(self._starts[at], self._starts[at + 1])
+        return self._input_ids[part], self._labels[part]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 (documents,)."""
+        return np.diff(self._starts)[self._index]
+
+    def largest_token_id(self) -> int:
+        """The largest token id in any document, to hold against a model's vocabulary."""
+        return max(int(self.document(i)[0].max()) for i in range(len(self)))
+
+    def row_number(self, i: int) -> int:
+        """The row of the source (counted from 1) that document ``i`` came from."""
+        return int(self._rows[self._index[i]])
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
+        """``(train, eval)``: a random ``fraction`` of the documents, at least one, becomes the second set.
+
+        Documents made of one long row (``overflow="split"``) stay together, so neither set has seen the other's rows.
+        """
+        _check(isinstance(fraction, float) and 0 < fraction < 1, "fraction", fraction, "0 < fraction < 1")
+        rows = np.unique(self._rows[self._index])
+        if len(rows) < 2:
+            raise DataError(f"cannot split a dataset of {len(rows)} row; allowed: 2 or more")
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        held_out = np.random.default_rng([seed]).permutation(rows)[:count]
+        belongs = np.isin(self._rows[self._index], held_out)
+        return self.select(np.flatnonzero(~belongs)), self.select(np.flatnonzero(belongs))
+
+    def select(self, documents: Any) -> ChatDataset:
+        """The set of the given documents (their numbers in this one), sharing its memory."""
+        return ChatDataset(
+            self._input_ids, self._labels, self._starts, max_length=self.max_length, pad_token_id=self.pad_token_id,
+            end_of_turn_id=self.end_of_turn_id, format=self.format, rows=self._rows, truncated=self._truncated,
+            dropped_rows=self.dropped_rows, index=self._index[np.asarray(documents, dtype=np.int64)],
+        )  # fmt: skip
+
+    def statistics(self) -> dict[str, Any]:
+        """documents, tokens, supervised tokens and their share, truncated documents, dropped rows, longest (tokens)."""
+        lengths = self.lengths
+        supervised = sum(int((self.document(i)[1] != IGNORE).sum()) for i in range(len(self)))
+        tokens = int(lengths.sum())
+        return {
+            "documents": len(self),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "supervised_share": supervised / max(tokens, 1),
+            "truncated": int(self._truncated[self._index].sum()),
+            "dropped": self.dropped_rows,
+            "longest": int(lengths.max(initial=0)),
+            "format": self.format,
+            "max_length": self.max_length,
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the documents in their order: equal exactly when the data is."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            for part in self.document(i):
+                digest.update(len(part).to_bytes(8, "little") + np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        s = self.statistics()
+        text = (
+            f"ChatDataset({s['documents']:,} documents, {s['tokens']:,} tokens, {100 * s['supervised_share']:.1f} % "
+            f"supervised, longest {s['longest']:,} of {self.max_length:,}, format {self.format!r}"
+        )
+        if s["truncated"] or s["dropped"]:
+            text += f", {s['truncated']:,} truncated, {s['dropped']:,} rows dropped: nothing trained was left in them"
+        return text + ")"
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise DataError(f"{name}={value!r}; allowed: {allowed}")
+
+
+def _short(source: Any) -> str:
+    return repr(source) if isinstance(source, str) else f"({type(source).__name__})"
+
+
+def _chunks(
+    first: NumberedRow, rest: Iterator[NumberedRow], format: str, columns: Mapping[str, str] | None
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Row numbers and checked chats, some at a time, so that the tokenizer has a batch to spread over the cores."""
+    numbers, chats = [first[0]], [to_messages(first[1], format, first[0], columns)]
+    for number, row in rest:
+        if len(chats) == _ROWS_AT_ONCE:
+            yield numbers, chats
+            numbers, chats = [], []
+        numbers.append(number)
+        chats.append(to_messages(row, format, number, columns))
+    yield numbers, chats
+
+
+class _Builder:
+    """Collects documents of at most ``max_length`` tokens."""
+
+    def __init__(self, max_length: int, overflow: str) -> None:
+        self.max_length, self.overflow = max_length, overflow
+        self.ids: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.rows: list[int] = []
+        self.truncated: list[bool] = []
+        self.dropped_rows = 0
+        self.longest_prompt = 0
+
+    def add(self, chat: EncodedChat, number: int) -> None:
+        ids = np.array(chat.input_ids, dtype=np.int32)
+        labels = np.where(chat.trained, ids, IGNORE).astype(np.int32)
+        if len(ids) <= self.max_length:
+            self._append(ids, labels, number, False)
+        elif self.overflow == "error":
+            raise DataError(
+                f"row {number}: {len(ids)} tokens; allowed: max_length={self.max_length}. "
+                f"Raise max_length, or set overflow='truncate' or 'split'"
+            )
+        else:
+            # A document's first token is never predicted, so the parts of a split overlap by one token.
+            step = self.max_length - 1
+            starts = [0] if self.overflow == "truncate" else range(0, len(ids) - 1, step)
+            parts = [slice(start, start + self.max_length) for start in starts]
+            kept = [part for part in parts if (labels[part][1:] != IGNORE).any()]
+            for part in kept:
+                self._append(ids[part], labels[part], number, self.overflow == "truncate")
+            if not kept:
+                self.dropped_rows += 1
+                self.longest_prompt = max(self.longest_prompt, int(np.argmax(chat.trained)))
+
+    def _append(self, ids: np.ndarray, labels: np.ndarray, number: int, truncated: bool) -> None:
+        self.ids.append(ids)
+        self.labels.append(labels)
+        self.rows.append(number)
+        self.truncated.append(truncated)
+
+    def finish(self, **facts: Any) -> ChatDataset:
+        if not self.ids:
+            raise DataError(
+                f"max_length={self.max_length} is too small: cut there, none of the {self.dropped_rows} rows has a "
+                f"trained token left. Allowed: more than {self.longest_prompt + 1}, or overflow='split'"
+            )
+        if self.dropped_rows:
+            logger.warning(
+                "%d rows dropped: within max_length=%d nothing trained was left of them",
+                self.dropped_rows,
+                self.max_length,
+            )
+        starts = np.concatenate([[0], np.cumsum([len(ids) for ids in self.ids])])
+        return ChatDataset(
+            np.concatenate(self.ids), np.concatenate(self.labels), starts, max_length=self.max_length,
+            rows=np.array(self.rows), truncated=np.array(self.truncated), dropped_rows=self.dropped_rows, **facts,
+        )  # fmt: skip

@@ -1,0 +1,222 @@
+"""Rows of a dataset, in any of five shapes, as chats: lists of ``{"role", "content"}``.
+
+messages            {"messages": [{"role": "user", "content": "..."}, ...]}            OpenAI, ultrachat_200k
+sharegpt            {"conversations": [{"from": "human", "value": "..."}, ...]}        ShareGPT, Vicuna
+alpaca              {"instruction": "...", "input": "...", "output": "..."}            Alpaca, Dolly-like
+prompt_completion   {"prompt": "...", "completion": "..."}                             OpenAI's old form, TRL, MLX
+text                {"text": "<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>"}         the Phi-3 cookbook's JSONL
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import DataError
+
+Message = dict[str, Any]
+
+COLUMNS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Format -> the columns a row must have, in the order in which formats are tried."""
+
+_OPTIONAL = {"alpaca": ("input", "system"), "prompt_completion": ("system",), "sharegpt": ("system",)}
+_NAMES = {"conversations": "sharegpt", "prompt-completion": "prompt_completion", "chatml": "messages"}
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
+    "function_response": "tool", "observation": "tool",
+}  # fmt: skip
+_PHI3_TURN = re.compile(
+    r"<\|(system|user|assistant|tool)\|>(.*?)(?:<\|end\|>|(?=<\|(?:system|user|assistant)\|>)|\Z)", re.S
+)
+_PHI4_TURN = re.compile(r"<\|im_start\|>(\w+)<\|im_sep\|>(.*?)(?:<\|im_end\|>|\Z)", re.S)
+
+
+def known_format(name: str) -> str:
+    """``name`` as this file spells it; ``"auto"`` stays."""
+    name = _NAMES.get(name, name)
+    if name != "auto" and name not in COLUMNS:
+        raise DataError(f"format={name!r}; allowed: 'auto', {', '.join(map(repr, COLUMNS))}")
+    return name
+
+
+def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> str:
+    """The format of a row by its keys.
+
+    Raises:
+        DataError: none of the five; the message shows the row's keys and what each format needs.
+    """
+    names = {**{c: c for needed in COLUMNS.values() for c in needed}, **(columns or {})}
+    for name, needed in COLUMNS.items():
+        if all(row.get(names[column]) is not None for column in needed):
+            return name
+    forms = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
+    raise DataError(
+        f"row 1 has the keys {', '.join(map(repr, row))}, which is no known format. Known: {forms}. "
+        f"Name your columns with columns={{'prompt': 'your column', ...}}"
+    )
+
+
+def check_columns(columns: Mapping[str, str] | None) -> None:
+    """Raise for a name on the left of ``columns`` that no format has."""
+    known = {c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed}
+    for name in columns or {}:
+        if name not in known:
+            raise DataError(f"columns={dict(columns or {})!r}: {name!r} is not one of {', '.join(sorted(known))}")
+
+
+def to_messages(
+    row: Mapping[str, Any], format: str, number: int, columns: Mapping[str, str] | None = None
+) -> list[Message]:
+    """One row as a checked chat.
+
+    Args:
+        row: the row as the file has it.
+        format: one of :data:`COLUMNS`.
+        number: the row's number, counted from 1, for messages.
+        columns: our column name -> the row's.
+
+    Raises:
+        DataError: columns missing, no text, unknown roles, roles out of order, no assistant turn.
+    """
+    names = dict(columns or {})
+    values = {name: row.get(names.get(name, name)) for name in (*COLUMNS[format], *_OPTIONAL.get(format, ()))}
+    missing = [names.get(c, c) for c in COLUMNS[format] if values[c] is None]
+    if missing:
+        raise DataError(
+            f"row {number}: format {format!r} needs {', '.join(map(repr, missing))}; the row has the keys "
+            f"{', '.join(map(repr, row)) or '(none)'}"
+        )
+    messages = _CONVERTERS[format](values, number)
+    _check_roles(messages, number)
+    return messages
+
+
+def _text(value: Any, number: int, what: str) -> str:
+    """A string, or the joined text parts of OpenAI's list form."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in value
+        ]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)  # type: ignore[arg-type]
+    if not isinstance(value, str):
+        raise DataError(f"row {number}: {what} is {type(value).__name__} {str(value)[:60]!r}; allowed: text")
+    return value
+
+
+def _turns(value: Any, number: int, column: str) -> list[Mapping[str, Any]]:
+    if isinstance(value, str):  # a CSV cell holds a chat as JSON
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"row {number}: {column!r} is text but not JSON ({error}); allowed: a list of turns"
+            ) from None
+    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
+        raise DataError(f"row {number}: {column!r} is {str(value)[:60]!r}; allowed: a list of turns (dicts)")
+    return list(value)
+
+
+def _role(name: Any, number: int) -> str:
+    role = _ROLES.get(str(name))
+    if role is None:
+        raise DataError(f"row {number}: role {name!r}; allowed: {', '.join(_ROLES)}")
+    return role
+
+
+def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
+    messages = []
+    for turn in _turns(values["messages"], number, "messages"):
+        message: Message = {
+            "role": _role(turn.get("role"), number),
+            "content": _text(turn.get("content"), number, f"the content of role {turn.get('role')!r}"),
+        }
+        if turn.get("train") is not None:
+            message["train"] = bool(turn["train"])
+        messages.append(message)
+    return messages
+
+
+def _with_system(system: Any, messages: list[Message]) -> list[Message]:
+    return [{"role": "system", "content": str(system)}, *messages] if system else messages
+
+
+def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
+    turns = []
+    for turn in _turns(values["conversations"], number, "conversations"):
+        role = turn.get("from", turn.get("role"))
+        turns.append({"role": role, "content": turn.get("value", turn.get("content")), "train": turn.get("train")})
+    return _with_system(values.get("system"), _from_messages({"messages": turns}, number))
+
+
+def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
+    question = _text(values["instruction"], number, "'instruction'")
+    if values.get("input"):
+        question += "\n\n" + _text(values["input"], number, "'input'")
+    answer = _text(values["output"], number, "'output'")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return _with_system(values.get("system"), messages)
+
+
+def _from_prompt_completion(values: Mapping[str, Any], number: int) -> list[Message]:
+    messages: list[Message] = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = values[column]
+        if isinstance(value, str):
+            messages.append({"role": role, "content": value})
+        else:  # TRL's conversational form: each a list of messages
+            messages += _from_messages({"messages": value}, number)
+    return _with_system(values.get("system"), messages)
+
+
+def _from_text(values: Mapping[str, Any], number: int) -> list[Message]:
+    text = _text(values["text"], number, "'text'")
+    bare = text.strip().removeprefix("<s>").removesuffix("<|endoftext|>").strip()
+    turn = _PHI4_TURN if "<|im_start|>" in bare else _PHI3_TURN
+    messages = [{"role": _role(m[1], number), "content": m[2].strip()} for m in turn.finditer(bare)]
+    if not messages or turn.sub("", bare).strip():
+        raise DataError(
+            f"row {number}: 'text' is not a chat in Phi-3's markers: {text[:60]!r}; allowed: "
+            f"'<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>' (or Phi-4's <|im_start|> form) and nothing outside"
+        )
+    return messages
+
+
+_CONVERTERS = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+    "text": _from_text,
+}
+
+_MAY_FOLLOW = {
+    "system": ("start",),
+    "user": ("start", "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def _check_roles(messages: list[Message], number: int) -> None:
+    previous = "start"
+    for message in messages:
+        role = message["role"]
+        if previous not in _MAY_FOLLOW[role]:
+            order = ", ".join(m["role"] for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
+            raise DataError(
+                f"row {number}: roles out of order: {role!r} after {previous!r} ({order}); allowed: an optional "
+                f"'system', then 'user' and 'assistant' in turn ('tool' after 'assistant')"
+            )
+        previous = role
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"row {number}: a chat with no assistant turn ({len(messages)} messages): nothing to train on")

@@ -1,0 +1,121 @@
+"""Where rows come from: a file, a hub name, a ``datasets.Dataset``, a list of dicts -> numbered rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+NumberedRow = tuple[int, Mapping[str, Any]]  # rows count from 1; in a .jsonl file the number is the line's
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+
+
+def read_rows(source: Any, split: str = "train", revision: str | None = None) -> Iterator[NumberedRow]:
+    """Rows of ``source`` with their numbers.
+
+    Args:
+        source: a path ending in one of :data:`SUFFIXES`, a folder or hub name for ``datasets``, a ``Dataset`` or
+            ``DatasetDict``, or an iterable of dicts.
+        split: of a hub dataset or a ``DatasetDict``.
+        revision: of a hub dataset.
+
+    Raises:
+        DataError: a missing file, text that is not JSON or not UTF-8 (with its line), a row that is not a dict.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _read_named(os.fspath(source), split, revision)
+    if isinstance(source, Mapping) and split not in source:
+        raise DataError(f"no split {split!r}; allowed: {', '.join(map(repr, source))}")
+    rows = source[split] if isinstance(source, Mapping) else source
+    if not isinstance(rows, Iterable):
+        raise DataError(f"a dataset cannot be a {type(source).__name__}; allowed: a path, a hub name, a Dataset, dicts")
+    return _numbered(rows)
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[NumberedRow]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {number} is a {type(row).__name__} {str(row)[:60]!r}; allowed: a dict of columns")
+        yield number, row
+
+
+def _read_named(name: str, split: str, revision: str | None) -> Iterator[NumberedRow]:
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        if not path.is_file():
+            raise DataError(f"no such file: {name!r}")
+        if suffix == ".parquet":
+            return _numbered(_parquet_rows(path))
+        return {".json": _json_rows, ".csv": _csv_rows}.get(suffix, _jsonl_rows)(path)
+    if path.is_file():
+        raise DataError(f"{name!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
+    import datasets
+
+    try:
+        return _numbered(datasets.load_dataset(name, split=split, revision=revision))
+    except (OSError, ValueError) as error:  # not found, no such split, no network: datasets says which
+        raise DataError(f"cannot load the dataset {name!r}, split {split!r}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{str(path)!r}, row {number}: not JSON: {error}; got {line[:60]!r}") from None
+        if not isinstance(row, Mapping):
+            raise DataError(f"{str(path)!r}, row {number}: {line[:60]!r}; allowed: a JSON object")
+        yield number, row
+
+
+def _json_rows(path: Path) -> Iterator[NumberedRow]:
+    """A list of objects; an object that holds one (``{"data": [...]}``); or, misnamed, one object a line."""
+    try:
+        value = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return _jsonl_rows(path)
+        raise DataError(f"{str(path)!r} is not JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{str(path)!r} is nested too deeply to be a dataset") from None
+    if isinstance(value, Mapping):
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], Mapping)]
+        value = lists[0] if len(lists) == 1 and len(value) == 1 else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{str(path)!r} holds a {type(value).__name__}; allowed: a list of objects")
+    return _numbered(value)
+
+
+def _csv_rows(path: Path) -> Iterator[NumberedRow]:
+    import pandas  # comes with datasets
+
+    try:
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+        raise DataError(f"{str(path)!r} is not a CSV table: {error}") from None
+    return _numbered(table.to_dict("records"))
+
+
+def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+    import pyarrow  # comes with datasets
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{str(path)!r} is not a Parquet table: {error}") from None

@@ -1,0 +1,201 @@
+"""A chat -> token ids and, for each token, whether it is trained.
+
+Masks go by span, never by token id: Phi-3's padding token is its ``<|endoftext|>``, and a mask that hides a token by id
+hides it where it ends a turn too; the model then never learns to stop. The spans come from the chat template itself.
+Rendering the same roles with placeholders for contents gives the template's own text, the literals:
+
+    literals   "<|user|>\n"      "<|end|>\n<|assistant|>\n"          "<|end|>\n<|endoftext|>"
+    contents                 Hi                               Hello!
+    full       <|user|>\n    Hi  <|end|>\n<|assistant|>\n    Hello!  <|end|>\n<|endoftext|>
+    trained                                                  ^^^^^^^^^^^^^
+
+``full``, the rendered chat, must be literals and contents in turn; what stands before an assistant's content must be
+what generation starts from; and a special token must follow the content: the end of turn (``<|end|>``; ``<|im_end|>``
+in Phi-4), which is trained with it. ``full`` is tokenised once, with offsets; a token is trained if it starts inside a
+span. The template's final ``<|endoftext|>`` is not.
+
+Text of a user's that spells a special token (``"<|end|>"``) is cut after its first character before tokenising, so it
+becomes ordinary tokens: a chat cannot smuggle in control tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..errors import DataError
+from .formats import Message
+
+TRAIN_ON = ("assistant", "last", "all")
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Token ids of a chat and, of equal length, which of them are trained."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    spans: list[tuple[int, int]]  # characters that are trained
+    cuts: list[int]  # character positions at which tokenising starts afresh
+
+
+class ChatEncoder:
+    """Renders and tokenises chats with one tokenizer.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with a chat template.
+        train_on: ``"assistant"`` (every assistant turn), ``"last"`` (the last one) or ``"all"`` (every token).
+
+    Raises:
+        DataError: no chat template, a slow tokenizer, a template without end-of-turn token, an unknown ``train_on``.
+    """
+
+    def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(f"the tokenizer {name!r} has no chat_template; use an instruct model's tokenizer")
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(f"the tokenizer {name!r} is not a fast one: character offsets are needed")
+        if train_on not in TRAIN_ON:
+            raise DataError(f"train_on={train_on!r}; allowed: {', '.join(map(repr, TRAIN_ON))}")
+        self.tokenizer, self.train_on = tokenizer, train_on
+        specials = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
+        ordered = sorted(specials, key=lambda s: (-len(s), s))
+        self._special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._literals: dict[tuple[str, ...], list[str]] = {}
+        closing = self._closing(self._template_literals(("user", "assistant"), 0)[2])
+        if closing is None:
+            raise DataError(f"the chat template of {name!r} closes an assistant turn with no special token")
+        self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(closing.group(1))
+        """The token that closes an assistant turn."""
+
+    def encode(self, chats: Sequence[Sequence[Message]], numbers: Sequence[int]) -> list[EncodedChat]:
+        """Tokenise checked chats (see ``formats.to_messages``); ``numbers`` are their rows, for messages.
+
+        Raises:
+            DataError: a chat that the template refuses or does not render whole; no supervised token.
+        """
+        rendered = [self._render(chat, number) for chat, number in zip(chats, numbers, strict=True)]
+        pieces, owners = [], []
+        for i, chat in enumerate(rendered):
+            edges = [0, *chat.cuts, len(chat.text)]
+            for start, stop in pairwise(edges):
+                pieces.append(chat.text[start:stop])
+                owners.append((i, start))
+        starts: list[list[int]] = [[] for _ in rendered]
+        ids: list[list[int]] = [[] for _ in rendered]
+        tokens = self.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True)
+        for (i, shift), piece_ids, offsets in zip(owners, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            ids[i] += piece_ids
+            starts[i] += [shift + start for start, _ in offsets]
+        encoded = []
+        for i, number in enumerate(numbers):
+            trained = _inside(starts[i], rendered[i].spans)
+            self._check(ids[i], trained, number)
+            encoded.append(EncodedChat(ids[i], trained))
+        return encoded
+
+    def _check(self, ids: list[int], trained: list[bool], number: int) -> None:
+        """Something is trained, and every trained stretch of an assistant's ends by the end of its turn."""
+        if not any(trained):
+            raise DataError(f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)")
+        if self.train_on == "all":
+            return
+        for token, now, after in zip(ids, trained, [*trained[1:], False], strict=True):
+            assert not (now and not after) or token == self.end_of_turn_id, "a trained turn lost its end-of-turn token"
+
+    def _render(self, messages: Sequence[Message], number: int) -> _Rendered:
+        text = self._template([{k: v for k, v in m.items() if k != "train"} for m in messages], number)
+        literals = self._template_literals(tuple(m["role"] for m in messages), number)
+        trained = self._trained_turns(messages)
+        spans: list[tuple[int, int]] = []
+        cuts: list[int] = []
+        position = turn_start = 0
+        for i, message in enumerate(messages):
+            start = position + len(literals[i])
+            content = self._content_at(text, start, message["content"], literals[i + 1])
+            if content is None or not text.startswith(literals[i], position):
+                raise DataError(
+                    f"row {number}: the chat template does not render message {i + 1} as it is; "
+                    f"got {text[position : start + 60]!r}"
+                )
+            position = start + len(content)
+            closing = self._closing(literals[i + 1])
+            end = position + (closing.end() if closing else 0)
+            if i in trained:
+                spans.append((turn_start if self.train_on == "all" else start, end))
+            cuts += [start + found.start() + 1 for found in self._special.finditer(content)]
+            turn_start = end
+        return _Rendered(text, spans, cuts)
+
+    @staticmethod
+    def _content_at(text: str, start: int, content: str, following: str) -> str | None:
+        """``content`` as the template rendered it at ``start``: itself, or without white space at its ends."""
+        for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
+            if text.startswith(candidate + following, start):
+                return candidate
+        return None
+
+    def _trained_turns(self, messages: Sequence[Message]) -> set[int]:
+        """Which messages are trained."""
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if self.train_on == "last":
+            turns = turns[-1:]
+        elif self.train_on == "all":
+            turns = list(range(turns[-1] + 1))
+        return {i for i in turns if messages[i].get("train", True)}
+
+    def _template(self, messages: Iterable[Message], number: int, **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        except TemplateError as error:
+            raise DataError(f"row {number}: the chat template refuses the chat: {error}") from error
+
+    def _closing(self, literal: str) -> re.Match[str] | None:
+        """The special token that ``literal`` begins with, white space before it allowed."""
+        return re.match(rf"\s*({self._special.pattern})", literal)
+
+    def _template_literals(self, roles: tuple[str, ...], number: int) -> list[str]:
+        """The template's own text around the contents of such a chat, len(roles) + 1 pieces; checked once per roles."""
+        if roles in self._literals:
+            return self._literals[roles]
+        chat = [{"role": role, "content": f"CONTENT-{i}-TNETNOC"} for i, role in enumerate(roles)]
+        text = self._template(chat, number)
+        literals, position = [], 0
+        for i, message in enumerate(chat):
+            start = text.find(message["content"], position)
+            if start < 0:
+                raise DataError(f"row {number}: the chat template does not render the role {message['role']!r}")
+            if (
+                message["role"] == "assistant"
+                and self._template(chat[:i], number, add_generation_prompt=True) != text[:start]
+            ):
+                raise DataError(
+                    f"row {number}: the chat template renders the turns before message {i + 1} differently when "
+                    f"generating and when complete, so no mask can be right; use the model's own template"
+                )
+            literals.append(text[position:start])
+            position = start + len(message["content"])
+        literals.append(text[position:])
+        self._literals[roles] = literals
+        return literals
+
+
+def _inside(starts: list[int], spans: list[tuple[int, int]]) -> list[bool]:
+    """For each of the ascending ``starts``, whether it lies in one of the ascending half-open ``spans``."""
+    inside, k = [], 0
+    for start in starts:
+        while k < len(spans) and start >= spans[k][1]:
+            k += 1
+        inside.append(k < len(spans) and start >= spans[k][0])
+    return inside

@@ -1,0 +1,39 @@
+"""The embedded demo: a tiny pretrained Phi-3, its tokenizer, and a support bot's chats to tune it on.
+
+``base/`` was made by ``examples/build_demo_model.py``; ``train.jsonl`` and ``eval.jsonl`` by the same script.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+BASE = FOLDER / "base"
+"""A checkpoint folder like any other: ``load_model(demo.BASE)`` loads it."""
+
+MAX_LENGTH = 256
+
+
+def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
+    """The demo's ``(model, tokenizer, train_set, eval_set)``, float32 on the CPU, documents of up to 256 tokens.
+
+    Args:
+        random_init: the same architecture with random weights instead of the pretrained ones: the control that shows
+            how much of the result is the base's knowledge.
+
+    Example:
+        >>> model, tokenizer, train_set, eval_set = p3.demo.load()
+        >>> type(model).__name__, eval_set.format
+        ('Phi3ForCausalLM', 'messages')
+    """
+    from ..data.dataset import ChatDataset
+    from ..model.loading import load_model
+
+    model, tokenizer = load_model(BASE, dtype="float32", device="cpu")
+    if random_init:
+        model.apply(model._init_weights)
+    train_set, eval_set = (
+        ChatDataset.load(FOLDER / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "eval")
+    )
+    return model, tokenizer, train_set, eval_set

@@ -1,0 +1,1 @@
+"""The model: loading, adapted layers, injection, packed attention, loss."""

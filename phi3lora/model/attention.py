@@ -1,0 +1,147 @@
+"""Causal attention over packed rows, plugged into transformers through its attention interface.
+
+Why. A row holds many chats end to end; each must see itself alone. transformers infers the documents from restarting
+``position_ids``, but only with ``attention_mask=None`` and ``use_cache=False``: leave the cache on, pass an all-ones
+mask, or pass ``cu_seq_lens`` to sdpa, and they silently see each other. Here the layout is said, not inferred.
+
+Layout. A batch (B, S) is B*S tokens end to end; document i is the tokens cu_seqlens[i] .. cu_seqlens[i+1]-1.
+
+      B=1, S=6, documents of 3 and 2 tokens, 1 of padding (a document of its own, without labels)
+        position_ids  0 1 2 | 0 1 | 0          cu_seqlens  0 3 5 6          max_seqlen  3
+
+Two ways to compute it, equal to rounding:
+
+* CUDA, 16-bit: ``torch.nn.attention.varlen.varlen_attn`` on the (B*S, heads, head_dim) tokens, no mask in memory.
+* elsewhere: scaled_dot_product_attention with the dense (B, 1, S, S) mask of :func:`document_mask`.
+
+Both keep the checkpoint's sliding window, in which a token sees itself and the ``sliding_window - 1`` before it.
+Source: https://huggingface.co/docs/transformers/attention_interface, https://docs.pytorch.org/docs/stable/nn.attention.html
+
+Shapes: B rows, S tokens a row, H heads, H_kv key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import ModelError
+
+NAME = "phi3lora"
+"""The name of this attention in ``model.config._attn_implementation``."""
+
+_SUPPORTED = (NAME, "sdpa", "eager")
+
+
+def register() -> None:
+    """Make ``attn_implementation="phi3lora"`` known to transformers. Harmless to repeat."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # generation and plain forwards: exactly sdpa's masks
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Switch ``model`` from transformers' default (sdpa) to this attention; another choice of the user's is kept."""
+    register()
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) == "sdpa":
+        model.set_attn_implementation(NAME)  # type: ignore[operator]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function. query (B, H, S, D), key and value (B, H_kv, S, D) -> (B, S, H, D).
+
+    With ``cu_seq_lens_q`` (n_documents + 1,) int32 the batch is packed and no mask is used; without, this is sdpa.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert max_length_q is not None
+    B, H, S, D = query.shape
+    # In training the last position of a document has no label: through window + 1 tokens plain causal is exact.
+    window = sliding_window - 1 if sliding_window is not None and max_length_q > sliding_window + 1 else -1
+    q, k, v = (t.transpose(1, 2).reshape(B * S, -1, D).to(value.dtype) for t in (query, key, value))
+    gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_NAMES_GQA and k.shape[1] != H else {}
+    out = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+        scale=scaling, window_size=(window, 0), **gqa,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.view(B, S, H, D), None
+
+
+def _varlen_names_gqa() -> bool:
+    """Whether this torch's ``varlen_attn`` wants grouped-query heads announced (2.13 does, 2.11 cannot)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+_VARLEN_NAMES_GQA = _varlen_names_gqa()
+
+
+def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword arguments with which ``model``'s decoder runs a packed batch that lies on its device.
+
+    Args:
+        batch: ``position_ids`` (B, S), ``cu_seqlens`` (n_documents + 1,) int32, ``max_seqlen``.
+        dtype: the dtype attention will compute in.
+
+    Raises:
+        ModelError: an attention implementation that is not one of ours, sdpa or eager.
+    """
+    config: Any = model.config
+    implementation = config._attn_implementation
+    if implementation not in _SUPPORTED:
+        raise ModelError(
+            f"attention implementation {implementation!r} cannot keep packed documents apart here; allowed: "
+            f"{', '.join(_SUPPORTED)}. Load the model with attn_implementation='sdpa'."
+        )
+    position_ids = batch["position_ids"]
+    kwargs: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
+    varlen = position_ids.is_cuda and dtype in (torch.bfloat16, torch.float16)
+    if implementation == NAME and varlen and not (model.training and config.attention_dropout):
+        # transformers takes a 4-D mask as it is; an empty one would fail loudly in any attention but ours.
+        kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=position_ids.device)
+        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = batch["cu_seqlens"]
+        kwargs["max_length_q"] = kwargs["max_length_k"] = batch["max_seqlen"]
+        return kwargs
+    mask = document_mask(position_ids, getattr(config, "sliding_window", None))
+    if implementation == "eager":  # adds its mask to the scores
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return {**kwargs, "attention_mask": mask}
+
+
+def document_mask(position_ids: Tensor, sliding_window: int | None = None) -> Tensor:
+    """Who sees whom: bool (B, 1, S, S), True where query i may see key j: same document, j <= i, within the window.
+
+    A document starts wherever ``position_ids`` (B, S) is 0: ``[0 1 2 0 1]`` is a document of 3 and one of 2.
+    """
+    document = (position_ids == 0).cumsum(-1)  # (B, S)
+    index = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    distance = index[:, None] - index[None, :]  # (S, S), query - key
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    return (visible & (document[:, :, None] == document[:, None, :]))[:, None]

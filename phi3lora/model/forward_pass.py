@@ -1,0 +1,88 @@
+"""One packed batch through a causal language model: batch -> hidden states -> (sum of losses, count of tokens)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .attention import packed_forward_kwargs, use_packed_attention
+from .layers import compute_dtype
+from .loss import linear_cross_entropy
+
+BATCH_KEYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen")
+"""What :func:`phi3lora.batches` yields and this file consumes."""
+
+
+def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """The loss that ``train`` uses: ``(sum, count)`` over the batch's supervised tokens.
+
+    Divide the sum by the count (of all micro-batches and ranks of a step) before ``backward``::
+
+        for batch in p3.batches(chats, batch_size=4):
+            loss_sum, count = p3.causal_lm_loss(model, batch)
+            (loss_sum / count).backward()
+
+    Args:
+        model: a ``Phi3ForCausalLM`` (any transformers causal LM with a decoder and an output head).
+        batch: what :func:`phi3lora.batches` yields; it is moved to the model's device.
+
+    Returns:
+        The sum of cross-entropies, float32 () with gradient, and how many tokens it is over.
+
+    Raises:
+        ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart.
+    """
+    hidden, labels = supervised_hidden_states(model, batch)
+    return linear_cross_entropy(hidden, model.get_output_embeddings(), labels), labels.numel()  # type: ignore[operator]
+
+
+def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The decoder's output where a label follows: hidden (N, H), and those labels (N,).
+
+    Only these positions reach the output head. ``labels[t]`` is token t's own id, as transformers has it, so the
+    position that predicts it is t - 1; the first token of each document carries -100.
+    """
+    missing = [key for key in BATCH_KEYS if key not in batch]
+    if missing or "attention_mask" in batch:
+        raise ModelError(
+            f"a packed batch has {', '.join(BATCH_KEYS)} and no attention_mask; this one has {', '.join(batch)}. "
+            f"Take batches from phi3lora.batches(dataset, ...)."
+        )
+    use_packed_attention(model)
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    positions, labels = _supervised(batch["labels"], batch["position_ids"])
+    batch = batch_to(batch, weight.device)
+    dtype = compute_dtype(weight, weight)
+    decoder = model.get_decoder()  # type: ignore[operator]
+    output = decoder(input_ids=batch["input_ids"], **packed_forward_kwargs(model, batch, dtype))
+    hidden = output.last_hidden_state.flatten(0, 1)  # (B*S, H)
+    device = weight.device
+    return hidden.index_select(0, _moved(positions - 1, device)), _moved(labels, device)
+
+
+def _supervised(labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions (N,) of the tokens that are trained, and those tokens (N,). Cheap: labels are on the CPU.
+
+    A document's first token has nothing before it, whatever its label says.
+    """
+    flat = labels.flatten()
+    positions = ((flat != -100) & (position_ids.flatten() > 0)).nonzero().squeeze(1)
+    return positions, flat[positions]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; from the CPU to a GPU through pinned memory, without waiting for it."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """``batch`` with its tensors on ``device``."""
+    return {key: _moved(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}

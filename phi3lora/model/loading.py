@@ -1,0 +1,124 @@
+"""``load_model``: a Hugging Face model and its tokenizer, checked before the weights are read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from ..errors import ModelError
+from .attention import NAME as PACKED_ATTENTION
+from .attention import register
+
+logger = logging.getLogger("phi3lora")
+
+SUPPORTED = (
+    "every checkpoint that transformers loads as Phi3ForCausalLM: Phi-3-mini-4k/128k, Phi-3-medium-4k/128k, "
+    "Phi-3.5-mini, Phi-4, Phi-4-mini"
+)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+    base_precision: str | None = None,
+    attn_implementation: str = PACKED_ATTENTION,
+    use_cache: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a model of the Phi-3 family and its tokenizer.
+
+    Args:
+        name_or_path: a hub name (``"microsoft/Phi-3-mini-4k-instruct"``) or a local folder.
+        dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, the torch dtype, or ``"auto"`` (the checkpoint's own).
+        device: where to put it; None: the GPU if there is one, else the CPU.
+        base_precision: only None so far: the frozen weights stay in ``dtype``.
+        attn_implementation: ``"phi3lora"`` (packed rows, torch's fastest kernels), ``"sdpa"`` or ``"eager"``.
+        use_cache: the config's default. Training never uses the cache, generation always does.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code from the repository; never needed for the supported models.
+
+    Returns:
+        ``(model, tokenizer)``, the model in ``eval()`` mode.
+
+    Raises:
+        ModelError: nothing loadable there, not a Phi-3 model, or a setting that is not one of the above.
+
+    Example:
+        >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
+    """
+    name = os.fspath(name_or_path)
+    _check(base_precision is None, "base_precision", base_precision, "None (the frozen weights stay in dtype)")
+    choices = (PACKED_ATTENTION, "sdpa", "eager")
+    _check(attn_implementation in choices, "attn_implementation", attn_implementation, ", ".join(map(repr, choices)))
+    torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch."))
+    _check(torch_dtype is not None or dtype == "auto", "dtype", dtype, f"{', '.join(map(repr, _DTYPES))}, 'auto'")
+    check_family(name, revision)
+    register()
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config.use_cache = use_cache
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch_dtype or "auto",
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ModelError(f"cannot load {name!r}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if longrope_boundary(config) is not None:
+        logger.info(longrope_note(config))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ModelError(f"load_model: {name}={value!r}; allowed: {allowed}")
+
+
+def check_family(name: str, revision: str | None = None) -> None:
+    """Raise unless the checkpoint's config says ``model_type: phi3``. Reads ``config.json`` alone."""
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise ModelError(f"cannot load {name!r}: {error}") from error
+    model_type = found.get("model_type")
+    if model_type != "phi3":
+        raise ModelError(f"{name!r} has model_type {model_type!r}; supported: {SUPPORTED} (model_type 'phi3')")
+
+
+def longrope_boundary(config: Any) -> int | None:
+    """The length in tokens past which a 128k model switches to its long rotary factors; None for other models."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+
+
+def longrope_note(config: Any) -> str:
+    """Which lengths use which rotary factors, in words."""
+    boundary = longrope_boundary(config)
+    return (
+        f"longrope: documents of up to {boundary} tokens train the short rotary factors, longer ones the long factors; "
+        f"an adapter is right for the lengths it was trained on"
+    )
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next(model.parameters()).device

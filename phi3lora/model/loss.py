@@ -1,0 +1,76 @@
+"""Cross-entropy of a language-model head, in chunks: the (tokens, vocabulary) logits never exist at once.
+
+    loss = sum over tokens t of -log softmax(head(h_t))[label_t]
+
+For Phi-3 (vocabulary 32,064) the float32 logits of 8,192 tokens take 1 GiB, and their gradient as much again. Here each
+chunk's gradient is made in the forward, right after its loss, and only d loss / d hidden (and d head's own trainable
+parameters) is kept. Sums, not means: the caller divides once, by the count of supervised tokens of the whole step.
+
+Shapes: N supervised tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK_TOKENS = 2048
+"""Tokens whose logits are in memory at one time (Phi-3: 250 MiB in float32)."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, labels, head, chunk, *parameters):  # type: ignore[override]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden)
+        d_parameters = [torch.zeros_like(p) for p in parameters]
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                h = hidden[part].detach().requires_grad_()  # (chunk, H)
+                loss = F.cross_entropy(head(h).float(), labels[part], reduction="sum")
+                d_h, *d_p = torch.autograd.grad(loss, [h, *parameters])
+            total += loss.detach()
+            d_hidden[part] = d_h
+            for accumulated, gradient in zip(d_parameters, d_p, strict=True):
+                accumulated += gradient
+        ctx.save_for_backward(d_hidden, *d_parameters)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):  # type: ignore[override]
+        d_hidden, *d_parameters = ctx.saved_tensors
+        return (d_hidden * scale.to(d_hidden.dtype), None, None, None, *(d * scale for d in d_parameters))
+
+
+def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    """Sum of the tokens' cross-entropies, float32 ().
+
+    Args:
+        hidden: (N, H), the decoder's output at the supervised positions only.
+        head: maps (n, H) to logits (n, V); its trainable parameters (an adapter's, say) get their gradients.
+        labels: (N,) int64, the token that follows each position.
+        chunk_tokens: how many tokens' logits may exist at one time.
+    """
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+        return _ChunkedCrossEntropy.apply(hidden, labels, head, chunk_tokens, *parameters)
+    return token_losses(hidden, head, labels, chunk_tokens)[0].sum()
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor, head: nn.Module, labels: Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """Without gradient: each token's cross-entropy, float32 (N,), and whether its argmax is the label, bool (N,)."""
+    losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        logits = head(hidden[part]).float()  # (chunk, V)
+        losses[part] = F.cross_entropy(logits, labels[part], reduction="none")
+        correct[part] = logits.argmax(-1) == labels[part]
+    return losses, correct

@@ -1,0 +1,289 @@
+"""Training checkpoints: written whole or not at all, checked before use, and enough to go on bit for bit.
+
+    output_dir/checkpoint-{step}/
+      lora.safetensors     the adapters (also a file for load_adapter)
+      lora_config.json     how they are built
+      trainer_state.json   TrainingState, the TrainingConfig, the dataset's fingerprint, versions
+      optimizer.pt         moments
+      scheduler.pt         step and learning rate (schedules are functions of the step), gradient scaler
+      rng_state_{rank}.pth torch, CUDA, NumPy and Python generators, all as tensors
+      manifest.json        SHA-256 of each file above
+
+Written into a hidden temporary folder, each file and the folder fsynced, then renamed: a checkpoint renamed before its
+data is on disk is not saved. Read with ``weights_only=True``: nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..adapters.files import adapter_facts, load_adapter_state, read_adapter, save_adapter
+from ..config import TrainingConfig
+from ..errors import CheckpointError
+from .state import TrainingState
+
+logger = logging.getLogger("phi3lora")
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_MANIFEST = "manifest.json"
+
+# Settings that may differ between the run that saved and the run that resumes: when to stop, look, save and say.
+_MAY_CHANGE = frozenset(
+    """
+    activation_checkpointing compile disable_tqdm early_stopping_patience early_stopping_threshold eval_on_start
+    eval_steps eval_strategy gradient_checkpointing load_best_model_at_end log_level logging_first_step
+    logging_steps logging_strategy max_nonfinite_steps max_steps num_train_epochs output_dir overwrite_output_dir
+    per_device_eval_batch_size report_to resume_from_checkpoint run_name save_steps save_strategy save_total_limit
+    """.split()
+)
+
+
+@dataclass
+class Resumable:
+    """What a checkpoint saves and restores in place."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    config: TrainingConfig
+    data: dict[str, Any]
+    """What fixes the order of the batches: the dataset's fingerprint and size, the row length."""
+    rank: int = 0
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoint folders, newest first."""
+    folder = Path(output_dir)
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
+    """Write ``output_dir/checkpoint-{step}``; on return it is on disk. An older one of that name is replaced."""
+    folder = Path(run.config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"checkpoint-{state.global_step}"
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_adapter(run.model, temporary / "lora.safetensors")
+        _write_json(temporary / "lora_config.json", adapter_facts(run.model))
+        _write_json(temporary / "trainer_state.json", _about(run, state))
+        torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        scheduler = {"last_step": state.global_step, "learning_rates": rates, "scaler": run.scaler.state_dict()}
+        torch.save(scheduler, temporary / "scheduler.pt")
+        torch.save(rng_state(), temporary / f"rng_state_{run.rank}.pth")
+        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        _write_json(temporary / _MANIFEST, {"format": 1, "sha256": files})
+        for path in temporary.iterdir():
+            _fsync(path)
+        _fsync(temporary)
+        _rename_over(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _rename_over(source: Path, target: Path) -> None:
+    """Give ``source`` the name ``target``; what had it goes only after."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _about(run: Resumable, state: TrainingState) -> dict[str, Any]:
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"state": state.to_dict(), "config": run.config.to_dict(), "data": run.data, "versions": versions}
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if it is whole."""
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["sha256"]
+        for name, expected in files.items():
+            if Path(name).name != name:
+                return f"its manifest names {name!r}, outside the folder"
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _sha256(path / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"no readable {_MANIFEST} ({error})"
+    return None
+
+
+def newest_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint; damaged ones are passed over with a warning each."""
+    for path in checkpoints(output_dir):
+        why = damage(path)
+        if why is None:
+            return path
+        logger.warning("passing over %s: %s", path, why)
+    return None
+
+
+def find_checkpoint(config: TrainingConfig) -> Path | None:
+    """What ``resume_from_checkpoint`` asks for; None for a fresh start.
+
+    Raises:
+        CheckpointError: it asks for a checkpoint and there is no good one.
+    """
+    wanted = config.resume_from_checkpoint
+    if not wanted:
+        return None
+    if wanted is True or wanted == "auto":
+        found = newest_good_checkpoint(config.output_dir)
+        if found is None and wanted is True:
+            raise CheckpointError(
+                f"resume_from_checkpoint=True, but {config.output_dir!r} has no good checkpoint; "
+                f"'auto' starts afresh when there is none"
+            )
+        return found
+    path = Path(wanted)
+    why = damage(path) if path.is_dir() else "no such folder"
+    if why is not None:
+        raise CheckpointError(f"cannot resume from {str(path)!r}: {why}")
+    return path
+
+
+def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
+    """Put a whole checkpoint's adapters, optimizer, scaler and generators back.
+
+    Raises:
+        CheckpointError: it is of another run (what differs is listed) or not readable.
+        AdapterError: its adapters do not fit the model.
+    """
+    try:
+        about = json.loads((path / "trainer_state.json").read_text())
+        _refuse_other_run(path, about, run)
+        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        scheduler = torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True)
+        generators = torch.load(path / f"rng_state_{run.rank}.pth", map_location="cpu", weights_only=True)
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {error}") from error
+    tensors, _ = read_adapter(path / "lora.safetensors")
+    load_adapter_state(run.model, tensors, str(path))
+    run.optimizer.load_state_dict(optimizer)
+    run.scaler.load_state_dict(scheduler["scaler"])
+    set_rng_state(generators)
+    return TrainingState.from_dict(about["state"])
+
+
+def _refuse_other_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
+    facts, ours = json.loads((path / "lora_config.json").read_text()), adapter_facts(run.model)
+    mine = run.config.to_dict()
+    differences = [
+        f"{name} {about['config'].get(name)!r} then, {value!r} now"
+        for name, value in mine.items()
+        if name not in _MAY_CHANGE and about["config"].get(name) != value
+    ]
+    differences += [
+        f"{name} of the data {about['data'].get(name)!r} then, {value!r} now"
+        for name, value in run.data.items()
+        if about["data"].get(name) != value
+    ]
+    if facts["layers"] != ours["layers"]:
+        names = [n for n in {**facts["layers"], **ours["layers"]} if facts["layers"].get(n) != ours["layers"].get(n)]
+        first = names[0]
+        then, now = facts["layers"].get(first), ours["layers"].get(first)
+        differences.append(f"adapters of {len(names)} layers, {first}: {then} then, {now} now")
+    dropout = [config.get("lora_dropout") for config in (facts.get("config") or {}, ours.get("config") or {})]
+    if dropout[0] != dropout[1]:
+        differences.append(f"lora_dropout {dropout[0]!r} then, {dropout[1]!r} now")
+    if differences:
+        raise CheckpointError(
+            f"{str(path)!r} is a checkpoint of another run: {'; '.join(differences)}. "
+            f"Resume with the settings it was made with, or start afresh in another output_dir"
+        )
+
+
+def rotate(output_dir: str | os.PathLike[str], keep: int | None, best: str | None) -> list[Path]:
+    """Delete the oldest checkpoints beyond ``keep``, never the one called ``best`` nor the newest; those deleted."""
+    if keep is None:
+        return []
+    deleted = []
+    paths = checkpoints(output_dir)
+    protected = {path.name for path in paths[:1]} | {best}
+    kept = sum(path.name in protected for path in paths)
+    for path in paths:
+        if path.name in protected:
+            continue
+        if kept < keep:
+            kept += 1
+            continue
+        shutil.rmtree(path)
+        deleted.append(path)
+    return deleted
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator a run may draw from, as tensors."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": torch.tensor([version, *numbers], dtype=torch.int64),
+        "python_gauss": gauss,
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy_rest": [int(position), int(has_gauss), float(cached)],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` gave. CUDA's states apply to as many devices as there are."""
+    torch.set_rng_state(state["torch"])
+    for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, device)
+    version, *numbers = state["python"].tolist()
+    random.setstate((version, tuple(numbers), state["python_gauss"]))
+    position, has_gauss, cached = state["numpy_rest"]
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""Parameter groups, optimizers, and learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import TrainingConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters: LoRA matrices with decay, biases without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    vectors = [p for p in trainable if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD, fused: one kernel, and a step that can be called off on the device (``found_inf``)."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optim == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, fused=True)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """Warm-up in steps: ``warmup_steps``, or its share or ``warmup_ratio`` of all steps, rounded up."""
+    if config.warmup_steps >= 1:
+        return int(config.warmup_steps)
+    return math.ceil(total_steps * (config.warmup_steps or config.warmup_ratio))
+
+
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """The learning rate of the update after ``step`` earlier ones; as transformers' schedules of the same names.
+
+    Example:
+        >>> config = TrainingConfig(learning_rate=1.0, warmup_steps=2)
+        >>> [learning_rate(config, step, 6) for step in range(6)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
+    """
+    kind, peak = config.lr_scheduler_type, config.learning_rate
+    if kind == "constant":
+        return peak
+    warmup = warmup_steps(config, total_steps)
+    if step < warmup:
+        return peak * step / warmup
+    if kind == "constant_with_warmup":
+        return peak
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if kind == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))

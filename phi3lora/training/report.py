@@ -1,0 +1,98 @@
+"""What a run shows: a banner of everything resolved, a progress bar, ``metrics.jsonl``, a picture of the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..config import TrainingConfig
+from .state import TrainingState
+from .trackers import Tracker, open_trackers
+
+
+class Reporter:
+    """Writes for one run. ``metrics.jsonl`` holds exactly ``state.history``, also after a resume."""
+
+    def __init__(self, config: TrainingConfig, state: TrainingState, is_main: bool = True) -> None:
+        self.config, self.state = config, state
+        self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
+        self._bar_off = not is_main or bool(config.disable_tqdm)
+        self.path = Path(config.output_dir) / "metrics.jsonl"
+        self._trackers: list[Tracker] = []
+        self._bar: Any = None
+
+    def __enter__(self) -> Reporter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history))
+        self._trackers = open_trackers(self.config)
+        total, done = self.state.total_steps, self.state.global_step
+        self._bar = tqdm(total=total, initial=done, disable=self._bar_off, unit="step", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def banner(self, facts: Mapping[str, Any]) -> None:
+        """Every value that was resolved or inherited, once, before the first step."""
+        if not self.quiet:
+            width = max(map(len, facts))
+            print("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()), flush=True)
+
+    def step_done(self) -> None:
+        """Move the bar by one."""
+        self._bar.update(1)
+
+    def line(self, values: dict[str, Any]) -> None:
+        """One line of ``metrics.jsonl``, also to the trackers and, in short, beside the bar."""
+        self.state.history.append(values)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        for tracker in self._trackers:
+            tracker.write(values)
+        shown = {name: _short(values[key]) for key, name in _SHOWN.items() if key in values}
+        if shown:
+            self._bar.set_postfix(shown)
+
+    def say(self, text: str) -> None:
+        """A line of text above the bar."""
+        if not self.quiet:
+            tqdm.write(text)
+
+
+_SHOWN = {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s", "eval_loss": "eval_loss"}
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def draw_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
+    """The loss over the steps as a PNG (extra ``plot``); None without matplotlib or with fewer than two points."""
+    train = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
+    if len(train) < 2:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.5, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=4, label="held out")
+        axes.legend(frameon=False)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=120)
+    return Path(path)

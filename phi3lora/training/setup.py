@@ -1,0 +1,128 @@
+"""Before the first step: what can be checked is checked, what is resolved is told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import TrainingConfig
+from ..data.dataset import ChatDataset
+from ..data.loader import BatchPlan
+from ..errors import CheckpointError, DataError, TrainingError
+from ..model.attention import use_packed_attention
+from ..model.injection import lora_layers
+from ..model.loading import longrope_boundary, longrope_note, model_device
+from .checkpoint import checkpoints
+from .optim import warmup_steps
+from .precision import Precision
+from .state import TrainingState
+from .steps import StepPlan
+
+
+def check_run(
+    model: nn.Module, train_dataset: ChatDataset, eval_dataset: ChatDataset | None, config: TrainingConfig
+) -> None:
+    """Raise before any work is lost: nothing to train, something else trainable, data that does not fit the model."""
+    layers = lora_layers(model)
+    if not layers:
+        raise TrainingError("the model has no adapters to train; call inject_lora(model, LoraConfig(...)) first")
+    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = [name for name, p in trainable.items() if id(p) not in adapters and not name.endswith("bias")]
+    if others or not trainable:
+        raise TrainingError(
+            f"only adapters may be trainable, but {', '.join(others[:3]) or 'nothing'} is; "
+            f"inject_lora freezes the rest, or call mark_only_lora_as_trainable(model)"
+        )
+    for name, parameter in trainable.items():
+        if id(parameter) in adapters and parameter.dtype.itemsize < 4:
+            raise TrainingError(
+                f"{name} is {parameter.dtype}; adapters train in float32. Cast the base model before inject_lora, "
+                f"not after"
+            )
+    if config.eval_strategy != "no" and eval_dataset is None:
+        raise TrainingError(f"eval_strategy={config.eval_strategy!r} needs an eval_dataset")
+    model_config: Any = model.config
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        if dataset is None:
+            continue
+        if len(dataset) == 0:
+            raise DataError(f"{name} is empty: it has no documents")
+        longest = int(dataset.lengths.max())
+        if longest > model_config.max_position_embeddings:
+            raise DataError(
+                f"{name} has a document of {longest} tokens; the model allowed "
+                f"{model_config.max_position_embeddings}. Load the dataset with a smaller max_length"
+            )
+        if dataset.largest_token_id() >= model_config.vocab_size:
+            raise DataError(
+                f"{name} has token id {dataset.largest_token_id()}; the model's vocabulary has "
+                f"{model_config.vocab_size}. Tokenise with the model's own tokenizer"
+            )
+
+
+def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
+    """Refuse a folder with another run's checkpoints, or clear it if ``overwrite_output_dir`` says so."""
+    found = checkpoints(config.output_dir)
+    if not found or resuming or config.resume_from_checkpoint:
+        return
+    if not config.overwrite_output_dir:
+        raise CheckpointError(
+            f"output_dir={config.output_dir!r} holds another run's checkpoints ({found[0].name} the newest); "
+            f"set resume_from_checkpoint=True to go on with it, overwrite_output_dir=True to delete them, or take "
+            f"another folder"
+        )
+    for path in found:
+        shutil.rmtree(path)
+    (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig) -> StepPlan:
+    """The order of documents, rows, batches and steps."""
+    plan = BatchPlan(
+        dataset,
+        batch_size=config.per_device_train_batch_size,
+        max_length=config.max_length or dataset.max_length,
+        packing=config.packing,
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        boundary=longrope_boundary(model.config),
+    )
+    return StepPlan(plan, config)
+
+
+def banner_facts(
+    model: nn.Module,
+    steps: StepPlan,
+    config: TrainingConfig,
+    state: TrainingState,
+    precision: Precision,
+    eval_dataset: ChatDataset | None,
+) -> dict[str, Any]:
+    """Name -> value of everything that was resolved or inherited."""
+    use_packed_attention(model)
+    plan, model_config = steps.plan, model.config
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
+    width = f"packed to {plan.max_length} tokens" if plan.packing else "one document each, padded"
+    warmup = warmup_steps(config, steps.total) if config.lr_scheduler_type != "constant" else 0
+    facts = {
+        "model": f"{type(model).__name__}, {total:,} parameters, {trainable:,} trainable "
+        f"in {len(lora_layers(model))} layers",
+        "device": f"{model_device(model)}, {precision.name}, attention {model_config._attn_implementation}, "  # type: ignore[union-attr]
+        f"activation checkpointing {config.activation_checkpointing}" + (", compiled" if config.compile else ""),
+        "train data": plan.dataset,
+        "eval data": eval_dataset,
+        "step": f"{rows}, {width}",
+        "steps": f"{steps.total:,} ({state.global_step:,} done)",
+        "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}, "
+        f"{warmup} warm-up steps, weight decay {config.weight_decay:g}, gradient clipped to {config.max_grad_norm:g}",
+        "seed": f"{config.seed} (data {plan.seed})",
+        "output": config.output_dir,
+        "without effect": ", ".join(config.inert) or None,
+        "longrope": longrope_note(model_config) if plan.boundary else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}

@@ -1,0 +1,78 @@
+"""One optimizer step: micro-batches in, update out. Nothing in it waits for the device.
+
+    g = sum over micro-batches of grad(sum of losses) / count of supervised tokens in all of them, on all ranks
+
+so 1 micro-batch of 8 rows and 8 of 1 give the same update to rounding (a mean of the micro-batches' means would not:
+https://unsloth.ai/blog/gradient). A step whose loss or gradient is not finite changes nothing: ``found_inf`` tells the
+fused optimizer on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.forward_pass import causal_lm_loss
+from .distributed import World
+from .precision import Precision
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did: tensors on the device, to be read later."""
+
+    values: Tensor
+    """float32 (3,): sum of losses, gradient norm before clipping, 1 if the step was skipped else 0."""
+    count: int
+    """Supervised tokens, on all ranks."""
+
+
+class OptimizerStep:
+    """Called with the micro-batches of a step and its learning rate."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        max_grad_norm: float,
+        world: World | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.precision = model, optimizer, precision
+        self.max_grad_norm, self.world = max_grad_norm, world or World()
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, micro_batches: Sequence[dict[str, Any]], learning_rate: float) -> StepOutcome:
+        scaler = self.precision.scaler
+        own = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)  # on the CPU, before any forward
+        count = self.world.sum_over_ranks(own)
+        assert count > 0, "every document has a supervised token"
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.parameters[0].device)
+        for batch in micro_batches:
+            with self.precision.autocast():
+                loss_sum, _ = causal_lm_loss(self.model, batch)
+            scaler.scale(loss_sum * (self.world.size / count)).backward()
+            total += loss_sum.detach()
+        scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        bad = ~(torch.isfinite(norm) & torch.isfinite(total))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not scaler.is_enabled():  # an enabled scaler says so itself
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        scaler.step(self.optimizer)
+        scaler.update()
+        return StepOutcome(torch.stack([total, norm, bad.float()]), count)
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to ``max_grad_norm``; their global 2-norm before."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        return norm

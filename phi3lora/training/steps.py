@@ -1,0 +1,85 @@
+"""Which rows belong to which optimizer step, how many steps there are, and what is due at one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..config import TrainingConfig
+from ..data.loader import BatchPlan
+from ..data.packing import Row
+from .state import TrainingState
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The micro-batches of one step, as rows of documents, and where the cursor stands after it."""
+
+    micro_batches: list[list[Row]]
+    tokens: int
+    ends_epoch: bool
+    epoch_progress: float
+    next_cursor: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Steps of a run: a function of the plan and the config alone, so a run can go on from any cursor."""
+
+    plan: BatchPlan
+    config: TrainingConfig
+
+    def steps_of_epoch(self, epoch: int) -> list[list[list[Row]]]:
+        """Step -> its micro-batches. The last step of an epoch may have fewer."""
+        micro, count = self.plan.micro_batches(epoch), self.config.gradient_accumulation_steps
+        return [micro[i : i + count] for i in range(0, len(micro), count)]
+
+    @cached_property
+    def total(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        whole, fraction = divmod(self.config.num_train_epochs, 1)
+        steps = sum(len(self.steps_of_epoch(epoch)) for epoch in range(int(whole)))
+        if fraction:
+            steps += math.ceil(fraction * len(self.steps_of_epoch(int(whole))))
+        return steps
+
+    def remaining(self, state: TrainingState) -> Iterator[StepRows]:
+        """The steps from the state's cursor to the end of the run."""
+        epoch, first, done = state.epoch, state.step_in_epoch, state.global_step
+        lengths = self.plan.dataset.lengths
+        while done < self.total:
+            steps = self.steps_of_epoch(epoch)
+            for i in range(first, min(len(steps), first + self.total - done)):
+                ends = i + 1 == len(steps)
+                done += 1
+                yield StepRows(
+                    micro_batches=steps[i],
+                    tokens=int(sum(lengths[d] for micro in steps[i] for row in micro for d in row)),
+                    ends_epoch=ends,
+                    epoch_progress=epoch + (i + 1) / len(steps),
+                    next_cursor=(epoch + 1, 0) if ends else (epoch, i + 1),
+                )
+            epoch, first = epoch + 1, 0
+
+    def data_facts(self) -> dict[str, Any]:
+        """What fixes the batches beside the config: a checkpoint of other facts belongs to another run."""
+        dataset, plan = self.plan.dataset, self.plan
+        return {
+            "documents": len(dataset),
+            "fingerprint": dataset.fingerprint(),
+            "row_length": plan.max_length,
+            "boundary": plan.boundary,
+        }
+
+
+def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) -> bool:
+    """Whether the step just done is one for a log line, an evaluation or a checkpoint."""
+    if strategy == "epoch":
+        return ends_epoch
+    interval = math.ceil(every * state.total_steps) if every < 1 else int(every)
+    return strategy == "steps" and state.global_step % interval == 0
