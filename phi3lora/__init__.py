@@ -12,6 +12,7 @@ p3.save_adapter(model, "support.safetensors")
 from loralib import lora_state_dict, mark_only_lora_as_trainable
 
 from . import demo
+from .adapters.active import disabled
 from .adapters.files import load_adapter, save_adapter
 from .config import LoraConfig, TrainingConfig
 from .data.dataset import ChatDataset
@@ -57,6 +58,7 @@ __all__ = [
     "batches",
     "causal_lm_loss",
     "demo",
+    "disabled",
     "evaluate",
     "generate",
     "inject_lora",

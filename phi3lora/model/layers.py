@@ -51,6 +51,7 @@ class _Adapted:
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout = nn.Dropout(lora_dropout)  # a module also at p = 0: loralib's lambda cannot be pickled
         self.merged = self.merge_weights = False
+        self.enabled = True  # False: the base layer alone, see adapters/active.py
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r > 0 else 0.0
 
     def _add_adapters(self, weight: Tensor, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> None:
@@ -121,7 +122,7 @@ class _AdaptedLinear(_Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if self.r == 0:
+        if self.r == 0 or not self.enabled:
             return F.linear(x, weight, self.bias)
         dtype = compute_dtype(x, weight)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -325,7 +326,7 @@ class Embedding(_Adapted, lora.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         """x (...) token ids -> (..., embedding_dim), in the base weight's dtype."""
         result = nn.Embedding.forward(self, x)
-        if self.r == 0:
+        if self.r == 0 or not self.enabled:
             return result
         after_A = F.embedding(x, self.lora_A.t(), self.padding_idx, None, 2.0, self.scale_grad_by_freq)  # (..., r)
         return result + ((after_A @ self.lora_B.t()) * self.scaling).to(result.dtype)
@@ -392,7 +393,7 @@ class Conv2d(_Adapted, lora.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, H, W) -> (B, out, H', W')."""
-        if self.r == 0:
+        if self.r == 0 or not self.enabled:
             return self.conv(x)
         weight = self.conv.weight
         return self.conv._conv_forward(x, weight + self.delta().to(weight.dtype), self.conv.bias)

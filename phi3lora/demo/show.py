@@ -1,0 +1,116 @@
+"""What ``make demo`` shows: a tiny Phi-3 learns a support bot's voice, measured before, after, and with the adapter off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.active import disabled
+from ..adapters.files import save_adapter
+from ..config import LoraConfig, TrainingConfig
+from ..inference.generation import generate
+from ..model.injection import inject_lora
+from ..training.loop import train
+from . import FOLDER, load
+
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+TRAINING = {
+    "learning_rate": 2e-3, "max_steps": 100, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine",
+    "warmup_steps": 5, "logging_steps": 5, "save_strategy": "no", "overwrite_output_dir": True,
+}  # fmt: skip
+EXAMPLES = 5  # held-out questions whose answers are printed
+
+
+@dataclass(frozen=True)
+class Score:
+    """Answers to the held-out questions, and how many are right."""
+
+    answers: list[str]
+    exact: float
+    """Share of answers equal to the target, word for word."""
+    content: float
+    """Share of answers that contain the right fact."""
+    plain: float
+    """Share of answers equal to the base's own way of saying it."""
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """SHA-256 of every frozen parameter, adapters left out."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" not in name:
+            digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def score(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]]) -> Score:
+    """Ask the held-out questions, greedily."""
+    answers = generate(model, tokenizer, [row["messages"][:-1] for row in rows], max_new_tokens=64, batch_size=64)
+    pairs = list(zip(answers, rows, strict=True))
+    exact = sum(answer == row["messages"][-1]["content"] for answer, row in pairs)
+    content = sum(row["answer"] in answer for answer, row in pairs)
+    plain = sum(answer == row["answer"] for answer, row in pairs)
+    return Score(answers, exact / len(rows), content / len(rows), plain / len(rows))
+
+
+def run(seeds: list[int], output_dir: str, random_init: bool = False) -> bool:
+    """Tune once for each seed and print what came of it; whether every seed reached 95 % exact match."""
+    started = time.perf_counter()
+    rows = [json.loads(line) for line in (FOLDER / "eval.jsonl").read_text().splitlines()]
+    table = []
+    for i, seed in enumerate(seeds):
+        table.append((seed, *_tune(seed, rows, f"{output_dir}/seed-{seed}", random_init, full=i == 0)))
+    print(
+        f"\n{len(rows)} held-out questions      exact match            right fact        adapter off, base's own words"
+    )
+    print("seed                     before    after       before    after        before    after")
+    for seed, before, after, off in table:
+        print(
+            f"{seed:<24} {before.exact:6.1%}   {after.exact:6.1%}       {before.content:6.1%}   {after.content:6.1%}"
+            f"        {before.plain:6.1%}   {off.plain:6.1%}"
+        )
+    reached = all(after.exact >= 0.95 for _, _, after, _ in table)
+    print(f"\n{time.perf_counter() - started:.0f} s; adapters and loss pictures in {output_dir}/")
+    if random_init:
+        print("control: random base weights and the same tuning; the knowledge is the base's, so this should fail")
+    return reached
+
+
+def _tune(
+    seed: int, rows: list[dict[str, Any]], folder: str, random_init: bool, full: bool
+) -> tuple[Score, Score, Score]:
+    """One tuning: scores before, after, and after with the adapter off."""
+    torch.manual_seed(seed)
+    model, tokenizer, train_set, _ = load(random_init=random_init)
+    before, hash_before = score(model, tokenizer, rows), frozen_hash(model)
+    torch.manual_seed(seed)
+    report = inject_lora(model, LoraConfig(**LORA))
+    quiet = {} if full else {"log_level": "warning"}
+    if full:
+        print(report, end="\n\n")
+    else:
+        print(f"\nseed {seed}")
+    train(model, train_set, TrainingConfig(output_dir=folder, seed=seed, **TRAINING, **quiet), tokenizer=tokenizer)
+    after = score(model, tokenizer, rows)
+    with disabled(model):
+        off = score(model, tokenizer, rows)
+    path = save_adapter(model, Path(folder) / "adapter.safetensors")
+    if full:
+        _print_examples(rows, before, after)
+        print(f"\nadapter: {path} ({path.stat().st_size / 2**10:.0f} KiB)")
+    print(f"frozen weights, SHA-256: {hash_before} before, {frozen_hash(model)} after")
+    return before, after, off
+
+
+def _print_examples(rows: list[dict[str, Any]], before: Score, after: Score) -> None:
+    for i in range(0, len(rows), max(1, len(rows) // EXAMPLES)):
+        print(f"\nquestion  {rows[i]['messages'][-2]['content']}")
+        print(f"before    {before.answers[i]}")
+        print(f"after     {after.answers[i]}")
