@@ -1,4 +1,4 @@
-"""What ``make demo`` shows: a tiny Phi-3 learns a support bot's voice, measured before, after, and with the adapter off."""
+"""What ``make demo`` shows: a tiny Phi-3 learns a support bot's voice; before, after, and with the adapter off."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..model.injection import inject_lora
 from ..training.loop import train
 from . import FOLDER, load
 
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
-TRAINING = {
-    "learning_rate": 2e-3, "max_steps": 100, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine",
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+TRAINING: dict[str, Any] = {
+    "learning_rate": 2e-3, "max_steps": 60, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine",
     "warmup_steps": 5, "logging_steps": 5, "save_strategy": "no", "overwrite_output_dir": True,
 }  # fmt: skip
 EXAMPLES = 5  # held-out questions whose answers are printed
@@ -92,7 +92,7 @@ def _tune(
     before, hash_before = score(model, tokenizer, rows), frozen_hash(model)
     torch.manual_seed(seed)
     report = inject_lora(model, LoraConfig(**LORA))
-    quiet = {} if full else {"log_level": "warning"}
+    quiet: dict[str, Any] = {} if full else {"log_level": "warning"}
     if full:
         print(report, end="\n\n")
     else:

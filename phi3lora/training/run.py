@@ -1,0 +1,248 @@
+"""A run between its steps: what is told, logged, evaluated and saved, and when."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.files import load_adapter_state, read_adapter
+from ..config import TrainingConfig
+from ..data.dataset import ChatDataset
+from ..errors import TrainingError
+from ..inference.evaluation import evaluate
+from ..model.flops import peak_flops
+from ..model.loading import model_device
+from .callbacks import HOOKS
+from .checkpoint import Resumable, rotate, save_checkpoint
+from .distributed import World
+from .interrupts import Interrupts
+from .late_values import LateValues
+from .precision import Precision
+from .report import Reporter
+from .state import TrainingState
+from .step import OptimizerStep, StepOutcome
+from .steps import StepPlan, StepRows, is_due
+
+
+@dataclass
+class _Note:
+    """What is known of a step when it starts; its loss arrives later."""
+
+    step: int
+    epoch: float
+    rate: float
+    count: int
+    tokens: int
+    log: bool
+    rows: StepRows
+
+
+@dataclass
+class Run:
+    """The parts of a run, and what happens around a step."""
+
+    interrupts: Interrupts
+    model: nn.Module
+    config: TrainingConfig
+    steps: StepPlan
+    step: OptimizerStep
+    precision: Precision
+    state: TrainingState
+    report: Reporter
+    resumable: Resumable
+    world: World
+    eval_dataset: ChatDataset | None
+    tokenizer: Any
+    callbacks: Sequence[Any]
+    flops_per_token: float
+    late: LateValues[_Note] = field(default_factory=LateValues)
+    last_eval: dict[str, float] = field(default_factory=dict)
+    evaluated_at: int = -1
+    saved_at: int = -1
+    clock: tuple[float, int] = field(default_factory=lambda: (time.perf_counter(), 0))
+
+    def tell(self, hook: str, *details: Any) -> None:
+        """Call a hook of every callback; Ctrl-C inside one is a request like any other."""
+        assert hook in HOOKS
+        try:
+            for callback in self.callbacks:
+                method = getattr(callback, hook, None)
+                if method is not None:
+                    method(self.state, *details)
+        except KeyboardInterrupt:
+            self.interrupts.requested = True
+
+    def is_due(self, what: str, rows: StepRows) -> bool:
+        """Whether a log line, an evaluation or a checkpoint belongs to the step just done."""
+        config = self.config
+        strategy, every = {
+            "log": (config.logging_strategy, config.logging_steps),
+            "eval": (config.eval_strategy, config.eval_steps or config.logging_steps),
+            "save": (config.save_strategy, config.save_steps),
+        }[what]
+        return is_due(strategy, every, self.state, rows.ends_epoch)
+
+    def advance(self, rows: StepRows, outcome: StepOutcome, rate: float) -> None:
+        """Move the cursor past a step; its numbers are read when they have arrived."""
+        state = self.state
+        state.global_step += 1
+        state.epoch, state.step_in_epoch = rows.next_cursor
+        state.epoch_progress = rows.epoch_progress
+        state.tokens_seen += rows.tokens
+        first = self.config.logging_first_step and state.global_step == 1
+        last = self.config.logging_strategy != "no" and state.global_step == state.total_steps
+        log = first or last or self.is_due("log", rows)
+        note = _Note(state.global_step, rows.epoch_progress, rate, outcome.count, state.tokens_seen, log, rows)
+        self.late.add(outcome.values, note)
+
+    def read_arrived(self, wait: bool = False) -> None:
+        """Count and log the steps whose numbers are here; stop a run whose loss stays NaN."""
+        state = self.state
+        for (loss_sum, norm, skipped), note in self.late.arrived(wait):
+            overflow = self.precision.scaler.is_enabled() and math.isfinite(loss_sum)
+            if skipped and not overflow:  # a float16 overflow is the scaler's business
+                state.nonfinite_in_a_row += 1
+                state.nonfinite_total += 1
+                self._give_up_if_hopeless(note, loss_sum, norm)
+            elif not skipped:
+                state.nonfinite_in_a_row = 0
+                state.loss_sum, state.loss_count = state.loss_sum + loss_sum, state.loss_count + note.count
+                state.run_loss_sum += loss_sum
+                state.run_loss_count += note.count
+            if note.log:
+                self._log(note, norm)
+
+    def _give_up_if_hopeless(self, note: _Note, loss_sum: float, norm: float) -> None:
+        self.report.say(f"step {note.step}: loss {loss_sum / note.count}, gradient norm {norm}: skipped")
+        limit = min(self.config.max_nonfinite_steps, self.state.total_steps)
+        if self.state.nonfinite_in_a_row < limit:
+            return
+        documents = [i for micro in note.rows.micro_batches for row in micro for i in row]
+        dataset = self.steps.plan.dataset
+        text = ""
+        if self.tokenizer is not None:
+            text = f" First document: {self.tokenizer.decode(dataset[documents[0]]['input_ids'])[:200]!r}."
+        raise TrainingError(
+            f"the loss or gradient was NaN or infinite {self.state.nonfinite_in_a_row} steps in a row, the last "
+            f"at step {note.step} (loss {loss_sum / note.count}, gradient norm {norm}; rows "
+            f"{sorted({dataset.row_number(i) for i in documents})[:16]} of the data).{text} The adapters are as before "
+            f"these steps. Lower learning_rate ({self.config.learning_rate}), use bf16 instead of fp16, or look at the "
+            f"base weights; max_nonfinite_steps={self.config.max_nonfinite_steps} sets the patience"
+        )
+
+    def _log(self, note: _Note, norm: float) -> None:
+        state, (then, tokens_then), now = self.state, self.clock, time.perf_counter()
+        rate = (note.tokens - tokens_then) / max(now - then, 1e-9)
+        self.clock = (now, note.tokens)
+        line: dict[str, Any] = {"step": note.step, "epoch": round(note.epoch, 4)}
+        if state.loss_count:
+            line["loss"] = state.loss_sum / state.loss_count
+        line.update(learning_rate=note.rate, grad_norm=norm, tokens=note.tokens, tokens_per_s=rate)
+        if state.nonfinite_total:
+            line["skipped_steps"] = state.nonfinite_total
+        device = model_device(self.model)
+        if device.type == "cuda":
+            line["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            peak = peak_flops(device)
+            if peak is not None:
+                line["mfu"] = rate * self.flops_per_token / peak
+        state.loss_sum, state.loss_count = 0.0, 0
+        self.report.line(line)
+        self.tell("on_log", line)
+
+    def evaluate(self) -> None:
+        """One evaluation: a line, the best metric, early stopping."""
+        assert self.eval_dataset is not None
+        config, state = self.config, self.state
+        self.read_arrived(wait=True)
+        with self.precision.autocast():
+            found = evaluate(self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size)
+        self.last_eval = {f"eval_{name}": value for name, value in found.items()}
+        self.evaluated_at = state.global_step
+        self.report.line({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})
+        metric = self._metric()
+        gain = 0.0 if state.best_metric is None else self._sign() * (metric - state.best_metric)
+        if state.best_metric is None or gain > config.early_stopping_threshold:
+            state.best_metric, state.evaluations_without_gain = metric, 0
+        else:
+            state.evaluations_without_gain += 1
+        if config.early_stopping_patience and state.evaluations_without_gain >= config.early_stopping_patience:
+            self.report.say(
+                f"step {state.global_step}: no better for {state.evaluations_without_gain} evaluations, stopping"
+            )
+            state.should_stop = True
+        self.tell("on_evaluate", self.last_eval)
+        self.clock = (time.perf_counter(), state.tokens_seen)
+
+    def _metric(self) -> float:
+        name = "eval_" + (self.config.metric_for_best_model or "loss").removeprefix("eval_")
+        if name not in self.last_eval:
+            raise TrainingError(
+                f"metric_for_best_model={self.config.metric_for_best_model!r}; allowed: "
+                f"{', '.join(key.removeprefix('eval_') for key in self.last_eval)}"
+            )
+        return self.last_eval[name]
+
+    def _sign(self) -> float:
+        greater = self.config.greater_is_better
+        if greater is None:
+            greater = (self.config.metric_for_best_model or "loss").removeprefix("eval_") not in ("loss", "perplexity")
+        return 1.0 if greater else -1.0
+
+    def _beats_every_checkpoint(self) -> bool:
+        """Whether the evaluation just made beats that of every checkpoint."""
+        best, here = self.state.best_checkpoint_metric, self.evaluated_at == self.state.global_step
+        return here and (best is None or self._sign() * (self._metric() - best) > 0)
+
+    def new_best_unsaved(self) -> bool:
+        """Whether the best model yet would be lost without a checkpoint now."""
+        return self.config.load_best_model_at_end and self._beats_every_checkpoint()
+
+    def save(self) -> None:
+        """A checkpoint, then the rotation of old ones."""
+        self.read_arrived(wait=True)
+        state = self.state
+        if self._beats_every_checkpoint():
+            state.best_checkpoint, state.best_checkpoint_metric = f"checkpoint-{state.global_step}", self._metric()
+        path = save_checkpoint(self.resumable, state)
+        self.saved_at = state.global_step
+        rotate(self.config.output_dir, self.config.save_total_limit, state.best_checkpoint)
+        self.tell("on_save", path)
+        self.clock = (time.perf_counter(), state.tokens_seen)
+
+    def finish(self) -> None:
+        """The last numbers, evaluation and checkpoint; the best adapters if asked for."""
+        config, state = self.config, self.state
+        self.read_arrived(wait=True)
+        complete = not self.interrupts.requested
+        if complete and config.eval_strategy != "no" and self.evaluated_at != state.global_step:
+            self.evaluate()
+        wanted = config.save_strategy != "no" or not complete
+        if self.world.is_main and wanted and self.saved_at != state.global_step and state.global_step > 0:
+            self.save()
+        if complete and config.load_best_model_at_end and state.best_checkpoint:
+            path = Path(config.output_dir) / state.best_checkpoint / "lora.safetensors"
+            load_adapter_state(self.model, read_adapter(path)[0], str(path))
+            self.report.say(f"the adapters are those of {state.best_checkpoint} (best {self._metric_name()})")
+        self.tell("on_train_end")
+
+    def _metric_name(self) -> str:
+        return f"{self.config.metric_for_best_model or 'loss'} {self.state.best_checkpoint_metric:.4g}"
+
+    def metrics(self) -> dict[str, float]:
+        """The run in a few figures."""
+        state = self.state
+        figures = {
+            "train_loss": state.run_loss_sum / state.run_loss_count if state.run_loss_count else float("nan"),
+            "train_seconds": state.train_seconds,
+            "tokens": state.tokens_seen,
+            "tokens_per_s": state.tokens_seen / max(state.train_seconds, 1e-9),
+        }
+        return {**figures, **self.last_eval}
