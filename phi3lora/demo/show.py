@@ -22,7 +22,7 @@ from . import FOLDER, load
 
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
 TRAINING: dict[str, Any] = {
-    "learning_rate": 2e-3, "max_steps": 60, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine",
+    "learning_rate": 1e-3, "max_steps": 70, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine",
     "warmup_steps": 5, "logging_steps": 5, "save_strategy": "no", "overwrite_output_dir": True,
 }  # fmt: skip
 EXAMPLES = 5  # held-out questions whose answers are printed

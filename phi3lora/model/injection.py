@@ -177,7 +177,7 @@ def _select(
                 names = {n for n in names if not n.isdigit() and _matches(f"{parent}.{n}" if parent else n, target)}
                 if not names:
                     continue
-            elif type(module) not in _ADAPTABLE:
+            if type(module) not in _ADAPTABLE:
                 raise ModelError(
                     f"target {target!r} matches {path!r}, a {type(module).__name__}; "
                     f"allowed: nn.Linear, nn.Embedding, nn.Conv2d. {_candidates(model, fused)}"
@@ -249,11 +249,19 @@ def _adapted(base: nn.Module, config: LoraConfig, segments: Segments | None, nam
 def swap_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Put ``layer`` where ``path`` leads."""
     parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    setattr(parent, name, layer)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # In eval torch's fused encoder reads linear1.weight itself, past the adapter; 0 turns that shortcut off.
-        parent.activation_relu_or_gelu = 0
+    setattr(model.get_submodule(parent_path), name, layer)
+    _avoid_fused_encoder(model, path)
+
+
+def _avoid_fused_encoder(model: nn.Module, path: str) -> None:
+    """In eval torch's fused encoder reads ``linear1.weight`` itself, past the adapter; turn that shortcut off."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        ancestor = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(ancestor, nn.TransformerEncoderLayer):
+            ancestor.activation_relu_or_gelu = 0
+        elif isinstance(ancestor, nn.TransformerEncoder):
+            ancestor.use_nested_tensor = False
 
 
 def freeze_all_but_lora(model: nn.Module, bias: str = "none") -> None:
@@ -263,11 +271,14 @@ def freeze_all_but_lora(model: nn.Module, bias: str = "none") -> None:
     called ``lora_router`` is frozen here too.
     """
     lora.mark_only_lora_as_trainable(model, bias)
-    keep = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
-    for name, parameter in model.named_parameters():
-        is_bias = bias != "none" and name.rpartition(".")[2].endswith("bias")
-        if id(parameter) not in keep and not is_bias:
-            parameter.requires_grad = False
+    layers = lora_layers(model).values()
+    keep = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
+    if bias == "all":
+        keep |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+    elif bias == "lora_only":
+        keep |= {id(layer.frozen_bias()) for layer in layers}
+    for parameter in model.parameters():
+        parameter.requires_grad = id(parameter) in keep
 
 
 def injection_report(

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError
-from .low_rank import LinearPlusLowRank, compute_dtype
+from .low_rank import compute_dtype, linear_plus_low_rank
 
 
 class _Adapted:
@@ -50,6 +50,7 @@ class _Adapted:
             raise ModelError(f"{type(self).__name__}: lora_dropout={lora_dropout!r}; allowed: 0 <= p < 1")
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout = nn.Dropout(lora_dropout)  # a module also at p = 0: loralib's lambda cannot be pickled
+        self.lora_dropout.train(self.training)  # type: ignore[attr-defined]
         self.merged = self.merge_weights = False
         self.enabled = True  # False: the base layer alone, see adapters/active.py
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r > 0 else 0.0
@@ -73,6 +74,10 @@ class _Adapted:
     def frozen_weight(self) -> Tensor:
         """The base layer's weight."""
         return self.weight  # type: ignore[attr-defined]
+
+    def frozen_bias(self) -> Tensor | None:
+        """The base layer's bias, which trains with ``bias != "none"``."""
+        return getattr(self, "bias", None)
 
     def delta(self) -> Tensor:
         """What the adapters add to the base weight: float32, in the weight's own shape."""
@@ -128,7 +133,8 @@ class _AdaptedLinear(_Adapted):
         bias = None if self.bias is None else self.bias.to(dtype)
         x = x.to(dtype)
         z = F.linear(self.lora_dropout(x), self.lora_A.to(dtype))  # (..., r) or (..., k*r)
-        return LinearPlusLowRank.apply(x, z, weight.to(dtype), bias, self.lora_B.to(dtype), self.spans, self.scaling)
+        spans = [edge for span in self.spans for edge in span]
+        return linear_plus_low_rank(x, z, weight.to(dtype), bias, self.lora_B.to(dtype), spans, self.scaling)
 
     def delta(self) -> Tensor:
         """``scaling * B_i A_i`` in each span's rows, zero elsewhere; float32, in the weight's own shape."""
@@ -390,6 +396,10 @@ class Conv2d(_Adapted, lora.Conv2d):
     def frozen_weight(self) -> Tensor:
         """The base layer's weight."""
         return self.conv.weight
+
+    def frozen_bias(self) -> Tensor | None:
+        """The base layer's bias, which trains with ``bias != "none"``."""
+        return self.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, H, W) -> (B, out, H', W')."""

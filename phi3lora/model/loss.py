@@ -31,7 +31,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()  # (chunk, H)
                 loss = F.cross_entropy(head(h).float(), labels[part], reduction="sum")
-                d_h, *d_p = torch.autograd.grad(loss, [h, *parameters])
+                d_h, *d_p = torch.autograd.grad(loss, [h, *parameters], materialize_grads=True)
             total += loss.detach()
             d_hidden[part] = d_h
             for accumulated, gradient in zip(d_parameters, d_p, strict=True):

@@ -1,8 +1,13 @@
-"""The arithmetic of an adapted linear layer: a frozen product plus low-rank ones, as one autograd function.
+"""The arithmetic of an adapted linear layer: a frozen product plus low-rank ones, as one operator.
 
     y = x W' + b,   y[:, span_i] += scaling * z_i B_i'        z = dropout(x) A', made outside
 
-Shapes: x (..., in), z (..., k*r), W (out, in), B (sum of span widths, r), y (..., out).
+One operator, so that the sum needs no second (N, out) buffer (each low-rank product is accumulated into the frozen
+product's own output) and the backward no clone of dy; and registered with torch, so that ``torch.compile`` takes it
+as it is and fuses what lies around it.
+
+Shapes: x (..., in), z (..., k*r), W (out, in), b (out,), B (sum of span widths, r), y (..., out); spans is flat:
+[start_0, stop_0, start_1, stop_1, ...], ascending columns of y, one pair an adapted segment.
 """
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -21,40 +25,66 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-class LinearPlusLowRank(torch.autograd.Function):
-    """y = x W' + b with scaling * z_i B_i' added in place to each enabled span of columns.
+@torch.library.custom_op("phi3lora::linear_plus_low_rank", mutates_args=())
+def linear_plus_low_rank(
+    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, spans: list[int], scaling: float
+) -> Tensor:
+    """``x W' + b`` with ``scaling * z_i B_i'`` added to the columns of span i; all tensors of one dtype."""
+    y = F.linear(x, weight, bias)
+    y2, z2 = y.view(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])  # (N, out), (N, k*r)
+    for columns, rows, ranks in _segments(spans, lora_B.shape[1]):
+        y2[:, columns].addmm_(z2[:, ranks], lora_B[rows].t(), alpha=scaling)
+    return y
 
-    One function, so that the sum needs no second (N, out) buffer and the backward no clone of dy.
+
+@linear_plus_low_rank.register_fake
+def _(x, z, weight, bias, lora_B, spans, scaling):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("phi3lora::low_rank_backward", mutates_args=())
+def low_rank_backward(dy: Tensor, z: Tensor, lora_B: Tensor, spans: list[int], scaling: float) -> tuple[Tensor, Tensor]:
+    """The gradients of z and B."""
+    dy2, z2 = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
+    dz, dB = torch.empty_like(z2), torch.empty_like(lora_B)
+    for columns, rows, ranks in _segments(spans, lora_B.shape[1]):
+        dz[:, ranks] = dy2[:, columns] @ lora_B[rows]
+        dB[rows] = dy2[:, columns].t() @ z2[:, ranks]
+    return dz.mul_(scaling).view(z.shape), dB.mul_(scaling)
+
+
+@low_rank_backward.register_fake
+def _(dy, z, lora_B, spans, scaling):
+    return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(lora_B)
+
+
+def _segments(spans: list[int], r: int) -> list[tuple[slice, slice, slice]]:
+    """Of each adapted segment: its columns of y, its rows of B, its columns of z.
+
+    ``_segments([0, 4, 6, 8], r=1)`` is [(0:4, 0:4, 0:1), (6:8, 4:6, 1:2)].
     """
+    parts, row = [], 0
+    for i in range(len(spans) // 2):
+        start, stop = spans[2 * i], spans[2 * i + 1]
+        parts.append((slice(start, stop), slice(row, row + stop - start), slice(i * r, (i + 1) * r)))
+        row += stop - start
+    return parts
 
-    @staticmethod
-    def forward(ctx, x, z, weight, bias, lora_B, spans, scaling):  # type: ignore[override]
-        y = F.linear(x, weight, bias)  # (..., out), ours alone: nobody else sees it before the sum
-        y2, z2 = y.view(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])  # (N, out), (N, k*r)
-        r = lora_B.shape[1]
-        row = 0
-        for i, (start, stop) in enumerate(spans):
-            B = lora_B[row : row + stop - start]  # (width, r)
-            y2[:, start:stop].addmm_(z2[:, i * r : (i + 1) * r], B.t(), alpha=scaling)
-            row += stop - start
-        ctx.save_for_backward(x if weight.requires_grad else None, z, weight, lora_B)
-        ctx.spans, ctx.scaling, ctx.has_bias = spans, scaling, bias is not None
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):  # type: ignore[override]
-        x, z, weight, lora_B = ctx.saved_tensors
-        dy2, z2 = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
-        r = lora_B.shape[1]
-        dz, dB = torch.empty_like(z2), torch.empty_like(lora_B)
-        row = 0
-        for i, (start, stop) in enumerate(ctx.spans):
-            B, dy_i = lora_B[row : row + stop - start], dy2[:, start:stop]
-            dz[:, i * r : (i + 1) * r] = dy_i @ B
-            dB[row : row + stop - start] = dy_i.t() @ z2[:, i * r : (i + 1) * r]
-            row += stop - start
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dW = dy2.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[2] else None
-        db = dy2.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
-        return dx, dz.view_as(z).mul_(ctx.scaling), dW, db, dB.mul_(ctx.scaling), None, None
+def _save_for_backward(ctx, inputs, output):
+    x, z, weight, bias, lora_B, spans, scaling = inputs
+    ctx.save_for_backward(x if weight.requires_grad else None, z, weight, lora_B)
+    ctx.spans, ctx.scaling, ctx.has_bias = spans, scaling, bias is not None
+
+
+def _backward(ctx, dy):
+    x, z, weight, lora_B = ctx.saved_tensors
+    dz, dB = low_rank_backward(dy, z, lora_B, ctx.spans, ctx.scaling)
+    dx = dy @ weight if ctx.needs_input_grad[0] else None
+    dy2 = dy.reshape(-1, dy.shape[-1])
+    dW = dy2.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[2] else None
+    db = dy2.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
+    return dx, dz, dW, db, dB, None, None
+
+
+linear_plus_low_rank.register_autograd(_backward, setup_context=_save_for_backward)
