@@ -16,7 +16,8 @@ class BatchPlan:
     """Which rows make which micro-batch of an epoch; the tensors are made when asked for.
 
     ``boundary`` (tokens) keeps documents up to that length and longer ones in different micro-batches: longrope models
-    choose their rotary factors by the largest position in a batch.
+    choose their rotary factors by the largest position in a batch. ``fixed_shape`` fills an epoch's last micro-batch
+    up with rows of padding, for compiled graphs.
     """
 
     dataset: ChatDataset
@@ -26,6 +27,7 @@ class BatchPlan:
     shuffle: bool = True
     seed: int = 0
     boundary: int | None = None
+    fixed_shape: bool = False
 
     def micro_batches(self, epoch: int) -> list[list[Row]]:
         """The micro-batches of an epoch, each a list of at most ``batch_size`` rows."""
@@ -54,6 +56,8 @@ class BatchPlan:
 
     def tensors(self, rows: list[Row]) -> dict[str, Any]:
         """The batch of these rows: ``max_length`` tokens wide when packing, else as wide as its longest document."""
+        if self.fixed_shape:
+            rows = rows + [()] * (self.batch_size - len(rows))
         if self.packing:
             return collate(self.dataset, rows, self.max_length)
         lengths = self.dataset.lengths

@@ -124,13 +124,23 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
     if implementation == NAME and varlen and not (model.training and config.attention_dropout):
         # transformers takes a 4-D mask as it is; an empty one would fail loudly in any attention but ours.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=position_ids.device)
-        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = batch["cu_seqlens"]
-        kwargs["max_length_q"] = kwargs["max_length_k"] = batch["max_seqlen"]
+        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = _fixed_sizes(batch["cu_seqlens"], position_ids.numel())
+        # A bound that is the same for every batch: one compiled graph for all of them.
+        kwargs["max_length_q"] = kwargs["max_length_k"] = position_ids.shape[1]
         return kwargs
     mask = document_mask(position_ids, getattr(config, "sliding_window", None))
     if implementation == "eager":  # adds its mask to the scores
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
     return {**kwargs, "attention_mask": mask}
+
+
+def _fixed_sizes(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """``cu_seqlens`` with empty documents appended up to a power of two of them: few sizes, so few compiled graphs.
+
+    No further: each empty document still launches the kernel's blocks.
+    """
+    documents = cu_seqlens.numel() - 1
+    return torch.nn.functional.pad(cu_seqlens, (0, (1 << (documents - 1).bit_length()) - documents), value=tokens)
 
 
 def document_mask(position_ids: Tensor, sliding_window: int | None = None) -> Tensor:

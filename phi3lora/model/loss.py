@@ -31,11 +31,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()  # (chunk, H)
                 loss = F.cross_entropy(head(h).float(), labels[part], reduction="sum")
-                d_h, *d_p = torch.autograd.grad(loss, [h, *parameters], materialize_grads=True)
+                d_h, *d_p = torch.autograd.grad(loss, [h, *parameters], allow_unused=True)
             total += loss.detach()
             d_hidden[part] = d_h
             for accumulated, gradient in zip(d_parameters, d_p, strict=True):
-                accumulated += gradient
+                if gradient is not None:  # None: a head whose adapter is switched off
+                    accumulated += gradient
         ctx.save_for_backward(d_hidden, *d_parameters)
         return total
 

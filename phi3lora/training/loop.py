@@ -156,7 +156,7 @@ def _compiled_layers(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Each decoder layer through ``torch.compile`` for the time of the block."""
     layers = list(model.get_decoder().layers) if enabled else []  # type: ignore[operator]
     for layer in layers:
-        layer.compile()
+        layer.compile(fullgraph=True, dynamic=False)
     try:
         yield
     finally:

@@ -89,6 +89,7 @@ def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig
         packing=config.packing,
         seed=config.seed if config.data_seed is None else config.data_seed,
         boundary=longrope_boundary(model.config),
+        fixed_shape=config.compile,
     )
     return StepPlan(plan, config)
 
