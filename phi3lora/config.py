@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,13 +26,15 @@ def _translated(cls: type, given: Mapping[str, Any], inert_names: frozenset[str]
     """``given`` in our own names, and the names that have no effect here."""
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     values: dict[str, Any] = {}
+    said_as: dict[str, str] = {}
     inert: list[str] = []
     for name, value in given.items():
         own = ALIASES.get(name, name)
         if own in known:
             if own in values and values[own] != value:
-                raise ConfigError(f"{cls.__name__}: {name!r} and {own!r} are one setting and got two values")
-            values[own] = value
+                pair = f"{said_as[own]!r} ({values[own]!r}) and {name!r} ({value!r})"
+                raise ConfigError(f"{cls.__name__}: {pair} are one setting with two values; give one of them")
+            values[own], said_as[own] = value, name
         elif name in SWITCHED_OFF:
             if value not in SWITCHED_OFF[name]:
                 allowed = " or ".join(repr(v) for v in SWITCHED_OFF[name])
@@ -66,6 +68,9 @@ def _takes_foreign_names(inert_names: frozenset[str]):
         return cls
 
     return decorate
+
+
+_LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 
 
 def _require(ok: bool, cls: str, name: str, value: object, allowed: str) -> None:
@@ -123,11 +128,17 @@ class LoraConfig:
         check(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all', 'lora_only'")
         check(self.modules_to_save is None, "modules_to_save", "None (whole modules are not trained here)")
         check(isinstance(self.use_rslora, bool), "use_rslora", "True or False")
-        targets = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules or ())
+        given = self.target_modules
+        targets = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
         named = bool(targets) and all(isinstance(t, str) and t for t in targets)
         check(named, "target_modules", "'all-linear' or a list of module-name suffixes that is not empty")
         if self.task_type is not None:
             self.task_type = str(getattr(self.task_type, "value", self.task_type))
+        if self.segments is not None:
+            self.segments = {
+                suffix: dict(widths) if isinstance(widths, Mapping) else list(widths)
+                for suffix, widths in self.segments.items()
+            }
         if not isinstance(self.target_modules, str):
             unordered = isinstance(self.target_modules, (set, frozenset))
             self.target_modules = sorted(targets) if unordered else targets
@@ -279,6 +290,12 @@ class TrainingConfig:
         self._check(_is_number(self.max_grad_norm), "max_grad_norm", "a number; 0 for no clipping")
 
     def _check_choices(self) -> None:
+        for f in dataclasses.fields(self):
+            if isinstance(f.default, bool) and f.name != "resume_from_checkpoint":
+                self._check(isinstance(getattr(self, f.name), bool), f.name, "True, False")
+        self._check(self.disable_tqdm in (None, True, False), "disable_tqdm", "None, True, False")
+        self._check(self.log_level in _LOG_LEVELS, "log_level", ", ".join(map(repr, _LOG_LEVELS)))
+        self._check(isinstance(self.output_dir, (str, os.PathLike)), "output_dir", "a path")
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             value = str(getattr(getattr(self, name), "value", getattr(self, name)))
             setattr(self, name, value)
@@ -295,11 +312,11 @@ class TrainingConfig:
             self.resume_from_checkpoint = os.fspath(self.resume_from_checkpoint)
         resumable = self.resume_from_checkpoint is None or isinstance(self.resume_from_checkpoint, (bool, str))
         self._check(resumable, "resume_from_checkpoint", "False, True, 'auto', a path")
-        reports = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
+        given = self.report_to
+        reports = [given] if isinstance(given, str) else given or []
+        names = isinstance(reports, Iterable) and all(r in ("none", "tensorboard", "wandb") for r in reports)
+        self._check(names, "report_to", "'none', 'tensorboard', 'wandb', or a list of them")
         self.report_to = [r for r in reports if r != "none"]
-        for name in self.report_to:
-            allowed = "'none', 'tensorboard', 'wandb', or a list of them"
-            _require(name in ("tensorboard", "wandb"), "TrainingConfig", "report_to", name, allowed)
         if (self.load_best_model_at_end or self.early_stopping_patience) and self.eval_strategy == "no":
             raise ConfigError(
                 "TrainingConfig: load_best_model_at_end and early_stopping_patience need evaluations; "
@@ -309,8 +326,10 @@ class TrainingConfig:
     def _resolve_activation_checkpointing(self) -> None:
         modes = {None: None, True: "full", False: "none", "none": "none", "full": "full"}
         given = self.activation_checkpointing
-        self._check(given in modes, "activation_checkpointing", "'none', 'full'")
-        mode, other = modes[given], modes[self.gradient_checkpointing]  # type: ignore[index]
+        known = isinstance(given, (str, bool, type(None))) and given in modes
+        self._check(known, "activation_checkpointing", "'none', 'full'")
+        self._check(self.gradient_checkpointing in (None, True, False), "gradient_checkpointing", "None, True, False")
+        mode, other = modes[given], modes[self.gradient_checkpointing]
         if mode is not None and other is not None and mode != other:
             raise ConfigError(
                 f"TrainingConfig: activation_checkpointing={given!r} and gradient_checkpointing="

@@ -39,7 +39,7 @@ INERT_TRAINING = frozenset(
 INERT_LORA = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config eva_config inference_mode layers_pattern loftq_config
-    megatron_config megatron_core peft_type peft_version revision runtime_config
+    megatron_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
 """The same, of PEFT's."""
@@ -73,6 +73,14 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "init_lora_weights": (True, None),
     "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "ensure_weight_tying": (False, None),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "lora_ga_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
     "modules_to_save": (None,),
 }
 """Names that would change the result: accepted only at the values that switch them off."""

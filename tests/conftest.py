@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+from phi3lora.data.dataset import ChatDataset
 
 torch.set_num_threads(1)  # tests run in parallel processes; also makes float sums repeatable
 
@@ -93,3 +98,136 @@ def chat_rows(count: int = 24) -> list[dict]:
 @pytest.fixture
 def rows() -> list[dict]:
     return chat_rows()
+
+
+def adapted_model(seed: int = 0, dtype: torch.dtype = torch.float32, head_scale: float = 10.0, changes=None, **lora):
+    """A tiny model with adapters (r 4) that already act: lora_B is not zero. ``head_scale`` makes the logits matter."""
+    import phi3lora as p3
+
+    model = tiny_model(**(changes or {})).to(dtype)
+    torch.manual_seed(seed)
+    model.lm_head.weight.data.mul_(head_scale)
+    p3.inject_lora(model, p3.LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@functools.cache
+def chat_dataset(count: int = 24, max_length: int = 64, **options):
+    """:func:`chat_rows`, tokenised."""
+    import phi3lora as p3
+
+    return p3.ChatDataset.load(chat_rows(count), make_tokenizer(), max_length=max_length, **options)
+
+
+def adapters_of(model) -> dict[str, torch.Tensor]:
+    """Copies of every lora_A and lora_B."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B"))}
+
+
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two dicts hold the same tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def quiet_config(folder, **settings):
+    """A TrainingConfig that prints nothing, logs every step and saves nothing unless told."""
+    import phi3lora as p3
+
+    quiet = {"disable_tqdm": True, "log_level": "error", "logging_steps": 1, "save_strategy": "no"}
+    sizes = {"per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    return p3.TrainingConfig(output_dir=folder, **{**quiet, **sizes, **settings})
+
+
+def randomize_adapters(module: torch.nn.Module, seed: int = 0, std: float = 0.1) -> None:
+    """Every ``lora_A`` and ``lora_B`` normal: B starts at zero, where an adapter does nothing and A has no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+            values = torch.randn(parameter.shape, generator=generator) * std
+            parameter.data.copy_(values)
+
+
+def packed_batch(rows: list[list[list[int]]], row_length: int) -> dict:
+    """Rows of documents (token ids, all supervised) in the layout of ``phi3lora.batches``, padded to ``row_length``."""
+    shape = (len(rows), row_length)
+    input_ids, position_ids = torch.full(shape, 3), torch.zeros(shape, dtype=torch.long)
+    labels, edges = torch.full(shape, -100), [0]
+    for b, documents in enumerate(rows):
+        at = 0
+        for ids in documents:
+            span = slice(at, at + len(ids))
+            input_ids[b, span] = torch.tensor(ids)
+            labels[b, at + 1 : span.stop] = torch.tensor(ids[1:])
+            position_ids[b, span] = torch.arange(len(ids))
+            edges.append(b * row_length + span.stop)
+            at = span.stop
+        if at < row_length:
+            position_ids[b, at:] = torch.arange(row_length - at)
+            edges.append((b + 1) * row_length)
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        "cu_seqlens": torch.tensor(edges, dtype=torch.int32),
+        "max_seqlen": int(torch.tensor(edges).diff().max()),
+    }
+
+
+def random_documents(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Documents of those lengths, of random token ids that the tiny models know."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(10, 500, (n,), generator=generator).tolist() for n in lengths]
+
+
+def lively_model(seed: int = 0, **changes) -> Phi3ForCausalLM:
+    """:func:`tiny_model` with weights so large that a leak between documents shows in every digit."""
+    model = tiny_model(seed, **changes)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    return model
+
+
+# Members of the family that attend differently, as changes to :func:`tiny_config`.
+ATTENTION_VARIANTS = {
+    "grouped-query": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "partial-rotary": {"partial_rotary_factor": 0.5},
+    "sliding-window": {"sliding_window": 4},
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        }
+    },
+}  # fmt: skip
+
+
+def token_documents(lengths, seed: int = 0, max_length: int | None = None) -> ChatDataset:
+    """Documents of the given lengths made of random tokens, about half of them trained, the first one included."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(4, 300, sum(lengths), dtype=np.int32)
+    labels = np.where(random.random(len(ids)) < 0.5, ids, -100).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    labels[starts[:-1]] = ids[starts[:-1]]
+    return ChatDataset(
+        ids, labels, starts, max_length=max_length or max(lengths), pad_token_id=3, end_of_turn_id=4, format="messages",
+        rows=np.arange(1, len(lengths) + 1), truncated=np.zeros(len(lengths), dtype=bool),
+    )  # fmt: skip
+
+
+def longrope_model(boundary: int = 40, **options):
+    """:func:`adapted_model` with other rotary factors past ``boundary`` tokens, and attention that notices them."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": boundary,
+        "short_factor": [1.0] * 4, "long_factor": [40.0] * 4, "factor": 8.0,
+    }  # fmt: skip
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": boundary}
+    model = adapted_model(changes=changes, **options)
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj.weight.data.mul_(15)
+    return model

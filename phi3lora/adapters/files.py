@@ -12,18 +12,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.injection import inject_lora, lora_layers
+from ..model.injection import inject_lora, lora_layers, remove_lora
 from ..model.layers import MergedLinear
 
 logger = logging.getLogger("phi3lora")
@@ -94,7 +93,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load adapters into ``model`` with ``strict=False``, then hold them to what strict would have asked.
 
-    A model without adapters is injected first, as the file says. Nothing is written until everything matches.
+    A model without adapters is injected first, as the file says. On an error the model is as it was.
 
     Raises:
         AdapterError: no such file, not an adapter file, keys or shapes that do not match (it says which), or layers
@@ -102,13 +101,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     state, facts = read_adapter(path)
-    if not lora_layers(model):
-        config = (facts or {}).get("config")
-        if config is None:
-            raise AdapterError(
-                f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first"
-            )
-        inject_lora(model, LoraConfig(**config))
+    if lora_layers(model):
+        _load_checked(model, state, facts, path)
+        return
+    config = (facts or {}).get("config")
+    if config is None:
+        raise AdapterError(f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first")
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    inject_lora(model, LoraConfig(**config))
+    try:
+        _load_checked(model, state, facts, path)
+    except AdapterError:
+        remove_lora(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = trainable[name]
+        raise
+
+
+def _load_checked(model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any] | None, path: Path) -> None:
     if facts is None:
         logger.warning("%s carries no settings: alpha and segments cannot be checked against the model's", path)
     else:
@@ -154,13 +164,21 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             state = torch.load(path, map_location="cpu", weights_only=True)
             facts = _sidecar(path).read_text() if _sidecar(path).is_file() else None
         parsed = json.loads(facts) if facts is not None else None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's unpickler meets damaged bytes with errors of many kinds
         raise AdapterError(f"{str(path)!r} is not a readable adapter file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise AdapterError(f"{str(path)!r} does not hold a dict of tensors")
-    if parsed is not None and not (isinstance(parsed, dict) and isinstance(parsed.get("layers"), dict)):
+    if facts is not None and not _is_facts(parsed):
         raise AdapterError(f"{str(path)!r}: the settings beside the tensors are not phi3lora's")
     return state, parsed
+
+
+def _is_facts(value: Any) -> bool:
+    """Whether it has the form of :func:`adapter_facts`."""
+    if not isinstance(value, dict) or not isinstance(value.get("layers"), dict):
+        return False
+    config = value.get("config")
+    return all(isinstance(layer, dict) for layer in value["layers"].values()) and isinstance(config, (dict, type(None)))
 
 
 def _check_suffix(path: Path) -> None:

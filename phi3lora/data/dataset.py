@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -106,7 +107,7 @@ class ChatDataset:
             raise DataError(f"the dataset {_short(source)} is empty: it has no rows")
         name = known_format(format)
         if name == "auto":
-            name = detect_format(first[1], columns)
+            name = detect_format(first[1], columns, first[0])
         builder = _Builder(max_length, overflow)
         for numbers, chats in _chunks(first, rows, name, columns):
             for number, chat in zip(numbers, encoder.encode(chats, numbers), strict=True):
@@ -162,11 +163,14 @@ class ChatDataset:
         return self.select(np.flatnonzero(~belongs)), self.select(np.flatnonzero(belongs))
 
     def select(self, documents: Any) -> ChatDataset:
-        """The set of the given documents (their numbers in this one), sharing its memory."""
+        """The set of the given documents (their numbers in this one, or a mask), sharing its memory."""
+        chosen = np.asarray(documents)
+        if chosen.dtype == bool:
+            chosen = np.flatnonzero(chosen)
         return ChatDataset(
             self._input_ids, self._labels, self._starts, max_length=self.max_length, pad_token_id=self.pad_token_id,
             end_of_turn_id=self.end_of_turn_id, format=self.format, rows=self._rows, truncated=self._truncated,
-            dropped_rows=self.dropped_rows, index=self._index[np.asarray(documents, dtype=np.int64)],
+            dropped_rows=self.dropped_rows, index=self._index[chosen.astype(np.int64)],
         )  # fmt: skip
 
     def statistics(self) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def _check(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 def _short(source: Any) -> str:
-    return repr(source) if isinstance(source, str) else f"({type(source).__name__})"
+    return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"
 
 
 def _chunks(

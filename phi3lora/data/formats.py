@@ -48,8 +48,8 @@ def known_format(name: str) -> str:
     return name
 
 
-def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> str:
-    """The format of a row by its keys.
+def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, number: int = 1) -> str:
+    """The format of a row by its keys; ``number`` is the row's, for messages.
 
     Raises:
         DataError: none of the five; the message shows the row's keys and what each format needs.
@@ -60,7 +60,7 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = No
             return name
     forms = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     raise DataError(
-        f"row 1 has the keys {', '.join(map(repr, row))}, which is no known format. Known: {forms}. "
+        f"row {number} has the keys {', '.join(map(repr, row))}, which is no known format. Known: {forms}. "
         f"Name your columns with columns={{'prompt': 'your column', ...}}"
     )
 
@@ -110,6 +110,10 @@ def _text(value: Any, number: int, what: str) -> str:
             return "".join(parts)  # type: ignore[arg-type]
     if not isinstance(value, str):
         raise DataError(f"row {number}: {what} is {type(value).__name__} {str(value)[:60]!r}; allowed: text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"row {number}: {what} is not Unicode text: {error}") from None
     return value
 
 
@@ -146,8 +150,10 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
     return messages
 
 
-def _with_system(system: Any, messages: list[Message]) -> list[Message]:
-    return [{"role": "system", "content": str(system)}, *messages] if system else messages
+def _with_system(system: Any, messages: list[Message], number: int) -> list[Message]:
+    if system is None or system == "":
+        return messages
+    return [{"role": "system", "content": _text(system, number, "'system'")}, *messages]
 
 
 def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
@@ -155,7 +161,7 @@ def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
     for turn in _turns(values["conversations"], number, "conversations"):
         role = turn.get("from", turn.get("role"))
         turns.append({"role": role, "content": turn.get("value", turn.get("content")), "train": turn.get("train")})
-    return _with_system(values.get("system"), _from_messages({"messages": turns}, number))
+    return _with_system(values.get("system"), _from_messages({"messages": turns}, number), number)
 
 
 def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
@@ -164,7 +170,7 @@ def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
         question += "\n\n" + _text(values["input"], number, "'input'")
     answer = _text(values["output"], number, "'output'")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return _with_system(values.get("system"), messages)
+    return _with_system(values.get("system"), messages, number)
 
 
 def _from_prompt_completion(values: Mapping[str, Any], number: int) -> list[Message]:
@@ -172,10 +178,10 @@ def _from_prompt_completion(values: Mapping[str, Any], number: int) -> list[Mess
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = values[column]
         if isinstance(value, str):
-            messages.append({"role": role, "content": value})
+            messages.append({"role": role, "content": _text(value, number, repr(column))})
         else:  # TRL's conversational form: each a list of messages
             messages += _from_messages({"messages": value}, number)
-    return _with_system(values.get("system"), messages)
+    return _with_system(values.get("system"), messages, number)
 
 
 def _from_text(values: Mapping[str, Any], number: int) -> list[Message]:

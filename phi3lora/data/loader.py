@@ -73,6 +73,7 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = True,
+    boundary: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One epoch of batches, as ``train`` consumes them.
 
@@ -83,6 +84,8 @@ def batches(
         packing: fill rows with whole documents, which do not see each other; False: one document a row, padded.
         seed, epoch: fix the order of the documents.
         shuffle: False: in the dataset's order.
+        boundary: for longrope models, ``original_max_position_embeddings``: documents up to that many tokens and longer
+            ones never share a batch.
 
     Yields:
         dict of CPU tensors ``input_ids``, ``labels``, ``position_ids`` (B, S) int64 and ``cu_seqlens`` int32, with
@@ -95,5 +98,7 @@ def batches(
         raise DataError("the dataset is empty: it has no documents")
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size!r}; allowed: a whole number >= 1")
-    plan = BatchPlan(dataset, batch_size, max_length or dataset.max_length, packing, shuffle, seed)
+    if max_length is not None and max_length < 1:
+        raise DataError(f"max_length={max_length!r}; allowed: a whole number >= 1")
+    plan = BatchPlan(dataset, batch_size, max_length or dataset.max_length, packing, shuffle, seed, boundary)
     return (plan.tensors(rows) for rows in plan.micro_batches(epoch))

@@ -11,8 +11,8 @@ accumulation or the number of processes.
     Row [a a a b b .] in the tensors of a batch (S = 6):
       input_ids     a a a b b pad
       labels       -100 a a -100 b -100      the first token of a document has nothing to be predicted from
-      position_ids  0 1 2 0 1 0              padding is a document of its own, without labels
-      cu_seqlens    0 3 5 6                  over the B*S tokens of the batch, end to end
+      position_ids  0 1 2 0 1 0              0 in all padding: it must not look like a long document
+      cu_seqlens    0 3 5 6                  over the B*S tokens of the batch, end to end; padding counts as a document
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ def collate(dataset: ChatDataset, rows: Sequence[Row], row_length: int) -> dict[
             edges.append(b * row_length + end)
             at = end
         if at < row_length:
-            position_ids[b, at:] = np.arange(row_length - at)
             edges.append((b + 1) * row_length)
     return {
         "input_ids": torch.from_numpy(input_ids),

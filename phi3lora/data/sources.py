@@ -94,8 +94,9 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
     except RecursionError:
         raise DataError(f"{str(path)!r} is nested too deeply to be a dataset") from None
     if isinstance(value, Mapping):
-        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], Mapping)]
-        value = lists[0] if len(lists) == 1 and len(value) == 1 else [value]
+        (name, held), *others = value.items() or [("", None)]
+        is_row = others or name in ("messages", "conversations") or not isinstance(held, list)
+        value = [value] if is_row else held
     if not isinstance(value, list):
         raise DataError(f"{str(path)!r} holds a {type(value).__name__}; allowed: a list of objects")
     return _numbered(value)

@@ -14,7 +14,7 @@ what generation starts from; and a special token must follow the content: the en
 in Phi-4), which is trained with it. ``full`` is tokenised once, with offsets; a token is trained if it starts inside a
 span. The template's final ``<|endoftext|>`` is not.
 
-Text of a user's that spells a special token (``"<|end|>"``) is cut after its first character before tokenising, so it
+A content that spells a special token (``"<|end|>"``) is tokenised by itself, with special tokens switched off, so it
 becomes ordinary tokens: a chat cannot smuggle in control tokens.
 """
 
@@ -46,7 +46,7 @@ class EncodedChat:
 class _Rendered:
     text: str
     spans: list[tuple[int, int]]  # characters that are trained
-    cuts: list[int]  # character positions at which tokenising starts afresh
+    sly: list[tuple[int, int]]  # characters of contents that spell control tokens
 
 
 class ChatEncoder:
@@ -72,12 +72,18 @@ class ChatEncoder:
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
         ordered = sorted(specials, key=lambda s: (-len(s), s))
         self._special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._literals: dict[tuple[str, ...], list[str]] = {}
-        closing = self._closing(self._template_literals(("user", "assistant"), 0)[2])
+        self._literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+        self._end_of_turn = self._find_end_of_turn(name)
+        self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(self._end_of_turn)
+        """The token that closes an assistant turn."""
+
+    def _find_end_of_turn(self, name: str) -> str:
+        """The special token after the content of the shortest chat's answer."""
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER-REWSNA"}]
+        closing = self._closing(self._template(chat, 0).partition("ANSWER-REWSNA")[2])
         if closing is None:
             raise DataError(f"the chat template of {name!r} closes an assistant turn with no special token")
-        self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(closing.group(1))
-        """The token that closes an assistant turn."""
+        return closing.group(1)
 
     def encode(self, chats: Sequence[Sequence[Message]], numbers: Sequence[int]) -> list[EncodedChat]:
         """Tokenise checked chats (see ``formats.to_messages``); ``numbers`` are their rows, for messages.
@@ -86,24 +92,40 @@ class ChatEncoder:
             DataError: a chat that the template refuses or does not render whole; no supervised token.
         """
         rendered = [self._render(chat, number) for chat, number in zip(chats, numbers, strict=True)]
-        pieces, owners = [], []
-        for i, chat in enumerate(rendered):
-            edges = [0, *chat.cuts, len(chat.text)]
-            for start, stop in pairwise(edges):
-                pieces.append(chat.text[start:stop])
-                owners.append((i, start))
-        starts: list[list[int]] = [[] for _ in rendered]
-        ids: list[list[int]] = [[] for _ in rendered]
-        tokens = self.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True)
-        for (i, shift), piece_ids, offsets in zip(owners, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            ids[i] += piece_ids
-            starts[i] += [shift + start for start, _ in offsets]
         encoded = []
-        for i, number in enumerate(numbers):
-            trained = _inside(starts[i], rendered[i].spans)
-            self._check(ids[i], trained, number)
-            encoded.append(EncodedChat(ids[i], trained))
+        for (ids, starts), chat, number in zip(self._tokenize(rendered), rendered, numbers, strict=True):
+            trained = _inside(starts, chat.spans)
+            self._check(ids, trained, number)
+            encoded.append(EncodedChat(ids, trained))
         return encoded
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens from which an answer to ``messages`` is generated: as training had them before the answer."""
+        ((ids, _),) = self._tokenize([self._render(messages, 0, prompt=True)])
+        return ids
+
+    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[tuple[list[int], list[int]]]:
+        """Of each text: token ids, and the character at which each token starts.
+
+        A stretch that spells a control token is tokenised by itself, as ordinary text.
+        """
+        pieces: tuple[list[str], list[str]] = ([], [])  # with control tokens, without
+        order = []  # (text, first character, with or without, place in that list)
+        for i, chat in enumerate(rendered):
+            edges = [0, *(edge for stretch in chat.sly for edge in stretch), len(chat.text)]
+            for k, (start, stop) in enumerate(pairwise(edges)):
+                if start < stop:
+                    order.append((i, start, k % 2, len(pieces[k % 2])))
+                    pieces[k % 2].append(chat.text[start:stop])
+        options = {"add_special_tokens": False, "return_offsets_mapping": True}
+        tokens = [self.tokenizer(pieces[0], **options), {"input_ids": [], "offset_mapping": []}]
+        if pieces[1]:
+            tokens[1] = self.tokenizer(pieces[1], split_special_tokens=True, **options)
+        result: list[tuple[list[int], list[int]]] = [([], []) for _ in rendered]
+        for i, shift, kind, place in order:
+            result[i][0].extend(tokens[kind]["input_ids"][place])
+            result[i][1].extend(shift + start for start, _ in tokens[kind]["offset_mapping"][place])
+        return result
 
     def _check(self, ids: list[int], trained: list[bool], number: int) -> None:
         """Something is trained, and every trained stretch of an assistant's ends by the end of its turn."""
@@ -114,12 +136,13 @@ class ChatEncoder:
         for token, now, after in zip(ids, trained, [*trained[1:], False], strict=True):
             assert not (now and not after) or token == self.end_of_turn_id, "a trained turn lost its end-of-turn token"
 
-    def _render(self, messages: Sequence[Message], number: int) -> _Rendered:
-        text = self._template([{k: v for k, v in m.items() if k != "train"} for m in messages], number)
-        literals = self._template_literals(tuple(m["role"] for m in messages), number)
-        trained = self._trained_turns(messages)
+    def _render(self, messages: Sequence[Message], number: int, prompt: bool = False) -> _Rendered:
+        plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
+        text = self._template(plain, number, add_generation_prompt=prompt)
+        literals = self._template_literals(tuple(m["role"] for m in messages), number, prompt)
+        trained = set() if prompt else self._trained_turns(messages)
         spans: list[tuple[int, int]] = []
-        cuts: list[int] = []
+        sly: list[tuple[int, int]] = []
         position = turn_start = 0
         for i, message in enumerate(messages):
             start = position + len(literals[i])
@@ -134,9 +157,11 @@ class ChatEncoder:
             end = position + (closing.end() if closing else 0)
             if i in trained:
                 spans.append((turn_start if self.train_on == "all" else start, end))
-            cuts += [start + found.start() + 1 for found in self._special.finditer(content)]
+            if self._special.search(content):
+                # White space before it stays outside: a marker before may swallow it.
+                sly.append((start + len(content) - len(content.lstrip()), position))
             turn_start = end
-        return _Rendered(text, spans, cuts)
+        return _Rendered(text, spans, sly)
 
     @staticmethod
     def _content_at(text: str, start: int, content: str, following: str) -> str | None:
@@ -165,30 +190,45 @@ class ChatEncoder:
         """The special token that ``literal`` begins with, white space before it allowed."""
         return re.match(rf"\s*({self._special.pattern})", literal)
 
-    def _template_literals(self, roles: tuple[str, ...], number: int) -> list[str]:
+    def _template_literals(self, roles: tuple[str, ...], number: int, prompt: bool = False) -> list[str]:
         """The template's own text around the contents of such a chat, len(roles) + 1 pieces; checked once per roles."""
-        if roles in self._literals:
-            return self._literals[roles]
+        if (roles, prompt) in self._literals:
+            return self._literals[roles, prompt]
         chat = [{"role": role, "content": f"CONTENT-{i}-TNETNOC"} for i, role in enumerate(roles)]
-        text = self._template(chat, number)
+        text = self._template(chat, number, add_generation_prompt=prompt)
         literals, position = [], 0
         for i, message in enumerate(chat):
             start = text.find(message["content"], position)
             if start < 0:
                 raise DataError(f"row {number}: the chat template does not render the role {message['role']!r}")
-            if (
-                message["role"] == "assistant"
-                and self._template(chat[:i], number, add_generation_prompt=True) != text[:start]
-            ):
-                raise DataError(
-                    f"row {number}: the chat template renders the turns before message {i + 1} differently when "
-                    f"generating and when complete, so no mask can be right; use the model's own template"
-                )
+            if message["role"] == "assistant" and not prompt:
+                self._check_prompt(chat[:i], text[:start], number)
             literals.append(text[position:start])
             position = start + len(message["content"])
         literals.append(text[position:])
-        self._literals[roles] = literals
+        if not prompt:
+            self._check_closings(roles, literals, number)
+        self._literals[roles, prompt] = literals
         return literals
+
+    def _check_prompt(self, turns: list[Message], rendered: str, number: int) -> None:
+        """What stands before an answer is what generation starts from."""
+        if self._template(turns, number, add_generation_prompt=True) != rendered:
+            raise DataError(
+                f"row {number}: the chat template renders the turns before message {len(turns) + 1} differently when "
+                f"generating and when complete, so no mask can be right; use the model's own template"
+            )
+
+    def _check_closings(self, roles: tuple[str, ...], literals: list[str], number: int) -> None:
+        """Every assistant turn ends in the same special token: the one that generation waits for."""
+        for i, role in enumerate(roles):
+            closing = self._closing(literals[i + 1])
+            found = None if closing is None else closing.group(1)
+            if role == "assistant" and found != self._end_of_turn:
+                raise DataError(
+                    f"row {number}: the chat template closes message {i + 1} with {found!r} and another assistant turn "
+                    f"with {self._end_of_turn!r}; allowed: one end-of-turn token for all"
+                )
 
 
 def _inside(starts: list[int], spans: list[tuple[int, int]]) -> list[bool]:

@@ -12,7 +12,11 @@ from torch import nn
 from ..data.dataset import ChatDataset
 from ..data.loader import batches
 from ..model.forward_pass import supervised_hidden_states
+from ..model.loading import longrope_boundary
 from ..model.loss import token_losses
+
+METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
+"""What :func:`evaluate` measures."""
 
 
 @contextmanager
@@ -58,7 +62,14 @@ def evaluate(
     """
     loss_sum, correct, count = 0.0, 0, 0
     with eval_mode(model):
-        for batch in batches(dataset, batch_size=batch_size, max_length=max_length, packing=packing, shuffle=False):
+        for batch in batches(
+            dataset,
+            batch_size=batch_size,
+            max_length=max_length,
+            packing=packing,
+            shuffle=False,
+            boundary=longrope_boundary(model.config),
+        ):
             hidden, labels = supervised_hidden_states(model, batch)
             losses, right = token_losses(hidden, model.get_output_embeddings(), labels)  # type: ignore[operator]
             loss_sum += losses.double().sum().item()

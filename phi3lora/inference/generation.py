@@ -10,6 +10,7 @@ from torch import nn
 
 from ..data.template import ChatEncoder
 from ..errors import DataError
+from ..model.loading import longrope_boundary
 from .evaluation import eval_mode
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -63,17 +64,30 @@ def generate(
         from transformers import TextStreamer
 
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoder = ChatEncoder(tokenizer)
+    ids = [encoder.prompt_ids(chat) for chat in chats]
     answers = [""] * len(ids)
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
+    boundary = longrope_boundary(model.config)
     with eval_mode(model):
-        for start in range(0, len(ids), batch_size):
-            part = by_length[start : start + batch_size]
+        for part in _groups([len(prompt) for prompt in ids], batch_size, max_new_tokens, boundary):
             new = _generate_ids(model, tokenizer, [ids[i] for i in part], max_new_tokens, options)
             for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[i] = text.strip()
     return answers if many else answers[0]
+
+
+def _groups(lengths: list[int], batch_size: int, max_new_tokens: int, boundary: int | None) -> list[list[int]]:
+    """Prompts that run together: of like length, for little padding.
+
+    A longrope model chooses its rotary factors by the longest in the batch: prompts that stay within the boundary,
+    those past it, and each that may cross it run apart.
+    """
+    kinds: dict[object, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        crosses = boundary is not None and lengths[i] <= boundary < lengths[i] + max_new_tokens
+        kind = f"crosses {i}" if crosses else boundary is not None and lengths[i] > boundary
+        kinds.setdefault(kind, []).append(i)
+    return [group[k : k + batch_size] for group in kinds.values() for k in range(0, len(group), batch_size)]
 
 
 def _generate_ids(

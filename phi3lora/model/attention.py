@@ -6,7 +6,7 @@ mask, or pass ``cu_seq_lens`` to sdpa, and they silently see each other. Here th
 
 Layout. A batch (B, S) is B*S tokens end to end; document i is the tokens cu_seqlens[i] .. cu_seqlens[i+1]-1.
 
-      B=1, S=6, documents of 3 and 2 tokens, 1 of padding (a document of its own, without labels)
+      B=1, S=6, documents of 3 and 2 tokens, 1 of padding (position 0, a document without labels)
         position_ids  0 1 2 | 0 1 | 0          cu_seqlens  0 3 5 6          max_seqlen  3
 
 Two ways to compute it, equal to rounding:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .attention import packed_forward_kwargs, use_packed_attention
-from .layers import compute_dtype
+from .loading import longrope_boundary
 from .loss import linear_cross_entropy
+from .low_rank import compute_dtype
 
 BATCH_KEYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen")
 """What :func:`phi3lora.batches` yields and this file consumes."""
@@ -55,6 +56,7 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> tupl
     use_packed_attention(model)
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     positions, labels = _supervised(batch["labels"], batch["position_ids"])
+    _refuse_mixed_regimes(model, batch, positions)
     batch = batch_to(batch, weight.device)
     dtype = compute_dtype(weight, weight)
     decoder = model.get_decoder()  # type: ignore[operator]
@@ -62,6 +64,22 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> tupl
     hidden = output.last_hidden_state.flatten(0, 1)  # (B*S, H)
     device = weight.device
     return hidden.index_select(0, _moved(positions - 1, device)), _moved(labels, device)
+
+
+def _refuse_mixed_regimes(model: nn.Module, batch: Mapping[str, Any], positions: Tensor) -> None:
+    """A longrope model takes its short or long rotary factors by the largest position in the batch, for every token."""
+    boundary = longrope_boundary(model.config)
+    if boundary is None or batch["position_ids"].max() < boundary:
+        return
+    edges = batch["cu_seqlens"].to(positions)
+    documents = torch.bucketize(positions, edges[1:], right=True)
+    shortest = int(edges.diff()[documents].min())
+    if shortest <= boundary:
+        longest = int(batch["position_ids"].max()) + 1
+        raise ModelError(
+            f"a batch holds documents of {shortest} and of {longest} tokens; this longrope "
+            f"model rotates those up to {boundary} and longer ones differently: make batches with boundary={boundary}"
+        )
 
 
 def _supervised(labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

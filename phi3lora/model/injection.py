@@ -253,6 +253,14 @@ def swap_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     _avoid_fused_encoder(model, path)
 
 
+def remove_lora(model: nn.Module) -> None:
+    """Put plain layers back, with the base's own parameters; the adapters are dropped."""
+    for path, layer in lora_layers(model).items():
+        swap_layer(model, path, layer.base_layer())
+    if hasattr(model, "lora_config"):
+        del model.lora_config
+
+
 def _avoid_fused_encoder(model: nn.Module, path: str) -> None:
     """In eval torch's fused encoder reads ``linear1.weight`` itself, past the adapter; turn that shortcut off."""
     parts = path.split(".")

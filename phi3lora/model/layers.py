@@ -79,17 +79,22 @@ class _Adapted:
         """The base layer's bias, which trains with ``bias != "none"``."""
         return getattr(self, "bias", None)
 
+    def base_layer(self) -> nn.Module:
+        """The plain layer, with the same parameters."""
+        plain = next(cls for cls in (nn.Linear, nn.Embedding) if isinstance(self, cls))
+        return _like_base(self, plain, skip=("lora_A", "lora_B"))
+
     def delta(self) -> Tensor:
         """What the adapters add to the base weight: float32, in the weight's own shape."""
         raise AssertionError("each layer has its own")
 
 
-def _like_base(base: Any, cls: type[nn.Module]) -> Any:
+def _like_base(base: Any, cls: type[nn.Module], skip: Sequence[str] = ()) -> Any:
     """An instance of ``cls`` that shares ``base``'s parameters, without running an initialiser."""
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.training = base.training
-    for name in base._parameters:
+    for name in base._parameters.keys() - set(skip):
         layer.register_parameter(name, base._parameters[name])
     for name in base.__constants__:
         if hasattr(base, name):
@@ -400,6 +405,10 @@ class Conv2d(_Adapted, lora.Conv2d):
     def frozen_bias(self) -> Tensor | None:
         """The base layer's bias, which trains with ``bias != "none"``."""
         return self.conv.bias
+
+    def base_layer(self) -> nn.Module:
+        """The plain layer."""
+        return self.conv
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, H, W) -> (B, out, H', W')."""

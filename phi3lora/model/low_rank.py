@@ -20,7 +20,7 @@ from torch import Tensor
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype a product of ``x`` with a frozen ``weight`` runs in: autocast's where it is on, else the weight's."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 

@@ -40,6 +40,7 @@ logger = logging.getLogger("phi3lora")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
+_ALWAYS = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 # Settings that may differ between the run that saved and the run that resumes: when to stop, look, save and say.
 _MAY_CHANGE = frozenset(
@@ -61,7 +62,9 @@ class Resumable:
     scaler: Any
     config: TrainingConfig
     data: dict[str, Any]
-    """What fixes the order of the batches: the dataset's fingerprint and size, the row length."""
+    """What fixes the batches: the dataset's fingerprint and size, the row length."""
+    base_dtype: str
+    """Of the frozen weights."""
     rank: int = 0
 
 
@@ -117,17 +120,34 @@ def _rename_over(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _undo_cut_replacements(folder: Path) -> None:
+    """Where a replacement was cut between its two renames, the older checkpoint gets its name back."""
+    for old in folder.glob(".checkpoint-*.old"):
+        target = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not target.exists() and damage(old) is None:
+            old.rename(target)
+
+
 def _about(run: Resumable, state: TrainingState) -> dict[str, Any]:
     import transformers
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"state": state.to_dict(), "config": run.config.to_dict(), "data": run.data, "versions": versions}
+    return {
+        "state": state.to_dict(),
+        "config": run.config.to_dict(),
+        "data": run.data,
+        "base_dtype": run.base_dtype,
+        "versions": versions,
+    }
 
 
 def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if it is whole."""
     try:
         files = json.loads((path / _MANIFEST).read_text())["sha256"]
+        unlisted = [name for name in _ALWAYS if name not in files]
+        if unlisted:
+            return f"its manifest lists no {unlisted[0]}"
         for name, expected in files.items():
             if Path(name).name != name:
                 return f"its manifest names {name!r}, outside the folder"
@@ -142,6 +162,7 @@ def damage(path: Path) -> str | None:
 
 def newest_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """The newest whole checkpoint; damaged ones are passed over with a warning each."""
+    _undo_cut_replacements(Path(output_dir))
     for path in checkpoints(output_dir):
         why = damage(path)
         if why is None:
@@ -210,6 +231,8 @@ def _refuse_other_run(path: Path, about: dict[str, Any], run: Resumable) -> None
         for name, value in run.data.items()
         if about["data"].get(name) != value
     ]
+    if about["base_dtype"] != run.base_dtype:
+        differences.append(f"base weights {about['base_dtype']} then, {run.base_dtype} now")
     if facts["layers"] != ours["layers"]:
         names = [n for n in {**facts["layers"], **ours["layers"]} if facts["layers"].get(n) != ours["layers"].get(n)]
         first = names[0]

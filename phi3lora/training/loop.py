@@ -105,8 +105,10 @@ def train(
         run.finish()
     if run.world.is_main:
         draw_loss(state.history, Path(config.output_dir) / "loss.png")
-    best = str(Path(config.output_dir) / state.best_checkpoint) if state.best_checkpoint else None
-    return TrainingResult(state.global_step, run.metrics(), list(state.history), best, run.interrupts.requested)
+    best = run.best_checkpoint()
+    return TrainingResult(
+        state.global_step, run.metrics(), list(state.history), str(best) if best else None, run.interrupts.requested
+    )
 
 
 def _prepare(
@@ -126,7 +128,8 @@ def _prepare(
     precision = resolve_precision(config, model, device)
     optimizer = build_optimizer(model, config)
     steps = resolve_plans(model, train_dataset, config)
-    resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), world.rank)
+    base_dtype = str(model.get_input_embeddings().weight.dtype)  # type: ignore[operator]
+    resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), base_dtype, world.rank)
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
     state.total_steps = steps.total
     context = float((train_dataset.lengths**2).sum() / (2 * train_dataset.lengths.sum()))
@@ -135,7 +138,7 @@ def _prepare(
         step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world),
         report=Reporter(config, state, world.is_main), resumable=resumable, eval_dataset=eval_dataset,
         tokenizer=tokenizer, callbacks=callbacks, flops_per_token=flops_per_token(model, context),
-        saved_at=state.global_step if checkpoint else -1,
+        resumed_from=checkpoint,
     )  # fmt: skip
 
 

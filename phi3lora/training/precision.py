@@ -31,6 +31,10 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=_DTYPES[self.name])
 
+    def can_scale_down(self) -> bool:
+        """Whether a gradient that is not finite may be a float16 overflow, which the scaler mends by itself."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
 
 def resolve_precision(config: TrainingConfig, model: nn.Module, device: torch.device) -> Precision:
     """``bf16`` or ``fp16`` as configured; with neither, what the model's own dtype says.

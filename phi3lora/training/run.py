@@ -62,11 +62,22 @@ class Run:
     tokenizer: Any
     callbacks: Sequence[Any]
     flops_per_token: float
+    resumed_from: Path | None
     late: LateValues[_Note] = field(default_factory=LateValues)
     last_eval: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     saved_at: int = -1
-    clock: tuple[float, int] = field(default_factory=lambda: (time.perf_counter(), 0))
+    clock: tuple[float, int] = (0.0, 0)
+
+    def __post_init__(self) -> None:
+        """Take up where the history ends."""
+        self.clock = (time.perf_counter(), self.state.tokens_seen)
+        if self.resumed_from is not None:
+            self.saved_at = self.state.global_step
+        for line in self.state.history:
+            if "eval_loss" in line:
+                self.evaluated_at = line["step"]
+                self.last_eval = {name: value for name, value in line.items() if name.startswith("eval_")}
 
     def tell(self, hook: str, *details: Any) -> None:
         """Call a hook of every callback; Ctrl-C inside one is a request like any other."""
@@ -106,8 +117,7 @@ class Run:
         """Count and log the steps whose numbers are here; stop a run whose loss stays NaN."""
         state = self.state
         for (loss_sum, norm, skipped), note in self.late.arrived(wait):
-            overflow = self.precision.scaler.is_enabled() and math.isfinite(loss_sum)
-            if skipped and not overflow:  # a float16 overflow is the scaler's business
+            if skipped and not (math.isfinite(loss_sum) and self.precision.can_scale_down()):
                 state.nonfinite_in_a_row += 1
                 state.nonfinite_total += 1
                 self._give_up_if_hopeless(note, loss_sum, norm)
@@ -182,13 +192,7 @@ class Run:
         self.clock = (time.perf_counter(), state.tokens_seen)
 
     def _metric(self) -> float:
-        name = "eval_" + (self.config.metric_for_best_model or "loss").removeprefix("eval_")
-        if name not in self.last_eval:
-            raise TrainingError(
-                f"metric_for_best_model={self.config.metric_for_best_model!r}; allowed: "
-                f"{', '.join(key.removeprefix('eval_') for key in self.last_eval)}"
-            )
-        return self.last_eval[name]
+        return self.last_eval["eval_" + (self.config.metric_for_best_model or "loss").removeprefix("eval_")]
 
     def _sign(self) -> float:
         greater = self.config.greater_is_better
@@ -222,16 +226,28 @@ class Run:
         config, state = self.config, self.state
         self.read_arrived(wait=True)
         complete = not self.interrupts.requested
+        unsaved = self.saved_at != state.global_step
         if complete and config.eval_strategy != "no" and self.evaluated_at != state.global_step:
             self.evaluate()
+            unsaved = True  # a checkpoint of this step does not know the evaluation
         wanted = config.save_strategy != "no" or not complete
-        if self.world.is_main and wanted and self.saved_at != state.global_step and state.global_step > 0:
+        if self.world.is_main and wanted and unsaved and state.global_step > 0:
             self.save()
-        if complete and config.load_best_model_at_end and state.best_checkpoint:
-            path = Path(config.output_dir) / state.best_checkpoint / "lora.safetensors"
+        best = self.best_checkpoint()
+        if complete and config.load_best_model_at_end and best is not None:
+            path = best / "lora.safetensors"
             load_adapter_state(self.model, read_adapter(path)[0], str(path))
             self.report.say(f"the adapters are those of {state.best_checkpoint} (best {self._metric_name()})")
         self.tell("on_train_end")
+
+    def best_checkpoint(self) -> Path | None:
+        """The best checkpoint's folder: in ``output_dir``, or beside the checkpoint that was resumed from."""
+        if self.state.best_checkpoint is None:
+            return None
+        here = Path(self.config.output_dir) / self.state.best_checkpoint
+        if here.exists() or self.resumed_from is None:
+            return here
+        return self.resumed_from.parent / self.state.best_checkpoint
 
     def _metric_name(self) -> str:
         return f"{self.config.metric_for_best_model or 'loss'} {self.state.best_checkpoint_metric:.4g}"

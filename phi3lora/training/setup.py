@@ -12,6 +12,7 @@ from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..data.loader import BatchPlan
 from ..errors import CheckpointError, DataError, TrainingError
+from ..inference.evaluation import METRICS
 from ..model.attention import use_packed_attention
 from ..model.injection import lora_layers
 from ..model.loading import longrope_boundary, longrope_note, model_device
@@ -20,6 +21,7 @@ from .optim import warmup_steps
 from .precision import Precision
 from .state import TrainingState
 from .steps import StepPlan
+from .trackers import check_trackers
 
 
 def check_run(
@@ -43,8 +45,20 @@ def check_run(
                 f"{name} is {parameter.dtype}; adapters train in float32. Cast the base model before inject_lora, "
                 f"not after"
             )
-    if config.eval_strategy != "no" and eval_dataset is None:
-        raise TrainingError(f"eval_strategy={config.eval_strategy!r} needs an eval_dataset")
+    if eval_dataset is None and (config.eval_strategy != "no" or config.eval_on_start):
+        setting = "eval_on_start=True" if config.eval_on_start else f"eval_strategy={config.eval_strategy!r}"
+        raise TrainingError(f"{setting} needs an eval_dataset")
+    metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in METRICS:
+        raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {', '.join(METRICS)}")
+    check_trackers(config)
+    _check_data(model, train_dataset, eval_dataset, config)
+
+
+def _check_data(
+    model: nn.Module, train_dataset: ChatDataset, eval_dataset: ChatDataset | None, config: TrainingConfig
+) -> None:
+    """Documents that fit the rows and the model."""
     model_config: Any = model.config
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         if dataset is None:
@@ -56,6 +70,11 @@ def check_run(
             raise DataError(
                 f"{name} has a document of {longest} tokens; the model allowed "
                 f"{model_config.max_position_embeddings}. Load the dataset with a smaller max_length"
+            )
+        if dataset is train_dataset and config.max_length is not None and longest > config.max_length:
+            raise DataError(
+                f"max_length={config.max_length}, but {name} (loaded with max_length={dataset.max_length}) has a "
+                f"document of {longest} tokens; load it with the smaller max_length, or leave max_length out"
             )
         if dataset.largest_token_id() >= model_config.vocab_size:
             raise DataError(

@@ -23,10 +23,8 @@ class TensorBoard:
     """Scalars under ``output_dir/tensorboard``."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise TrainingError("report_to='tensorboard' needs tensorboard: pip install phi3lora[tracking]") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(f"{config.output_dir}/tensorboard")
 
     def write(self, line: dict[str, Any]) -> None:
@@ -42,10 +40,8 @@ class WandB:
     """A Weights & Biases run; ``WANDB_MODE=offline`` and its other variables work as usual."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise TrainingError("report_to='wandb' needs wandb: pip install phi3lora[tracking]") from error
+        import wandb
+
         self._run = wandb.init(name=config.run_name, config=config.to_dict(), dir=config.output_dir)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -55,8 +51,22 @@ class WandB:
         self._run.finish()
 
 
+def check_trackers(config: TrainingConfig) -> None:
+    """Raise in one line if a tracker that ``report_to`` names is not installed.
+
+    Raises:
+        TrainingError: which, and what to install.
+    """
+    for name in config.report_to:
+        try:
+            __import__({"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[name])
+        except ImportError as error:
+            raise TrainingError(f"report_to={name!r} needs {name}: pip install phi3lora[tracking]") from error
+
+
 def open_trackers(config: TrainingConfig) -> list[Tracker]:
     """The trackers that ``report_to`` names."""
+    check_trackers(config)
     kinds: dict[str, Callable[[TrainingConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
     assert isinstance(config.report_to, Sequence)
     return [kinds[name](config) for name in config.report_to]

@@ -1,0 +1,323 @@
+"""``ChatDataset``: what happens to long documents, and what the set says about itself."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import chat_rows, make_tokenizer, token_documents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi3lora.data.dataset import IGNORE, ChatDataset
+from phi3lora.errors import DataError
+
+TOKENIZER = make_tokenizer()
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+MODES = st.sampled_from(["assistant", "last", "all"])
+
+
+def load(rows, max_length=10_000, **options) -> ChatDataset:
+    return ChatDataset.load(rows, TOKENIZER, max_length=max_length, **options)
+
+
+def row(question: str, answer: str) -> dict:
+    return {"prompt": question, "completion": answer}
+
+
+def predictions(document) -> list[int]:
+    """The labels that have a token before them to be predicted from."""
+    return [label for label in document["labels"][1:] if label != IGNORE]
+
+
+@st.composite
+def row_sets(draw):
+    texts = st.text("ab c", max_size=30)
+    turns = draw(st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), min_size=1, max_size=4))
+    roles = ("user", "assistant")
+    return [
+        {"messages": [{"role": r, "content": t} for pair in chat for r, t in zip(roles, pair, strict=True)]}
+        for chat in turns
+    ]
+
+
+def of_row(dataset, number):
+    return [dataset[i] for i in range(len(dataset)) if dataset.row_number(i) == number]
+
+
+@PROPERTY
+@given(row_sets(), st.integers(2, 40), MODES)
+def test_split_loses_no_trained_token_and_trains_none_twice(rows, max_length, train_on):
+    whole = load(rows, train_on=train_on)
+    parts = load(rows, max_length, overflow="split", train_on=train_on)
+    assert parts.lengths.max() <= max_length
+    for number in range(1, len(rows) + 1):
+        (document,) = of_row(whole, number)
+        pieces = of_row(parts, number)
+        assert [p for piece in pieces for p in predictions(piece)] == predictions(document)
+        assert all(predictions(piece) for piece in pieces), "a part with nothing to train is dropped"
+
+
+@PROPERTY
+@given(row_sets(), st.integers(2, 40))
+def test_the_parts_of_a_split_overlap_by_one_token_and_join_to_the_document(rows, max_length):
+    """With every token trained only the final <|endoftext|> can make a part that is dropped."""
+    whole = load(rows, train_on="all")
+    parts = load(rows, max_length, overflow="split", train_on="all")
+    for number in range(1, len(rows) + 1):
+        (document,) = of_row(whole, number)
+        pieces = of_row(parts, number)
+        for key in ("input_ids", "labels"):
+            assert all(a[key][-1] == b[key][0] for a, b in pairwise(pieces))
+            joined = pieces[0][key] + [value for piece in pieces[1:] for value in piece[key][1:]]
+            assert joined == document[key][: len(joined)]
+            assert len(document[key]) - len(joined) <= 1
+        assert all(len(piece["input_ids"]) == max_length for piece in pieces[:-1])
+
+
+@PROPERTY
+@given(row_sets(), st.integers(2, 40), MODES)
+def test_truncate_keeps_the_beginning_and_counts_what_it_cut_and_dropped(rows, max_length, train_on):
+    whole = list(load(rows, train_on=train_on))
+    cut = [{key: values[:max_length] for key, values in document.items()} for document in whole]
+    kept = [i for i, document in enumerate(cut) if predictions(document)]
+    if not kept:
+        with pytest.raises(DataError, match=f"max_length={max_length} is too small"):
+            load(rows, max_length, train_on=train_on)
+        return
+    dataset = load(rows, max_length, train_on=train_on)
+    assert list(dataset) == [cut[i] for i in kept]
+    assert [dataset.row_number(i) for i in range(len(dataset))] == [i + 1 for i in kept]
+    assert dataset.statistics()["truncated"] == sum(len(whole[i]["input_ids"]) > max_length for i in kept)
+    assert dataset.statistics()["dropped"] == len(rows) - len(kept)
+
+
+def test_overflow_error_takes_a_document_of_max_length_and_names_the_row_of_a_longer_one():
+    rows = [row("Hi", "Hello!"), row("Hi", "Hello! Hello!")]
+    short, long = load(rows).lengths
+    assert len(load(rows, int(long), overflow="error")) == 2
+    with pytest.raises(DataError, match=rf"row 2: {long} tokens; allowed: max_length={long - 1}.*'truncate'.*'split'"):
+        load(rows, int(long) - 1, overflow="error")
+    assert len(load(rows[:1], int(short), overflow="error")) == 1
+
+
+def test_a_max_length_that_leaves_nothing_to_train_says_which_would_do():
+    rows = [row("a long question " * 5, "yes"), row("a longer question " * 6, "no")]
+    with pytest.raises(DataError, match=r"max_length=5 is too small.* 2 rows.*overflow='split'") as caught:
+        load(rows, 5)
+    advised = int(str(caught.value).split("more than ")[1].split(",")[0])
+    assert len(load(rows, advised + 1)) == 2
+    assert len(load(rows, advised - 1)) < 2, "the advice is not far more than is needed"
+    assert len(load(rows, 5, overflow="split")) >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_length": 1}, "max_length=1; allowed: a whole number >= 2"),
+        ({"max_length": 64.0}, "max_length=64.0"),
+        ({"max_length": None}, "max_length=None"),
+        ({"max_length": True}, "max_length=True"),
+        ({"overflow": "drop"}, "overflow='drop'; allowed: 'truncate', 'split', 'error'"),
+        ({"train_on": "user"}, "train_on='user'; allowed"),
+        ({"format": "csv"}, "format='csv'; allowed"),
+        ({"streaming": True}, "streaming=True; allowed: False"),
+    ],
+)
+def test_an_option_outside_its_values_is_refused_with_the_values_allowed(options, words):
+    with pytest.raises(DataError) as caught:
+        ChatDataset.load(chat_rows(2), TOKENIZER, **{"max_length": 64, **options})
+    assert words in str(caught.value)
+
+
+def test_labels_are_unshifted_ids_where_trained_and_minus_100_elsewhere():
+    (document,) = load([row("Hi", "Hello!")])
+    assert set(document) == {"input_ids", "labels"}
+    trained = [i for i, label in enumerate(document["labels"]) if label != IGNORE]
+    assert [document["labels"][i] for i in trained] == [document["input_ids"][i] for i in trained]
+    assert TOKENIZER.decode([document["input_ids"][i] for i in trained]) == "Hello!<|end|>"
+
+
+def test_it_is_a_sequence():
+    dataset = load(chat_rows(5))
+    everything = list(dataset)
+    assert len(dataset) == len(everything) == 5
+    assert [dataset[i] for i in range(5)] == everything
+    assert [dataset[-i] for i in range(5, 0, -1)] == everything
+    assert everything[0] != everything[1]
+    assert all(type(token) is int for token in everything[0]["input_ids"])
+    for beyond in (5, -6):
+        with pytest.raises(IndexError, match=f"{beyond} of 5"):
+            dataset[beyond]
+    with pytest.raises(IndexError):
+        dataset.select([0, 1])[2]
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, 9))
+def test_statistics_are_the_sums_over_the_documents(lengths, seed):
+    dataset = token_documents(lengths, seed)
+    documents = list(dataset)
+    s = dataset.statistics()
+    labels = [label for document in documents for label in document["labels"]]
+    assert s["documents"] == len(documents)
+    assert s["tokens"] == len(labels) == sum(lengths)
+    assert s["supervised_tokens"] == sum(label != IGNORE for label in labels)
+    assert s["supervised_share"] == s["supervised_tokens"] / len(labels)
+    assert s["longest"] == max(lengths) == s["max_length"]
+    assert dataset.largest_token_id() == max(max(document["input_ids"]) for document in documents)
+
+
+def test_statistics_and_print_tell_of_truncated_and_dropped_rows():
+    rows = [row("Hi", "yes"), row("Hi", "no " * 60), row("long " * 60, "lost")]
+    dataset = load(rows, 40)
+    s = dataset.statistics()
+    assert (s["documents"], s["truncated"], s["dropped"], s["longest"]) == (2, 1, 1, 40)
+    assert "1 truncated, 1 rows dropped" in repr(dataset)
+    assert "truncated" not in repr(load(rows))
+    assert [dataset.select([i]).statistics()["truncated"] for i in (0, 1)] == [0, 1]
+
+
+def test_a_dropped_row_is_warned_of(caplog):
+    load([row("Hi", "yes"), row("long " * 60, "lost")], 40)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "1 rows dropped" in warnings[0]
+
+
+@PROPERTY
+@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_the_two_sides_of_split_are_disjoint_and_cover_the_rows(count, fraction, seed):
+    dataset = token_documents([2 + i % 5 for i in range(count)])
+    train, held_out = dataset.split(fraction, seed)
+    sides = [sorted(side.row_number(i) for i in range(len(side))) for side in (train, held_out)]
+    assert sorted(sides[0] + sides[1]) == list(range(1, count + 1))
+    assert len(sides[1]) == min(max(1, round(fraction * count)), count - 1)
+    numbers = {dataset.row_number(i): dataset[i] for i in range(count)}
+    assert all(side[i] == numbers[side.row_number(i)] for side in (train, held_out) for i in range(len(side)))
+
+
+def test_split_is_fixed_by_its_seed_and_differs_between_seeds():
+    dataset = token_documents([5] * 40)
+    first = [side.fingerprint() for side in dataset.split(0.25, seed=1)]
+    assert first == [side.fingerprint() for side in dataset.split(0.25, seed=1)]
+    assert first != [side.fingerprint() for side in dataset.split(0.25, seed=2)]
+
+
+def test_split_takes_rows_from_everywhere_not_from_an_end():
+    _, held_out = token_documents([5] * 400).split(0.25, seed=0)
+    rows = np.array([held_out.row_number(i) for i in range(len(held_out))])
+    assert 150 < rows.mean() < 250
+    assert (np.diff(rows) > 0).all(), "each side keeps the order of the rows"
+
+
+def test_a_side_of_a_split_can_be_split_again():
+    train, held_out = token_documents([5] * 100).split(0.5, seed=0)
+    numbers = {train.row_number(i) for i in range(len(train))}
+    sides = train.split(0.2, seed=0)
+    assert [len(side) for side in sides] == [40, 10]
+    assert {side.row_number(i) for side in sides for i in range(len(side))} == numbers
+    assert len(held_out) == 50
+
+
+def test_split_keeps_the_parts_of_one_row_together():
+    rows = [row("Hi", "hello! " * (20 + 7 * i)) for i in range(8)]
+    dataset = load(rows, 20, overflow="split")
+    assert len(dataset) > 3 * len(rows)
+    train, held_out = dataset.split(0.4, seed=3)
+    sides = [{side.row_number(i) for i in range(len(side))} for side in (train, held_out)]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 3, "the fraction is one of rows"
+    assert len(train) + len(held_out) == len(dataset)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1, 5, "half", float("nan")])
+def test_a_fraction_outside_zero_and_one_is_refused(fraction):
+    with pytest.raises(DataError, match="fraction"):
+        token_documents([5] * 4).split(fraction)
+
+
+def test_one_row_cannot_be_split_even_in_many_parts():
+    dataset = load([row("Hi", "hello " * 60)], 20, overflow="split")
+    assert len(dataset) > 2
+    with pytest.raises(DataError, match="1 row"):
+        dataset.split(0.5)
+
+
+def test_select_numbers_the_documents_of_the_set_it_is_called_on():
+    dataset = token_documents(range(2, 12))
+    some = dataset.select([7, 3, 3, -1])
+    assert list(some) == [dataset[7], dataset[3], dataset[3], dataset[9]]
+    assert list(some.select(np.array([1, 0]))) == [dataset[3], dataset[7]]
+    assert some.lengths.tolist() == [9, 5, 5, 11]
+    assert some.row_number(0) == 8
+    assert len(dataset.select([])) == 0
+    assert dataset.select([]).statistics()["tokens"] == 0
+    with pytest.raises(IndexError):
+        dataset.select([10])
+
+
+def test_select_by_a_boolean_mask_takes_the_marked_documents():
+    """``d.select(d.lengths > 5)`` reads as numpy does, and must not mean documents 0 and 1 over and over."""
+    dataset = token_documents([3, 9, 4, 8])
+    assert list(dataset.select(dataset.lengths > 5)) == [dataset[1], dataset[3]]
+
+
+def test_the_fingerprint_is_equal_for_equal_data():
+    dataset = load(chat_rows(6))
+    assert dataset.fingerprint() == load(chat_rows(6)).fingerprint()
+    assert dataset.fingerprint() == load(chat_rows(12)).select(range(6)).fingerprint()
+
+
+def with_change(name: str) -> ChatDataset:
+    changed = token_documents([4, 6, 5])
+    if name == "a token":
+        changed._input_ids[7] += 1
+    elif name == "a label":
+        changed._labels[0] = IGNORE
+    elif name == "the border of two documents":
+        changed._starts[1] += 1
+    elif name == "the order":
+        changed = changed.select([1, 0, 2])
+    elif name == "a document less":
+        changed = changed.select([0, 1])
+    elif name == "a document twice":
+        changed = changed.select([0, 1, 2, 2])
+    return changed
+
+
+@pytest.mark.parametrize(
+    "name", ["a token", "a label", "the border of two documents", "the order", "a document less", "a document twice"]
+)
+def test_the_fingerprint_changes_with(name):
+    assert with_change(name).fingerprint() != token_documents([4, 6, 5]).fingerprint()
+    assert with_change("nothing").fingerprint() == token_documents([4, 6, 5]).fingerprint()
+
+
+def test_the_fingerprint_sees_the_borders_of_documents_that_repeat_one_token():
+    sevens = np.full(4, 7, dtype=np.int32)
+    prints = set()
+    for starts in ([0, 4], [0, 2, 4], [0, 1, 4], [0, 3, 4], [0, 1, 2, 3, 4]):
+        none = np.zeros(len(starts) - 1, dtype=np.int64)
+        facts = {"max_length": 9, "pad_token_id": 0, "end_of_turn_id": 7, "format": "text"}
+        prints.add(ChatDataset(sevens, sevens, np.array(starts), rows=none, truncated=none, **facts).fingerprint())
+    assert len(prints) == 5
+
+
+def test_more_rows_than_one_tokenizer_call_takes_keep_their_order_and_numbers(monkeypatch):
+    rows = [row(f"item {i}", f"number {i}") for i in range(23)]
+    at_once = load(rows)
+    monkeypatch.setattr("phi3lora.data.dataset._ROWS_AT_ONCE", 5)
+    in_chunks = load(row for row in rows)
+    assert list(in_chunks) == list(at_once)
+    assert [in_chunks.row_number(i) for i in range(23)] == list(range(1, 24))
+
+
+def test_facts_of_the_tokenizer_travel_with_the_set():
+    dataset = load(chat_rows(4))
+    assert dataset.pad_token_id == TOKENIZER.pad_token_id
+    assert TOKENIZER.convert_ids_to_tokens(dataset.end_of_turn_id) == "<|end|>"
+    unpadded = make_tokenizer()
+    unpadded.pad_token = None
+    held_out = ChatDataset.load(chat_rows(4), unpadded, max_length=99).split(0.5)[1]
+    assert held_out.pad_token_id == unpadded.eos_token_id
+    assert (held_out.max_length, held_out.end_of_turn_id) == (99, dataset.end_of_turn_id)

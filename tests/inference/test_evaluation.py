@@ -1,0 +1,137 @@
+"""``evaluate`` against transformers' own loss, document by document, and brute force."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import adapted_model, adapters_of, chat_dataset, longrope_model, same_tensors, tiny_model
+
+import phi3lora as p3
+from phi3lora.inference.evaluation import eval_mode
+
+DATA = chat_dataset(16)
+
+
+def brute_force(model, dataset=DATA):
+    """Loss, accuracy and tokens from each document alone."""
+    model.eval()
+    loss, right, count = 0.0, 0, 0
+    for document in dataset:
+        ids, labels = torch.tensor([document["input_ids"]]), torch.tensor([document["labels"]])
+        with torch.no_grad():
+            output = model(input_ids=ids, labels=labels)
+        targets, guesses = labels[0, 1:], output.logits[0, :-1].argmax(-1)
+        trained = targets != -100
+        loss += output.loss.item() * int(trained.sum())
+        right += int((guesses[trained] == targets[trained]).sum())
+        count += int(trained.sum())
+    return {
+        "loss": loss / count,
+        "perplexity": math.exp(loss / count),
+        "token_accuracy": right / count,
+        "n_tokens": count,
+    }
+
+
+def fitted(dataset=DATA):
+    """A model that gets some tokens right."""
+    model = adapted_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(20):
+        for batch in p3.batches(dataset, batch_size=8):
+            loss_sum, count = p3.causal_lm_loss(model, batch)
+            (loss_sum / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def test_loss_and_accuracy_equal_transformers_loss_weighted_by_tokens_and_brute_force():
+    model = fitted()
+    expected = brute_force(model)
+    assert 0.2 < expected["token_accuracy"] < 0.99
+    found = p3.evaluate(model, DATA)
+    assert found["n_tokens"] == expected["n_tokens"]
+    assert found["token_accuracy"] == expected["token_accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert found["perplexity"] == math.exp(found["loss"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"packing": False}, {"max_length": 150}, {"batch_size": 1}, {"batch_size": 5}], ids=str
+)
+def test_packing_row_length_and_batch_size_do_not_matter(settings):
+    model = adapted_model()
+    plain, other = p3.evaluate(model, DATA), p3.evaluate(model, DATA, **settings)
+    assert other["n_tokens"] == plain["n_tokens"]
+    assert other["token_accuracy"] == plain["token_accuracy"]
+    assert other["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"packing": False}, {"max_length": 150}, {"packing": False, "batch_size": 1}], ids=str
+)
+def test_a_longrope_model_is_evaluated_in_each_documents_own_regime(settings):
+    model = longrope_model()
+    assert 0 < (DATA.lengths <= 40).sum() < len(DATA)
+    assert p3.evaluate(model, DATA, **settings)["loss"] == pytest.approx(brute_force(model)["loss"], rel=1e-5)
+
+
+def test_a_base_model_without_adapters_is_evaluated_too():
+    assert p3.evaluate(tiny_model(), DATA)["loss"] == pytest.approx(brute_force(tiny_model())["loss"], rel=1e-5)
+
+
+def test_the_modes_of_every_module_come_back_and_dropout_is_off():
+    model = adapted_model(lora_dropout=0.5).eval()
+    expected = p3.evaluate(model, DATA)
+    model.train()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert p3.evaluate(model, DATA) == expected
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_the_modes_come_back_after_an_error_and_gradients_are_on_again():
+    model = adapted_model().train()
+    with pytest.raises(RuntimeError), eval_mode(model):
+        assert not torch.is_grad_enabled()
+        assert not model.training
+        raise RuntimeError
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_generators_weights_and_gradients_are_left_alone():
+    model = adapted_model(lora_dropout=0.5).train()
+    weights, adapters = model.lm_head.weight.clone(), adapters_of(model)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    p3.evaluate(model, DATA)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+    assert torch.equal(model.lm_head.weight, weights)
+    assert same_tensors(adapters_of(model), adapters)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_hopeless_model_has_infinite_perplexity_not_an_overflow():
+    model = adapted_model()
+    model.lm_head.weight.data.mul_(1e5)
+    found = p3.evaluate(model, DATA)
+    assert found["loss"] > 700
+    assert found["perplexity"] == math.inf
+
+
+def test_an_empty_dataset_is_an_error():
+    with pytest.raises(p3.DataError, match="empty"):
+        p3.evaluate(adapted_model(), DATA.select([]))
+
+
+def test_a_document_longer_than_the_row_is_an_error_with_both_lengths():
+    with pytest.raises(p3.DataError, match=r"max_length=40.*of \d+ tokens"):
+        p3.evaluate(adapted_model(), DATA, max_length=40)

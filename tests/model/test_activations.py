@@ -1,0 +1,99 @@
+"""Activation checkpointing against the same pass without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import packed_batch, random_documents, randomize_adapters, tiny_model
+from torch import nn
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+import phi3lora as p3
+from phi3lora.errors import ModelError
+from phi3lora.model.activations import activation_checkpointing
+
+BATCH = packed_batch([random_documents(9, 5)], 16)
+
+
+@pytest.fixture
+def adapted() -> nn.Module:
+    """In training mode, with adapters that do something."""
+    model = tiny_model()
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    randomize_adapters(model)
+    return model.train()
+
+
+def switched_on(model: nn.Module) -> int:
+    return sum(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def one_step(model: nn.Module, mode: str) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """Loss, adapter gradients, and how often an MLP was entered."""
+    runs: list[int] = []
+    hooks = [m.register_forward_pre_hook(lambda *_: runs.append(1)) for m in model.modules() if isinstance(m, Phi3MLP)]
+    with activation_checkpointing(model, mode):
+        loss, _ = p3.causal_lm_loss(model, BATCH)
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    for hook in hooks:
+        hook.remove()
+    return loss.detach(), list(gradients), len(runs)
+
+
+def test_recomputing_gives_the_same_loss_and_gradients(adapted):
+    loss, gradients, runs = one_step(adapted, "none")
+    again, recomputed, more_runs = one_step(adapted, "full")
+    assert torch.equal(again, loss)
+    for got, want in zip(recomputed, gradients, strict=True):
+        torch.testing.assert_close(got, want)
+    assert (runs, more_runs) == (2, 4)  # each of two layers a second time, in the backward
+
+
+def test_dropout_is_recomputed_with_the_same_mask():
+    results = []
+    for mode in ("none", "full"):
+        model = tiny_model()
+        p3.inject_lora(model, p3.LoraConfig(r=2, lora_dropout=0.5))
+        randomize_adapters(model)
+        torch.manual_seed(1)
+        results.append(one_step(model.train(), mode))
+    for got, want in zip(results[1][1], results[0][1], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_model_is_left_as_it_was(adapted):
+    with activation_checkpointing(adapted, "full"):
+        assert switched_on(adapted) > 0
+    assert switched_on(adapted) == 0
+    with pytest.raises(KeyboardInterrupt), activation_checkpointing(adapted, "full"):
+        raise KeyboardInterrupt
+    assert switched_on(adapted) == 0
+
+
+def test_the_embeddings_still_need_no_gradient(adapted):
+    """transformers' own switch makes them, for good: the first layer then computes one that nobody uses."""
+    with activation_checkpointing(adapted, "full"):
+        assert not adapted.get_input_embeddings()(BATCH["input_ids"]).requires_grad
+    assert not adapted.get_input_embeddings()(BATCH["input_ids"]).requires_grad
+
+
+def test_a_model_that_checkpoints_already_goes_on_doing_so(adapted):
+    with activation_checkpointing(adapted, "full"):
+        before = switched_on(adapted)
+        with activation_checkpointing(adapted, "full"):
+            assert switched_on(adapted) == before
+        assert switched_on(adapted) == before
+
+
+def test_another_mode_is_refused(adapted):
+    with pytest.raises(ModelError, match="'half'; allowed: 'none', 'full'"), activation_checkpointing(adapted, "half"):
+        pass
+
+
+def test_a_model_without_checkpointing_is_refused_only_where_it_is_asked_for():
+    model = nn.Linear(2, 2)
+    with activation_checkpointing(model, "none"):
+        pass
+    refused = pytest.raises(ModelError, match="Linear has no layers that can be recomputed")
+    with refused, activation_checkpointing(model, "full"):
+        pass

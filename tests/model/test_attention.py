@@ -1,0 +1,245 @@
+"""Packed rows against each document on its own, and the mask against a loop that spells it out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ATTENTION_VARIANTS, lively_model, packed_batch, random_documents, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Phi3ForCausalLM
+
+from phi3lora.errors import ModelError
+from phi3lora.model.attention import (
+    NAME,
+    _fixed_sizes,
+    document_mask,
+    packed_attention,
+    packed_forward_kwargs,
+    register,
+    use_packed_attention,
+)
+
+DOCUMENTS = random_documents(9, 5, 1, 7, 12)
+ROWS = [DOCUMENTS[:3], DOCUMENTS[3:4], DOCUMENTS[4:]]  # of 15, 7 and 12 tokens
+
+implementations = pytest.mark.parametrize("implementation", [NAME, "sdpa", "eager"])
+variants = pytest.mark.parametrize("changes", ATTENTION_VARIANTS.values(), ids=ATTENTION_VARIANTS)
+
+
+def separate_hidden_states(model: Phi3ForCausalLM, documents: list[list[int]]) -> list[Tensor]:
+    """Each document alone through transformers' own sdpa: (S_i, H) each."""
+    model.set_attn_implementation("sdpa")
+    device = model.device
+    return [model.model(torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0] for ids in documents]
+
+
+def packed_hidden_states(model: Phi3ForCausalLM, implementation: str, rows: list, length: int) -> list[Tensor]:
+    """The same documents in packed rows: (S_i, H) each."""
+    register()
+    model.set_attn_implementation(implementation)
+    batch = packed_batch(rows, length)
+    batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    kwargs = packed_forward_kwargs(model, batch, model.dtype)
+    hidden = model.model(input_ids=batch["input_ids"], **kwargs).last_hidden_state
+    found = []
+    for row, documents in zip(hidden, rows, strict=True):
+        parts = row.split([*map(len, documents), length - sum(map(len, documents))])
+        found += parts[: len(documents)]
+    return found
+
+
+# --- Equal to separate sequences
+
+
+@variants
+@implementations
+@pytest.mark.parametrize("row_length", [15, 20])
+def test_packed_equals_separate(implementation, changes, row_length):
+    model = lively_model(**changes)
+    packed = packed_hidden_states(model, implementation, ROWS, row_length)
+    for got, want in zip(packed, separate_hidden_states(model, DOCUMENTS), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@implementations
+def test_packed_equals_separate_in_bf16(implementation):
+    model = lively_model().to(torch.bfloat16)
+    packed = packed_hidden_states(model, implementation, ROWS, 20)
+    for got, want in zip(packed, separate_hidden_states(model, DOCUMENTS), strict=True):
+        assert (got - want).norm() < 0.03 * want.norm()
+
+
+def test_documents_that_see_each_other_are_far_from_that():
+    """What the tolerances above are worth: the same row under a plain causal mask."""
+    model = lively_model()
+    want = separate_hidden_states(model, DOCUMENTS[:2])[1]
+    row = torch.tensor([DOCUMENTS[0] + DOCUMENTS[1]])
+    positions = packed_batch([DOCUMENTS[:2]], 14)["position_ids"]
+    leaking = model.model(row, position_ids=positions, attention_mask=torch.ones_like(row)).last_hidden_state[0, 9:]
+    assert (leaking - want).norm() > 0.3 * want.norm()
+
+
+# --- The mask
+
+
+@st.composite
+def rows_of_documents(draw) -> list[list[int]]:
+    """Rows of equal length, each cut into documents at random: their lengths."""
+    length = draw(st.integers(1, 12))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        cuts = sorted(draw(st.sets(st.integers(1, length - 1)) if length > 1 else st.just(set())))
+        edges = [0, *cuts, length]
+        rows.append([stop - start for start, stop in itertools.pairwise(edges)])
+    return rows
+
+
+@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@given(rows_of_documents(), st.none() | st.integers(1, 13))
+def test_the_mask_says_who_sees_whom(rows, window):
+    position_ids = torch.tensor([[p for length in lengths for p in range(length)] for lengths in rows])
+    mask = document_mask(position_ids, window)
+    assert mask.dtype == torch.bool
+    B, S = position_ids.shape
+    assert mask.shape == (B, 1, S, S)
+    for b, lengths in enumerate(rows):
+        owner = [i for i, length in enumerate(lengths) for _ in range(length)]
+        for query in range(S):
+            for key in range(S):
+                near = window is None or query - key < window
+                want = owner[query] == owner[key] and key <= query and near
+                assert mask[b, 0, query, key].item() == want, (b, query, key)
+
+
+# --- As an attention of transformers
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}], ids=["causal", "sliding-window"])
+def test_generation_equals_sdpas(changes):
+    model = lively_model(**changes)
+    prompts = torch.full((2, 9), 3)
+    prompts[0] = torch.tensor(DOCUMENTS[0])
+    prompts[1, 4:] = torch.tensor(DOCUMENTS[1])
+    attention_mask = torch.ones_like(prompts)
+    attention_mask[1, :4] = 0  # padding on the left
+    texts = []
+    register()
+    for implementation in ("sdpa", NAME):
+        model.set_attn_implementation(implementation)
+        output = model.generate(
+            prompts, attention_mask=attention_mask, max_new_tokens=12, do_sample=False, eos_token_id=None,
+            use_cache=True, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        texts.append((output.sequences, torch.stack(output.logits)))
+    assert torch.equal(texts[0][0], texts[1][0])
+    torch.testing.assert_close(texts[0][1], texts[1][1])
+
+
+def test_the_scaling_given_is_the_one_used():
+    q, k, v = torch.randn(3, 1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    attention = lively_model(num_key_value_heads=4).model.layers[0].self_attn
+    out, _ = packed_attention(attention, q, k, v, None, scaling=0.9)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.9)
+    torch.testing.assert_close(out, want.transpose(1, 2))
+
+
+def test_a_padded_batch_equals_sdpas():
+    model = lively_model()
+    ids = torch.tensor([DOCUMENTS[0], DOCUMENTS[1] + [3] * 4])
+    attention_mask = (ids != 3).long()
+    logits = []
+    register()
+    for implementation in ("sdpa", NAME):
+        model.set_attn_implementation(implementation)
+        logits.append(model(ids, attention_mask=attention_mask).logits[attention_mask.bool()])
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize(("chosen", "used"), [("sdpa", NAME), ("eager", "eager"), (NAME, NAME)])
+def test_transformers_default_is_replaced_and_a_choice_kept(chosen, used):
+    model = tiny_model()
+    register()
+    model.set_attn_implementation(chosen)
+    use_packed_attention(model)
+    assert model.config._attn_implementation == used
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_an_attention_that_cannot_keep_documents_apart_is_refused(implementation):
+    model = tiny_model()
+    model.config._attn_implementation_internal = implementation
+    assert model.config._attn_implementation == implementation
+    with pytest.raises(
+        ModelError, match=f"'{implementation}' cannot keep packed documents apart.*phi3lora, sdpa, eager"
+    ):
+        packed_forward_kwargs(model, packed_batch(ROWS, 15), torch.float32)
+
+
+def test_the_cache_is_off_in_a_packed_forward():
+    assert packed_forward_kwargs(tiny_model(), packed_batch(ROWS, 15), torch.float32)["use_cache"] is False
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 4, 5, 8, 9, 100])
+def test_documents_are_filled_up_to_a_power_of_two_with_empty_ones(documents):
+    edges = torch.arange(documents + 1, dtype=torch.int32) * 3
+    filled = _fixed_sizes(edges, 3 * documents)
+    assert filled.dtype == torch.int32
+    assert torch.equal(filled.unique(), edges)
+    assert torch.equal(filled.sort().values, filled)
+    assert filled.numel() - 1 in {1 << i for i in range(8)}
+    assert filled.numel() - 1 < 2 * documents
+
+
+# --- On a GPU: the kernel for packed documents, without a mask
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU_CONFIG = {"hidden_size": 128, "intermediate_size": 96}  # heads of 32
+GPU_VARIANTS = {**ATTENTION_VARIANTS, "longrope": {}, "multi-query": {"num_key_value_heads": 1}}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", GPU_VARIANTS.values(), ids=GPU_VARIANTS)
+def test_varlen_packed_equals_separate(changes, dtype):
+    model = lively_model(**GPU_CONFIG, **changes).to("cuda", dtype)
+    documents = random_documents(130, 61, 1, 7, 200)
+    rows = [documents[:4], documents[4:]]
+    packed = packed_hidden_states(model, NAME, rows, 210)
+    for got, want in zip(packed, separate_hidden_states(model, documents), strict=True):
+        assert (got - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_varlen_is_what_runs_in_16_bits_and_no_mask_is_made():
+    register()
+    model = tiny_model(**GPU_CONFIG, attention_dropout=0.1).to("cuda")
+    model.set_attn_implementation(NAME)
+    batch = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in packed_batch(ROWS, 15).items()}
+    fast = packed_forward_kwargs(model.eval(), batch, torch.bfloat16)
+    assert fast["attention_mask"].numel() == 0
+    assert torch.equal(fast["cu_seq_lens_q"].unique(), batch["cu_seqlens"])  # filled up with empty documents
+    for slow in (
+        packed_forward_kwargs(model.train(), batch, torch.bfloat16),  # attention dropout: the kernel has none
+        packed_forward_kwargs(model.eval(), batch, torch.float32),
+    ):
+        assert slow["attention_mask"].shape == (3, 1, 15, 15)
+        assert "cu_seq_lens_q" not in slow
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("length", [63, 64, 65, 66, 100])
+def test_varlen_keeps_the_window_wherever_a_label_can_see_it(length):
+    """Through window + 1 tokens only the last position differs from plain causal, and it predicts nothing."""
+    model = lively_model(**GPU_CONFIG, sliding_window=64).to("cuda", torch.bfloat16)
+    documents = random_documents(length, 20)
+    packed = packed_hidden_states(model, NAME, [documents], 128)
+    for got, want in zip(packed, separate_hidden_states(model, documents), strict=True):
+        assert (got[:-1] - want[:-1]).norm() < 0.03 * want.norm()

@@ -1,0 +1,565 @@
+"""The four layers against loralib's own, against plain ``nn.functional``, and against what loralib gets wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import loralib as lora
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize_adapters
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loralib.layers import LoRALayer
+from torch import Tensor, nn
+
+import phi3lora as p3
+from phi3lora.errors import ModelError
+
+PLAIN = settings(deadline=None, max_examples=80, derandomize=True, database=None)
+
+
+def both(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:
+    """Our layer and loralib's, built alike, with equal random parameters (loralib never merging)."""
+    torch.manual_seed(0)
+    ours = getattr(p3, name)(*args, **kwargs)
+    theirs = getattr(lora, name)(*args, merge_weights=False, **kwargs)
+    randomize_adapters(ours)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def result_and_gradients(module: Callable[[Tensor], Tensor], x: Tensor, parameters: dict[str, Tensor]) -> dict:
+    """Output, and gradients of ``x`` (if real) and of the parameters, under one fixed upstream gradient."""
+    x = x.clone().requires_grad_(x.is_floating_point())
+    y = module(x)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    wanted = {**({"x": x} if x.requires_grad else {}), **parameters}
+    return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), upstream), strict=True))
+
+
+def assert_same_function(ours: nn.Module, reference: nn.Module, x: Tensor) -> None:
+    """Equal outputs, and equal gradients of the input and of everything trainable."""
+    got = result_and_gradients(ours, x, {n: p for n, p in ours.named_parameters() if p.requires_grad})
+    want = result_and_gradients(reference, x, {n: p for n, p in reference.named_parameters() if p.requires_grad})
+    assert {"lora_A", "lora_B"} <= got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# One of each class, as (name, constructor arguments, an input).
+INPUT = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+LAYERS = [
+    ("Linear", {"in_features": 6, "out_features": 8}, INPUT),
+    (
+        "MergedLinear",
+        {"in_features": 6, "out_features": 9, "enable_lora": [True, False, True]},
+        INPUT,
+    ),
+    ("Embedding", {"num_embeddings": 11, "embedding_dim": 5}, torch.tensor([[1, 2], [10, 2]])),
+    ("Conv2d", {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, IMAGES),
+]
+every_layer = pytest.mark.parametrize(("name", "kwargs", "x"), LAYERS, ids=[name for name, _, _ in LAYERS])
+
+
+def built(name: str, kwargs: dict, r: int = 2, **more) -> nn.Module:
+    """Our layer with random adapters."""
+    torch.manual_seed(0)
+    layer = getattr(p3, name)(**kwargs, r=r, lora_alpha=3, **more)
+    randomize_adapters(layer, std=0.5)
+    return layer
+
+
+def plain_base(name: str, kwargs: dict) -> nn.Module:
+    """The torch layer that ours extends."""
+    torch.manual_seed(0)
+    kwargs = {key: value for key, value in kwargs.items() if key != "enable_lora"}
+    return getattr(nn, name.removeprefix("Merged"))(**kwargs)
+
+
+def adapted(name: str, base: nn.Module, **more) -> nn.Module:
+    """``base`` inside our layer, built by ``adapt``."""
+    if name == "MergedLinear":
+        more["enable_lora"] = [True, False, True]
+    return getattr(p3, name).adapt(base, 2, 3, **more)
+
+
+# --- Equal to loralib
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (0, 6)])
+@pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"fan_in_fan_out": True}, {"fan_in_fan_out": True, "bias": 0}])
+def test_linear_equals_loralib(kwargs, shape):
+    ours, theirs = both("Linear", 6, 8, r=3, lora_alpha=5, **kwargs)
+    assert_same_function(ours, theirs, torch.randn(shape))
+
+
+@pytest.mark.parametrize("enable", [[True], [True, False, True], [True, True, True], [False, True, False]])
+@pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"fan_in_fan_out": True}])
+def test_merged_linear_equals_loralib(kwargs, enable):
+    ours, theirs = both("MergedLinear", 6, 12, r=3, lora_alpha=5, enable_lora=enable, **kwargs)
+    assert_same_function(ours, theirs, torch.randn(2, 3, 6))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"padding_idx": 2}, {"padding_idx": -1}, {"scale_grad_by_freq": True}])
+def test_embedding_equals_loralib(kwargs):
+    ours, theirs = both("Embedding", 10, 6, r=3, lora_alpha=5, **kwargs)
+    assert_same_function(ours, theirs, torch.tensor([[0, 2, 9, 2], [9, 9, 1, 0]]))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"bias": False},
+        {"groups": 2},
+        {"groups": 4, "stride": 2, "padding": 1},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"dilation": 2, "padding": "same"},
+    ],
+)
+def test_conv2d_equals_loralib(kwargs):
+    ours, theirs = both("Conv2d", 4, 8, 3, r=2, lora_alpha=5, **kwargs)
+    assert_same_function(ours, theirs, torch.randn(2, 4, 7, 7))
+
+
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear"])
+def test_in_eval_a_layer_with_dropout_equals_loralib(name):
+    kwargs = {"enable_lora": [True, False]} if name == "MergedLinear" else {}
+    ours, theirs = both(name, 6, 8, r=3, lora_alpha=5, lora_dropout=0.5, **kwargs)
+    ours.eval()
+    theirs.eval()  # returns None in loralib
+    assert_same_function(ours, theirs, torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_trained_weight_and_bias_get_linears_gradients(bias):
+    ours, theirs = both("MergedLinear", 6, 8, r=3, lora_alpha=5, enable_lora=[True, False], bias=bias)
+    for layer in (ours, theirs):
+        layer.weight.requires_grad = True
+    assert_same_function(ours, theirs, torch.randn(2, 3, 6))
+
+
+def test_inputs_that_are_not_contiguous_are_read_in_their_own_order():
+    ours, theirs = both("MergedLinear", 6, 8, r=3, lora_alpha=5, enable_lora=[True, True])
+    assert_same_function(ours, theirs, torch.randn(6, 2, 3).permute(1, 2, 0))
+
+
+fused_layers = st.builds(
+    lambda segments, r, in_features, tokens, bias, alpha: SimpleNamespace(
+        widths=tuple(w for w, _ in segments),
+        enable=[on for _, on in segments],
+        r=r,
+        in_features=in_features,
+        tokens=tokens,
+        bias=bias,
+        alpha=alpha,
+    ),
+    segments=st.lists(st.tuples(st.integers(1, 7), st.booleans()), min_size=1, max_size=4).filter(
+        lambda segments: any(on for _, on in segments)
+    ),
+    r=st.integers(1, 4),
+    in_features=st.integers(1, 8),
+    tokens=st.lists(st.integers(1, 3), min_size=0, max_size=2),
+    bias=st.booleans(),
+    alpha=st.sampled_from([1, 0.5, 16]),
+)
+
+
+class SeparateLinears(nn.Module):
+    """What a fused layer stands for: one linear per segment, each adapted one with an A and a B of its own."""
+
+    def __init__(self, layer: p3.MergedLinear, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(layer.lora_A.detach().clone())
+        self.lora_B = nn.Parameter(layer.lora_B.detach().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.weights = layer.weight.detach().split(widths)
+        self.widths, self.enable, self.alpha_over_r = widths, layer.enable_lora, layer.lora_alpha / layer.r
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = [None] * len(self.widths) if self.bias is None else self.bias.split(self.widths)
+        As = iter(self.lora_A.chunk(sum(self.enable)))
+        Bs = iter(self.lora_B.split([w for w, on in zip(self.widths, self.enable, strict=True) if on]))
+        parts = []
+        for W, b, on in zip(self.weights, biases, self.enable, strict=True):
+            y = F.linear(x, W, b)
+            parts.append(y + self.alpha_over_r * F.linear(F.linear(x, next(As)), next(Bs)) if on else y)
+        return torch.cat(parts, dim=-1)
+
+
+@PLAIN
+@given(fused_layers)
+def test_any_segments_match_separate_linears(case):
+    torch.manual_seed(0)
+    layer = p3.MergedLinear(
+        case.in_features, sum(case.widths), case.r, case.alpha, enable_lora=case.enable, segments=case.widths,
+        bias=case.bias,
+    )  # fmt: skip
+    randomize_adapters(layer, std=1)
+    assert_same_function(layer, SeparateLinears(layer, case.widths), torch.randn(*case.tokens, case.in_features))
+
+
+@PLAIN
+@given(fused_layers, st.integers(1, 6))
+def test_equal_segments_match_loralib(case, width):
+    out = width * len(case.enable)
+    ours, theirs = both(
+        "MergedLinear", case.in_features, out, r=case.r, lora_alpha=case.alpha, enable_lora=case.enable, bias=case.bias
+    )
+    assert_same_function(ours, theirs, torch.randn(*case.tokens, case.in_features))
+
+
+def test_unequal_qkv_matches_three_linears():
+    """Phi-3-medium's proportions (q 4, k 1, v 1), where loralib's equal split would adapt half of q and all of k."""
+    torch.manual_seed(0)
+    layer = p3.MergedLinear(8, 12, r=2, lora_alpha=4, segments=(8, 2, 2), enable_lora=[True, False, True])
+    randomize_adapters(layer, std=1)
+    x = torch.randn(5, 8)
+    y, base = layer(x), F.linear(x, layer.weight, layer.bias)
+    q = base[:, :8] + 2 * x @ layer.lora_A[:2].t() @ layer.lora_B[:8].t()
+    v = base[:, 10:] + 2 * x @ layer.lora_A[2:].t() @ layer.lora_B[8:].t()
+    torch.testing.assert_close(y, torch.cat([q, base[:, 8:10], v], dim=1))
+
+
+def test_lora_ind_merge_ab_and_zero_pad_are_loralibs():
+    for fan_in_fan_out in (False, True):
+        ours, theirs = both(
+            "MergedLinear", 6, 12, r=2, lora_alpha=7, enable_lora=[True, False, True], fan_in_fan_out=fan_in_fan_out
+        )
+        assert torch.equal(ours.lora_ind, theirs.lora_ind)
+        torch.testing.assert_close(ours.merge_AB(), theirs.merge_AB())
+        x = torch.randn(8, 6)
+        assert torch.equal(ours.zero_pad(x), theirs.zero_pad(x))
+
+
+# --- loralib's contract
+
+
+@every_layer
+@pytest.mark.parametrize("r", [0, 2])
+def test_state_dict_has_loralibs_keys_and_shapes(name, kwargs, x, r):
+    ours, theirs = getattr(p3, name)(**kwargs, r=r), getattr(lora, name)(**kwargs, r=r)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+@every_layer
+def test_checkpoints_go_both_ways(name, kwargs, x):
+    ours = built(name, kwargs)
+    theirs = getattr(lora, name)(**kwargs, r=2, lora_alpha=3, merge_weights=False)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(theirs(x), ours(x))
+    randomize_adapters(theirs, seed=1)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@every_layer
+def test_each_layer_is_an_instance_of_loralibs(name, kwargs, x):
+    layer = built(name, kwargs)
+    assert isinstance(layer, getattr(lora, name))
+    assert isinstance(layer, LoRALayer)
+    assert isinstance(layer, lora.Linear) == (name == "Linear")  # in loralib a MergedLinear is no Linear
+    assert lora.lora_state_dict(layer).keys() == {"lora_A", "lora_B"}  # no lora_ind
+
+
+@every_layer
+def test_adapters_have_loralibs_initial_distribution(name, kwargs, x):
+    torch.manual_seed(0)
+    theirs = getattr(lora, name)(**kwargs, r=2)
+    layer = getattr(p3, name)(**kwargs, r=2)
+    for parameter in ("lora_A", "lora_B"):
+        ours, reference = getattr(layer, parameter), getattr(theirs, parameter)
+        assert bool(ours.any()) == bool(reference.any())
+    bound = 1 / math.sqrt(layer.lora_A.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's own
+    if name == "Embedding":
+        assert layer.lora_B.abs().max() > 1  # normal
+    else:
+        assert 0.5 * bound < layer.lora_A.abs().max() <= bound
+
+
+# --- The base
+
+
+@every_layer
+def test_a_fresh_adapter_changes_nothing(name, kwargs, x):
+    base = plain_base(name, kwargs)
+    want = base(x)
+    assert torch.equal(adapted(name, base)(x), want)
+
+
+@every_layer
+def test_adapt_shares_the_pretrained_parameters(name, kwargs, x):
+    base = plain_base(name, kwargs)
+    layer = adapted(name, base)
+    assert layer.frozen_weight() is base.weight
+    assert not base.weight.requires_grad
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} - {"bias", "conv.bias"} == {"lora_A", "lora_B"}
+    if name != "Embedding":
+        assert (layer.conv if name == "Conv2d" else layer).bias is base.bias
+
+
+@every_layer
+def test_rank_zero_is_the_base_layer(name, kwargs, x):
+    layer = getattr(p3, name)(**kwargs, r=0)
+    base = plain_base(name, kwargs)
+    base.load_state_dict({key.removeprefix("conv."): value for key, value in layer.state_dict().items()})
+    assert torch.equal(layer(x), base(x))
+    assert layer.frozen_weight().requires_grad  # as in loralib
+
+
+def test_no_segment_enabled_is_the_base_layer():
+    layer = p3.MergedLinear(4, 6, r=2, enable_lora=[False, False])
+    x = torch.randn(3, 4)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.state_dict().keys() == {"weight", "bias"}
+
+
+@every_layer
+def test_a_layer_switched_off_is_the_base_layer(name, kwargs, x):
+    layer = built(name, kwargs)
+    base = plain_base(name, kwargs)
+    base.load_state_dict(
+        {key.removeprefix("conv."): v for key, v in layer.state_dict().items() if not key.startswith("lora_")}
+    )
+    assert not torch.equal(layer(x), base(x))
+    layer.enabled = False
+    assert torch.equal(layer(x), base(x))
+
+
+@every_layer
+def test_delta_is_what_the_forward_adds(name, kwargs, x):
+    layer = built(name, kwargs)
+    y = layer(x)
+    delta = layer.delta()
+    assert delta.dtype == torch.float32
+    assert delta.shape == layer.frozen_weight().shape
+    layer.enabled = False
+    with torch.no_grad():
+        layer.frozen_weight().add_(delta)
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_delta_of_a_transposed_layer_is_transposed():
+    layer = p3.Linear(3, 5, r=2, fan_in_fan_out=True)
+    randomize_adapters(layer)
+    assert layer.delta().shape == layer.weight.shape == (3, 5)
+    torch.testing.assert_close(layer.delta(), (layer.lora_B @ layer.lora_A).t() / 2)
+
+
+@every_layer
+def test_reset_parameters_puts_the_adapter_back_to_no_effect(name, kwargs, x):
+    layer = built(name, kwargs)
+    layer.reset_parameters()
+    y = layer(x)
+    layer.enabled = False
+    assert torch.equal(y, layer(x))
+
+
+# --- Modes
+
+
+@every_layer
+@pytest.mark.parametrize("merge_weights", [False, True])
+def test_train_and_eval_return_self_and_never_change_a_bit(name, kwargs, x, merge_weights):
+    layer = built(name, kwargs, merge_weights=merge_weights).to(torch.bfloat16)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    for _ in range(20):
+        assert layer.eval() is layer
+        assert layer.train() is layer
+        assert layer.training
+        assert layer.train(False) is layer
+        assert not layer.training
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value.view(torch.int16), before[key].view(torch.int16)), key
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@every_layer
+def test_adapt_keeps_the_mode_of_the_base_in_every_submodule(name, kwargs, x, mode):
+    more = {} if name == "Embedding" else {"lora_dropout": 0.5}
+    layer = adapted(name, plain_base(name, kwargs).train(mode), **more)
+    assert {module.training for module in layer.modules()} == {mode}
+
+
+def identity_layers(p: float) -> list[nn.Module]:
+    """Layers whose frozen weight is zero and whose adapter passes its input through, on every segment."""
+    linear = p3.Linear(64, 64, r=64, lora_alpha=64, lora_dropout=p, bias=False)
+    merged = p3.MergedLinear(64, 128, r=64, lora_alpha=64, lora_dropout=p, enable_lora=[True, True], bias=False)
+    for layer in (linear, merged):
+        for parameter in (layer.lora_A, layer.lora_B):
+            parameter.data = torch.eye(64).repeat(parameter.shape[0] // 64, 1)
+        layer.weight.data.zero_()
+    return [linear, merged]
+
+
+def test_dropout_drops_the_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    for layer in identity_layers(0.25):
+        y = layer.train()(torch.ones(500, 64))
+        torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / 0.75]))
+        assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+        assert y.mean().item() == pytest.approx(1, abs=0.02)
+        assert torch.equal(layer.eval()(torch.ones(5, 64)), torch.ones_like(y[:5]))
+
+
+def test_segments_see_one_dropout_mask_as_in_loralib():
+    torch.manual_seed(0)
+    y = identity_layers(0.5)[1].train()(torch.ones(50, 64))
+    assert torch.equal(y[:, :64], y[:, 64:])
+
+
+def test_dropout_leaves_the_frozen_path_alone():
+    torch.manual_seed(0)
+    layer = p3.Linear(8, 8, r=2, lora_dropout=0.5)
+    x = torch.randn(20, 8)
+    assert torch.equal(layer.train()(x), F.linear(x, layer.weight, layer.bias))  # lora_B is zero
+
+
+def test_gradients_flow_through_the_dropout_mask():
+    torch.manual_seed(0)
+    layer = identity_layers(0.5)[0].train()
+    x = torch.ones(50, 64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # d y / d x is the mask over 1 - p, and so is y
+
+
+def test_rslora_divides_alpha_by_the_root_of_the_rank():
+    for name, kwargs, x in LAYERS:
+        layer = built(name, kwargs, r=4)
+        assert layer.scaling == 3 / 4
+        rslora = getattr(p3, name)(**kwargs, r=4, lora_alpha=3, use_rslora=True)
+        rslora.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(rslora.delta(), layer.delta() * math.sqrt(4))
+        rslora.enabled = layer.enabled = True
+        y, y_rslora = layer(x), rslora(x)
+        layer.enabled = False
+        torch.testing.assert_close(y_rslora - layer(x), (y - layer(x)) * math.sqrt(4), rtol=1e-4, atol=1e-5)
+
+
+# --- Dtypes and devices
+
+
+@every_layer
+def test_adapters_are_float32_on_a_bf16_base_and_the_output_is_bf16(name, kwargs, x):
+    base = plain_base(name, kwargs).to(torch.bfloat16)
+    layer = adapted(name, base)
+    randomize_adapters(layer)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    x = x.to(torch.bfloat16) if x.is_floating_point() else x
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    reference = copy.deepcopy(layer).float()
+    wide = x.float() if x.is_floating_point() else x
+    torch.testing.assert_close(y.float(), reference(wide), rtol=0.02, atol=0.02)
+    y.float().sum().backward()
+    reference(wide).sum().backward()
+    for parameter in ("lora_A", "lora_B"):
+        gradient = getattr(layer, parameter).grad
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, getattr(reference, parameter).grad, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear"])
+def test_within_autocast_the_products_run_in_its_dtype(name, base_dtype):
+    _, kwargs, x = next(case for case in LAYERS if case[0] == name)
+    layer = adapted(name, plain_base(name, kwargs).to(base_dtype))
+    randomize_adapters(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.lora_A.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), copy.deepcopy(layer).float()(x), rtol=0.02, atol=0.02)
+
+
+def test_float64_layers_compute_in_float64():
+    layer = p3.MergedLinear(6, 9, r=2, segments=(4, 5), enable_lora=[True, True], dtype=torch.float64)
+    randomize_adapters(layer, std=1)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    want = F.linear(x, layer.weight + layer.delta().double(), layer.bias)
+    torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)
+    assert layer(x).dtype == torch.float64
+
+
+@every_layer
+def test_a_layer_works_on_the_meta_device(name, kwargs, x):
+    with torch.device("meta"):
+        fresh = getattr(p3, name)(**kwargs, r=2)
+        around = adapted(name, plain_base(name, kwargs))
+    want = built(name, kwargs)(x).shape
+    for layer in (fresh, around, built(name, kwargs).to("meta")):
+        assert {p.device.type for p in layer.parameters()} == {"meta"}
+        assert layer(x.to("meta")).shape == want
+
+
+@every_layer
+def test_deepcopy_and_pickle_keep_the_function(name, kwargs, x):
+    layer = built(name, kwargs)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+        twin.lora_A.data.add_(1)
+        assert not torch.equal(twin(x), layer(x))  # and share nothing
+
+
+@every_layer
+def test_to_moves_the_adapters_with_the_base(name, kwargs, x):
+    layer = built(name, kwargs)
+    y = layer(x)
+    layer.to(torch.float64)
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    wide = layer(x.double() if x.is_floating_point() else x)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), y)
+
+
+# --- Conv2d's renamed weight
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_conv2d_loads_the_weights_it_had_before_the_swap(strict):
+    pretrained = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU())
+    model = nn.Sequential(p3.Conv2d(2, 4, 3, r=0 if strict else 2), nn.ReLU())
+    state = pretrained.state_dict()
+    result = model.load_state_dict(state, strict=strict)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == (set() if strict else {"0.lora_A", "0.lora_B"})
+    assert torch.equal(model[0].conv.weight, pretrained[0].weight)
+    assert torch.equal(model[0].conv.bias, pretrained[0].bias)
+    assert state.keys() == {"0.weight", "0.bias"}  # the caller's dict is left alone
+
+
+# --- Errors
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"segments": (4, 4), "enable_lora": [True, True]}, "add up to 8"),
+        ({"segments": (10, -1), "enable_lora": [True, True]}, "positive widths"),
+        ({"segments": (9, 0), "enable_lora": [True, True]}, "positive widths"),
+        ({"segments": (4, 5), "enable_lora": [True]}, "differ in length"),
+        ({"enable_lora": [True, False]}, "2 equal segments do not divide out_features=9"),
+        ({"enable_lora": []}, "0 equal segments"),
+        ({"enable_lora": [True], "r": -1}, "r=-1"),
+        ({"enable_lora": [True], "r": 1.5}, r"r=1\.5"),
+        ({"enable_lora": [True], "lora_dropout": 1.0}, r"lora_dropout=1\.0"),
+        ({"enable_lora": [True], "lora_dropout": -0.1}, r"lora_dropout=-0\.1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(kwargs, message):
+    with pytest.raises(ModelError, match=message):
+        p3.MergedLinear(6, 9, **{"r": 2, **kwargs})
+
+
+def test_a_conv2d_whose_kernel_is_not_square_is_refused():
+    with pytest.raises(ModelError, match=r"kernel_size=\(3, 1\)"):
+        p3.Conv2d.adapt(nn.Conv2d(2, 2, (3, 1)), 2)

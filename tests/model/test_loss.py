@@ -1,0 +1,137 @@
+"""The chunked cross-entropy against ``F.cross_entropy`` on all logits at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize_adapters
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import phi3lora as p3
+from phi3lora.model.loss import linear_cross_entropy, token_losses
+
+
+def heads() -> dict[str, nn.Module]:
+    """Output heads of 7 hidden and 11 tokens: frozen, trainable with bias, with an adapter."""
+    torch.manual_seed(0)
+    frozen, trainable, adapted = nn.Linear(7, 11, bias=False), nn.Linear(7, 11), p3.Linear(7, 11, r=2, lora_alpha=4)
+    frozen.weight.requires_grad = adapted.bias.requires_grad = False
+    randomize_adapters(adapted, std=1)
+    return {"frozen": frozen, "trainable": trainable, "adapted": adapted}
+
+
+def data(tokens: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tokens, 7, generator=generator), torch.randint(11, (tokens,), generator=generator)
+
+
+def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [hidden, *(p for p in head.parameters() if p.requires_grad)]))
+
+
+@settings(deadline=None, max_examples=60, derandomize=True, database=None)
+@given(st.integers(1, 20), st.integers(1, 25), st.sampled_from(sorted(heads())), st.sampled_from([1.0, 0.125, -3.0]))
+def test_any_chunk_size_gives_cross_entropys_sum_and_gradients(tokens, chunk, name, scale):
+    head, (hidden, labels) = heads()[name], data(tokens)
+    hidden.requires_grad = True
+    loss = linear_cross_entropy(hidden, head, labels, chunk)
+    want = F.cross_entropy(head(hidden), labels, reduction="sum")
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, want)
+    ours, reference = gradients(loss * scale, hidden, head), gradients(want * scale, hidden, head)
+    for got, expected in zip(ours, reference, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trainable_head_gets_its_gradient_from_a_frozen_decoder():
+    head, (hidden, labels) = heads()["adapted"], data(9)
+    linear_cross_entropy(hidden, head, labels, 4).backward()
+    ours = [head.lora_A.grad, head.lora_B.grad]
+    want = F.cross_entropy(head(hidden), labels, reduction="sum")
+    for got, expected in zip(ours, torch.autograd.grad(want, [head.lora_A, head.lora_B]), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_head_whose_adapter_is_switched_off_still_trains_the_decoder():
+    head, (hidden, labels) = heads()["adapted"], data(9)
+    hidden.requires_grad = True
+    with p3.disabled(head):
+        loss = linear_cross_entropy(hidden, head, labels, 4)
+        loss.backward()
+        want = F.cross_entropy(F.linear(hidden, head.weight, head.bias), labels, reduction="sum")
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(want, hidden)[0])
+    assert head.lora_A.grad is None or not head.lora_A.grad.any()
+
+
+@pytest.mark.parametrize("name", sorted(heads()))
+def test_without_gradient_the_loss_is_the_same(name):
+    head, (hidden, labels) = heads()[name], data(9)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden.requires_grad_(), head, labels, 4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(head(hidden), labels, reduction="sum").detach())
+    frozen = heads()["frozen"]
+    assert not linear_cross_entropy(hidden.detach(), frozen, labels, 4).requires_grad
+
+
+def test_bf16_logits_are_summed_in_float32():
+    head = heads()["frozen"].to(torch.bfloat16)
+    hidden, labels = data(2000)
+    hidden = hidden.to(torch.bfloat16).requires_grad_()
+    loss = linear_cross_entropy(hidden, head, labels, 7)
+    assert loss.dtype == torch.float32
+    want = F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)  # a bf16 sum would be off by 1 % and more
+    d_hidden = torch.autograd.grad(loss, hidden)[0]
+    assert d_hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(d_hidden, torch.autograd.grad(want, hidden)[0])
+
+
+@pytest.mark.parametrize("name", ["trainable", "adapted"])
+def test_within_autocast_chunks_give_the_gradients_of_one_chunk(name):
+    head, (hidden, labels) = heads()[name], data(9)
+    hidden.requires_grad = True
+    results = []
+    for chunk in (2, 9):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(hidden, head, labels, chunk)
+        results.append([loss, *gradients(loss, hidden, head)])
+    assert len(results[0]) >= 4  # the loss, d hidden, and the head's own two
+    for chunked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_more_logits_than_a_chunk_exist_at_once(grad):
+    head, (hidden, labels) = heads()["frozen"], data(10)
+    sizes: list[int] = []
+    head.register_forward_hook(lambda module, args, logits: sizes.append(logits.shape[0]))
+    with torch.set_grad_enabled(grad):
+        linear_cross_entropy(hidden.requires_grad_(), head, labels, 4)
+    assert sizes == [4, 4, 2]
+
+
+def test_no_supervised_tokens_are_a_loss_of_zero():
+    head = heads()["adapted"]
+    hidden = torch.zeros(0, 7, requires_grad=True)
+    loss = linear_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long))
+    assert loss.item() == 0
+    loss.backward()
+    assert not head.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_token_losses_are_cross_entropys_and_say_which_argmax_is_right(chunk):
+    head, (hidden, labels) = heads()["adapted"], data(13)
+    logits = head(hidden)
+    labels[::2] = logits.argmax(-1)[::2]
+    losses, correct = token_losses(hidden, head, labels, chunk)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none").detach())
+    assert torch.equal(correct, logits.argmax(-1) == labels)
+    assert 7 <= correct.sum() < 13
+    assert not losses.requires_grad

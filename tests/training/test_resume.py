@@ -1,0 +1,337 @@
+"""A run cut at step k and resumed is the uncut run, bit for bit: adapters, moments, losses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
+
+import phi3lora as p3
+
+# 24 documents in 22 rows of 64 tokens; 2 rows x 2 a step: 6 steps an epoch, the last of fewer micro-batches
+RUN = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2, "warmup_steps": 2,
+    "lr_scheduler_type": "cosine", "weight_decay": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 4,
+    "eval_strategy": "steps", "eval_steps": 5,
+}  # fmt: skip
+FLAVOURS = {
+    "float32": (torch.float32, {}),
+    "bf16": (torch.bfloat16, {"bf16": True}),
+    "fp16": (torch.float32, {"fp16": True}),
+    "sgd": (torch.float32, {"optim": "sgd"}),
+    "unpacked": (torch.float32, {"packing": False, "per_device_train_batch_size": 3}),
+    "logged every 3": (torch.float32, {"logging_steps": 3, "eval_strategy": "no"}),
+    "logged an epoch": (torch.float32, {"logging_strategy": "epoch", "eval_strategy": "epoch"}),
+}
+
+
+def train(folder, flavour="float32", callbacks=(), seed=0, dropout=0.1, r=4, dataset=None, **changes):
+    """One run, or the rest of one; the model's adapters and the generators depend on ``seed``."""
+    dtype, settings = FLAVOURS[flavour]
+    model = adapted_model(seed=seed, dtype=dtype, lora_dropout=dropout, r=r)
+    torch.manual_seed(1000 + seed)
+    config = quiet_config(folder, **{**RUN, **settings, **changes})
+    eval_dataset = chat_dataset(5) if config.eval_strategy != "no" else None
+    result = p3.train(model, dataset or chat_dataset(), config, eval_dataset=eval_dataset, callbacks=callbacks)
+    return result, adapters_of(model)
+
+
+def resumed(folder, flavour="float32", **changes):
+    """The rest of a run, in what could be another process: other adapters, other generators."""
+    return train(folder, flavour, seed=1, **{"resume_from_checkpoint": True, **changes})
+
+
+@functools.cache
+def uncut(flavour="float32"):
+    """``(result, adapters, moments)`` of the run that nobody cuts."""
+    with tempfile.TemporaryDirectory() as folder:
+        result, adapters = train(folder, flavour)
+        return result, adapters, moments(folder, result.global_step)
+
+
+def moments(folder, step):
+    state = torch.load(Path(folder) / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)["state"]
+    return {f"{i}.{n}": torch.as_tensor(v) for i, s in state.items() for n, v in s.items() if v is not None}
+
+
+def columns(lines):
+    """Everything in the lines but the clock: step, epoch, loss, grad_norm, learning_rate, tokens, eval_*."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def metrics_file(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equals_uncut(folder, result, adapters, flavour="float32", lines=columns):
+    expected, expected_adapters, expected_moments = uncut(flavour)
+    assert result.global_step == expected.global_step
+    assert not result.interrupted
+    assert lines(result.history) == lines(expected.history)
+    assert lines(metrics_file(folder)) == lines(expected.history)
+    assert same_tensors(adapters, expected_adapters)
+    assert same_tensors(moments(folder, result.global_step), expected_moments)
+    for name in ("train_loss", "tokens"):
+        assert result.metrics[name] == expected.metrics[name]
+
+
+def by_keyboard(state):
+    raise KeyboardInterrupt
+
+
+def by_sigint(state):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def by_sigterm(state):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def by_should_stop(state):
+    state.should_stop = True
+
+
+def by_crash(state):
+    raise MemoryError("crash")
+
+
+class Cut(p3.Callback):
+    """Ends the run after step k."""
+
+    def __init__(self, k, how, hook="on_step_end"):
+        self.k, self.how = k, how
+        setattr(self, hook, self.hook)
+
+    def hook(self, state, *details):
+        if state.global_step == self.k:
+            self.how(state)
+
+
+def test_the_run_has_what_makes_resuming_hard():
+    result, _, _ = uncut()
+    epochs = [line["epoch"] for line in result.history if "loss" in line]
+    assert result.global_step == 12
+    assert epochs == [round(step / 6, 4) for step in range(1, 13)]
+    assert [line["step"] for line in result.history if "eval_loss" in line] == [5, 10, 12]
+    assert len({line["loss"] for line in result.history if "loss" in line}) == 12
+
+
+@pytest.mark.parametrize(
+    ("k", "how"),
+    [(1, by_keyboard), (3, by_sigterm), (6, by_keyboard), (7, by_sigterm), (11, by_keyboard), (12, by_sigterm)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("flavour", ["float32", "bf16"])
+def test_a_run_interrupted_at_step_k_and_resumed_equals_the_uncut_run(tmp_path, flavour, how, k):
+    first, _ = train(tmp_path, flavour, [Cut(k, how)])
+    assert first.interrupted
+    assert first.global_step == k
+    assert (tmp_path / f"checkpoint-{k}").is_dir()
+    result, adapters = resumed(tmp_path, flavour)
+    assert_equals_uncut(tmp_path, result, adapters, flavour)
+
+
+@pytest.mark.parametrize("k", [4, 5])
+@pytest.mark.parametrize("flavour", [name for name in FLAVOURS if name not in ("float32", "bf16")])
+def test_every_flavour_of_run_resumes_bit_for_bit(tmp_path, flavour, k):
+    first, _ = train(tmp_path, flavour, [Cut(k, by_sigint)])
+    assert first.interrupted
+    result, adapters = resumed(tmp_path, flavour)
+    assert_equals_uncut(tmp_path, result, adapters, flavour)
+
+
+@pytest.mark.parametrize("hook", ["on_log", "on_evaluate", "on_save"])
+def test_an_interrupt_in_any_hook_loses_nothing(tmp_path, hook):
+    k = {"on_log": 2, "on_evaluate": 5, "on_save": 4}[hook]
+    first, _ = train(tmp_path, callbacks=[Cut(k, by_keyboard, hook)])
+    assert (first.interrupted, first.global_step) == (True, k)
+    result, adapters = resumed(tmp_path)
+    assert_equals_uncut(tmp_path, result, adapters)
+
+
+@pytest.mark.parametrize(("k", "flavour"), [(5, "float32"), (4, "logged every 3")])
+def test_a_run_stopped_by_a_callback_resumes_to_the_uncut_run(tmp_path, k, flavour):
+    first, _ = train(tmp_path, flavour, [Cut(k, by_should_stop)])
+    assert (first.interrupted, first.global_step) == (False, k)
+    result, adapters = resumed(tmp_path, flavour)
+    assert_equals_uncut(tmp_path, result, adapters, flavour)
+
+
+@pytest.mark.parametrize("k", [5, 8, 9])
+def test_a_crash_between_checkpoints_repeats_the_lost_steps_exactly(tmp_path, k):
+    with pytest.raises(MemoryError):
+        train(tmp_path, callbacks=[Cut(k, by_crash)])
+    assert len(metrics_file(tmp_path)) > 5
+    result, adapters = resumed(tmp_path)
+    assert_equals_uncut(tmp_path, result, adapters)
+
+
+def test_a_run_cut_again_and_again_equals_the_uncut_run(tmp_path):
+    train(tmp_path, callbacks=[Cut(1, by_keyboard)])
+    for k in (2, 6, 7):
+        first, _ = train(tmp_path, callbacks=[Cut(k, by_keyboard)], seed=k, resume_from_checkpoint="auto")
+        assert first.global_step == k
+    result, adapters = resumed(tmp_path)
+    assert_equals_uncut(tmp_path, result, adapters)
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+import test_resume
+def by_kill(state):
+    os.kill(os.getpid(), signal.SIGKILL)
+test_resume.train({folder!r}, callbacks=[test_resume.Cut(7, by_kill)])
+"""
+
+
+def test_a_process_killed_by_kill_9_resumes_to_the_uncut_run(tmp_path):
+    here = Path(__file__).parent
+    script = SCRIPT.format(paths=[str(here), str(here.parent), str(here.parent.parent)], folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert metrics_file(tmp_path)[-1]["step"] == 7
+    result, adapters = resumed(tmp_path)
+    assert_equals_uncut(tmp_path, result, adapters)
+
+
+def test_resuming_a_finished_run_trains_nothing_and_gives_its_adapters_back(tmp_path):
+    settings = {"eval_strategy": "no"}
+    first, adapters = train(tmp_path, **settings)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoint-*/*")}
+    again, adapters_again = resumed(tmp_path, **settings)
+    assert again.global_step == first.global_step
+    assert same_tensors(adapters_again, adapters)
+    assert again.history == first.history == metrics_file(tmp_path)
+    assert again.metrics["train_loss"] == first.metrics["train_loss"]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoint-*/*")} == files
+
+
+def test_resuming_a_finished_run_with_evaluations_evaluates_no_step_twice(tmp_path):
+    first, _ = train(tmp_path, eval_steps=4)
+    again, _ = resumed(tmp_path, eval_steps=4)
+    assert columns(again.history) == columns(first.history)
+    assert again.metrics["eval_loss"] == first.metrics["eval_loss"]
+
+
+def test_auto_with_nothing_there_is_a_fresh_start(tmp_path):
+    result, adapters = train(tmp_path / "new", resume_from_checkpoint="auto")
+    assert_equals_uncut(tmp_path / "new", result, adapters)
+
+
+def test_true_with_nothing_there_is_an_error_and_writes_nothing(tmp_path):
+    with pytest.raises(p3.CheckpointError, match=r"has no good checkpoint.*'auto'"):
+        train(tmp_path / "new", resume_from_checkpoint=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(p3.CheckpointError, match=r"cannot resume from .*nowhere.*no such folder"):
+        train(tmp_path / "new", resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_path_chooses_the_checkpoint_and_may_be_a_path_object(tmp_path):
+    train(tmp_path)
+    steps = []
+
+    class Watch(p3.Callback):
+        def on_step_end(self, state):
+            steps.append(state.global_step)
+
+    result, adapters = train(tmp_path, seed=1, callbacks=[Watch()], resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert steps == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert_equals_uncut(tmp_path, result, adapters)
+
+
+def test_a_moved_checkpoint_goes_on_in_another_output_dir(tmp_path):
+    train(tmp_path / "old", callbacks=[Cut(6, by_keyboard)])
+    shutil.move(tmp_path / "old" / "checkpoint-6", tmp_path / "moved")
+    result, adapters = resumed(tmp_path / "new", resume_from_checkpoint=str(tmp_path / "moved"))
+    assert_equals_uncut(tmp_path / "new", result, adapters)
+
+
+def test_the_best_checkpoint_of_a_run_that_moved_is_still_found_at_the_end(tmp_path):
+    settings = {"load_best_model_at_end": True, "learning_rate": 0.0, "save_steps": 5}  # so the first is the best
+    train(tmp_path / "old", callbacks=[Cut(6, by_keyboard)], **settings)
+    where = str(tmp_path / "old" / "checkpoint-6")
+    result, adapters = resumed(tmp_path / "new", resume_from_checkpoint=where, **settings)
+    assert Path(result.best_checkpoint).is_dir()
+    p3.load_adapter(model := adapted_model(lora_dropout=0.1), Path(result.best_checkpoint) / "lora.safetensors")
+    assert same_tensors(adapters, adapters_of(model))
+
+
+OTHER_RUNS = {
+    "learning_rate": ({"learning_rate": 0.5}, r"learning_rate 0.01 then, 0.5 now"),
+    "seed": ({"changes": {"seed": 7}}, r"seed 42 then, 7 now"),
+    "data_seed": ({"data_seed": 7}, r"data_seed None then, 7 now"),
+    "batch size": ({"per_device_train_batch_size": 1}, r"per_device_train_batch_size 2 then, 1 now"),
+    "optimizer": ({"optim": "sgd"}, r"optim 'adamw_torch' then, 'sgd' now"),
+    "precision": ({"bf16": True}, r"bf16 False then, True now"),
+    "packing": ({"packing": False}, r"packing True then, False now"),
+    "row length": ({"max_length": 80}, r"row_length of the data 64 then, 80 now"),
+    "dropout": ({"dropout": 0.2}, r"lora_dropout 0.1 then, 0.2 now"),
+    "r": ({"r": 2}, r"adapters of 8 layers, .*'r': 4.* then, .*'r': 2.* now"),
+    "data": ({"dataset": chat_dataset(20)}, r"documents of the data 24 then, 20 now"),
+    "masks": ({"dataset": chat_dataset(train_on="last")}, r"fingerprint of the data '\w+' then, '\w+' now"),
+}
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut")
+    train(folder, callbacks=[Cut(2, by_keyboard)])
+    return folder
+
+
+@pytest.mark.parametrize("what", OTHER_RUNS)
+def test_another_runs_checkpoint_is_refused_and_the_difference_is_named(cut_run, what):
+    changes, message = OTHER_RUNS[what]
+    changes = dict(changes)
+    changes.update(changes.pop("changes", {}))
+    seed = changes.pop("seed", None)
+    model = adapted_model(lora_dropout=changes.pop("dropout", 0.1), r=changes.pop("r", 4))
+    dataset = changes.pop("dataset", None) or chat_dataset()
+    settings = {**RUN, **changes, "resume_from_checkpoint": True, **({} if seed is None else {"seed": seed})}
+    before, files = adapters_of(model), sorted(cut_run.rglob("*"))
+    with pytest.raises(p3.CheckpointError, match=message) as caught:
+        p3.train(model, dataset, quiet_config(cut_run, **settings), eval_dataset=chat_dataset(5))
+    assert "another run" in str(caught.value)
+    assert same_tensors(adapters_of(model), before)
+    assert sorted(cut_run.rglob("*")) == files
+
+
+def test_a_base_model_of_another_dtype_is_another_run(cut_run):
+    model = adapted_model(dtype=torch.bfloat16, lora_dropout=0.1)
+    with pytest.raises(p3.CheckpointError, match="another run"):
+        p3.train(
+            model, chat_dataset(), quiet_config(cut_run, **RUN, resume_from_checkpoint=True),
+            eval_dataset=chat_dataset(5),
+        )  # fmt: skip
+
+
+def test_the_number_of_steps_may_change_and_a_longer_run_equals_one_that_was_long_from_the_start(tmp_path):
+    settings = {"lr_scheduler_type": "constant", "eval_strategy": "no"}
+    straight, adapters = train(tmp_path / "straight", max_steps=8, **settings)
+    train(tmp_path / "longer", max_steps=3, **settings)
+    longer, longer_adapters = resumed(tmp_path / "longer", max_steps=8, **settings)
+    assert same_tensors(adapters, longer_adapters)
+    assert columns(longer.history) == columns(straight.history)
+
+
+def test_what_is_only_looked_at_saved_or_said_may_change(tmp_path):
+    train(tmp_path, callbacks=[Cut(4, by_keyboard)])
+    changes = {"eval_strategy": "no", "save_strategy": "epoch", "logging_steps": 5, "report_to": "tensorboard"}
+    result, adapters = resumed(tmp_path, **changes, activation_checkpointing="full")
+    assert result.global_step == 12
+    assert same_tensors(adapters, uncut()[1])
