@@ -72,6 +72,9 @@ class ChatEncoder:
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
         ordered = sorted(specials, key=lambda s: (-len(s), s))
         self._special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        # Markers that the tokenizer adds without calling them special cannot be switched off: they are cut in two.
+        stubborn = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
+        self._unsplittable = re.compile("|".join(map(re.escape, stubborn)) or r"(?!)")
         self._literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         self._end_of_turn = self._find_end_of_turn(name)
         self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(self._end_of_turn)
@@ -159,7 +162,9 @@ class ChatEncoder:
                 spans.append((turn_start if self.train_on == "all" else start, end))
             if self._special.search(content):
                 # White space before it stays outside: a marker before may swallow it.
-                sly.append((start + len(content) - len(content.lstrip()), position))
+                first = start + len(content) - len(content.lstrip())
+                cuts = [start + found.start() + 1 for found in self._unsplittable.finditer(content)]
+                sly += pairwise([first, *cuts, position])
             turn_start = end
         return _Rendered(text, spans, sly)
 

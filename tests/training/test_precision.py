@@ -135,3 +135,15 @@ def test_float16_gradients_that_never_become_finite_stop_the_run_too(tmp_path):
     first.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(p3.TrainingError, match="in a row"):
         p3.train(model, chat_dataset(8), quiet_config(tmp_path, fp16=True, max_steps=60, max_nonfinite_steps=5))
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {}], ids=["bf16", "fp32"])
+def test_evaluations_run_in_the_precision_of_the_training(tmp_path, settings):
+    model = adapted_model()
+    config = quiet_config(tmp_path, max_steps=1, eval_strategy="epoch", **settings)
+    result = p3.train(model, chat_dataset(8), config, eval_dataset=chat_dataset(8))
+    full = p3.evaluate(model, chat_dataset(8))["loss"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = p3.evaluate(model, chat_dataset(8))["loss"]
+    assert half != full
+    assert result.metrics["eval_loss"] == (half if settings else full)
