@@ -144,8 +144,14 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
             "role": _role(turn.get("role"), number),
             "content": _text(turn.get("content"), number, f"the content of role {turn.get('role')!r}"),
         }
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise DataError(
+                f"row {number}: a message with tool_calls; allowed: text content, as the template renders it"
+            )
         if turn.get("train") is not None:
-            message["train"] = bool(turn["train"])
+            if not isinstance(turn["train"], bool):
+                raise DataError(f"row {number}: 'train' of a message is {turn['train']!r}; allowed: true, false")
+            message["train"] = turn["train"]
         messages.append(message)
     return messages
 

@@ -83,7 +83,7 @@ def batches(
         batch_size: rows in a batch: packed rows, or documents with ``packing=False``.
         packing: fill rows with whole documents, which do not see each other; False: one document a row, padded.
         seed, epoch: fix the order of the documents.
-        shuffle: False: in the dataset's order.
+        shuffle: False: in the dataset's order (which packing changes within 2,048 documents, to fill rows).
         boundary: for longrope models, ``original_max_position_embeddings``: documents up to that many tokens and longer
             ones never share a batch.
 

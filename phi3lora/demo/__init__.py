@@ -32,7 +32,7 @@ def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
 
     model, tokenizer = load_model(BASE, dtype="float32", device="cpu")
     if random_init:
-        model.apply(model._init_weights)
+        model = type(model)(model.config).eval()
     train_set, eval_set = (
         ChatDataset.load(FOLDER / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "eval")
     )

@@ -23,7 +23,7 @@ from . import FOLDER, load
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
 TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3, "max_steps": 70, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine",
-    "warmup_steps": 5, "logging_steps": 5, "save_strategy": "no", "overwrite_output_dir": True,
+    "warmup_steps": 5, "logging_steps": 2, "save_strategy": "no", "overwrite_output_dir": True,
 }  # fmt: skip
 EXAMPLES = 5  # held-out questions whose answers are printed
 
@@ -88,16 +88,17 @@ def _tune(
 ) -> tuple[Score, Score, Score]:
     """One tuning: scores before, after, and after with the adapter off."""
     torch.manual_seed(seed)
-    model, tokenizer, train_set, _ = load(random_init=random_init)
+    model, tokenizer, train_set, eval_set = load(random_init=random_init)
     before, hash_before = score(model, tokenizer, rows), frozen_hash(model)
     torch.manual_seed(seed)
     report = inject_lora(model, LoraConfig(**LORA))
-    quiet: dict[str, Any] = {} if full else {"log_level": "warning"}
+    extra: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 10} if full else {"log_level": "warning"}
     if full:
         print(report, end="\n\n")
     else:
         print(f"\nseed {seed}")
-    train(model, train_set, TrainingConfig(output_dir=folder, seed=seed, **TRAINING, **quiet), tokenizer=tokenizer)
+    config = TrainingConfig(output_dir=folder, seed=seed, **TRAINING, **extra)
+    train(model, train_set, config, eval_dataset=eval_set, tokenizer=tokenizer)
     after = score(model, tokenizer, rows)
     with disabled(model):
         off = score(model, tokenizer, rows)

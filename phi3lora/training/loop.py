@@ -122,7 +122,6 @@ def _prepare(
     """Check everything that can be checked, build the parts, and go back to a checkpoint if asked."""
     check_run(model, train_dataset, eval_dataset, config)
     checkpoint = find_checkpoint(config)
-    claim_output_dir(config, resuming=checkpoint is not None)
     world, device = World(), model_device(model)
     torch.manual_seed(config.seed)
     precision = resolve_precision(config, model, device)
@@ -131,6 +130,7 @@ def _prepare(
     base_dtype = str(model.get_input_embeddings().weight.dtype)  # type: ignore[operator]
     resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), base_dtype, world.rank)
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
+    claim_output_dir(config, resuming=checkpoint is not None)
     state.total_steps = steps.total
     context = float((train_dataset.lengths**2).sum() / (2 * train_dataset.lengths.sum()))
     return Run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,17 @@ class Reporter:
         self._bar.update(1)
 
     def line(self, values: dict[str, Any]) -> None:
-        """One line of ``metrics.jsonl``, also to the trackers and, in short, beside the bar."""
+        """One line of ``metrics.jsonl``, also to the trackers and, in short, beside the bar.
+
+        What is NaN or infinite (a skipped step's gradient norm, say) becomes null: JSON has no other word for it.
+        """
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.state.history.append(values)
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
         for tracker in self._trackers:
             tracker.write(values)
-        shown = {name: _short(values[key]) for key, name in _SHOWN.items() if key in values}
+        shown = {name: _short(values[key]) for key, name in _SHOWN.items() if values.get(key) is not None}
         if shown:
             self._bar.set_postfix(shown)
 
@@ -74,8 +79,8 @@ def _short(value: float) -> str:
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
     """The loss over the steps as a PNG (extra ``plot``); None without matplotlib or with fewer than two points."""
-    train = [(line["step"], line["loss"]) for line in history if "loss" in line]
-    held_out = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
+    train = [(line["step"], line["loss"]) for line in history if line.get("loss") is not None]
+    held_out = [(line["step"], line["eval_loss"]) for line in history if line.get("eval_loss") is not None]
     if len(train) < 2:
         return None
     try:

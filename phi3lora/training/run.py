@@ -77,7 +77,8 @@ class Run:
         for line in self.state.history:
             if "eval_loss" in line:
                 self.evaluated_at = line["step"]
-                self.last_eval = {name: value for name, value in line.items() if name.startswith("eval_")}
+                values = {name: value for name, value in line.items() if name.startswith("eval_")}
+                self.last_eval = {name: math.nan if value is None else value for name, value in values.items()}
 
     def tell(self, hook: str, *details: Any) -> None:
         """Call a hook of every callback; Ctrl-C inside one is a request like any other."""
@@ -178,8 +179,8 @@ class Run:
         self.evaluated_at = state.global_step
         self.report.line({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})
         metric = self._metric()
-        gain = 0.0 if state.best_metric is None else self._sign() * (metric - state.best_metric)
-        if state.best_metric is None or gain > config.early_stopping_threshold:
+        best = state.best_metric
+        if best is None or self._sign() * (metric - best) > config.early_stopping_threshold or math.isnan(best):
             state.best_metric, state.evaluations_without_gain = metric, 0
         else:
             state.evaluations_without_gain += 1
@@ -234,7 +235,9 @@ class Run:
         if self.world.is_main and wanted and unsaved and state.global_step > 0:
             self.save()
         best = self.best_checkpoint()
-        if complete and config.load_best_model_at_end and best is not None:
+        if complete and config.load_best_model_at_end and best is not None and not best.is_dir():
+            self.report.say(f"the best checkpoint {best} is gone: the adapters are the last step's")
+        elif complete and config.load_best_model_at_end and best is not None:
             path = best / "lora.safetensors"
             load_adapter_state(self.model, read_adapter(path)[0], str(path))
             self.report.say(f"the adapters are those of {state.best_checkpoint} (best {self._metric_name()})")

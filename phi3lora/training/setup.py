@@ -85,6 +85,8 @@ def _check_data(
 
 def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
     """Refuse a folder with another run's checkpoints, or clear it if ``overwrite_output_dir`` says so."""
+    for leftover in Path(config.output_dir).glob(".checkpoint-*.tmp"):  # of a save that was killed
+        shutil.rmtree(leftover)
     found = checkpoints(config.output_dir)
     if not found or resuming or config.resume_from_checkpoint:
         return

@@ -148,6 +148,20 @@ def test_generation_starts_from_the_tokens_that_training_had_before_the_answer(n
 
 
 @each_template
+def test_rendering_a_prompt_and_rendering_a_chat_do_not_disturb_each_other(name):
+    """Both keep what the template renders around the same roles."""
+    question = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    question += [{"role": "user", "content": "How much?"}]
+    prompt_first, chat_first = ChatEncoder(make_tokenizer(name)), ChatEncoder(make_tokenizer(name))
+    prompt = prompt_first.prompt_ids(question)
+    chat = chat_first.encode([question], [1])
+    assert prompt_first.encode([question], [1]) == chat
+    assert chat_first.prompt_ids(question) == prompt
+    assert prompt_first.prompt_ids(question) == prompt
+    assert chat_first.encode([question], [1]) == chat
+
+
+@each_template
 def test_a_user_cannot_smuggle_in_a_marker_that_the_tokenizer_does_not_call_special(name):
     """Tokenizers have markers with "special": false, so that decoding shows them: tool calls, for one."""
     tokenizer = make_tokenizer(name)

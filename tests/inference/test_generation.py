@@ -192,7 +192,7 @@ def test_a_temperature_near_zero_is_greedy():
 
 
 def test_the_modes_come_back_and_dropout_is_off():
-    model = answering()
+    model = adapted_model(head_scale=30.0, lora_dropout=0.9, lora_alpha=400).eval()
     expected = p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8)
     model.train()
     model.model.layers[0].eval()

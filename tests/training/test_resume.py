@@ -17,7 +17,6 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
 
 import phi3lora as p3
-from phi3lora.training import run as run_module
 from phi3lora.training.late_values import LateValues
 
 # 24 documents in 22 rows of 64 tokens; 2 rows x 2 a step: 6 steps an epoch, the last of fewer micro-batches
@@ -339,15 +338,9 @@ def test_what_is_only_looked_at_saved_or_said_may_change(tmp_path):
     assert same_tensors(adapters, uncut()[1])
 
 
-class Slow(LateValues):
-    """Numbers that arrive only when waited for, as on a busy GPU."""
-
-    def arrived(self, wait=False):
-        return super().arrived() if wait else []
-
-
 def test_numbers_that_arrive_late_are_in_the_checkpoint_and_the_history_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "LateValues", Slow)
+    real = LateValues.arrived  # as on a busy GPU, numbers are there only when waited for
+    monkeypatch.setattr(LateValues, "arrived", lambda late, wait=False: real(late, wait) if wait else [])
     with pytest.raises(MemoryError):
         train(tmp_path, callbacks=[Cut(7, by_crash)])
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["state"]

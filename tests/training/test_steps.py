@@ -54,11 +54,15 @@ def test_the_order_of_rows_does_not_depend_on_batch_size_or_accumulation(seed, b
     assert rows_of(all_steps(step_plan(batch, accumulation, **settings))) == one_by_one
 
 
-def test_the_order_depends_on_seed_and_epoch():
-    first, second = (rows_of([s]) for s in all_steps(step_plan(99, 99, num_train_epochs=2)))
-    other = rows_of(all_steps(step_plan(99, 99, num_train_epochs=1, seed=1)))
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_order_and_the_company_of_documents_depend_on_seed_and_epoch(packing):
+    first, second = (rows_of([s]) for s in all_steps(step_plan(99, 99, packing, num_train_epochs=2)))
+    other = rows_of(all_steps(step_plan(99, 99, packing, num_train_epochs=1, seed=1)))
     assert first != second
     assert first != other
+    if packing:  # not only the same rows in another order
+        assert set(first) != set(second)
+        assert set(first) != set(other)
 
 
 def test_the_batches_of_a_plan_are_those_of_p3_batches():
