@@ -149,9 +149,9 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
                 f"row {number}: a message with tool_calls; allowed: text content, as the template renders it"
             )
         if turn.get("train") is not None:
-            if not isinstance(turn["train"], bool):
+            if turn["train"] not in (0, 1):  # True and False are 1 and 0
                 raise DataError(f"row {number}: 'train' of a message is {turn['train']!r}; allowed: true, false")
-            message["train"] = turn["train"]
+            message["train"] = bool(turn["train"])
         messages.append(message)
     return messages
 
