@@ -23,7 +23,6 @@ Shapes: N tokens, ``in`` and ``out`` features, r rank, k enabled segments, x (..
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,75 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError
+from .adapted import Adapted, like_base
 from .low_rank import compute_dtype, linear_plus_low_rank
 
 
-class _Adapted:
-    """What the four layers share: settings, float32 adapters, and modes that leave the weights alone."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def _configure(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        if not (isinstance(r, int) and r >= 0):
-            raise ModelError(f"{type(self).__name__}: r={r!r}; allowed: a whole number >= 0 (0: no adapter)")
-        if not 0 <= lora_dropout < 1:
-            raise ModelError(f"{type(self).__name__}: lora_dropout={lora_dropout!r}; allowed: 0 <= p < 1")
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.lora_dropout = nn.Dropout(lora_dropout)  # a module also at p = 0: loralib's lambda cannot be pickled
-        self.lora_dropout.train(self.training)  # type: ignore[attr-defined]
-        self.merged = self.merge_weights = False
-        self.enabled = True  # False: the base layer alone, see adapters/active.py
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r > 0 else 0.0
-
-    def _add_adapters(self, weight: Tensor, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> None:
-        weight.requires_grad = False
-        device = weight.device
-        self.lora_A = nn.Parameter(torch.zeros(a_shape, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(b_shape, dtype=torch.float32, device=device))
-        self._reset_adapters()
-
-    def _reset_adapters(self) -> None:
-        """A as ``nn.Linear`` initialises, B zero: the adapted layer starts as the base layer."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-
-    def train(self, mode: bool = True):
-        """Sets the mode and returns self. Weights are never written (merging is explicit)."""
-        return nn.Module.train(self, mode)  # type: ignore[type-var]
-
-    def frozen_weight(self) -> Tensor:
-        """The base layer's weight."""
-        return self.weight  # type: ignore[attr-defined]
-
-    def frozen_bias(self) -> Tensor | None:
-        """The base layer's bias, which trains with ``bias != "none"``."""
-        return getattr(self, "bias", None)
-
-    def base_layer(self) -> nn.Module:
-        """The plain layer, with the same parameters."""
-        plain = next(cls for cls in (nn.Linear, nn.Embedding) if isinstance(self, cls))
-        return _like_base(self, plain, skip=("lora_A", "lora_B"))
-
-    def delta(self) -> Tensor:
-        """What the adapters add to the base weight: float32, in the weight's own shape."""
-        raise AssertionError("each layer has its own")
-
-
-def _like_base(base: Any, cls: type[nn.Module], skip: Sequence[str] = ()) -> Any:
-    """An instance of ``cls`` that shares ``base``'s parameters, without running an initialiser."""
-    layer = cls.__new__(cls)
-    nn.Module.__init__(layer)
-    layer.training = base.training
-    for name in base._parameters.keys() - set(skip):
-        layer.register_parameter(name, base._parameters[name])
-    for name in base.__constants__:
-        if hasattr(base, name):
-            setattr(layer, name, getattr(base, name))
-    return layer
-
-
-class _AdaptedLinear(_Adapted):
+class _AdaptedLinear(Adapted):
     """The forward of both linear classes: they differ in :attr:`spans` alone."""
 
     weight: nn.Parameter
@@ -186,7 +121,7 @@ class Linear(_AdaptedLinear, lora.Linear):
         cls, base: nn.Linear, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, use_rslora: bool = False
     ) -> Linear:
         """The same layer with adapters; ``base.weight`` and ``base.bias`` are shared, not copied."""
-        layer = _like_base(base, cls)
+        layer = like_base(base, cls)
         layer._finish(r, lora_alpha, lora_dropout, False, use_rslora)
         return layer
 
@@ -238,7 +173,7 @@ class MergedLinear(_AdaptedLinear, lora.MergedLinear):
         enable_lora: Sequence[bool],
     ) -> MergedLinear:
         """The same layer with adapters on the enabled segments; ``base``'s parameters are shared, not copied."""
-        layer = _like_base(base, cls)
+        layer = like_base(base, cls)
         layer._set_segments(segments, enable_lora)
         layer._finish(r, lora_alpha, lora_dropout, False, use_rslora)
         return layer
@@ -293,7 +228,7 @@ class MergedLinear(_AdaptedLinear, lora.MergedLinear):
         return result
 
 
-class Embedding(_Adapted, lora.Embedding):
+class Embedding(Adapted, lora.Embedding):
     """``loralib.Embedding``: ``lora_A (r, num_embeddings)``, ``lora_B (embedding_dim, r)``.
 
     As in loralib A starts at zero and B normal, and there is no dropout.
@@ -315,7 +250,7 @@ class Embedding(_Adapted, lora.Embedding):
     @classmethod
     def adapt(cls, base: nn.Embedding, r: int, lora_alpha: float = 1, use_rslora: bool = False) -> Embedding:
         """The same layer with adapters; ``base.weight`` is shared, not copied."""
-        layer = _like_base(base, cls)
+        layer = like_base(base, cls)
         layer._finish(r, lora_alpha, use_rslora)
         return layer
 
@@ -347,7 +282,7 @@ class Embedding(_Adapted, lora.Embedding):
         return (self.lora_B.float() @ self.lora_A.float()).t() * self.scaling
 
 
-class Conv2d(_Adapted, lora.Conv2d):
+class Conv2d(Adapted, lora.Conv2d):
     """``loralib.Conv2d``: the base is ``self.conv``; ``lora_A (r*k, in*k)``, ``lora_B (out//groups*k, r*k)``.
 
     As in loralib the kernel is square, and ``lora_dropout`` is kept but not applied. A pretrained state dict that

@@ -1,0 +1,78 @@
+"""What every adapted layer is beside loralib's class: settings, float32 adapters, modes that leave weights alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..errors import ModelError
+
+
+class Adapted:
+    """What the four layers share: settings, float32 adapters, and modes that leave the weights alone."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def _configure(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
+        if not (isinstance(r, int) and r >= 0):
+            raise ModelError(f"{type(self).__name__}: r={r!r}; allowed: a whole number >= 0 (0: no adapter)")
+        if not 0 <= lora_dropout < 1:
+            raise ModelError(f"{type(self).__name__}: lora_dropout={lora_dropout!r}; allowed: 0 <= p < 1")
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.lora_dropout = nn.Dropout(lora_dropout)  # a module also at p = 0: loralib's lambda cannot be pickled
+        self.lora_dropout.train(self.training)  # type: ignore[attr-defined]
+        self.merged = self.merge_weights = False
+        self.enabled = True  # False: the base layer alone, see adapters/active.py
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r > 0 else 0.0
+
+    def _add_adapters(self, weight: Tensor, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> None:
+        weight.requires_grad = False
+        device = weight.device
+        self.lora_A = nn.Parameter(torch.zeros(a_shape, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(b_shape, dtype=torch.float32, device=device))
+        self._reset_adapters()
+
+    def _reset_adapters(self) -> None:
+        """A as ``nn.Linear`` initialises, B zero: the adapted layer starts as the base layer."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def train(self, mode: bool = True):
+        """Sets the mode and returns self. Weights are never written (merging is explicit)."""
+        return nn.Module.train(self, mode)  # type: ignore[type-var]
+
+    def frozen_weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.weight  # type: ignore[attr-defined]
+
+    def frozen_bias(self) -> Tensor | None:
+        """The base layer's bias, which trains with ``bias != "none"``."""
+        return getattr(self, "bias", None)
+
+    def base_layer(self) -> nn.Module:
+        """The plain layer, with the same parameters."""
+        plain = next(cls for cls in (nn.Linear, nn.Embedding) if isinstance(self, cls))
+        return like_base(self, plain, skip=("lora_A", "lora_B"))
+
+    def delta(self) -> Tensor:
+        """What the adapters add to the base weight: float32, in the weight's own shape."""
+        raise AssertionError("each layer has its own")
+
+
+def like_base(base: Any, cls: type[nn.Module], skip: Sequence[str] = ()) -> Any:
+    """An instance of ``cls`` that shares ``base``'s parameters, without running an initialiser."""
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.training = base.training
+    for name in base._parameters.keys() - set(skip):
+        layer.register_parameter(name, base._parameters[name])
+    for name in base.__constants__:
+        if hasattr(base, name):
+            setattr(layer, name, getattr(base, name))
+    return layer
