@@ -213,8 +213,8 @@ class TrainingConfig:
     """``"none"`` or ``"full"`` (recompute each decoder layer in the backward)."""
     gradient_checkpointing: bool | None = None
     """transformers' name for the same: True means ``activation_checkpointing="full"``."""
-    compile: bool = False
-    """``torch.compile`` each decoder layer."""
+    compile: bool | None = None
+    """``torch.compile`` each decoder layer; None: on a CUDA GPU, with packing."""
     parallel: str | None = None
     """Only None so far: one process, one device."""
     logging_strategy: str = "steps"
@@ -293,6 +293,7 @@ class TrainingConfig:
         for f in dataclasses.fields(self):
             if isinstance(f.default, bool) and f.name != "resume_from_checkpoint":
                 self._check(isinstance(getattr(self, f.name), bool), f.name, "True, False")
+        self._check(self.compile in (None, True, False), "compile", "None, True, False")
         self._check(self.disable_tqdm in (None, True, False), "disable_tqdm", "None, True, False")
         self._check(self.log_level in _LOG_LEVELS, "log_level", ", ".join(map(repr, _LOG_LEVELS)))
         self._check(isinstance(self.output_dir, (str, os.PathLike)), "output_dir", "a path")

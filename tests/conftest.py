@@ -165,7 +165,6 @@ def packed_batch(rows: list[list[list[int]]], row_length: int) -> dict:
             edges.append(b * row_length + span.stop)
             at = span.stop
         if at < row_length:
-            position_ids[b, at:] = torch.arange(row_length - at)
             edges.append((b + 1) * row_length)
     return {
         "input_ids": input_ids,

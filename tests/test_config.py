@@ -269,6 +269,7 @@ TRAINING_BOUNDS = {
     "resume_from_checkpoint": ([False, True, None, "auto", "runs/checkpoint-5"], [1.5, ["a"]]),
     "activation_checkpointing": (["none", "full"], ["some", 3, ["full"]]),
     "gradient_checkpointing": ([True, False], ["yes", 3, ["full"]]),
+    "compile": ([True, False, None], ["yes", 3, [True]]),
     "output_dir": (["runs/a"], [None, 5]),
     "log_level": (["passive", "info", "error"], ["loud"]),
 }

@@ -21,11 +21,14 @@ METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` without gradients, and every module's own mode back afterwards."""
+    """``model.eval()`` without gradients, and every module's own mode back afterwards.
+
+    Layers that are compiled for training run as they are: other shapes would have them compiled again and again.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes.items():

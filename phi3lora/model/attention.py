@@ -9,12 +9,13 @@ Layout. A batch (B, S) is B*S tokens end to end; document i is the tokens cu_seq
       B=1, S=6, documents of 3 and 2 tokens, 1 of padding (position 0, a document without labels)
         position_ids  0 1 2 | 0 1 | 0          cu_seqlens  0 3 5 6          max_seqlen  3
 
-Two ways to compute it, equal to rounding:
+Three ways to compute it, equal to rounding:
 
 * CUDA, 16-bit: ``torch.nn.attention.varlen.varlen_attn`` on the (B*S, heads, head_dim) tokens, no mask in memory.
+* CUDA, 16-bit, every row one full document: plain causal attention by cuDNN, the fastest kernel there is for that.
 * elsewhere: scaled_dot_product_attention with the dense (B, 1, S, S) mask of :func:`document_mask`.
 
-Both keep the checkpoint's sliding window, in which a token sees itself and the ``sliding_window - 1`` before it.
+All keep the checkpoint's sliding window, in which a token sees itself and the ``sliding_window - 1`` before it.
 Source: https://huggingface.co/docs/transformers/attention_interface, https://docs.pytorch.org/docs/stable/nn.attention.html
 
 Shapes: B rows, S tokens a row, H heads, H_kv key/value heads, D head_dim.
@@ -28,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -65,12 +68,20 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    full_rows: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function. query (B, H, S, D), key and value (B, H_kv, S, D) -> (B, S, H, D).
 
-    With ``cu_seq_lens_q`` (n_documents + 1,) int32 the batch is packed and no mask is used; without, this is sdpa.
+    With ``cu_seq_lens_q`` (n_documents + 1,) int32 the batch is packed and no mask is used; nor with ``full_rows``,
+    which says that every row is one document. Without either, this is sdpa.
     """
+    if full_rows:
+        with sdpa_kernel(_FULL_ROWS_KERNELS, set_priority=True):
+            out = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+            )
+        return out.transpose(1, 2), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -83,12 +94,15 @@ def packed_attention(
     window = sliding_window - 1 if sliding_window is not None and max_length_q > sliding_window + 1 else -1
     q, k, v = (t.transpose(1, 2).reshape(B * S, -1, D).to(value.dtype) for t in (query, key, value))
     gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_NAMES_GQA and k.shape[1] != H else {}
-    out = varlen_attn(
+    attended = varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=(window, 0), **gqa,
     )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out.view(B, S, H, D), None
+    assert isinstance(attended, Tensor)
+    return attended.view(B, S, H, D), None
+
+
+_FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def _varlen_names_gqa() -> bool:
@@ -124,6 +138,11 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
     if implementation == NAME and varlen and not (model.training and config.attention_dropout):
         # transformers takes a 4-D mask as it is; an empty one would fail loudly in any attention but ours.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=position_ids.device)
+        rows, tokens = position_ids.shape
+        window = getattr(config, "sliding_window", None)
+        full_rows = batch["max_seqlen"] == tokens and batch["cu_seqlens"].numel() == rows + 1
+        if full_rows and (window is None or tokens <= window + 1):
+            return {**kwargs, "full_rows": True}
         kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = _fixed_sizes(batch["cu_seqlens"], position_ids.numel())
         # A bound that is the same for every batch: one compiled graph for all of them.
         kwargs["max_length_q"] = kwargs["max_length_k"] = position_ids.shape[1]

@@ -48,9 +48,10 @@ def low_rank_backward(dy: Tensor, z: Tensor, lora_B: Tensor, spans: list[int], s
     dy2, z2 = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
     dz, dB = torch.empty_like(z2), torch.empty_like(lora_B)
     for columns, rows, ranks in _segments(spans, lora_B.shape[1]):
-        dz[:, ranks] = dy2[:, columns] @ lora_B[rows]
-        dB[rows] = dy2[:, columns].t() @ z2[:, ranks]
-    return dz.mul_(scaling).view(z.shape), dB.mul_(scaling)
+        dy_i = dy2[:, columns]
+        torch.addmm(dz[:, ranks], dy_i, lora_B[rows], beta=0, alpha=scaling, out=dz[:, ranks])
+        torch.addmm(dB[rows], dy_i.t(), z2[:, ranks], beta=0, alpha=scaling, out=dB[rows])
+    return dz.view(z.shape), dB
 
 
 @low_rank_backward.register_fake

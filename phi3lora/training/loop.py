@@ -24,7 +24,7 @@ from .optim import build_optimizer, learning_rate
 from .precision import resolve_precision
 from .report import Reporter, draw_loss
 from .run import Run
-from .setup import banner_facts, check_run, claim_output_dir, resolve_plans
+from .setup import banner_facts, check_run, claim_output_dir, resolve_plans, wants_compile
 from .state import TrainingState
 from .step import OptimizerStep
 
@@ -80,7 +80,7 @@ def train(
         stack.enter_context(run.interrupts)
         stack.enter_context(_training_mode(model))
         stack.enter_context(activation_checkpointing(model, str(config.activation_checkpointing)))
-        stack.enter_context(_compiled_layers(model, config.compile))
+        stack.enter_context(_compiled_layers(model, wants_compile(model, config)))
         stack.enter_context(run.report)
         run.report.banner(banner_facts(model, run.steps, config, state, run.precision, eval_dataset))
         run.tell("on_train_begin")
@@ -159,7 +159,7 @@ def _compiled_layers(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Each decoder layer through ``torch.compile`` for the time of the block."""
     layers = list(model.get_decoder().layers) if enabled else []  # type: ignore[operator]
     for layer in layers:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(dynamic=False)
     try:
         yield
     finally:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import TrainingConfig
@@ -101,6 +103,16 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
     (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
 
 
+def wants_compile(model: nn.Module, config: TrainingConfig) -> bool:
+    """Whether the decoder layers are compiled: as configured, else on a GPU with packing, where shapes are fixed."""
+    if config.compile is not None:
+        return config.compile
+    device = model_device(model)
+    if device.type != "cuda" or not config.packing or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)  # what Triton generates code for
+
+
 def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig) -> StepPlan:
     """The order of documents, rows, batches and steps."""
     plan = BatchPlan(
@@ -110,7 +122,7 @@ def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig
         packing=config.packing,
         seed=config.seed if config.data_seed is None else config.data_seed,
         boundary=longrope_boundary(model.config),
-        fixed_shape=config.compile,
+        fixed_shape=config.packing and wants_compile(model, config),
     )
     return StepPlan(plan, config)
 
@@ -135,7 +147,8 @@ def banner_facts(
         "model": f"{type(model).__name__}, {total:,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers",
         "device": f"{model_device(model)}, {precision.name}, attention {model_config._attn_implementation}, "  # type: ignore[union-attr]
-        f"activation checkpointing {config.activation_checkpointing}" + (", compiled" if config.compile else ""),
+        f"activation checkpointing {config.activation_checkpointing}"
+        + (", compiled" if wants_compile(model, config) else ""),
         "train data": plan.dataset,
         "eval data": eval_dataset,
         "step": f"{rows}, {width}",
