@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .distributed import World
 from .interrupts import Interrupts
 from .optim import build_optimizer, learning_rate
 from .precision import resolve_precision
+from .prefetch import prefetched_steps
 from .report import Reporter, draw_loss
 from .run import Run
 from .setup import banner_facts, check_run, claim_output_dir, resolve_plans, wants_compile
@@ -86,9 +87,9 @@ def train(
         run.tell("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
-        for rows in run.steps.remaining(state):
-            started = time.perf_counter()
-            micro_batches = [run.steps.plan.tensors(micro) for micro in rows.micro_batches]
+        batches = stack.enter_context(closing(prefetched_steps(run.steps, state, model_device(model))))
+        started = time.perf_counter()
+        for rows, micro_batches in batches:
             rate = learning_rate(config, state.global_step, state.total_steps)
             outcome = run.step(micro_batches, rate)
             run.advance(rows, outcome, rate)
@@ -102,6 +103,7 @@ def train(
             run.tell("on_step_end")
             if run.interrupts.requested or state.should_stop:
                 break
+            started = time.perf_counter()
         run.finish()
     if run.world.is_main:
         draw_loss(state.history, Path(config.output_dir) / "loss.png")
