@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from .cache import NumberedChat, cache_key, kept
 from .formats import check_columns, detect_format, known_format, to_messages
-from .sources import NumberedRow, read_rows
+from .sources import NumberedRow, find_source, read_rows
 from .template import ChatEncoder, EncodedChat
 
 logger = logging.getLogger("phi3lora")
@@ -101,7 +102,8 @@ class ChatDataset:
         _check(streaming is False, "streaming", streaming, "False (the whole dataset is tokenised first)")
         check_columns(columns)
         encoder = ChatEncoder(tokenizer, train_on)
-        rows = iter(read_rows(source, split, revision))
+        found = find_source(source, split, revision)
+        rows = iter(read_rows(found))
         first = next(rows, None)
         if first is None:
             raise DataError(f"the dataset {_short(source)} is empty: it has no rows")
@@ -109,9 +111,9 @@ class ChatDataset:
         if name == "auto":
             name = detect_format(first[1], columns, first[0])
         builder = _Builder(max_length, overflow)
-        for numbers, chats in _chunks(first, rows, name, columns):
-            for number, chat in zip(numbers, encoder.encode(chats, numbers), strict=True):
-                builder.add(chat, number)
+        key = cache_key(found, tokenizer, format=name, columns=sorted((columns or {}).items()), train_on=train_on)
+        for number, chat in kept(_encoded(encoder, _chunks(first, rows, name, columns)), key):
+            builder.add(chat, number)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         dataset = builder.finish(pad_token_id=pad or 0, end_of_turn_id=encoder.end_of_turn_id, format=name)
         logger.info("%s", dataset)
@@ -230,6 +232,11 @@ def _chunks(
         numbers.append(number)
         chats.append(to_messages(row, format, number, columns))
     yield numbers, chats
+
+
+def _encoded(encoder: ChatEncoder, chunks: Iterator[tuple[list[int], list[Any]]]) -> Generator[NumberedChat]:
+    for numbers, chats in chunks:
+        yield from zip(numbers, encoder.encode(chats, numbers), strict=True)
 
 
 class _Builder:

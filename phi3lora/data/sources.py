@@ -15,8 +15,8 @@ NumberedRow = tuple[int, Mapping[str, Any]]  # rows count from 1; in a .jsonl fi
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
-def read_rows(source: Any, split: str = "train", revision: str | None = None) -> Iterator[NumberedRow]:
-    """Rows of ``source`` with their numbers.
+def find_source(source: Any, split: str = "train", revision: str | None = None) -> Path | Iterable[Any]:
+    """What ``source`` names: a file, or something to take rows from.
 
     Args:
         source: a path ending in one of :data:`SUFFIXES`, a folder or hub name for ``datasets``, a ``Dataset`` or
@@ -25,16 +25,46 @@ def read_rows(source: Any, split: str = "train", revision: str | None = None) ->
         revision: of a hub dataset.
 
     Raises:
-        DataError: a missing file, text that is not JSON or not UTF-8 (with its line), a row that is not a dict.
+        DataError: a missing file, a dataset that cannot be loaded, something that holds no rows.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _read_named(os.fspath(source), split, revision)
+        return _find_named(os.fspath(source), split, revision)
     if isinstance(source, Mapping) and split not in source:
         raise DataError(f"no split {split!r}; allowed: {', '.join(map(repr, source))}")
     rows = source[split] if isinstance(source, Mapping) else source
     if not isinstance(rows, Iterable):
-        raise DataError(f"a dataset cannot be a {type(source).__name__}; allowed: a path, a hub name, a Dataset, dicts")
-    return _numbered(rows)
+        raise DataError(f"a dataset cannot be a {type(rows).__name__}; allowed: a path, a hub name, a Dataset, dicts")
+    return rows
+
+
+def _find_named(name: str, split: str, revision: str | None) -> Path | Iterable[Any]:
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        if not path.is_file():
+            raise DataError(f"no such file: {name!r}")
+        return path
+    if path.is_file():
+        raise DataError(f"{name!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split, revision=revision)
+    except (OSError, ValueError) as error:  # not found, no such split, no network: datasets says which
+        raise DataError(f"cannot load the dataset {name!r}, split {split!r}: {error}") from error
+
+
+def read_rows(found: Path | Iterable[Any]) -> Iterator[NumberedRow]:
+    """Rows of what :func:`find_source` found, with their numbers.
+
+    Raises:
+        DataError: text that is not JSON or not UTF-8 (with its line), a row that is not a dict.
+    """
+    if not isinstance(found, Path):
+        return _numbered(found)
+    if found.suffix.lower() == ".parquet":
+        return _numbered(_parquet_rows(found))
+    return {".json": _json_rows, ".csv": _csv_rows}.get(found.suffix.lower(), _jsonl_rows)(found)
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[NumberedRow]:
@@ -42,25 +72,6 @@ def _numbered(rows: Iterable[Any]) -> Iterator[NumberedRow]:
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} is a {type(row).__name__} {str(row)[:60]!r}; allowed: a dict of columns")
         yield number, row
-
-
-def _read_named(name: str, split: str, revision: str | None) -> Iterator[NumberedRow]:
-    path = Path(name)
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        if not path.is_file():
-            raise DataError(f"no such file: {name!r}")
-        if suffix == ".parquet":
-            return _numbered(_parquet_rows(path))
-        return {".json": _json_rows, ".csv": _csv_rows}.get(suffix, _jsonl_rows)(path)
-    if path.is_file():
-        raise DataError(f"{name!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
-    import datasets
-
-    try:
-        return _numbered(datasets.load_dataset(name, split=split, revision=revision))
-    except (OSError, ValueError) as error:  # not found, no such split, no network: datasets says which
-        raise DataError(f"cannot load the dataset {name!r}, split {split!r}: {error}") from error
 
 
 def _text(path: Path) -> str:

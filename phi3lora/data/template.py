@@ -38,8 +38,8 @@ TRAIN_ON = ("assistant", "last", "all")
 class EncodedChat:
     """Token ids of a chat and, of equal length, which of them are trained."""
 
-    input_ids: list[int]
-    trained: list[bool]
+    input_ids: Sequence[int]
+    trained: Sequence[bool]
 
 
 @dataclass(frozen=True)
