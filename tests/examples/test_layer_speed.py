@@ -1,0 +1,25 @@
+"""The table of layer speeds: every layer has a row, and the plain one is 1.00."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "layer_speed.py"
+
+
+def test_it_prints_a_row_for_each_layer(monkeypatch, capsys):
+    sizes = ["--tokens", "4", "--features", "8", "--width", "12", "--repetitions", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *sizes])
+    assert runpy.run_path(str(SCRIPT))["main"]() == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    names = [row[0] for row in rows]
+    assert names == [
+        "| `nn.Linear, weight frozen`", "| `nn.Linear, weight trained`", "| `phi3lora.MergedLinear`",
+        "| `loralib.MergedLinear`",
+    ]  # fmt: skip
+    assert rows[0][2] == "1.00"
+    assert torch.get_num_threads() == 1
