@@ -2,6 +2,7 @@
 
     python examples/benchmark.py                    # every mode, each in its own process
     python examples/benchmark.py bf16 chat-bf16     # some of them
+    python examples/benchmark.py --peers            # and what else could do the same work, see peers.py
 
 Weights and token ids are random: speed does not depend on them. r = 16 on all four projections; 4 rows of 2,048 tokens
 a step, every token trained, as ``docs/performance.md`` says. Times are of whole optimizer steps, loader and optimizer
@@ -17,12 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import phi3lora as p3
+from phi3lora.model.frozen import quantize_base
 
 SHAPES = {
     "phi-3-mini": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -30,11 +35,17 @@ SHAPES = {
 }  # fmt: skip
 ROWS, ROW_TOKENS = 4, 2048
 MODES: dict[str, dict[str, Any]] = {
-    "bf16-eager": {"compile": False},
     "bf16": {},
-    "bf16-dropout": {"lora_dropout": 0.05},
-    "bf16-checkpointing": {"activation_checkpointing": "full"},
+    "fp8": {"base_precision": "fp8"},
+    "bf16-selective": {"activation_checkpointing": "selective"},
+    "bf16-full": {"activation_checkpointing": "full"},
+    "fp8-full": {"activation_checkpointing": "full", "base_precision": "fp8"},
     "chat-bf16": {"chat": True},
+    "chat-fp8": {"chat": True, "base_precision": "fp8"},
+    "bf16-dropout": {"lora_dropout": 0.05},
+    "bf16-auto": {"activation_checkpointing": "auto"},
+    "bf16-compiled": {"compile": True},
+    "bf16-plain": {"compile": False},
 }
 
 
@@ -97,21 +108,39 @@ class StepTimes(p3.Callback):
         return statistics.median(1000 * (b - a) / e.elapsed_time(f) for (e, a), (f, b) in steps)
 
 
-def measure(mode: str, steps: int, warmup: int) -> dict[str, Any]:
+@contextmanager
+def profiled(folder: str | None, mode: str) -> Iterator[None]:
+    """With a folder: the milliseconds of every kernel, all steps added up, in ``folder/mode.txt``."""
+    if folder is None:
+        yield
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        yield
+        torch.cuda.synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda k: -k.device_time_total)
+    lines = [f"{k.device_time_total / 1000:10.2f} ms {k.count:7}  {k.key[:150]}" for k in kernels]
+    Path(folder, f"{mode}.txt").write_text("\n".join(lines))
+
+
+def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> dict[str, Any]:
     """One mode in this process."""
     options = dict(MODES[mode])
     chat, dropout = options.pop("chat", False), options.pop("lora_dropout", 0.0)
     model = random_model("phi-3-mini")
+    precision = options.pop("base_precision", None)
+    if precision is not None:
+        quantize_base(model, precision)
     p3.inject_lora(model, p3.LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout))
     chats = random_chats(document_lengths(chat, steps), model.config.vocab_size)
-    times = StepTimes()
     torch.cuda.reset_peak_memory_stats()
+    times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         config = p3.TrainingConfig(
             output_dir=folder, per_device_train_batch_size=ROWS, max_steps=steps, save_strategy="no", bf16=True,
-            logging_steps=10, log_level="error", disable_tqdm=True, **{"compile": True, **options},
+            logging_steps=10, log_level="error", disable_tqdm=True, **options,
         )  # fmt: skip
-        result = p3.train(model, chats, config, callbacks=[times])
+        with profiled(profile, mode):
+            result = p3.train(model, chats, config, callbacks=[times])
     from phi3lora.model.flops import flops_per_token, peak_flops
 
     speed = times.tokens_per_s(warmup)
@@ -135,6 +164,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warmup", type=int, default=8, help="steps before the measured ones")
     parser.add_argument("--limit-s", type=float, default=180, help="of one mode's process")
+    parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times there (slows the host)")
+    parser.add_argument("--peers", action="store_true", help="run examples/peers.py beside it, in the same call")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = set(options.modes) - set(MODES)
@@ -143,15 +174,19 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
     if options.in_process:
-        print(json.dumps(measure(options.modes[0], options.steps, options.warmup)))
+        print(json.dumps(measure(options.modes[0], options.steps, options.warmup, options.profile)))
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print("mode                     tok/s  TFLOP/s    MFU   peak GiB   first step s    loss")
+    profile = ["--profile", options.profile] if options.profile else []
     for mode in options.modes:
         command = [sys.executable, __file__, mode, "--in-process", "--steps", str(options.steps)]
         try:
             done = subprocess.run(
-                [*command, "--warmup", str(options.warmup)], capture_output=True, text=True, timeout=options.limit_s
+                [*command, "--warmup", str(options.warmup), *profile],
+                capture_output=True,
+                text=True,
+                timeout=options.limit_s,
             )
         except subprocess.TimeoutExpired:
             print(f"{mode:<20} ran past {options.limit_s:.0f} s", flush=True)
@@ -169,6 +204,9 @@ def main() -> int:
             f"{r['first_step_s']:>14} {r['loss']:>7}",
             flush=True,
         )
+    if options.peers:
+        peers = [sys.executable, str(Path(__file__).with_name("peers.py")), "--steps", str(options.steps)]
+        return subprocess.run([*peers, "--warmup", str(options.warmup)]).returncode
     return 0
 
 

@@ -210,11 +210,13 @@ class TrainingConfig:
     max_length: int | None = None
     """Tokens in a row; None: the dataset's."""
     activation_checkpointing: str | bool | None = None
-    """``"none"`` or ``"full"`` (recompute each decoder layer in the backward)."""
+    """What the backward recomputes to save memory: ``"none"``, ``"selective"`` (the feed-forward parts), ``"full"``
+    (whole decoder layers), or ``"auto"``: the fastest of them that the GPU has memory for."""
     gradient_checkpointing: bool | None = None
     """transformers' name for the same: True means ``activation_checkpointing="full"``."""
     compile: bool | None = None
-    """``torch.compile`` each decoder layer; None: on a CUDA GPU, with packing."""
+    """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: the fastest there is,
+    which on a GPU are the fused passes of model/fused_decoder.py."""
     parallel: str | None = None
     """Only None so far: one process, one device."""
     logging_strategy: str = "steps"
@@ -325,10 +327,11 @@ class TrainingConfig:
             )
 
     def _resolve_activation_checkpointing(self) -> None:
-        modes = {None: None, True: "full", False: "none", "none": "none", "full": "full"}
+        modes: dict[Any, str | None] = {None: None, True: "full", False: "none"}
+        modes.update((mode, mode) for mode in ("none", "selective", "full", "auto"))
         given = self.activation_checkpointing
         known = isinstance(given, (str, bool, type(None))) and given in modes
-        self._check(known, "activation_checkpointing", "'none', 'full'")
+        self._check(known, "activation_checkpointing", "'none', 'selective', 'full', 'auto'")
         self._check(self.gradient_checkpointing in (None, True, False), "gradient_checkpointing", "None, True, False")
         mode, other = modes[given], modes[self.gradient_checkpointing]
         if mode is not None and other is not None and mode != other:

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import ModelError
+from .frozen import Fp8Linear
 
 
 class Adapted:
@@ -57,7 +58,9 @@ class Adapted:
 
     def base_layer(self) -> nn.Module:
         """The plain layer, with the same parameters."""
-        plain = next(cls for cls in (nn.Linear, nn.Embedding) if isinstance(self, cls))
+        plain: type[nn.Module] = nn.Embedding if isinstance(self, nn.Embedding) else nn.Linear
+        if self.frozen_weight().dtype == torch.float8_e4m3fn:
+            plain = Fp8Linear
         return like_base(self, plain, skip=("lora_A", "lora_B"))
 
     def delta(self) -> Tensor:
@@ -72,6 +75,8 @@ def like_base(base: Any, cls: type[nn.Module], skip: Sequence[str] = ()) -> Any:
     layer.training = base.training
     for name in base._parameters.keys() - set(skip):
         layer.register_parameter(name, base._parameters[name])
+    for name, buffer in base._buffers.items():
+        layer.register_buffer(name, buffer)
     for name in base.__constants__:
         if hasattr(base, name):
             setattr(layer, name, getattr(base, name))

@@ -62,7 +62,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -138,19 +138,29 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
     if implementation == NAME and varlen and not (model.training and config.attention_dropout):
         # transformers takes a 4-D mask as it is; an empty one would fail loudly in any attention but ours.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=position_ids.device)
-        rows, tokens = position_ids.shape
-        window = getattr(config, "sliding_window", None)
-        full_rows = batch["max_seqlen"] == tokens and batch["cu_seqlens"].numel() == rows + 1
-        if full_rows and (window is None or tokens <= window + 1):
-            return {**kwargs, "full_rows": True}
+        layout = packed_layout(config, batch)
+        if "full_rows" in layout:
+            return {**kwargs, **layout}
+        # Few sizes, and a bound that is the same for every batch: one compiled graph for all of them.
         kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = _fixed_sizes(batch["cu_seqlens"], position_ids.numel())
-        # A bound that is the same for every batch: one compiled graph for all of them.
         kwargs["max_length_q"] = kwargs["max_length_k"] = position_ids.shape[1]
         return kwargs
     mask = document_mask(position_ids, getattr(config, "sliding_window", None))
     if implementation == "eager":  # adds its mask to the scores
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
     return {**kwargs, "attention_mask": mask}
+
+
+def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`packed_attention` has to know of a batch: where its documents end, or that each row is one."""
+    rows, tokens = batch["position_ids"].shape
+    if not batch["position_ids"].is_cuda:
+        return {"attention_mask": document_mask(batch["position_ids"], getattr(config, "sliding_window", None))}
+    window = getattr(config, "sliding_window", None)
+    full_rows = batch["max_seqlen"] == tokens and batch["cu_seqlens"].numel() == rows + 1
+    if full_rows and (window is None or tokens <= window + 1):
+        return {"full_rows": True}
+    return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_seqlen"]}
 
 
 def _fixed_sizes(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .attention import packed_forward_kwargs, use_packed_attention
+from .fused_decoder import fused_decoder, reason_not_to_fuse
 from .loading import longrope_boundary
 from .loss import linear_cross_entropy
 from .low_rank import compute_dtype
@@ -18,7 +19,7 @@ BATCH_KEYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen")
 """What :func:`phi3lora.batches` yields and this file consumes."""
 
 
-def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = True) -> tuple[Tensor, int]:
     """The loss that ``train`` uses: ``(sum, count)`` over the batch's supervised tokens.
 
     Divide the sum by the count (of all micro-batches and ranks of a step) before ``backward``::
@@ -30,6 +31,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     Args:
         model: a ``Phi3ForCausalLM`` (any transformers causal LM with a decoder and an output head).
         batch: what :func:`phi3lora.batches` yields; it is moved to the model's device.
+        fused: let the fused passes compute the layers where they can; False: always transformers' own layers.
 
     Returns:
         The sum of cross-entropies, float32 () with gradient, and how many tokens it is over.
@@ -37,11 +39,13 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     Raises:
         ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart.
     """
-    hidden, labels = supervised_hidden_states(model, batch)
+    hidden, labels = supervised_hidden_states(model, batch, fused=fused)
     return linear_cross_entropy(hidden, model.get_output_embeddings(), labels), labels.numel()  # type: ignore[operator]
 
 
-def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def supervised_hidden_states(
+    model: nn.Module, batch: Mapping[str, Any], *, fused: bool = True
+) -> tuple[Tensor, Tensor]:
     """The decoder's output where a label follows: hidden (N, H), and those labels (N,).
 
     Only these positions reach the output head. ``labels[t]`` is token t's own id, as transformers has it, so the
@@ -59,9 +63,12 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> tupl
     _refuse_mixed_regimes(model, batch, positions)
     batch = batch_to(batch, weight.device)
     dtype = compute_dtype(weight, weight)
-    decoder = model.get_decoder()  # type: ignore[operator]
-    output = decoder(input_ids=batch["input_ids"], **packed_forward_kwargs(model, batch, dtype))
-    hidden = output.last_hidden_state.flatten(0, 1)  # (B*S, H)
+    if fused and reason_not_to_fuse(model) is None:
+        hidden = fused_decoder(model, batch)  # (B*S, H)
+    else:
+        decoder = model.get_decoder()  # type: ignore[operator]
+        output = decoder(input_ids=batch["input_ids"], **packed_forward_kwargs(model, batch, dtype))
+        hidden = output.last_hidden_state.flatten(0, 1)
     device = weight.device
     return hidden.index_select(0, _moved(positions - 1, device)), _moved(labels, device)
 

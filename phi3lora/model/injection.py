@@ -23,9 +23,10 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
 
 from ..config import LoraConfig
 from ..errors import ModelError, nearest
+from .frozen import Fp8Linear
 from .layers import LORA_LAYERS, Conv2d, Embedding, Linear, MergedLinear
 
-_ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv2d)  # exactly these: a subclass may multiply in its own way
+_ADAPTABLE = (nn.Linear, Fp8Linear, nn.Embedding, nn.Conv2d)  # exactly these: a subclass may multiply in its own way
 
 Segments = dict[str, int]  # name of a segment -> its width, in the order of the output's columns
 
@@ -201,7 +202,7 @@ def _select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[di
     for path, module in model.named_modules():
         if not path or not isinstance(module, nn.Linear) or module is head or _matches(path, "lm_head"):
             continue
-        if type(module) is nn.Linear:
+        if type(module) in (nn.Linear, Fp8Linear):
             chosen[path] = set(fused.get(path, ()))
         else:
             skipped[path] = f"a {type(module).__name__}, not a plain nn.Linear"

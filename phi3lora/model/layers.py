@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .adapted import Adapted, like_base
+from .frozen import Dense, frozen_of, frozen_product
 from .low_rank import compute_dtype, linear_plus_low_rank
 
 
@@ -66,15 +67,28 @@ class _AdaptedLinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if self.r == 0 or not self.enabled:
-            return F.linear(x, weight, self.bias)
-        dtype = compute_dtype(x, weight)
+        frozen, plain = frozen_of(self), self.r == 0 or not self.enabled
+        dtype = compute_dtype(x, self.weight)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if not isinstance(frozen, Dense):
+            y = frozen_product(x.to(dtype), frozen)
+            y = y if bias is None else y + bias
+            return y if plain else y + self._low_rank(x.to(dtype), dtype)
+        if plain:
+            return F.linear(x, frozen.weight, self.bias)
         x = x.to(dtype)
         z = F.linear(self.lora_dropout(x), self.lora_A.to(dtype))  # (..., r) or (..., k*r)
         spans = [edge for span in self.spans for edge in span]
-        return linear_plus_low_rank(x, z, weight.to(dtype), bias, self.lora_B.to(dtype), spans, self.scaling)
+        return linear_plus_low_rank(x, z, frozen.weight.to(dtype), bias, self.lora_B.to(dtype), spans, self.scaling)
+
+    def _low_rank(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the adapters add, (..., out)."""
+        z = F.linear(self.lora_dropout(x), self.lora_A.to(dtype)).split(self.r, -1)
+        widths = [stop - start for start, stop in self.spans]
+        total = x.new_zeros((*x.shape[:-1], self.out_features))
+        for z_i, B_i, (start, stop) in zip(z, self.lora_B.to(dtype).split(widths), self.spans, strict=True):
+            total[..., start:stop] = F.linear(z_i, B_i) * self.scaling
+        return total
 
     def delta(self) -> Tensor:
         """``scaling * B_i A_i`` in each span's rows, zero elsewhere; float32, in the weight's own shape."""

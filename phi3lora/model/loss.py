@@ -11,6 +11,8 @@ Shapes: N supervised tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +32,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()  # (chunk, H)
-                loss = F.cross_entropy(head(h).float(), labels[part], reduction="sum")
-                d_h, *d_p = torch.autograd.grad(loss, [h, *parameters], allow_unused=True)
-            total += loss.detach()
+                logits = head(h)  # (chunk, V)
+                loss, d_logits = _loss_and_gradient(logits, labels[part])
+                d_h, *d_p = torch.autograd.grad(logits, [h, *parameters], d_logits, allow_unused=True)
+            total += loss
             d_hidden[part] = d_h
             for accumulated, gradient in zip(d_parameters, d_p, strict=True):
                 if gradient is not None:  # None: a head whose adapter is switched off
@@ -45,6 +48,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):  # type: ignore[override]
         d_hidden, *d_parameters = ctx.saved_tensors
         return (d_hidden * scale.to(d_hidden.dtype), None, None, None, *(d * scale for d in d_parameters))
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' summed cross-entropy, float32 (), and its gradient in the logits' dtype (n, V)."""
+    if logits.is_cuda and importlib.util.find_spec("triton") is not None:
+        from .passes.cross_entropy import cross_entropy_
+
+        d_logits = logits.detach().contiguous()  # one pass over them; the gradient takes their place
+        return cross_entropy_(d_logits, labels).sum(), d_logits
+    leaf = logits.detach().requires_grad_()
+    loss = F.cross_entropy(leaf.float(), labels, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype a product of ``x`` with a frozen ``weight`` runs in: autocast's where it is on, else the weight's."""
+    """The dtype that ``x`` times a frozen ``weight`` is computed in: autocast's where it is on, else the weight's."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return x.dtype if weight.dtype.itemsize == 1 else weight.dtype  # a quantised weight has no say
 
 
 @torch.library.custom_op("phi3lora::linear_plus_low_rank", mutates_args=())

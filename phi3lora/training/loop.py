@@ -25,7 +25,7 @@ from .precision import resolve_precision
 from .prefetch import prefetched_steps
 from .report import Reporter, draw_loss
 from .run import Run
-from .setup import banner_facts, check_run, claim_output_dir, resolve_plans, wants_compile
+from .setup import banner_facts, check_run, claim_output_dir, layer_path, resolve_checkpointing, resolve_plans
 from .state import TrainingState
 from .step import OptimizerStep
 
@@ -80,10 +80,12 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(run.interrupts)
         stack.enter_context(_training_mode(model))
-        stack.enter_context(activation_checkpointing(model, str(config.activation_checkpointing)))
-        stack.enter_context(_compiled_layers(model, wants_compile(model, config)))
+        stack.enter_context(activation_checkpointing(model, run.checkpointing[0]))
+        stack.enter_context(_compiled_layers(model, run.path[0] == "compiled"))
         stack.enter_context(run.report)
-        run.report.banner(banner_facts(model, run.steps, config, state, run.precision, eval_dataset))
+        run.report.banner(
+            banner_facts(model, run.steps, config, state, run.precision, eval_dataset, run.path, run.checkpointing)
+        )
         run.tell("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
@@ -128,7 +130,8 @@ def _prepare(
     torch.manual_seed(config.seed)
     precision = resolve_precision(config, model, device)
     optimizer = build_optimizer(model, config)
-    steps = resolve_plans(model, train_dataset, config)
+    path = layer_path(model, config, precision)
+    steps = resolve_plans(model, train_dataset, config, path[0])
     base_dtype = str(model.get_input_embeddings().weight.dtype)  # type: ignore[operator]
     resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), base_dtype, world.rank)
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
@@ -137,10 +140,11 @@ def _prepare(
     context = float((train_dataset.lengths**2).sum() / (2 * train_dataset.lengths.sum()))
     return Run(
         interrupts=Interrupts(), model=model, config=config, steps=steps, precision=precision, state=state, world=world,
-        step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world),
+        step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world, fused=path[0] == "fused"),
         report=Reporter(config, state, world.is_main), resumable=resumable, eval_dataset=eval_dataset,
         tokenizer=tokenizer, callbacks=callbacks, flops_per_token=flops_per_token(model, context),
-        resumed_from=checkpoint,
+        resumed_from=checkpoint, path=path,
+        checkpointing=resolve_checkpointing(model, train_dataset, config, path[0], precision),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ..errors import TrainingError
 from ..inference.evaluation import evaluate
 from ..model.flops import peak_flops
 from ..model.loading import model_device
+from ..model.memory import MemoryPlan
 from .callbacks import HOOKS
 from .checkpoint import Resumable, rotate, save_checkpoint
 from .distributed import World
@@ -63,6 +64,8 @@ class Run:
     callbacks: Sequence[Any]
     flops_per_token: float
     resumed_from: Path | None
+    path: tuple[str, str]
+    checkpointing: tuple[str, MemoryPlan]
     late: LateValues[_Note] = field(default_factory=LateValues)
     last_eval: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1

@@ -16,8 +16,10 @@ from ..data.loader import BatchPlan
 from ..errors import CheckpointError, DataError, TrainingError
 from ..inference.evaluation import METRICS
 from ..model.attention import use_packed_attention
+from ..model.fused_decoder import reason_not_to_fuse
 from ..model.injection import lora_layers
 from ..model.loading import longrope_boundary, longrope_note, model_device
+from ..model.memory import MemoryPlan, plan_memory
 from .checkpoint import checkpoints
 from .optim import warmup_steps
 from .precision import Precision
@@ -103,17 +105,38 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
     (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
 
 
-def wants_compile(model: nn.Module, config: TrainingConfig) -> bool:
-    """Whether the decoder layers are compiled: as configured, else on a GPU with packing, where shapes are fixed."""
+def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -> tuple[str, str]:
+    """How the decoder layers are computed, and why: ``"fused"``, ``"compiled"`` or ``"plain"``.
+
+    ``compile=None`` takes the fastest there is: the fused passes (model/fused_decoder.py), else ``torch.compile`` on a
+    GPU with packing, where shapes are fixed.
+    """
     if config.compile is not None:
-        return config.compile
+        return ("compiled" if config.compile else "plain"), f"compile={config.compile}"
+    use_packed_attention(model)
+    with precision.autocast():
+        reason = reason_not_to_fuse(model)
+    if reason is None:
+        return "fused", ""
     device = model_device(model)
     if device.type != "cuda" or not config.packing or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)  # what Triton generates code for
+        return "plain", reason
+    return ("compiled" if torch.cuda.get_device_capability(device) >= (7, 0) else "plain"), reason
 
 
-def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig) -> StepPlan:
+def resolve_checkpointing(
+    model: nn.Module, dataset: ChatDataset, config: TrainingConfig, path: str, precision: Precision
+) -> tuple[str, MemoryPlan]:
+    """The activation checkpointing mode, ``"auto"`` resolved to the fastest that fits, and the prediction behind it."""
+    width = (config.max_length or dataset.max_length) if config.packing else int(dataset.lengths.max())
+    optimizer_bytes = 0.0 if config.optim == "sgd" else 8.0
+    with precision.autocast():
+        plan = plan_memory(model, config.per_device_train_batch_size * width, path, optimizer_bytes)
+    mode = str(config.activation_checkpointing)
+    return (plan.fastest_that_fits() if mode == "auto" else mode), plan
+
+
+def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig, path: str) -> StepPlan:
     """The order of documents, rows, batches and steps."""
     plan = BatchPlan(
         dataset,
@@ -122,7 +145,7 @@ def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig
         packing=config.packing,
         seed=config.seed if config.data_seed is None else config.data_seed,
         boundary=longrope_boundary(model.config),
-        fixed_shape=config.packing and wants_compile(model, config),
+        fixed_shape=config.packing and path == "compiled",
     )
     return StepPlan(plan, config)
 
@@ -134,6 +157,8 @@ def banner_facts(
     state: TrainingState,
     precision: Precision,
     eval_dataset: ChatDataset | None,
+    path: tuple[str, str],
+    checkpointing: tuple[str, MemoryPlan],
 ) -> dict[str, Any]:
     """Name -> value of everything that was resolved or inherited."""
     use_packed_attention(model)
@@ -147,8 +172,8 @@ def banner_facts(
         "model": f"{type(model).__name__}, {total:,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers",
         "device": f"{model_device(model)}, {precision.name}, attention {model_config._attn_implementation}, "  # type: ignore[union-attr]
-        f"activation checkpointing {config.activation_checkpointing}"
-        + (", compiled" if wants_compile(model, config) else ""),
+        f"layers {path[0]}" + (f" ({path[1]})" if path[1] else ""),
+        "memory": f"activation checkpointing {checkpointing[0]}; predicted peak by mode: {checkpointing[1]}",
         "train data": plan.dataset,
         "eval data": eval_dataset,
         "step": f"{rows}, {width}",

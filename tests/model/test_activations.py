@@ -40,13 +40,34 @@ def one_step(model: nn.Module, mode: str) -> tuple[torch.Tensor, list[torch.Tens
     return loss.detach(), list(gradients), len(runs)
 
 
-def test_recomputing_gives_the_same_loss_and_gradients(adapted):
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode):
     loss, gradients, runs = one_step(adapted, "none")
-    again, recomputed, more_runs = one_step(adapted, "full")
+    again, recomputed, more_runs = one_step(adapted, mode)
     assert torch.equal(again, loss)
     for got, want in zip(recomputed, gradients, strict=True):
         torch.testing.assert_close(got, want)
-    assert (runs, more_runs) == (2, 4)  # each of two layers a second time, in the backward
+    assert runs == 2
+    assert more_runs == (4 if mode == "full" else 2)  # hooks run around "selective"'s recomputed forward, not in it
+
+
+def test_selective_recomputes_the_feed_forward_parts_alone(adapted):
+    runs: list[str] = []
+    for layer in adapted.model.layers:
+        for module in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
+            module.register_forward_pre_hook(lambda module, _: runs.append(str(module.out_features)))
+    widths = [str(m.out_features) for m in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj)]
+    one_step(adapted, "selective")
+    assert [runs.count(width) for width in widths] == [2, 4]
+
+
+def test_selective_gives_back_a_forward_that_somebody_replaced(adapted):
+    mlp = adapted.model.layers[0].mlp
+    mlp.forward = own = lambda x: x
+    with activation_checkpointing(adapted, "selective"):
+        assert mlp.forward is not own
+    assert mlp.forward is own
+    assert all("forward" not in vars(layer.mlp) for layer in adapted.model.layers[1:])
 
 
 def test_dropout_is_recomputed_with_the_same_mask():
@@ -86,7 +107,8 @@ def test_a_model_that_checkpoints_already_goes_on_doing_so(adapted):
 
 
 def test_another_mode_is_refused(adapted):
-    with pytest.raises(ModelError, match="'half'; allowed: 'none', 'full'"), activation_checkpointing(adapted, "half"):
+    refused = pytest.raises(ModelError, match="'half'; allowed: 'none', 'selective', 'full'")
+    with refused, activation_checkpointing(adapted, "half"):
         pass
 
 

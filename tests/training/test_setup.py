@@ -7,7 +7,14 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
 
 import phi3lora as p3
-from phi3lora.training.setup import banner_facts, check_run, claim_output_dir, resolve_plans
+from phi3lora.training.setup import (
+    banner_facts,
+    check_run,
+    claim_output_dir,
+    layer_path,
+    resolve_checkpointing,
+    resolve_plans,
+)
 from phi3lora.training.state import TrainingState
 
 
@@ -137,10 +144,13 @@ def test_a_folder_without_checkpoints_is_anybodys(tmp_path):
 
 def facts(**settings):
     model, dataset, config = adapted_model(), chat_dataset(), quiet_config("there", **settings)
-    steps = resolve_plans(model, dataset, config)
-    state = TrainingState(total_steps=steps.total, global_step=3)
     precision = p3.training.precision.resolve_precision(config, model, torch.device("cpu"))
-    return {name: str(value) for name, value in banner_facts(model, steps, config, state, precision, None).items()}
+    path = layer_path(model, config, precision)
+    steps = resolve_plans(model, dataset, config, path[0])
+    memory = resolve_checkpointing(model, dataset, config, path[0], precision)
+    state = TrainingState(total_steps=steps.total, global_step=3)
+    told = banner_facts(model, steps, config, state, precision, None, path, memory)
+    return {name: str(value) for name, value in told.items()}
 
 
 def test_the_banner_says_what_was_resolved():
@@ -168,7 +178,9 @@ def test_the_banner_lists_the_names_without_effect():
 
 def test_the_order_of_documents_follows_data_seed_and_without_it_the_seed():
     def order(**seeds):
-        return resolve_plans(adapted_model(), chat_dataset(), quiet_config("unused", **seeds)).steps_of_epoch(0)
+        return resolve_plans(adapted_model(), chat_dataset(), quiet_config("unused", **seeds), "plain").steps_of_epoch(
+            0
+        )
 
     assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7)
     assert order(seed=7, data_seed=1) != order(seed=7)

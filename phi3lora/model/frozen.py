@@ -1,0 +1,179 @@
+"""How a frozen weight is stored and multiplied. One class a format; nothing else knows the formats.
+
+    matmul(x) = x W'          back(dy) = dy W          dequantize() = W
+
+``Dense`` is the weight as it was loaded. ``Fp8`` is for GPUs that multiply float8 (Hopper, Ada and later), about twice
+as fast as bf16: the weight never changes, so it is rounded once, in both orientations, each row with a scale of its
+own; activations and gradients are rounded row by row as they come:
+
+    W (out, in)   q (out, in), scale (out, 1)         x W' :  x's row scale * (x_q q') * scale'
+    W' (in, out)  q_t (in, out), scale_t (in, 1)      dy W :  dy's row scale * (dy_q q_t') * scale_t'
+
+Two float8 copies take the memory of one bf16 weight.
+
+Shapes: N tokens, ``in`` and ``out`` features, x (N, in), dy (N, out).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+logger = logging.getLogger("phi3lora")
+
+
+class Frozen(Protocol):
+    """A weight (out, in) that does not train."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """(N, in) -> (N, out), in x's dtype."""
+
+    def back(self, dy: Tensor) -> Tensor:
+        """(N, out) -> (N, in): the gradient of x."""
+
+    def dequantize(self) -> Tensor:
+        """(out, in), what the products multiply by."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The weight as it is."""
+
+    weight: Tensor
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t().to(x.dtype)
+
+    def back(self, dy: Tensor) -> Tensor:
+        return dy @ self.weight.to(dy.dtype)
+
+    def dequantize(self) -> Tensor:
+        return self.weight
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """float8_e4m3fn in both orientations, a float32 scale for each row."""
+
+    q: Tensor
+    scale: Tensor
+    q_t: Tensor
+    scale_t: Tensor
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return _scaled_product(x, self.q, self.scale)
+
+    def back(self, dy: Tensor) -> Tensor:
+        return _scaled_product(dy, self.q_t, self.scale_t)
+
+    def dequantize(self) -> Tensor:
+        return self.q.float() * self.scale
+
+
+def _scaled_product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    x_q, x_scale = _rows_in_fp8(x.contiguous())
+    if not x.is_cuda:  # the same numbers, summed in float32: for tests and for looking at a model without its GPU
+        return ((x_q.float() @ q.float().t()) * x_scale * scale.t()).to(x.dtype)
+    return torch._scaled_mm(x_q, q.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=True)
+
+
+def _rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, scale)``: x (N, D) as float8_e4m3fn and float32 (N, 1); a row's largest entry becomes e4m3's largest."""
+    if x.is_cuda:
+        from .passes.quantize import quantize_rows
+
+        return quantize_rows(x)
+    scale = x.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen ``nn.Linear`` in fp8: ``weight`` is q; ``scale``, ``q_t`` and ``scale_t`` are buffers beside it."""
+
+    scale: Tensor
+    q_t: Tensor
+    scale_t: Tensor
+
+    @classmethod
+    def of(cls, base: nn.Linear) -> Fp8Linear:
+        """``base`` rounded to fp8."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features, layer.training = base.in_features, base.out_features, base.training
+        weight = base.weight.detach()
+        q, scale = _rows_in_fp8(weight)
+        q_t, scale_t = _rows_in_fp8(weight.t().contiguous())
+        layer.weight = nn.Parameter(q, requires_grad=False)
+        layer.register_parameter("bias", base.bias)
+        for name, tensor in (("scale", scale), ("q_t", q_t), ("scale_t", scale_t)):
+            layer.register_buffer(name, tensor)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        y = frozen_product(x, frozen_of(self))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def quantize_base(model: nn.Module, precision: str) -> None:
+    """Store the frozen linear weights of a model on its GPU, but the output head's, in another format: ``"fp8"``.
+
+    Where the GPU cannot multiply it, the weights stay as they are and one line says so.
+
+    Raises:
+        ModelError: another format; a layer that does not fit it.
+    """
+    if precision != "fp8":
+        raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), 'fp8'")
+    reason = reason_against_fp8(next(model.parameters()).device)
+    if reason:
+        logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)
+        return
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    for path, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or layer is head:
+            continue
+        if layer.in_features % 16 or layer.out_features % 16:
+            raise ModelError(f"base_precision='fp8': {path!r} is {tuple(layer.weight.shape)}; allowed: multiples of 16")
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Fp8Linear.of(layer))
+
+
+def reason_against_fp8(device: torch.device) -> str | None:
+    """Why fp8 products cannot run on ``device``; None: they can."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} has no fp8"
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+
+
+def frozen_of(layer: Any) -> Frozen:
+    """The frozen weight of a linear layer, adapted or not, in the format that its tensors say."""
+    if layer.weight.dtype == torch.float8_e4m3fn:
+        return Fp8(layer.weight, layer.scale, layer.q_t, layer.scale_t)
+    return Dense(layer.weight.t() if getattr(layer, "fan_in_fan_out", False) else layer.weight)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, frozen):  # type: ignore[override]
+        ctx.frozen = frozen
+        return frozen.matmul(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        return ctx.frozen.back(dy.flatten(0, -2)).unflatten(0, dy.shape[:-1]), None
+
+
+def frozen_product(x: Tensor, frozen: Frozen) -> Tensor:
+    """``x W'`` for x (..., in), with a gradient for x alone; nothing is kept for it."""
+    return _FrozenProduct.apply(x, frozen)

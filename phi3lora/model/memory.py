@@ -1,0 +1,103 @@
+"""How much GPU memory a training step will take, from the model's shape: before the first step, not after it failed.
+
+    peak = what is allocated already (weights, adapters)
+         + gradients and optimizer state of what trains
+         + what the layers keep for the backward (the table below, times layers and tokens)
+         + the widest moment of the backward on top of that
+
+What a layer keeps a token, in numbers of the compute dtype (D hidden, Q q heads' width, KV k and v heads' width,
+I intermediate):
+
+    none         2 D + (Q + 2 KV) + Q + 2 I       h twice, q k v, attention's output, the gate/up product
+    selective    3 D + (Q + 2 KV) + Q             the feed-forward part's input in place of that product
+    full         D                                h, and one layer's "none" while it is recomputed
+
+transformers' own layers keep more of the same things; their factor is measured (docs/performance.md).
+
+Shapes: N tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .injection import lora_layers
+from .loss import CHUNK_TOKENS
+from .low_rank import compute_dtype
+
+GIB = 2**30
+FACTORS = {"fused": 1.0, "compiled": 1.6, "plain": 2.0}
+"""What a layer keeps beside the fused passes' (training/setup.py says which path a run takes)."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted peak of a training step by activation checkpointing mode, in GiB."""
+
+    peak_gib: dict[str, float]
+    available_gib: float | None
+    """What this process can use of the GPU; None: not on a GPU."""
+
+    def fastest_that_fits(self) -> str:
+        """The first mode within 92 % of what is available (the allocator does not fill every gap), else ``"full"``."""
+        if self.available_gib is None:
+            return "none"
+        return next((m for m, gib in self.peak_gib.items() if gib <= 0.92 * self.available_gib), "full")
+
+    def __str__(self) -> str:
+        """``none 25.1, selective 16.8, full 9.6 of 78.9 GiB``"""
+        modes = ", ".join(f"{mode} {gib:.1f}" for mode, gib in self.peak_gib.items())
+        return modes + (f" of {self.available_gib:.1f} GiB" if self.available_gib is not None else " GiB")
+
+
+def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_bytes: float = 8.0) -> MemoryPlan:
+    """The prediction for micro-batches of ``tokens`` (N).
+
+    Args:
+        model: with its adapters, where it will train.
+        path: how the layers are computed, a key of :data:`FACTORS`.
+        optimizer_bytes: of state, for each number that trains (AdamW in float32: 8).
+    """
+    config: Any = model.config
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    size = compute_dtype(weight, weight).itemsize
+    D, I, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers  # noqa: E741
+    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    Q, KV = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    low_rank = {path: layer.lora_A.shape[0] for path, layer in lora_layers(model).items()}  # columns of z
+    ranks = sum(2 * k for k in low_rank.values()) // layers
+    attention = (2 * Q + 2 * KV + ranks) * size + 4 * config.num_attention_heads + 8
+    kept = {
+        "none": (2 * D + 2 * I) * size + attention,
+        "selective": 3 * D * size + attention,
+        "full": D * size,
+    }  # bytes of a token in a layer
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
+    # The backward's widest moment: the feed-forward part's gradients, or the loss's chunk of logits.
+    partial_sums = 4 * tokens * I // 64 * max((k for p, k in low_rank.items() if p.endswith("gate_up_proj")), default=0)
+    gradients = tokens * (3 * I + 2 * D) * size + partial_sums
+    logits = CHUNK_TOKENS * config.vocab_size * size + tokens * 2 * D * size
+    widest = {"none": max(gradients, logits), "selective": gradients + tokens * 2 * I * size}
+    widest["full"] = gradients + tokens * kept["none"]
+    factor = FACTORS[path]
+    peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
+    return MemoryPlan(peak, _available_gib(weight.device))
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers, tied ones once."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()] if t.device.type != "meta"}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _available_gib(device: torch.device) -> float | None:
+    """What is free on the GPU, and what this process holds of it."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device)) / GIB

@@ -1,0 +1,159 @@
+"""From the fused qkv product to rotated queries and keys: adds the low-rank part and rotates, in one pass.
+
+    t = y + scaling z B'                         all of q, k and v
+    q, k:  lo' = lo cos - hi sin                 lo, hi: components 0 .. n/2-1 and n/2 .. n-1 of a head
+           hi' = hi cos + lo sin                 components n .. D-1 pass (Phi-4-mini rotates a part of a head)
+
+A program has a few rows of one head. The halves are tiles of their own, since a tile cannot be permuted in
+registers. cos and sin of the two halves are the same numbers; only the first is read.
+
+Layout of y and of the output (N, (H + 2 H_kv) * D): the heads of q, then of k, then of v.
+Shapes: N tokens, H query heads, H_kv key and value heads, D head_dim, n rotary components.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .adapter import Adapter, dot
+from .low_rank import low_rank_gradients
+
+
+@triton.jit
+def _adapted_tile(y_at, B_at, z, live, scaling, WIDTH: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr,
+                  LOW_RANK: tl.constexpr):  # fmt: skip
+    """``y + scaling z B'`` of WIDTH columns, float32 but rounded to y's dtype; y_at and B_at point to the first."""
+    c = tl.arange(0, PADDED)
+    t = tl.load(y_at + c[None, :], mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
+    if LOW_RANK:
+        rank = tl.arange(0, R)
+        B = tl.load(B_at + c[None, :] * R + rank[:, None], mask=(c < WIDTH)[None, :], other=0.0)
+        t = (t.to(tl.float32) + scaling * dot(z, B)).to(t.dtype)
+    return t.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n_rows", "q_offset", "k_offset", "v_offset"])
+def _rotary_forward(
+    y_ptr, z_ptr, B_ptr, cos_ptr, sin_ptr, out_ptr, n_rows, scaling, q_offset, k_offset, v_offset,
+    H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
+    REST_PADDED: tl.constexpr, R: tl.constexpr, Z: tl.constexpr, LOW_RANK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = row < n_rows
+    COLUMNS: tl.constexpr = (H + 2 * H_KV) * D
+    REST: tl.constexpr = D - 2 * HALF
+    at = row.to(tl.int64)[:, None]
+    base = at * COLUMNS + head * D
+    dtype = y_ptr.dtype.element_ty
+    z = at
+    if LOW_RANK:
+        offset = tl.where(head < H, q_offset, tl.where(head < H + H_KV, k_offset, v_offset))
+        z = tl.load(z_ptr + at * Z + offset + tl.arange(0, R)[None, :], mask=live[:, None], other=0.0)
+    B_at = B_ptr + head * D * R if LOW_RANK else y_ptr
+    lo = _adapted_tile(y_ptr + base, B_at, z, live, scaling, HALF, HALF_PADDED, R, LOW_RANK)
+    hi = _adapted_tile(y_ptr + base + HALF, B_at + HALF * R, z, live, scaling, HALF, HALF_PADDED, R, LOW_RANK)
+    c = tl.arange(0, HALF_PADDED)
+    inside = live[:, None] & (c < HALF)[None, :]
+    rotates = inside & (head < H + H_KV)
+    cos = tl.load(cos_ptr + at * (2 * HALF) + c[None, :], mask=rotates, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at * (2 * HALF) + c[None, :], mask=rotates, other=0.0).to(tl.float32)
+    tl.store(out_ptr + base + c[None, :], (lo * cos - hi * sin).to(dtype), mask=inside)
+    tl.store(out_ptr + base + HALF + c[None, :], (hi * cos + lo * sin).to(dtype), mask=inside)
+    if REST > 0:
+        r = tl.arange(0, REST_PADDED)
+        skip: tl.constexpr = 2 * HALF
+        rest = _adapted_tile(y_ptr + base + skip, B_at + skip * R, z, live, scaling, REST, REST_PADDED, R, LOW_RANK)
+        tl.store(out_ptr + base + skip + r[None, :], rest.to(dtype), mask=live[:, None] & (r < REST)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _rotary_backward(
+    dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, dy_ptr, n_rows,
+    H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
+    REST_PADDED: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = row < n_rows
+    at = row.to(tl.int64)[:, None]
+    SKIP: tl.constexpr = 2 * HALF
+    dtype = dy_ptr.dtype.element_ty
+    if head < H:
+        d_ptr = dq_ptr + head * D
+    elif head < H + H_KV:
+        d_ptr = dk_ptr + (head - H) * D
+    else:
+        d_ptr = dv_ptr + (head - H - H_KV) * D
+    stride = tl.multiple_of(tl.where(head < H, H * D, H_KV * D), 16)
+    d_at = tl.multiple_of(d_ptr, 16) + at * stride  # a choice between pointers hides that each is aligned
+    dy_at = dy_ptr + at * ((H + 2 * H_KV) * D) + head * D
+    c = tl.arange(0, HALF_PADDED)
+    inside = live[:, None] & (c < HALF)[None, :]
+    lo = tl.load(d_at + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    hi = tl.load(d_at + HALF + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    rotates = inside & (head < H + H_KV)
+    cos = tl.load(cos_ptr + at * SKIP + c[None, :], mask=rotates, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at * SKIP + c[None, :], mask=rotates, other=0.0).to(tl.float32)
+    tl.store(dy_at + c[None, :], (lo * cos + hi * sin).to(dtype), mask=inside)
+    tl.store(dy_at + HALF + c[None, :], (hi * cos - lo * sin).to(dtype), mask=inside)
+    if D > SKIP:
+        c = tl.arange(0, REST_PADDED)
+        inside = live[:, None] & (c < D - SKIP)[None, :]
+        tl.store(dy_at + SKIP + c[None, :], tl.load(d_at + SKIP + c[None, :], mask=inside), mask=inside)
+
+
+BLOCK = {"BM": 32, "num_warps": 4}
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y, z, before_B, cos, sin, heads, kv_heads, before):  # type: ignore[override]
+        N, D, half = y.shape[0], y.shape[1] // (heads + 2 * kv_heads), cos.shape[1] // 2
+        padded = triton.next_power_of_2
+        ctx.sizes = {
+            "H": heads, "H_KV": kv_heads, "D": D, "HALF": half, "HALF_PADDED": max(16, padded(half)),
+            "REST_PADDED": max(16, padded(max(1, D - 2 * half))),
+        }  # fmt: skip
+        ctx.edges = (0, heads * D, (heads + kv_heads) * D)  # the first column of q, of k, of v
+        offsets = [before.offset(edge) for edge in ctx.edges] if before else [0, 0, 0]
+        out = torch.empty_like(y)
+        _rotary_forward[(triton.cdiv(N, BLOCK["BM"]), heads + 2 * kv_heads)](
+            y, z, before.B if before else None, cos, sin, out, N, before.scaling if before else 1.0, *offsets,
+            R=before.R if before else 16, Z=before.width if before else 16, LOW_RANK=before is not None, **ctx.sizes,
+            **BLOCK,
+        )  # fmt: skip
+        ctx.save_for_backward(z, cos, sin)
+        ctx.before = before
+        return tuple(part.unflatten(1, (-1, D)) for part in out.split([heads * D, kv_heads * D, kv_heads * D], 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq, dk, dv):  # type: ignore[override]
+        (z, cos, sin), before, sizes = ctx.saved_tensors, ctx.before, ctx.sizes
+        N, heads = dq.shape[0], sizes["H"] + 2 * sizes["H_KV"]
+        dy = dq.new_empty(N, heads * sizes["D"])
+        _rotary_backward[(triton.cdiv(N, BLOCK["BM"]), heads)](
+            dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, dy, N, **sizes, **BLOCK
+        )
+        dz, dB = low_rank_gradients(dy, z, before, ctx.edges) if before else (None, None)
+        return dy, dz, dB, None, None, None, None, None
+
+
+def rotate(
+    y: Tensor, z: Tensor | None, before: Adapter | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q, k, v)``, (N, heads, head_dim) each, views of one buffer.
+
+    Args:
+        y: (N, (heads + 2 kv_heads) * head_dim), the frozen qkv product.
+        z, before: its low-rank activations (N, k*R) and adapter, or None.
+        cos, sin: (N, n), of each token's position, in y's dtype.
+    """
+    return _Rotate.apply(y, z, before.lora_B if before else None, cos, sin, heads, kv_heads, before)

@@ -1,0 +1,221 @@
+"""The fused passes against transformers' own layers, in float32: on a CPU in Triton's interpreter, kernel by kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import adapted_model, packed_batch, random_documents, randomize_adapters, tiny_model
+from torch import nn
+
+import phi3lora as p3
+from phi3lora.model.activations import activation_checkpointing
+from phi3lora.model.attention import NAME, packed_forward_kwargs, use_packed_attention
+from phi3lora.model.fused_decoder import _layer_reason, fused_decoder, reason_not_to_fuse
+
+triton = pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("tests/model/test_fast_path.py tests the same on a GPU", allow_module_level=True)
+from triton.runtime import interpreter  # noqa: E402
+
+from phi3lora.model.passes.cross_entropy import cross_entropy_  # noqa: E402
+from phi3lora.model.passes.low_rank import add_back_projection_, column_sums, project  # noqa: E402
+
+_patch = interpreter._patch_lang_tensor
+
+
+def _patched(tensor, scope, *rest):
+    """Triton 3.6's interpreter turns a loop bound into an int in a way that NumPy 2.4 no longer allows."""
+    _patch(tensor, scope, *rest)
+    scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
+
+
+@pytest.fixture(autouse=True)
+def loop_bounds(monkeypatch):
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", _patched)
+
+
+BATCH = packed_batch([random_documents(11, 6), random_documents(9, 5, 3)], 18)
+
+
+def adapted(r: int = 4, targets="all-linear", dropout: float = 0.0, **changes):
+    sizes = {"hidden_size": 64, "intermediate_size": 48, **changes}
+    model = tiny_model(**sizes)
+    p3.inject_lora(model, p3.LoraConfig(r=r, lora_alpha=8, target_modules=targets, lora_dropout=dropout))
+    randomize_adapters(model)
+    use_packed_attention(model)
+    return model.train()
+
+
+def hidden_and_gradients(model, fused: bool, mode: str = "none"):
+    model.zero_grad()
+    with activation_checkpointing(model, mode):
+        if fused:
+            hidden = fused_decoder(model, BATCH)
+        else:
+            kwargs = packed_forward_kwargs(model, BATCH, torch.float32)
+            hidden = model.get_decoder()(input_ids=BATCH["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
+        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+        (hidden * weights).sum().backward()
+    return hidden.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal_to_rounding(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("r", "changes"),
+    [
+        (4, {}),
+        (16, {"num_key_value_heads": 4}),
+        (24, {"num_key_value_heads": 1}),
+        (4, {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+        (4, {"sliding_window": 4}),
+        (4, {"tie_word_embeddings": True}),
+    ],
+    ids=["grouped-query", "multi-head r=16", "multi-query r=24", "partial rotary", "sliding window", "tied"],
+)
+def test_the_passes_compute_what_transformers_layers_do(r, changes):
+    model = adapted(r, **changes)
+    assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj", "up_proj"], ["o_proj"], ["down_proj", "k_proj"], ["gate_proj"], ["qkv_proj"]]
+)
+def test_any_subset_of_the_targets(targets):
+    model = adapted(targets=targets)
+    assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
+
+
+def test_one_adapter_on_a_whole_fused_matrix():
+    """As a PEFT adapter on ``qkv_proj`` has it: one A for all segments."""
+    model = adapted()
+    for layer in model.model.layers:
+        for parent, name in ((layer.self_attn, "qkv_proj"), (layer.mlp, "gate_up_proj")):
+            setattr(parent, name, p3.Linear.adapt(getattr(parent, name).base_layer(), 4, 8))
+    randomize_adapters(model, seed=1)
+    assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
+
+
+def test_adapters_switched_off_are_left_out():
+    model = adapted()
+    from phi3lora.adapters.active import disabled
+
+    with torch.no_grad(), disabled(model):
+        off = fused_decoder(model, BATCH)
+    with torch.no_grad():
+        on = fused_decoder(model, BATCH)
+        kwargs = packed_forward_kwargs(model, BATCH, torch.float32)
+        with disabled(model):
+            plain = model.get_decoder()(input_ids=BATCH["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
+    torch.testing.assert_close(off, plain, rtol=1e-4, atol=1e-4)
+    assert (on - off).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputing_changes_the_gradients_by_rounding_alone(mode):
+    model = adapted(dropout=0.3)
+    torch.manual_seed(3)
+    kept = hidden_and_gradients(model, True)
+    torch.manual_seed(3)
+    assert_equal_to_rounding(hidden_and_gradients(model, True, mode), kept)
+
+
+def test_dropout_has_one_mask_in_forward_and_backward():
+    """The gradient of a loss along a direction is what the loss gains along it, under the same masks."""
+    model = adapted(dropout=0.4, hidden_size=32)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(9)
+        hidden = fused_decoder(model, BATCH)
+        return (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).double().sum()
+
+    model.zero_grad()
+    loss().backward()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or "layers.0" not in name:
+            continue
+        direction = parameter.grad / parameter.grad.norm()
+        with torch.no_grad():
+            parameter += 1e-2 * direction
+            above = loss()
+            parameter -= 2e-2 * direction
+            below = loss()
+            parameter += 1e-2 * direction
+        assert ((above - below) / 2e-2).item() == pytest.approx(parameter.grad.norm().item(), rel=2e-2), name
+
+
+def test_dropout_keeps_the_share_and_the_mean():
+    from phi3lora.model.passes.adapter import Adapter
+
+    r, width = 16, 512
+    A = torch.eye(r, width)
+    adapter = Adapter(A, torch.zeros(8, r), A, torch.zeros(8, r), r, r, ((0, 8),), 1.0, 0.25, 1234)
+    z = project(torch.ones(1024, width), adapter)  # the first 16 columns of dropout(1)
+    torch.testing.assert_close(z.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert z.mean() == pytest.approx(1.0, abs=0.02)
+    back = add_back_projection_(torch.zeros(1024, width), torch.ones(1024, r), adapter)
+    assert torch.equal(back[:, :r] > 0, z > 0)
+    sums = column_sums(torch.ones(1024, 1), torch.ones(1024, width), adapter)
+    torch.testing.assert_close(sums[0, :r], z.sum(0))
+
+
+def test_cross_entropy_and_its_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 301) * 5
+    logits[0] += 1e4  # a row that overflows without its maximum taken off
+    labels = torch.randint(0, 301, (7,))
+    leaf = logits.clone().double().requires_grad_()
+    losses = F.cross_entropy(leaf, labels, reduction="none")
+    losses.sum().backward()
+    found = cross_entropy_(logits, labels)
+    torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(logits.double(), leaf.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_row_of_logits_that_is_not_finite_has_a_loss_that_is_not():
+    logits = torch.zeros(2, 40)
+    logits[0, 3] = float("nan")
+    losses = cross_entropy_(logits, torch.tensor([1, 1]))
+    assert losses[0].isnan()
+    assert losses[1].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *_: None), "a hook on a Phi3MLP"),
+        (lambda m: setattr(m.model.layers[0].mlp, "forward", lambda x: x), "whose forward was replaced"),
+        (lambda m: setattr(m.model.layers[0].self_attn, "o_proj", nn.Linear(64, 64)), "or has a bias"),
+        (lambda m: m.model.layers[0].compile(), "compiled layers"),
+        (lambda m: setattr(m.model.layers[1].mlp.config, "hidden_act", "gelu"), "hidden_act='gelu'"),
+    ],
+)
+def test_layers_that_are_not_quite_transformers_own_are_left_to_it(change, reason):
+    model = adapted()
+    assert _layer_reason(model.model.layers[0]) is None
+    change(model)
+    assert any(reason in (_layer_reason(layer) or "") for layer in model.model.layers)
+
+
+def test_segments_and_ranks_the_kernels_do_not_know():
+    model = adapted(r=129)
+    assert "r=129" in _layer_reason(model.model.layers[0])
+    model = adapted()
+    attention = model.model.layers[0].self_attn
+    attention.qkv_proj = p3.MergedLinear.adapt(
+        attention.qkv_proj.base_layer(), 4, segments=(64, 64), enable_lora=[True, True]
+    )
+    assert "segments of its own" in _layer_reason(model.model.layers[0])
+
+
+def test_on_a_cpu_transformers_layers_are_used():
+    model = adapted_model()
+    model.set_attn_implementation(NAME)
+    assert reason_not_to_fuse(model) == "not on a CUDA device"
