@@ -39,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "fp8": {"base_precision": "fp8"},
     "bf16-selective": {"activation_checkpointing": "selective"},
     "bf16-full": {"activation_checkpointing": "full"},
+    "bf16-offload": {"activation_checkpointing": "offload"},
     "fp8-full": {"activation_checkpointing": "full", "base_precision": "fp8"},
     "chat-bf16": {"chat": True},
     "chat-fp8": {"chat": True, "base_precision": "fp8"},

@@ -211,7 +211,8 @@ class TrainingConfig:
     """Tokens in a row; None: the dataset's."""
     activation_checkpointing: str | bool | None = None
     """What the backward recomputes to save memory: ``"none"``, ``"selective"`` (the feed-forward parts), ``"full"``
-    (whole decoder layers), or ``"auto"``: the fastest of them that the GPU has memory for."""
+    (whole decoder layers), ``"offload"`` (the same, and their inputs wait in host memory), or ``"auto"``: the fastest
+    of them that the GPU has memory for."""
     gradient_checkpointing: bool | None = None
     """transformers' name for the same: True means ``activation_checkpointing="full"``."""
     compile: bool | None = None
@@ -328,10 +329,10 @@ class TrainingConfig:
 
     def _resolve_activation_checkpointing(self) -> None:
         modes: dict[Any, str | None] = {None: None, True: "full", False: "none"}
-        modes.update((mode, mode) for mode in ("none", "selective", "full", "auto"))
+        modes.update((mode, mode) for mode in ("none", "selective", "full", "offload", "auto"))
         given = self.activation_checkpointing
         known = isinstance(given, (str, bool, type(None))) and given in modes
-        self._check(known, "activation_checkpointing", "'none', 'selective', 'full', 'auto'")
+        self._check(known, "activation_checkpointing", "'none', 'selective', 'full', 'offload', 'auto'")
         self._check(self.gradient_checkpointing in (None, True, False), "gradient_checkpointing", "None, True, False")
         mode, other = modes[given], modes[self.gradient_checkpointing]
         if mode is not None and other is not None and mode != other:

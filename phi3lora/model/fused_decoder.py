@@ -10,7 +10,8 @@ transformers' ``Phi3DecoderLayer`` says what is computed; this file computes the
     y, z    = x W_down', z                                           added by the next layer's add_norm
 
 Everything an adapter adds rides in those passes. What a layer keeps for the backward: h twice, q, k, v, attention's
-output and y of gate/up; with ``"selective"`` checkpointing not the last, with ``"full"`` only h.
+output and y of gate/up; with ``"selective"`` checkpointing not the last, with ``"full"`` only h,
+with ``"offload"`` h on the host.
 
 :func:`reason_not_to_fuse` says why a model must go through transformers' own layers instead.
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
-from .activations import recomputes_feed_forward
+from .activations import recompute_layer, recomputes_feed_forward
 from .attention import NAME, packed_attention, packed_layout
 from .frozen import Fp8Linear, frozen_of, frozen_product
 from .layers import Linear, MergedLinear
@@ -128,15 +129,14 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     for layer, layer_seeds in zip(decoder.layers, seeds, strict=True):
         run = partial(_layer, layer, layer_seeds, copies, embedded.shape[:2], layout)
         if torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing:
-            whole = partial(_whole_layer, run, add)
             h, before = add(h, before), _NOTHING
-            h = checkpoint(whole, h, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            h = recompute_layer(layer, partial(_whole_layer, run, add, cos, sin), h)
         else:
             h, before = run(h, before, cos, sin)
     return add_norm(h, before, decoder.norm.weight, decoder.norm.variance_epsilon, None)[1]
 
 
-def _whole_layer(run: Any, add: Any, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _whole_layer(run: Any, add: Any, cos: Tensor, sin: Tensor, h: Tensor) -> Tensor:
     """A layer from residual stream to residual stream: what is recomputed in the backward."""
     h, before = run(h, _NOTHING, cos, sin)
     return add(h, before)

@@ -11,6 +11,7 @@ I intermediate):
     none         2 D + (Q + 2 KV) + Q + 2 I       h twice, q k v, attention's output, the gate/up product
     selective    3 D + (Q + 2 KV) + Q             the feed-forward part's input in place of that product
     full         D                                h, and one layer's "none" while it is recomputed
+    offload      0                                three of them at a time
 
 transformers' own layers keep more of the same things; their factor is measured (docs/performance.md).
 
@@ -43,13 +44,13 @@ class MemoryPlan:
     """What this process can use of the GPU; None: not on a GPU."""
 
     def fastest_that_fits(self) -> str:
-        """The first mode within 92 % of what is available (the allocator does not fill every gap), else ``"full"``."""
+        """The first mode within 92 % of what is available (the allocator leaves gaps), else ``"offload"``."""
         if self.available_gib is None:
             return "none"
-        return next((m for m, gib in self.peak_gib.items() if gib <= 0.92 * self.available_gib), "full")
+        return next((m for m, gib in self.peak_gib.items() if gib <= 0.92 * self.available_gib), "offload")
 
     def __str__(self) -> str:
-        """``none 25.1, selective 16.8, full 9.6 of 78.9 GiB``"""
+        """``none 25.1, selective 16.8, full 9.6, offload 8.6 of 78.9 GiB``"""
         modes = ", ".join(f"{mode} {gib:.1f}" for mode, gib in self.peak_gib.items())
         return modes + (f" of {self.available_gib:.1f} GiB" if self.available_gib is not None else " GiB")
 
@@ -75,6 +76,7 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
         "none": (2 * D + 2 * I) * size + attention,
         "selective": 3 * D * size + attention,
         "full": D * size,
+        "offload": 0,
     }  # bytes of a token in a layer
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
@@ -84,6 +86,7 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
     logits = CHUNK_TOKENS * config.vocab_size * size + tokens * 2 * D * size
     widest = {"none": max(gradients, logits), "selective": gradients + tokens * 2 * I * size}
     widest["full"] = gradients + tokens * kept["none"]
+    widest["offload"] = widest["full"] + tokens * 3 * D * size  # an input going out, one coming back, one in use
     factor = FACTORS[path]
     peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
     return MemoryPlan(peak, _available_gib(weight.device))

@@ -10,7 +10,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 import phi3lora as p3
 from phi3lora.errors import ModelError
-from phi3lora.model.activations import activation_checkpointing
+from phi3lora.model.activations import HostInputs, activation_checkpointing
 
 BATCH = packed_batch([random_documents(9, 5)], 16)
 
@@ -33,14 +33,16 @@ def one_step(model: nn.Module, mode: str) -> tuple[torch.Tensor, list[torch.Tens
     runs: list[int] = []
     hooks = [m.register_forward_pre_hook(lambda *_: runs.append(1)) for m in model.modules() if isinstance(m, Phi3MLP)]
     with activation_checkpointing(model, mode):
+        model.zero_grad()
         loss, _ = p3.causal_lm_loss(model, BATCH)
-        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
     for hook in hooks:
         hook.remove()
-    return loss.detach(), list(gradients), len(runs)
+    return loss.detach(), gradients, len(runs)
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
 def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode):
     loss, gradients, runs = one_step(adapted, "none")
     again, recomputed, more_runs = one_step(adapted, mode)
@@ -48,7 +50,9 @@ def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode):
     for got, want in zip(recomputed, gradients, strict=True):
         torch.testing.assert_close(got, want)
     assert runs == 2
-    assert more_runs == (4 if mode == "full" else 2)  # hooks run around "selective"'s recomputed forward, not in it
+    assert more_runs == (
+        2 if mode == "selective" else 4
+    )  # hooks run around "selective"'s recomputed forward, not in it
 
 
 def test_selective_recomputes_the_feed_forward_parts_alone(adapted):
@@ -72,14 +76,43 @@ def test_selective_gives_back_a_forward_that_somebody_replaced(adapted):
 
 def test_dropout_is_recomputed_with_the_same_mask():
     results = []
-    for mode in ("none", "full"):
+    for mode in ("none", "full", "offload"):
         model = tiny_model()
         p3.inject_lora(model, p3.LoraConfig(r=2, lora_dropout=0.5))
         randomize_adapters(model)
         torch.manual_seed(1)
         results.append(one_step(model.train(), mode))
-    for got, want in zip(results[1][1], results[0][1], strict=True):
-        torch.testing.assert_close(got, want)
+    for recomputed in results[1:]:
+        for got, want in zip(recomputed[1], results[0][1], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_offloaded_inputs_are_given_back_once_and_none_stays():
+    host = HostInputs()
+    w = torch.randn(4, 4, requires_grad=True)
+    x = torch.randn(3, 4)
+    for _ in range(2):  # as two micro-batches do
+        h = x
+        for _ in range(3):
+            h = host.checkpoint(lambda h: torch.tanh(h @ w), h)
+        assert len(host._kept) == 3
+        h.sum().backward()
+        assert not host._kept
+        assert not host._coming
+    found, w.grad = w.grad, None
+    for _ in range(2):
+        h = x
+        for _ in range(3):
+            h = torch.tanh(h @ w)
+        h.sum().backward()
+    torch.testing.assert_close(found, w.grad)
+
+
+def test_without_gradients_nothing_is_offloaded():
+    host = HostInputs()
+    with torch.no_grad():
+        assert torch.equal(host.checkpoint(lambda x: x + 1, torch.zeros(2)), torch.ones(2))
+    assert not host._kept
 
 
 def test_the_model_is_left_as_it_was(adapted):
@@ -107,7 +140,7 @@ def test_a_model_that_checkpoints_already_goes_on_doing_so(adapted):
 
 
 def test_another_mode_is_refused(adapted):
-    refused = pytest.raises(ModelError, match="'half'; allowed: 'none', 'selective', 'full'")
+    refused = pytest.raises(ModelError, match="'half'; allowed: 'none', 'selective', 'full', 'offload'")
     with refused, activation_checkpointing(adapted, "half"):
         pass
 

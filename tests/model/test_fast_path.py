@@ -57,7 +57,7 @@ def test_the_fast_paths_have_the_plain_paths_loss_and_gradients(path, layout, kv
     assert_close(loss_and_gradients(model, batch), plain)
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
 def test_recomputing_changes_no_bit_of_the_fused_gradients(mode):
     batch, model = packed_batch(LAYOUTS["chats"], 128), adapted()
     _, kept = loss_and_gradients(model, batch)

@@ -118,7 +118,7 @@ def test_adapters_switched_off_are_left_out():
     assert (on - off).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
 def test_recomputing_changes_the_gradients_by_rounding_alone(mode):
     model = adapted(dropout=0.3)
     torch.manual_seed(3)

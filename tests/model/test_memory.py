@@ -11,9 +11,9 @@ from phi3lora.model.memory import GIB, MemoryPlan, plan_memory
 
 
 def test_less_is_kept_the_more_is_recomputed_and_all_grows_with_the_tokens():
-    model = adapted_model()
+    model = adapted_model(changes={"num_hidden_layers": 6})
     plan, twice = plan_memory(model, 10_000_000), plan_memory(model, 20_000_000)
-    assert plan.peak_gib["none"] > plan.peak_gib["selective"] > plan.peak_gib["full"]
+    assert plan.peak_gib["none"] > plan.peak_gib["selective"] > plan.peak_gib["full"] > plan.peak_gib["offload"]
     assert all(twice.peak_gib[mode] > 1.9 * gib for mode, gib in plan.peak_gib.items())
     assert plan_memory(model, 10_000_000, "plain").peak_gib["none"] > plan.peak_gib["none"]
 
@@ -31,10 +31,18 @@ def test_without_tokens_it_is_the_weights_and_what_trains():
 
 @pytest.mark.parametrize(
     ("available", "mode"),
-    [(100.0, "none"), (32.7, "none"), (32.5, "selective"), (15.0, "full"), (1.0, "full"), (None, "none")],
+    [
+        (100.0, "none"),
+        (32.7, "none"),
+        (32.5, "selective"),
+        (15.0, "full"),
+        (9.0, "offload"),
+        (1.0, "offload"),
+        (None, "none"),
+    ],
 )
 def test_auto_takes_the_fastest_mode_that_fits(available, mode):
-    plan = MemoryPlan({"none": 30.0, "selective": 20.0, "full": 10.0}, available)
+    plan = MemoryPlan({"none": 30.0, "selective": 20.0, "full": 10.0, "offload": 8.0}, available)
     assert plan.fastest_that_fits() == mode
 
 
@@ -46,7 +54,7 @@ def test_auto_on_a_cpu_recomputes_nothing(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 def test_the_prediction_is_within_a_tenth_of_the_measured_peak(mode):
     from conftest import packed_batch, random_documents, randomize_adapters, tiny_model
 
