@@ -29,9 +29,16 @@ import torch
 import phi3lora as p3
 from phi3lora.model.frozen import quantize_base
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "phi-3-mini": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
                    "num_key_value_heads": 32, "vocab_size": 32064, "sliding_window": 2047},
+    "phi-4": {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
+              "num_key_value_heads": 10, "vocab_size": 100352},
+}  # fmt: skip
+SHAPES["phi-3-mini-128k"] = {
+    **SHAPES["phi-3-mini"], "sliding_window": None, "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096,
+                        "short_factor": [1.0] * 48, "long_factor": [16.0] * 48},
 }  # fmt: skip
 ROWS, ROW_TOKENS = 4, 2048
 MODES: dict[str, dict[str, Any]] = {
@@ -40,6 +47,17 @@ MODES: dict[str, dict[str, Any]] = {
     "bf16-selective": {"activation_checkpointing": "selective"},
     "bf16-full": {"activation_checkpointing": "full"},
     "bf16-offload": {"activation_checkpointing": "offload"},
+    "nf4": {"base_precision": "nf4"},
+    "nf4-offload": {"base_precision": "nf4", "activation_checkpointing": "offload"},
+    "nf4-1-row": {"base_precision": "nf4", "activation_checkpointing": "offload", "rows": 1},
+    "phi-4-nf4-1-row": {"base_precision": "nf4", "activation_checkpointing": "offload", "rows": 1, "shape": "phi-4"},
+    "nf4-65536": {
+        "base_precision": "nf4",
+        "activation_checkpointing": "offload",
+        "rows": 1,
+        "row_tokens": 65536,
+        "shape": "phi-3-mini-128k",
+    },
     "fp8-full": {"activation_checkpointing": "full", "base_precision": "fp8"},
     "chat-bf16": {"chat": True},
     "chat-fp8": {"chat": True, "base_precision": "fp8"},
@@ -54,7 +72,7 @@ def random_model(shape: str) -> Any:
     """A ``Phi3ForCausalLM`` of a family member's shape with random bf16 weights, on the GPU."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    config = Phi3Config(**SHAPES[shape], max_position_embeddings=4096)
+    config = Phi3Config(**{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, **SHAPES[shape]})
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cuda")
@@ -67,20 +85,20 @@ def random_model(shape: str) -> Any:
     return model.eval()
 
 
-def random_chats(documents: list[int], vocabulary: int) -> p3.ChatDataset:
+def random_chats(documents: list[int], vocabulary: int, row_tokens: int = ROW_TOKENS) -> p3.ChatDataset:
     """A dataset of documents of the given lengths, every token trained."""
     ids = np.random.default_rng(0).integers(0, vocabulary, sum(documents), dtype=np.int32)
     return p3.ChatDataset(
-        ids, ids.copy(), np.concatenate([[0], np.cumsum(documents)]), max_length=ROW_TOKENS, pad_token_id=0,
+        ids, ids.copy(), np.concatenate([[0], np.cumsum(documents)]), max_length=row_tokens, pad_token_id=0,
         end_of_turn_id=0, format="random", rows=np.arange(len(documents)) + 1,
         truncated=np.zeros(len(documents), dtype=bool),
     )  # fmt: skip
 
 
-def document_lengths(chat: bool, steps: int) -> list[int]:
+def document_lengths(chat: bool, steps: int, rows: int = ROWS, row_tokens: int = ROW_TOKENS) -> list[int]:
     """Full rows; or chats, lognormal with median 350 tokens and sigma 0.8, cut to 32..2048."""
     if not chat:
-        return [ROW_TOKENS] * (ROWS * steps)
+        return [row_tokens] * (rows * steps)
     generator, lengths = np.random.default_rng(0), []
     while sum(lengths) < 1.05 * ROWS * ROW_TOKENS * steps:
         lengths.append(int(np.clip(generator.lognormal(np.log(350), 0.8), 32, ROW_TOKENS)))
@@ -127,17 +145,19 @@ def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> d
     """One mode in this process."""
     options = dict(MODES[mode])
     chat, dropout = options.pop("chat", False), options.pop("lora_dropout", 0.0)
-    model = random_model("phi-3-mini")
+    rows, row_tokens = options.pop("rows", ROWS), options.pop("row_tokens", ROW_TOKENS)
+    model = random_model(options.pop("shape", "phi-3-mini"))
     precision = options.pop("base_precision", None)
     if precision is not None:
         quantize_base(model, precision)
     p3.inject_lora(model, p3.LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout))
-    chats = random_chats(document_lengths(chat, steps), model.config.vocab_size)
+    lengths = document_lengths(chat, steps, rows, row_tokens)
+    chats = random_chats(lengths, model.config.vocab_size, row_tokens)
     torch.cuda.reset_peak_memory_stats()
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         config = p3.TrainingConfig(
-            output_dir=folder, per_device_train_batch_size=ROWS, max_steps=steps, save_strategy="no", bf16=True,
+            output_dir=folder, per_device_train_batch_size=rows, max_steps=steps, save_strategy="no", bf16=True,
             logging_steps=10, log_level="error", disable_tqdm=True, **options,
         )  # fmt: skip
         with profiled(profile, mode):
@@ -145,8 +165,8 @@ def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> d
     from phi3lora.model.flops import flops_per_token, peak_flops
 
     speed = times.tokens_per_s(warmup)
-    lengths = chats.lengths.astype(float)
-    flops = flops_per_token(model, float((lengths**2).sum() / (2 * lengths.sum()))) * speed
+    context = float((chats.lengths.astype(float) ** 2).sum() / (2 * chats.lengths.sum()))
+    flops = flops_per_token(model, context) * speed
     peak = peak_flops(torch.device("cuda"))
     return {
         "mode": mode,
