@@ -14,6 +14,7 @@ from loralib import lora_state_dict, mark_only_lora_as_trainable
 from . import demo
 from .adapters.active import disabled
 from .adapters.files import load_adapter, save_adapter
+from .adapters.merging import MergeReport, merged, save_merged
 from .config import LoraConfig, TrainingConfig
 from .data.dataset import ChatDataset
 from .data.loader import batches
@@ -49,6 +50,7 @@ __all__ = [
     "InjectionReport",
     "Linear",
     "LoraConfig",
+    "MergeReport",
     "MergedLinear",
     "ModelError",
     "Phi3LoRAError",
@@ -66,6 +68,8 @@ __all__ = [
     "load_model",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "merged",
     "save_adapter",
+    "save_merged",
     "train",
 ]
