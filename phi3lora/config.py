@@ -70,6 +70,9 @@ def _takes_foreign_names(inert_names: frozenset[str]):
     return decorate
 
 
+_OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
+)  # fmt: skip
 _LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 
 
@@ -187,7 +190,9 @@ class TrainingConfig:
     warmup_ratio: float = 0.0
     """The same as a share of all steps; ``warmup_steps`` > 0 takes precedence."""
     optim: str = "adamw_torch"
-    """``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch has it), ``"sgd"``."""
+    """``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch has it), ``"sgd"``. Through bitsandbytes
+    (extra ``qlora``): ``"adamw_bnb_8bit"`` or ``"adamw_8bit"``, moments of 8 bits; ``"paged_adamw_32bit"`` and
+    ``"paged_adamw_8bit"``, moments that make room on a full GPU."""
     weight_decay: float = 0.0
     """Decoupled decay of the LoRA matrices; biases have none."""
     adam_beta1: float = 0.9
@@ -308,8 +313,7 @@ class TrainingConfig:
         schedules = ("linear", "cosine", "constant", "constant_with_warmup")
         self._check(self.lr_scheduler_type in schedules, "lr_scheduler_type", ", ".join(map(repr, schedules)))
         self.optim = str(getattr(self.optim, "value", self.optim))
-        optimizers = ("adamw_torch", "adamw_torch_fused", "sgd")
-        self._check(self.optim in optimizers, "optim", ", ".join(map(repr, optimizers)))
+        self._check(self.optim in _OPTIMIZERS, "optim", ", ".join(map(repr, _OPTIMIZERS)))
         self._check(self.parallel is None, "parallel", "None (one process, one device)")
         self.output_dir = os.fspath(self.output_dir)
         if isinstance(self.resume_from_checkpoint, os.PathLike):

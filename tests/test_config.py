@@ -263,7 +263,10 @@ TRAINING_BOUNDS = {
     "eval_strategy": STRATEGY,
     "save_strategy": STRATEGY,
     "lr_scheduler_type": (["linear", "cosine", "constant", "constant_with_warmup"], ["polynomial", "", None, 1]),
-    "optim": (["adamw_torch", "adamw_torch_fused", "sgd"], ["adamw_8bit", "", None]),
+    "optim": (
+        "adamw_torch adamw_torch_fused sgd adamw_bnb_8bit adamw_8bit paged_adamw_32bit paged_adamw_8bit".split(),
+        ["paged_adamw", "adafactor", "", None],
+    ),
     "parallel": ([None], ["ddp", True]),
     "report_to": ([["wandb"], ["tensorboard", "wandb"]], ["mlflow", ["wandb", "mlflow"], 5]),
     "resume_from_checkpoint": ([False, True, None, "auto", "runs/checkpoint-5"], [1.5, ["a"]]),

@@ -52,8 +52,9 @@ def violations(path: Path, source: str) -> list[str]:
         neighbours = LAYER[own] == LAYER[other] == len(LAYERS) - 1 or own == other
         if LAYER[other] > LAYER[own] or (LAYER[other] == LAYER[own] and not neighbours):
             bad.append(f"{path}: {own} may not import {other} ({name})")
-        needs_triton = name.startswith("model.passes.")  # which is not everywhere: imported where a GPU needs it
-        if column and not needs_triton and path.as_posix() not in ("demo/__init__.py", "__main__.py"):
+        # Triton and bitsandbytes are not everywhere: imported where they are needed
+        optional = name.startswith(("model.passes.", "training.bnb_adamw"))
+        if column and not optional and path.as_posix() not in ("demo/__init__.py", "__main__.py"):
             bad.append(f"{path}: imports {name} inside a function")
     return bad
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 from ..config import TrainingConfig
+from ..errors import TrainingError
+
+logger = logging.getLogger("phi3lora")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -21,12 +25,39 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD, fused: one kernel, and a step that can be called off on the device (``found_inf``)."""
+    """AdamW or SGD; each takes ``found_inf``, which calls a step off on the device.
+
+    torch's are fused: one kernel. ``adamw_bnb_8bit`` and the paged ones need bitsandbytes (training/bnb_adamw.py).
+    Where there is no CUDA GPU nothing is paged, and 32-bit paged AdamW is torch's, which computes the same.
+
+    Raises:
+        TrainingError: bitsandbytes is needed and not installed.
+    """
     groups = parameter_groups(model, config.weight_decay)
     if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, fused=True)
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
+    in_8_bits, paged = "8bit" in config.optim, config.optim.startswith("paged")
+    if paged and any(p.device.type != "cuda" for group in groups for p in group["params"]):
+        paged, used = False, "8-bit AdamW without pages" if in_8_bits else "torch's AdamW"
+        logger.warning("paged AdamW needs a CUDA GPU: using %s", used)
+    if not (in_8_bits or paged):
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    try:
+        from . import bnb_adamw
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"optim={config.optim!r} needs bitsandbytes: pip install 'phi3lora[qlora]'") from error
+    if in_8_bits:
+        return bnb_adamw.AdamW8bit(groups, paged, **settings)
+    return bnb_adamw.PagedAdamW(groups, **settings, fused=True)
+
+
+def optimizer_bytes(optim: str) -> float:
+    """Of state, for each number that trains: two moments, in 8 bits with a float32 scale for each 256 of them."""
+    if optim == "sgd":
+        return 0.0
+    return 2 * (1 + 4 / 256) if "8bit" in optim else 8.0
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:

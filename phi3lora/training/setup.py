@@ -21,7 +21,7 @@ from ..model.injection import lora_layers
 from ..model.loading import longrope_boundary, longrope_note, model_device
 from ..model.memory import MemoryPlan, plan_memory
 from .checkpoint import checkpoints
-from .optim import warmup_steps
+from .optim import optimizer_bytes, warmup_steps
 from .precision import Precision
 from .state import TrainingState
 from .steps import StepPlan
@@ -129,9 +129,8 @@ def resolve_checkpointing(
 ) -> tuple[str, MemoryPlan]:
     """The activation checkpointing mode, ``"auto"`` resolved to the fastest that fits, and the prediction behind it."""
     width = (config.max_length or dataset.max_length) if config.packing else int(dataset.lengths.max())
-    optimizer_bytes = 0.0 if config.optim == "sgd" else 8.0
     with precision.autocast():
-        plan = plan_memory(model, config.per_device_train_batch_size * width, path, optimizer_bytes)
+        plan = plan_memory(model, config.per_device_train_batch_size * width, path, optimizer_bytes(config.optim))
     mode = str(config.activation_checkpointing)
     return (plan.fastest_that_fits() if mode == "auto" else mode), plan
 

@@ -4,7 +4,7 @@
 
 so 1 micro-batch of 8 rows and 8 of 1 give the same update to rounding (a mean of the micro-batches' means would not:
 https://unsloth.ai/blog/gradient). A step whose loss or gradient is not finite changes nothing: ``found_inf`` tells the
-fused optimizer on the device.
+optimizer on the device.
 """
 
 from __future__ import annotations

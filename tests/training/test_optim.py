@@ -73,7 +73,7 @@ def test_weight_decay_is_for_trainable_matrices_alone():
     assert [id(p) for p in groups[0.0]] == [id(model.bias)]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adamw_8bit", "paged_adamw_32bit"])
 def test_without_gradient_matrices_decay_and_biases_stay(optim):
     model = Biased()
     optimizer = build_optimizer(model, quiet_config("unused", optim=optim, learning_rate=0.1, weight_decay=0.5))

@@ -142,6 +142,20 @@ def test_a_folder_without_checkpoints_is_anybodys(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_the_memory_plan_counts_the_state_of_the_optimizer_at_hand():
+    model = adapted_model()
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    precision = p3.training.precision.resolve_precision(quiet_config("there"), model, torch.device("cpu"))
+
+    def planned_bytes(optim):
+        config = quiet_config("there", optim=optim)
+        _, plan = resolve_checkpointing(model, chat_dataset(), config, "plain", precision)
+        return plan.peak_gib["full"] * 2**30
+
+    for optim, each in {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2 + 8 / 256}.items():
+        assert planned_bytes(optim) - planned_bytes("sgd") == pytest.approx(each * numbers)
+
+
 def facts(**settings):
     model, dataset, config = adapted_model(), chat_dataset(), quiet_config("there", **settings)
     precision = p3.training.precision.resolve_precision(config, model, torch.device("cpu"))
