@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Tiny models, a byte-level tokenizer with each family member's chat template, and chats."""
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ import os
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, line by line; Triton reads it when it is imported
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi3lora.data.dataset import ChatDataset
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, line by line; read when they are defined
 torch.set_num_threads(1)  # tests run in parallel processes; also makes float sums repeatable
 
 PHI3_TEMPLATE = (

@@ -40,7 +40,8 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = 
         ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart.
     """
     hidden, labels = supervised_hidden_states(model, batch, fused=fused)
-    return linear_cross_entropy(hidden, model.get_output_embeddings(), labels), labels.numel()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return linear_cross_entropy(hidden, head, labels, fused=fused), labels.numel()
 
 
 def supervised_hidden_states(

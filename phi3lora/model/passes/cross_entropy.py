@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 
 @triton.jit
 def _loss_and_gradient(logits_ptr, labels_ptr, losses_ptr, V: tl.constexpr, BN: tl.constexpr):
@@ -30,7 +32,9 @@ def _loss_and_gradient(logits_ptr, labels_ptr, losses_ptr, V: tl.constexpr, BN: 
         highest = new
     top = tl.max(highest, 0)
     log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
-    tl.store(losses_ptr + row, log_sum - tl.load(at + label).to(tl.float32))
+    known = (label >= 0) & (label < V)  # another label's loss is NaN, never another row's number
+    chosen = tl.load(at + label, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(losses_ptr + row, log_sum - chosen)
     tl.debug_barrier()
     for start in range(0, V, BN):
         col = start + tl.arange(0, BN)
@@ -42,5 +46,8 @@ def _loss_and_gradient(logits_ptr, labels_ptr, losses_ptr, V: tl.constexpr, BN: 
 def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """Each row's loss, float32 (N,). ``logits`` (N, V), contiguous, holds the gradient of their sum afterwards."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    _loss_and_gradient[(logits.shape[0],)](logits, labels, losses, V=logits.shape[1], BN=4096, num_warps=8)
+    launch(
+        _loss_and_gradient, [{"BN": 4096, "num_warps": 8}], lambda block: (logits.shape[0],),
+        logits, labels, losses, V=logits.shape[1],
+    )  # fmt: skip
     return losses

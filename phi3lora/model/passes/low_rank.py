@@ -17,24 +17,30 @@ import triton.language as tl
 from torch import Tensor
 
 from .adapter import Adapter, dot, dropped, kept
+from .launch import Block, blocks, launch
 
 ROW_RUNS = 8
-GRADIENT_BLOCK = {"BM": 64, "num_warps": 4, "STAGES": 3}
-SUM_BLOCK = {"BM": 64, "num_warps": 4, "STAGES": 2}
 """Into how many runs of rows a sum over tokens is cut."""
+
+SUM_BLOCKS = blocks((64, 128, 2), (64, 64, 2), (32, 64, 1))
+GRADIENT_BLOCKS: list[Block] = [
+    {"BM": m, "STAGES": stages, "num_warps": 4} for m, stages in ((64, 3), (64, 2), (32, 1))
+]
+_ROWS = 64  # a run is a multiple of it, whichever block is taken
+_NARROW = 64  # columns of the narrow matrix that one program takes
 
 
 @triton.jit(do_not_specialize=["n_rows", "run", "seed"])
 def _column_sums(
     narrow_ptr, wide_ptr, rstd_ptr, weight_ptr, out_ptr, n_rows, run, seed, p,
-    stride: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
+    stride: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr,
     NORM: tl.constexpr, DROP: tl.constexpr, WIDE_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, K_PADDED)
+    k = tl.program_id(2) * K_BLOCK + tl.arange(0, K_BLOCK)
     first = tl.program_id(1) * run
-    total = tl.zeros([BN, K_PADDED], tl.float32)
+    total = tl.zeros([BN, K_BLOCK], tl.float32)
     if NORM:
         weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
     for start in tl.range(0, run, BM, num_stages=STAGES):
@@ -67,16 +73,14 @@ def column_sums(
     """
     (N, D), K = wide.shape, narrow.shape[1]
     p = adapter.dropout if adapter is not None else 0.0
-    run = triton.cdiv(triton.cdiv(N, ROW_RUNS), SUM_BLOCK["BM"]) * SUM_BLOCK["BM"]
-    runs = triton.cdiv(N, run)
+    run = triton.cdiv(triton.cdiv(N, ROW_RUNS), _ROWS) * _ROWS
+    runs, at_once = triton.cdiv(N, run), min(_NARROW, triton.next_power_of_2(K))
     shape = (D, K) if wide_first else (K, D)
     partial = torch.empty(runs, *shape, dtype=torch.float32, device=wide.device)
-    BN = 64 if K > 64 else 128
-    _column_sums[(triton.cdiv(D, BN), runs)](
+    launch(
+        _column_sums, SUM_BLOCKS, lambda block: (triton.cdiv(D, block["BN"]), runs, triton.cdiv(K, at_once)),
         narrow, wide, rstd, weight, partial, N, run, adapter.seed if adapter else 0, p,
-        stride=narrow.stride(0), D=D, K=K, K_PADDED=triton.next_power_of_2(K), NORM=rstd is not None, DROP=p > 0,
-        WIDE_FIRST=wide_first,
-        BN=BN, **SUM_BLOCK,
+        stride=narrow.stride(0), D=D, K=K, K_BLOCK=at_once, NORM=rstd is not None, DROP=p > 0, WIDE_FIRST=wide_first,
     )  # fmt: skip
     return sum_parts(partial, scale=scale)
 
@@ -97,7 +101,10 @@ def sum_parts(parts: Tensor, out: Tensor | None = None, scale: float = 1.0) -> T
     """``scale * parts.sum(0)``: parts float32 (P, M, W), contiguous; out (M, W) of any dtype and row stride."""
     P, M, W = parts.shape
     out = parts.new_empty(M, W) if out is None else out
-    _sum_parts[(triton.cdiv(M * W, 1024),)](parts, out, P, M * W, W, out.stride(0), scale, BN=1024, num_warps=4)
+    launch(
+        _sum_parts, [{"BN": 1024, "num_warps": 4}], lambda block: (triton.cdiv(M * W, block["BN"]),),
+        parts, out, P, M * W, W, out.stride(0), scale,
+    )  # fmt: skip
     return out
 
 
@@ -134,13 +141,13 @@ def low_rank_gradients(dy: Tensor, z: Tensor, adapter: Adapter, edges: tuple[int
     """
     (N, D), R = dy.shape, adapter.R
     BN = math.gcd(128, D, *edges)
-    BM = GRADIENT_BLOCK["BM"]
-    run = triton.cdiv(triton.cdiv(N, ROW_RUNS), BM) * BM
+    run = triton.cdiv(triton.cdiv(N, ROW_RUNS), _ROWS) * _ROWS
     dz = dy.new_empty(D // BN, N, R, dtype=torch.float32)
     dB = dy.new_empty(triton.cdiv(N, run), D, R, dtype=torch.float32)
-    _low_rank_gradients[(D // BN, len(dB))](
+    launch(
+        _low_rank_gradients, GRADIENT_BLOCKS, lambda block: (D // BN, len(dB)),
         dy, z, adapter.B, dz, dB, N, run, adapter.scaling, *map(adapter.offset, edges), D=D, EDGE_1=edges[1],
-        EDGE_2=edges[2], R=R, Z=adapter.width, BN=BN, **GRADIENT_BLOCK,
+        EDGE_2=edges[2], R=R, Z=adapter.width, BN=BN,
     )  # fmt: skip
     total = torch.empty_like(z)
     for i, (start, stop) in enumerate(adapter.spans):
@@ -173,9 +180,10 @@ def project(x: Tensor, adapter: Adapter) -> Tensor:
         return x @ adapter.A.t()
     N, D = x.shape
     z = x.new_empty(N, adapter.width)
-    _project[(triton.cdiv(N, 32),)](
+    launch(
+        _project, blocks((32, 64, 2)), lambda block: (triton.cdiv(N, block["BM"]),),
         x, adapter.A, z, N, adapter.seed, adapter.dropout, D=D, Z=adapter.width,
-        Z_PADDED=triton.next_power_of_2(adapter.width), DROP=True, BM=32, BN=64, STAGES=2, num_warps=4,
+        Z_PADDED=triton.next_power_of_2(adapter.width), DROP=True,
     )  # fmt: skip
     return z
 
@@ -202,8 +210,10 @@ def add_back_projection_(dx: Tensor, dz: Tensor, adapter: Adapter) -> Tensor:
     if not adapter.dropout:
         return dx.addmm_(dz, adapter.A)
     N, D = dx.shape
-    _add_back_projection[(triton.cdiv(N, 64), triton.cdiv(D, 128))](
+    launch(
+        _add_back_projection, [{"BM": 64, "BN": 128, "num_warps": 4}, {"BM": 32, "BN": 64, "num_warps": 4}],
+        lambda block: (triton.cdiv(N, block["BM"]), triton.cdiv(D, block["BN"])),
         dx, dz, adapter.A, N, adapter.seed, adapter.dropout, D=D, Z=adapter.width,
-        Z_PADDED=triton.next_power_of_2(adapter.width), BM=64, BN=128, num_warps=4,
+        Z_PADDED=triton.next_power_of_2(adapter.width),
     )  # fmt: skip
     return dx

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, Pending, dot, dropped, kept
+from .launch import blocks, contiguous, launch
 from .low_rank import column_sums
 
 
@@ -140,8 +141,8 @@ def _norm_backward(
         tl.store(in_dz_ptr + at * R + rank[None, :], (in_dz * scaling).to(dtype), mask=live[:, None])
 
 
-FORWARD_BLOCK = {"BM": 16, "BN": 256, "num_warps": 4, "STAGES": 3}
-BACKWARD_BLOCK = {"BM": 64, "BN": 64, "num_warps": 4, "STAGES": 5}
+FORWARD_BLOCKS = blocks((16, 256, 3), (16, 128, 2), (16, 64, 2))
+BACKWARD_BLOCKS = blocks((64, 64, 5), (64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 32, 2))
 
 
 class _AddNorm(torch.autograd.Function):
@@ -153,12 +154,16 @@ class _AddNorm(torch.autograd.Function):
         width = after.width if after else 16
         out_z = h.new_empty(N, width) if after else None
         low_rank = before is not None and z is not None
-        _norm_forward[(triton.cdiv(N, FORWARD_BLOCK["BM"]),)](
+        sizes = {
+            "D": D, "R": before.R if low_rank else 16, "Z": width, "Z_PADDED": triton.next_power_of_2(width),
+            "ADD": y is not None, "LOW_RANK": low_rank, "NORM": True, "PROJECT": after is not None,
+            "DROP": bool(after and after.dropout),
+        }  # fmt: skip
+        launch(
+            _norm_forward, FORWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
             h, y, z, before.B if low_rank else None, weight, after.A if after else None, summed, x, rstd, out_z, N,
             before.scaling if low_rank else 1.0, eps, after.seed if after else 0, after.dropout if after else 0.0,
-            D=D, R=before.R if low_rank else 16, Z=width, Z_PADDED=triton.next_power_of_2(width), ADD=y is not None,
-            LOW_RANK=low_rank, NORM=True, PROJECT=after is not None, DROP=bool(after and after.dropout),
-            **FORWARD_BLOCK,
+            **sizes,
         )  # fmt: skip
         ctx.save_for_backward(summed, rstd, weight, z, out_z)
         ctx.before, ctx.after, ctx.added = before if low_rank else None, after, y is not None
@@ -171,7 +176,7 @@ class _AddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dsum, dx, dz):  # type: ignore[override]
         summed, rstd, weight, z, out_z = ctx.saved_tensors
-        before, after = ctx.before, ctx.after
+        before, after, dz = ctx.before, ctx.after, contiguous(dz)
         dA = after.gradient_of_A(column_sums(dz, summed, after, rstd, weight)) if after else None
         if dx is None:
             return None, None, None, None, dA, None, None, None, None
@@ -179,12 +184,13 @@ class _AddNorm(torch.autograd.Function):
         dh = torch.empty_like(summed)
         in_dz = summed.new_empty(N, before.R) if before else None
         width = after.width if after else 16
-        _norm_backward[(triton.cdiv(N, BACKWARD_BLOCK["BM"]),)](
-            dx.contiguous(), dz, dsum, summed, rstd, weight, after.A if after else None, before.B if before else None,
-            out_z, dh, in_dz, N, before.scaling if before else 1.0, after.seed if after else 0,
+        launch(
+            _norm_backward, BACKWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
+            dx.contiguous(), dz, contiguous(dsum), summed, rstd, weight, after.A if after else None,
+            before.B if before else None, out_z, dh, in_dz, N, before.scaling if before else 1.0, after.seed if after else 0,
             after.dropout if after else 0.0, D=D, R=before.R if before else 16, Z=width,
             Z_PADDED=triton.next_power_of_2(width), LOW_RANK=before is not None, STREAM=dsum is not None,
-            PROJECT=after is not None, DROP=bool(after and after.dropout), **BACKWARD_BLOCK,
+            PROJECT=after is not None, DROP=bool(after and after.dropout),
         )  # fmt: skip
         dB = before.gradient_of_B(column_sums(z, dh, scale=before.scaling, wide_first=True)) if before else None
         return dh, dh if ctx.added else None, in_dz, dB, dA, None, None, None, None
@@ -194,10 +200,10 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h, y, z, before_B, before):  # type: ignore[override]
         (N, D), summed = h.shape, torch.empty_like(h)
-        _norm_forward[(triton.cdiv(N, FORWARD_BLOCK["BM"]),)](
+        launch(
+            _norm_forward, FORWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
             h, y, z, before.B, None, None, summed, None, None, None, N, before.scaling, 0.0, 0, 0.0,
             D=D, R=before.R, Z=16, Z_PADDED=16, ADD=True, LOW_RANK=True, NORM=False, PROJECT=False, DROP=False,
-            **FORWARD_BLOCK,
         )  # fmt: skip
         ctx.save_for_backward(z)
         ctx.before = before
@@ -206,7 +212,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh):  # type: ignore[override]
-        (z,), before = ctx.saved_tensors, ctx.before
+        (z,), before, dh = ctx.saved_tensors, ctx.before, dh.contiguous()
         dB = before.gradient_of_B(column_sums(z, dh, scale=before.scaling, wide_first=True))
         return dh, dh, (dh @ before.B).mul_(before.scaling), dB, None
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 LARGEST = 448.0
 """Of float8_e4m3fn."""
 
@@ -29,5 +31,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     N, D = x.shape
     q = torch.empty(N, D, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(N, 1, dtype=torch.float32, device=x.device)
-    _quantize[(N,)](x, q, scale, D=D, D_PADDED=triton.next_power_of_2(D), LARGEST=LARGEST, num_warps=8)
+    launch(
+        _quantize, [{"num_warps": 8}], lambda block: (N,),
+        x, q, scale, D=D, D_PADDED=triton.next_power_of_2(D), LARGEST=LARGEST,
+    )  # fmt: skip
     return q, scale

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, dot
+from .launch import Block, launch
 from .low_rank import low_rank_gradients
 
 
@@ -109,7 +110,7 @@ def _rotary_backward(
         tl.store(dy_at + SKIP + c[None, :], tl.load(d_at + SKIP + c[None, :], mask=inside), mask=inside)
 
 
-BLOCK = {"BM": 32, "num_warps": 4}
+BLOCKS: list[Block] = [{"BM": 32, "num_warps": 4}]
 
 
 class _Rotate(torch.autograd.Function):
@@ -124,10 +125,10 @@ class _Rotate(torch.autograd.Function):
         ctx.edges = (0, heads * D, (heads + kv_heads) * D)  # the first column of q, of k, of v
         offsets = [before.offset(edge) for edge in ctx.edges] if before else [0, 0, 0]
         out = torch.empty_like(y)
-        _rotary_forward[(triton.cdiv(N, BLOCK["BM"]), heads + 2 * kv_heads)](
+        launch(
+            _rotary_forward, BLOCKS, lambda block: (triton.cdiv(N, block["BM"]), heads + 2 * kv_heads),
             y, z, before.B if before else None, cos, sin, out, N, before.scaling if before else 1.0, *offsets,
             R=before.R if before else 16, Z=before.width if before else 16, LOW_RANK=before is not None, **ctx.sizes,
-            **BLOCK,
         )  # fmt: skip
         ctx.save_for_backward(z, cos, sin)
         ctx.before = before
@@ -139,9 +140,10 @@ class _Rotate(torch.autograd.Function):
         (z, cos, sin), before, sizes = ctx.saved_tensors, ctx.before, ctx.sizes
         N, heads = dq.shape[0], sizes["H"] + 2 * sizes["H_KV"]
         dy = dq.new_empty(N, heads * sizes["D"])
-        _rotary_backward[(triton.cdiv(N, BLOCK["BM"]), heads)](
-            dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, dy, N, **sizes, **BLOCK
-        )
+        launch(
+            _rotary_backward, BLOCKS, lambda block: (triton.cdiv(N, block["BM"]), heads),
+            dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, dy, N, **sizes,
+        )  # fmt: skip
         dz, dB = low_rank_gradients(dy, z, before, ctx.edges) if before else (None, None)
         return dy, dz, dB, None, None, None, None, None
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, dot, dropped, kept
+from .launch import blocks, contiguous, launch
 from .low_rank import sum_parts
 
 
@@ -132,8 +133,8 @@ def _swiglu_backward(
         tl.store(dA_at, dA, mask=(col < INNER)[:, None])
 
 
-FORWARD_BLOCK = {"BM": 64, "BN": 64, "num_warps": 4, "STAGES": 4}
-BACKWARD_BLOCK = {"BM": 64, "BN": 64, "num_warps": 4, "STAGES": 3}
+FORWARD_BLOCKS = blocks((64, 64, 4), (64, 64, 2), (64, 64, 1))
+BACKWARD_BLOCKS = blocks((64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 64, 1))
 ROW_RUNS = 8
 
 
@@ -148,10 +149,11 @@ class _SwiGLU(torch.autograd.Function):
         }  # fmt: skip
         ctx.up_offset = before.offset(INNER) if before else 0
         x, out_z = y.new_empty(N, INNER), y.new_empty(N, after.R) if after else None
-        _swiglu_forward[(triton.cdiv(N, FORWARD_BLOCK["BM"]),)](
+        launch(
+            _swiglu_forward, FORWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
             y, z, before.B if before else None, after.A if after else None, x, out_z, N,
             before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
-            after.dropout if after else 0.0, **ctx.sizes, **FORWARD_BLOCK,
+            after.dropout if after else 0.0, **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(y, z)
         ctx.before, ctx.after = before, after
@@ -162,21 +164,22 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dx, out_dz):  # type: ignore[override]
         (y, z), before, after, sizes = ctx.saved_tensors, ctx.before, ctx.after, ctx.sizes
         N, INNER, R = y.shape[0], sizes["INNER"], sizes["R"]
-        BM, blocks = BACKWARD_BLOCK["BM"], triton.cdiv(INNER, BACKWARD_BLOCK["BN"])
-        run = triton.cdiv(triton.cdiv(N, ROW_RUNS), BM) * BM
-        runs, float32 = triton.cdiv(N, run), torch.float32
+        columns = BACKWARD_BLOCKS[0]["BN"]  # the same in all of them, and so are the rows of a run
+        run = triton.cdiv(triton.cdiv(N, ROW_RUNS), BACKWARD_BLOCKS[0]["BM"]) * BACKWARD_BLOCKS[0]["BM"]
+        parts, runs, float32 = triton.cdiv(INNER, columns), triton.cdiv(N, run), torch.float32
         dy = torch.empty_like(y)
         dz: Any = None
         dB: Any = None
         dA: Any = None
         if before:
-            dz, dB = y.new_empty(blocks, N, 2, R, dtype=float32), y.new_empty(runs, 2 * INNER, R, dtype=float32)
+            dz, dB = y.new_empty(parts, N, 2, R, dtype=float32), y.new_empty(runs, 2 * INNER, R, dtype=float32)
         if after:
             dA = y.new_empty(runs, after.R, INNER, dtype=float32)
-        _swiglu_backward[(blocks, runs)](
-            dx, out_dz, y, z, before.B if before else None, after.A if after else None, dy, dz, dB, dA, N, run,
-            before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
-            after.dropout if after else 0.0, **sizes, **BACKWARD_BLOCK,
+        launch(
+            _swiglu_backward, BACKWARD_BLOCKS, lambda block: (parts, runs),
+            dx.contiguous(), contiguous(out_dz), y, z, before.B if before else None, after.A if after else None,
+            dy, dz, dB, dA, N, run, before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
+            after.dropout if after else 0.0, **sizes,
         )  # fmt: skip
         if before:
             if before.width == 2 * R:
