@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import chat_dataset, lively_model, quiet_config, require_four_bit
+from conftest import chat_dataset, lively_model, make_tokenizer, quiet_config, require_four_bit
+from transformers import AutoModelForCausalLM
 
 import phi3lora as p3
 from phi3lora.demo.show import LORA, TRAINING, frozen_hash, score
@@ -48,6 +49,23 @@ def test_an_adapter_trained_on_nf4_loads_into_nf4_and_into_float32(tmp_path, suf
     assert p3.evaluate(fresh, chat_dataset(5)) == p3.evaluate(model, chat_dataset(5))
     learnt = dense(IDS).logits - untuned
     assert (learnt - (after - before)).norm() < 0.5 * learnt.norm()  # the bases differ by their rounding
+
+
+def test_merging_writes_the_4_bit_weights_out_or_takes_the_dense_ones(tmp_path):
+    model, _ = trained(tmp_path)
+    logits = model(IDS).logits
+    with pytest.raises(p3.AdapterError, match="quantised weight"), p3.merged(model):
+        pass
+    lively_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    found = {}
+    for name, base in (("own", None), ("dense", tmp_path / "base")):
+        p3.save_merged(model, None, tmp_path / name, base=base)
+        found[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)(IDS).logits
+    torch.testing.assert_close(found["own"], logits, rtol=1e-4, atol=1e-4)
+    adapted = model_in(None)
+    p3.load_adapter(adapted, p3.save_adapter(model, tmp_path / "adapter.safetensors"))
+    torch.testing.assert_close(found["dense"], adapted(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_training_leaves_the_packed_weights_as_they_were(tmp_path):
