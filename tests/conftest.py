@@ -43,6 +43,17 @@ TEMPLATES = {
 CORPUS = ["The quick brown fox says hello to the user and waits for an answer. " * 4, "What is the price? 42 dollars."]
 
 
+def require_four_bit() -> None:
+    """Skip the module where nf4 cannot run: no bitsandbytes, or none of its 4-bit kernels for this CPU."""
+    reason = "nf4 needs bitsandbytes: pip install 'phi3lora[qlora]'"
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason=reason)
+    pytest.importorskip("accelerate", reason=reason)
+    try:
+        bitsandbytes.functional.dequantize_4bit(*bitsandbytes.functional.quantize_4bit(torch.ones(8, 8)))
+    except Exception as error:
+        pytest.skip(f"bitsandbytes has no 4-bit kernels here: {error}", allow_module_level=True)
+
+
 def make_tokenizer(name: str = "phi-3") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 400 tokens with the markers and template of a family member."""
     template, swallowing, plain, eos = TEMPLATES[name]

@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import ModelError
-from .frozen import Fp8Linear
+from .four_bit import PLAIN_SETTINGS
+from .frozen import plain_class
 
 
 class Adapted:
@@ -58,9 +59,7 @@ class Adapted:
 
     def base_layer(self) -> nn.Module:
         """The plain layer, with the same parameters."""
-        plain: type[nn.Module] = nn.Embedding if isinstance(self, nn.Embedding) else nn.Linear
-        if self.frozen_weight().dtype == torch.float8_e4m3fn:
-            plain = Fp8Linear
+        plain = nn.Embedding if isinstance(self, nn.Embedding) else plain_class(self.frozen_weight())
         return like_base(self, plain, skip=("lora_A", "lora_B"))
 
     def delta(self) -> Tensor:
@@ -77,7 +76,7 @@ def like_base(base: Any, cls: type[nn.Module], skip: Sequence[str] = ()) -> Any:
         layer.register_parameter(name, base._parameters[name])
     for name, buffer in base._buffers.items():
         layer.register_buffer(name, buffer)
-    for name in base.__constants__:
+    for name in (*base.__constants__, *PLAIN_SETTINGS):
         if hasattr(base, name):
             setattr(layer, name, getattr(base, name))
     return layer

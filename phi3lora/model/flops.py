@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .four_bit import weight_shape
 from .injection import lora_layers
 
 # Dense bf16 TFLOP/s of the vendors' datasheets, by a part of torch.cuda.get_device_name().
@@ -33,8 +34,8 @@ def flops_per_token(model: Any, mean_context_tokens: float) -> float:
     """
     adapters = sum(p.numel() for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))
     decoder = model.get_decoder()
-    frozen = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))
-    frozen += model.get_output_embeddings().weight.numel()
+    layers = [*(m for m in decoder.modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
+    frozen = sum(weight_shape(m.weight).numel() for m in layers)
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * mean_context_tokens

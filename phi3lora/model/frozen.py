@@ -11,6 +11,10 @@ own; activations and gradients are rounded row by row as they come:
 
 Two float8 copies take the memory of one bf16 weight.
 
+``Nf4`` is bitsandbytes' (https://arxiv.org/abs/2305.14314, section 3): 4 bits an entry, an index into 16 fixed values;
+a scale for each block of 64 entries, itself in 8 bits ("double quantisation"); 4.13 bits an entry in all. There is no
+4-bit arithmetic: every product first writes the weight out in the compute dtype, and drops it again.
+
 Shapes: N tokens, ``in`` and ``out`` features, x (N, in), dy (N, out).
 """
 
@@ -18,6 +22,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .four_bit import bitsandbytes, is_four_bit, keep_packing, nf4_linear
 
 logger = logging.getLogger("phi3lora")
 
@@ -41,9 +48,29 @@ class Frozen(Protocol):
     def dequantize(self) -> Tensor:
         """(out, in), what the products multiply by."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is stored."""
+
+
+class _Stored:
+    """What follows from the tensors."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored: the fields, unless a format says otherwise."""
+        return tuple(vars(self).values())
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is stored."""
+        return sum(t.nbytes for t in self.tensors())
+
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Stored):
     """The weight as it is."""
 
     weight: Tensor
@@ -59,7 +86,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(_Stored):
     """float8_e4m3fn in both orientations, a float32 scale for each row."""
 
     q: Tensor
@@ -75,6 +102,30 @@ class Fp8:
 
     def dequantize(self) -> Tensor:
         return self.q.float() * self.scale
+
+
+@dataclass(frozen=True)
+class Nf4(_Stored):
+    """bitsandbytes' packed 4-bit weight and its ``QuantState``; ``fp4`` ones, which a checkpoint may hold, too."""
+
+    packed: Tensor
+    """(out * in / 2, 1) uint8."""
+    state: Any
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x @ self.dequantize().to(x.dtype).t()
+
+    def back(self, dy: Tensor) -> Tensor:
+        return dy @ self.dequantize().to(dy.dtype)
+
+    def dequantize(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.packed, self.state)  # in the dtype that the weight had
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        nested = (self.state.offset, self.state.state2.absmax, self.state.state2.code) if self.state.nested else ()
+        return (self.packed, self.state.absmax, self.state.code, *nested)
 
 
 def _scaled_product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -123,28 +174,32 @@ class Fp8Linear(nn.Linear):
 
 
 def quantize_base(model: nn.Module, precision: str) -> None:
-    """Store the frozen linear weights of a model on its GPU, but the output head's, in another format: ``"fp8"``.
+    """Store the frozen linear weights of a model, but the output head's, in another format, layer by layer.
 
-    Where the GPU cannot multiply it, the weights stay as they are and one line says so.
+    Args:
+        model: where its weights are to stay, without adapters.
+        precision: ``"nf4"``, on any device; ``"fp8"``, on a GPU: where it cannot multiply that, the weights stay as
+            they are and one line says so.
 
     Raises:
-        ModelError: another format; a layer that does not fit it.
+        ModelError: another format; a layer that does not fit it; nf4 without bitsandbytes.
     """
-    if precision != "fp8":
-        raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), 'fp8'")
-    reason = reason_against_fp8(next(model.parameters()).device)
+    formats: dict[str, Callable[[nn.Linear], nn.Linear]] = {"fp8": Fp8Linear.of, "nf4": nf4_linear}
+    if precision not in formats:
+        raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), 'fp8', 'nf4'")
+    reason = reason_against_fp8(next(model.parameters()).device) if precision == "fp8" else None
     if reason:
         logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)
         return
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
-    for path, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer is head:
-            continue
-        if layer.in_features % 16 or layer.out_features % 16:
+    for path in [p for p, m in model.named_modules() if type(m) is nn.Linear and m is not head]:
+        layer: Any = model.get_submodule(path)  # no list of layers: a weight goes when the next one comes
+        if precision == "fp8" and (layer.in_features % 16 or layer.out_features % 16):
             raise ModelError(f"base_precision='fp8': {path!r} is {tuple(layer.weight.shape)}; allowed: multiples of 16")
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Fp8Linear.of(layer))
+        setattr(model.get_submodule(parent), name, formats[precision](layer))
+    keep_packing(model)
 
 
 def reason_against_fp8(device: torch.device) -> str | None:
@@ -158,9 +213,36 @@ def reason_against_fp8(device: torch.device) -> str | None:
 
 def frozen_of(layer: Any) -> Frozen:
     """The frozen weight of a linear layer, adapted or not, in the format that its tensors say."""
+    if is_four_bit(layer.weight):
+        return Nf4(layer.weight, layer.weight.quant_state)
     if layer.weight.dtype == torch.float8_e4m3fn:
         return Fp8(layer.weight, layer.scale, layer.q_t, layer.scale_t)
     return Dense(layer.weight.t() if getattr(layer, "fan_in_fan_out", False) else layer.weight)
+
+
+def frozen_weights(model: nn.Module) -> list[Frozen]:
+    """Of all linear layers inside, adapted or not."""
+    return [frozen_of(layer) for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def base_format(model: nn.Module) -> str:
+    """``"nf4"``, ``"fp8"``, or ``""`` where every linear weight is as it was loaded."""
+    names = {type(weight).__name__.lower() for weight in frozen_weights(model)}
+    return ", ".join(sorted(names - {"dense"}))
+
+
+def plain_classes() -> tuple[type, ...]:
+    """The linear layers that multiply as :func:`frozen_of` says. A subclass of theirs may have its own way."""
+    package = sys.modules.get("bitsandbytes")  # where a model has layers of its, it has been imported
+    four_bit = (package.nn.Linear4bit, package.nn.LinearNF4, package.nn.LinearFP4) if package is not None else ()
+    return (nn.Linear, Fp8Linear, *four_bit)
+
+
+def plain_class(weight: Tensor) -> type[nn.Linear]:
+    """The class of the plain layer that has such a weight."""
+    if is_four_bit(weight):
+        return bitsandbytes().nn.Linear4bit
+    return Fp8Linear if weight.dtype == torch.float8_e4m3fn else nn.Linear
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -32,7 +32,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
 from .activations import recompute_layer, recomputes_feed_forward
 from .attention import NAME, packed_attention, packed_layout
-from .frozen import Fp8Linear, frozen_of, frozen_product
+from .frozen import frozen_of, frozen_product, plain_classes
 from .layers import Linear, MergedLinear
 from .low_rank import compute_dtype
 
@@ -90,7 +90,7 @@ def _layer_reason(layer: Any) -> str | None:
     for path in _PROJECTIONS:
         projection = layer.get_submodule(path)
         if (
-            type(projection) not in (nn.Linear, Linear, MergedLinear, Fp8Linear)
+            type(projection) not in (Linear, MergedLinear, *plain_classes())
             or getattr(projection, "bias", None) is not None
         ):
             return f"{path} is a {type(projection).__name__} or has a bias"

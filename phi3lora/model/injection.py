@@ -23,10 +23,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
 
 from ..config import LoraConfig
 from ..errors import ModelError, nearest
-from .frozen import Fp8Linear
+from .four_bit import count_parameters, keep_packing, weight_shape
+from .frozen import plain_classes
 from .layers import LORA_LAYERS, Conv2d, Embedding, Linear, MergedLinear
-
-_ADAPTABLE = (nn.Linear, Fp8Linear, nn.Embedding, nn.Conv2d)  # exactly these: a subclass may multiply in its own way
 
 Segments = dict[str, int]  # name of a segment -> its width, in the order of the output's columns
 
@@ -113,6 +112,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
     fused = fused_segments(model, config)
     chosen, skipped = _select(model, config, fused)
     _refuse_tied(model, chosen)
+    keep_packing(model)
     for path, names in chosen.items():
         base = model.get_submodule(path)
         swap_layer(model, path, _adapted(base, config, fused.get(path), names))
@@ -178,10 +178,10 @@ def _select(
                 names = {n for n in names if not n.isdigit() and _matches(f"{parent}.{n}" if parent else n, target)}
                 if not names:
                     continue
-            if type(module) not in _ADAPTABLE:
+            if not _is_adaptable(module):
                 raise ModelError(
-                    f"target {target!r} matches {path!r}, a {type(module).__name__}; "
-                    f"allowed: nn.Linear, nn.Embedding, nn.Conv2d. {_candidates(model, fused)}"
+                    f"target {target!r} matches {path!r}, {_why_not(module)}; "
+                    f"allowed: nn.Linear, Linear4bit, nn.Embedding, nn.Conv2d. {_candidates(model, fused)}"
                 )
             found = True
             chosen.setdefault(path, set()).update(names)
@@ -202,18 +202,34 @@ def _select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[di
     for path, module in model.named_modules():
         if not path or not isinstance(module, nn.Linear) or module is head or _matches(path, "lm_head"):
             continue
-        if type(module) in (nn.Linear, Fp8Linear):
+        if type(module) in plain_classes():
             chosen[path] = set(fused.get(path, ()))
         else:
-            skipped[path] = f"a {type(module).__name__}, not a plain nn.Linear"
+            skipped[path] = _why_not(module)
     if not chosen:
-        raise ModelError(f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear inside")
+        passed_over = "".join(f"; {path!r} is {why}" for path, why in list(skipped.items())[:1])
+        raise ModelError(
+            f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear inside{passed_over}"
+        )
     return chosen, skipped
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    """Exactly these classes: a subclass may multiply in its own way."""
+    return type(module) in (*plain_classes(), nn.Embedding, nn.Conv2d)
+
+
+def _why_not(module: nn.Module) -> str:
+    """What a linear layer that cannot be adapted is."""
+    name = type(module).__name__
+    if name == "Linear8bitLt":
+        return "a Linear8bitLt: load the model in 4 bits (base_precision='nf4') or 16 instead of 8"
+    return f"a {name}, not a plain nn.Linear"
 
 
 def _candidates(model: nn.Module, fused: dict[str, Segments]) -> str:
     """``Candidates: ...``: the last part of the path of every layer that can be adapted, and the segments' names."""
-    names = [path.rpartition(".")[2] for path, module in model.named_modules() if path and type(module) in _ADAPTABLE]
+    names = [path.rpartition(".")[2] for path, module in model.named_modules() if path and _is_adaptable(module)]
     names += [name for segments in fused.values() for name in segments if not name.isdigit()]
     return f"Candidates: {', '.join(dict.fromkeys(names)) or 'none: no nn.Linear, nn.Embedding or nn.Conv2d inside'}"
 
@@ -222,7 +238,7 @@ def _refuse_tied(model: nn.Module, chosen: dict[str, set[str]]) -> None:
     """An adapter on one of two tied layers could not be merged without changing the other."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _ADAPTABLE):
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
             owners.setdefault(id(module.weight), []).append(path)
     for path in chosen:
         paths = owners[id(model.get_submodule(path).weight)]
@@ -301,6 +317,6 @@ def injection_report(
             known = tuple((fused or {}).get(path, ())) or tuple(map(str, range(len(layer.segments))))
             names = tuple(name for name, on in zip(known, layer.enable_lora, strict=True) if on)
         trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-        rows.append(LayerReport(path, type(layer).__name__, tuple(layer.frozen_weight().shape), names, trained))
+        rows.append(LayerReport(path, type(layer).__name__, tuple(weight_shape(layer.frozen_weight())), names, trained))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return InjectionReport(tuple(rows), trainable, sum(p.numel() for p in model.parameters()), skipped or {})
+    return InjectionReport(tuple(rows), trainable, count_parameters(model), skipped or {})

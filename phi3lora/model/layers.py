@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .adapted import Adapted, like_base
+from .four_bit import quant_state_dict, take_quant_state
 from .frozen import Dense, frozen_of, frozen_product
 from .low_rank import compute_dtype, linear_plus_low_rank
 
@@ -89,6 +90,14 @@ class _AdaptedLinear(Adapted):
         for z_i, B_i, (start, stop) in zip(z, self.lora_B.to(dtype).split(widths), self.spans, strict=True):
             total[..., start:stop] = F.linear(z_i, B_i) * self.scaling
         return total
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        destination.update(quant_state_dict(self.weight, f"{prefix}weight."))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        take_quant_state(self.weight, state_dict, f"{prefix}weight.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     def delta(self) -> Tensor:
         """``scaling * B_i A_i`` in each span's rows, zero elsewhere; float32, in the weight's own shape."""

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from ..errors import ModelError
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
+from .four_bit import bitsandbytes, keep_packing
 from .frozen import quantize_base
 
 logger = logging.getLogger("phi3lora")
@@ -43,8 +44,10 @@ def load_model(
         name_or_path: a hub name (``"microsoft/Phi-3-mini-4k-instruct"``) or a local folder.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, the torch dtype, or ``"auto"`` (the checkpoint's own).
         device: where to put it; None: the GPU if there is one, else the CPU.
-        base_precision: None: the frozen weights stay in ``dtype``; ``"fp8"``: e4m3 with a scale for each row, faster on
-            GPUs that multiply it (Hopper, Ada and later) and for the rest left out with a warning.
+        base_precision: None: the frozen weights stay in ``dtype``; ``"nf4"``: 4 bits and a quarter of the memory,
+            quantised one by one as they are read, on any device (QLoRA); ``"fp8"``: e4m3 with a scale for each row,
+            faster on GPUs that multiply it (Hopper, Ada and later) and for the rest left out with a warning. A
+            checkpoint that bitsandbytes stored in 4 bits is loaded as it is, with None or ``"nf4"``.
         attn_implementation: ``"phi3lora"`` (packed rows, torch's fastest kernels), ``"sdpa"`` or ``"eager"``.
         use_cache: the config's default. Training never uses the cache, generation always does.
         revision: branch, tag or commit on the hub.
@@ -54,18 +57,22 @@ def load_model(
         ``(model, tokenizer)``, the model in ``eval()`` mode.
 
     Raises:
-        ModelError: nothing loadable there, not a Phi-3 model, or a setting that is not one of the above.
+        ModelError: nothing loadable there, not a Phi-3 model, a checkpoint quantised in another way, 4 bits without
+            bitsandbytes, or a setting that is not one of the above.
 
     Example:
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
     """
     name = os.fspath(name_or_path)
-    _check(base_precision in (None, "fp8"), "base_precision", base_precision, "None (as dtype says), 'fp8'")
+    allowed = "None (as dtype says), 'fp8', 'nf4'"
+    _check(base_precision in (None, "fp8", "nf4"), "base_precision", base_precision, allowed)
     choices = (PACKED_ATTENTION, "sdpa", "eager")
     _check(attn_implementation in choices, "attn_implementation", attn_implementation, ", ".join(map(repr, choices)))
     torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch."))
     _check(torch_dtype is not None or dtype == "auto", "dtype", dtype, f"{', '.join(map(repr, _DTYPES))}, 'auto'")
-    check_family(name, revision)
+    found = check_family(name, revision)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    in_four_bit = _four_bit_options(name, found, base_precision, torch_dtype, device)
     register()
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -77,19 +84,46 @@ def load_model(
             attn_implementation=attn_implementation,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            **in_four_bit,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, half-written, other shapes
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # half-written, other shapes
         raise ModelError(f"cannot load {name!r}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if longrope_boundary(config) is not None:
         logger.info(longrope_note(config))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
-    if base_precision is not None:
+    if in_four_bit:
+        keep_packing(model)
+    elif base_precision is not None:
         quantize_base(model, base_precision)
     return model, tokenizer
+
+
+def _four_bit_options(
+    name: str, config: dict[str, Any], base_precision: str | None, dtype: torch.dtype | None, device: Any
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told to load 4-bit weights where they are to stay; empty: they are not in 4 bits."""
+    stored = config.get("quantization_config")
+    if stored is not None and not stored.get("load_in_4bit"):
+        method = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else stored.get("quant_method")
+        raise ModelError(f"{name!r} is quantised by {method}; allowed: 16 or 32 bits, or bitsandbytes in 4")
+    if stored is not None and base_precision == "fp8":
+        raise ModelError(f"base_precision='fp8': {name!r} is already in 4 bits; allowed: None, 'nf4'")
+    if stored is None and base_precision != "nf4":
+        return {}
+    bitsandbytes()
+    options: dict[str, Any] = {"device_map": {"": str(device)}}
+    if stored is None:
+        computed = dtype or config.get("dtype") or config.get("torch_dtype")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computed,
+        )
+    return options
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -97,8 +131,8 @@ def _check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ModelError(f"load_model: {name}={value!r}; allowed: {allowed}")
 
 
-def check_family(name: str, revision: str | None = None) -> None:
-    """Raise unless the checkpoint's config says ``model_type: phi3``. Reads ``config.json`` alone."""
+def check_family(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The checkpoint's ``config.json``, or an error unless it says ``model_type: phi3``. Reads no other file."""
     try:
         found, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except OSError as error:
@@ -106,6 +140,7 @@ def check_family(name: str, revision: str | None = None) -> None:
     model_type = found.get("model_type")
     if model_type != "phi3":
         raise ModelError(f"{name!r} has model_type {model_type!r}; supported: {SUPPORTED} (model_type 'phi3')")
+    return found
 
 
 def longrope_boundary(config: Any) -> int | None:

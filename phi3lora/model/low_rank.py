@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .four_bit import is_four_bit
+
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that ``x`` times a frozen ``weight`` is computed in: autocast's where it is on, else the weight's."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return x.dtype if weight.dtype.itemsize == 1 else weight.dtype  # a quantised weight has no say
+    quantised = weight.dtype.itemsize == 1 or is_four_bit(weight)  # what those are stored in says nothing
+    return x.dtype if quantised else weight.dtype
 
 
 @torch.library.custom_op("phi3lora::linear_plus_low_rank", mutates_args=())

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .frozen import Nf4, frozen_weights
 from .injection import lora_layers
 from .loss import CHUNK_TOKENS
 from .low_rank import compute_dtype
@@ -80,6 +81,8 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
     }  # bytes of a token in a layer
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
+    # A 4-bit weight is written out for each product, one at a time.
+    fixed += size * max((w.state.shape.numel() for w in frozen_weights(model) if isinstance(w, Nf4)), default=0)
     # The backward's widest moment: the feed-forward part's gradients, or the loss's chunk of logits.
     partial_sums = 4 * tokens * I // 64 * max((k for p, k in low_rank.items() if p.endswith("gate_up_proj")), default=0)
     gradients = tokens * (3 * I + 2 * D) * size + partial_sums
@@ -93,8 +96,9 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
 
 
 def _bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers, tied ones once."""
-    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()] if t.device.type != "meta"}
+    """Of all parameters, buffers and quantised weights' scales, tied ones once."""
+    stored = [t for weight in frozen_weights(model) for t in weight.tensors()]
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers(), *stored] if t.device.type != "meta"}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 

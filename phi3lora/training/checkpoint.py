@@ -64,7 +64,7 @@ class Resumable:
     data: dict[str, Any]
     """What fixes the batches: the dataset's fingerprint and size, the row length."""
     base_dtype: str
-    """Of the frozen weights."""
+    """Of the frozen weights, and their format where it is another."""
     rank: int = 0
 
 

@@ -16,6 +16,7 @@ from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..model.activations import activation_checkpointing
 from ..model.flops import flops_per_token
+from ..model.frozen import base_format
 from ..model.loading import model_device
 from .checkpoint import Resumable, find_checkpoint, load_checkpoint
 from .distributed import World
@@ -132,7 +133,7 @@ def _prepare(
     optimizer = build_optimizer(model, config)
     path = layer_path(model, config, precision)
     steps = resolve_plans(model, train_dataset, config, path[0])
-    base_dtype = str(model.get_input_embeddings().weight.dtype)  # type: ignore[operator]
+    base_dtype = f"{model.get_input_embeddings().weight.dtype} {base_format(model)}".rstrip()  # type: ignore[operator]
     resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), base_dtype, world.rank)
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
     claim_output_dir(config, resuming=checkpoint is not None)

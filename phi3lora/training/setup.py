@@ -16,6 +16,8 @@ from ..data.loader import BatchPlan
 from ..errors import CheckpointError, DataError, TrainingError
 from ..inference.evaluation import METRICS
 from ..model.attention import use_packed_attention
+from ..model.four_bit import count_parameters
+from ..model.frozen import base_format
 from ..model.fused_decoder import reason_not_to_fuse
 from ..model.injection import lora_layers
 from ..model.loading import longrope_boundary, longrope_note, model_device
@@ -163,13 +165,13 @@ def banner_facts(
     use_packed_attention(model)
     plan, model_config = steps.plan, model.config
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    base = base_format(model)
     rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
     width = f"packed to {plan.max_length} tokens" if plan.packing else "one document each, padded"
     warmup = warmup_steps(config, steps.total) if config.lr_scheduler_type != "constant" else 0
     facts = {
-        "model": f"{type(model).__name__}, {total:,} parameters, {trainable:,} trainable "
-        f"in {len(lora_layers(model))} layers",
+        "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
+        f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else ""),
         "device": f"{model_device(model)}, {precision.name}, attention {model_config._attn_implementation}, "  # type: ignore[union-attr]
         f"layers {path[0]}" + (f" ({path[1]})" if path[1] else ""),
         "memory": f"activation checkpointing {checkpointing[0]}; predicted peak by mode: {checkpointing[1]}",

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import adapted_model, packed_batch, random_documents, randomize_adapters, tiny_model
+from conftest import adapted_model, packed_batch, random_documents, randomize_adapters, require_four_bit, tiny_model
 from torch import nn
 
 import phi3lora as p3
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import NAME, packed_forward_kwargs, use_packed_attention
+from phi3lora.model.frozen import quantize_base
 from phi3lora.model.fused_decoder import _layer_reason, fused_decoder, reason_not_to_fuse
 
 triton = pytest.importorskip("triton")
@@ -100,6 +101,17 @@ def test_one_adapter_on_a_whole_fused_matrix():
         for parent, name in ((layer.self_attn, "qkv_proj"), (layer.mlp, "gate_up_proj")):
             setattr(parent, name, p3.Linear.adapt(getattr(parent, name).base_layer(), 4, 8))
     randomize_adapters(model, seed=1)
+    assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
+
+
+def test_a_base_in_four_bits():
+    require_four_bit()
+    model = tiny_model(hidden_size=64)
+    quantize_base(model, "nf4")
+    p3.inject_lora(model, p3.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"]))
+    randomize_adapters(model)
+    use_packed_attention(model)
+    assert _layer_reason(model.train().model.layers[0]) is None  # adapted layers and plain ones in nf4
     assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
 
 

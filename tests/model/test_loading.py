@@ -116,7 +116,7 @@ def test_the_loaded_model_trains(checkpoint):
         ({"dtype": "int8"}, "dtype='int8'; allowed: 'bfloat16', 'float16', 'float32', 'auto'"),
         ({"dtype": torch.int8}, r"dtype=torch\.int8"),
         ({"dtype": None}, "dtype=None"),
-        ({"base_precision": "nf4"}, "base_precision='nf4'; allowed: None"),
+        ({"base_precision": "int3"}, "base_precision='int3'; allowed: None"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2'; allowed: 'phi3lora'"),
     ],
 )
