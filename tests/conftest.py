@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Tiny models, a byte-level tokenizer with each family member's chat template, and chats."""
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def evaluate(
     batch_size: int = 8,
     max_length: int | None = None,
     packing: bool = True,
+    fused: bool = True,
 ) -> dict[str, float]:
     """Mean loss over the dataset's supervised tokens, by teacher forcing.
 
@@ -51,6 +52,7 @@ def evaluate(
         batch_size: rows at a time.
         max_length: tokens in a row; None: the dataset's.
         packing: several documents a row; the figures do not depend on it.
+        fused: let the fused passes compute the layers where they can; False: always transformers' own layers.
 
     Returns:
         ``loss`` (nats a token, the mean over all supervised tokens), ``perplexity`` (its exponential),
@@ -73,7 +75,7 @@ def evaluate(
             shuffle=False,
             boundary=longrope_boundary(model.config),
         ):
-            hidden, labels = supervised_hidden_states(model, batch)
+            hidden, labels = supervised_hidden_states(model, batch, fused=fused)
             losses, right = token_losses(hidden, model.get_output_embeddings(), labels)  # type: ignore[operator]
             loss_sum += losses.double().sum().item()
             correct += int(right.sum())

@@ -7,6 +7,7 @@ full        a layer keeps its input only
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,11 +41,12 @@ def activation_checkpointing(model: nn.Module, mode: str) -> Iterator[None]:
     if mode != "none" and not layers:
         raise ModelError(f"{type(model).__name__} has no layers that can be recomputed; allowed here: 'none'")
     whole = [layer for layer in layers if mode in ("full", "offload") and not layer.gradient_checkpointing]
-    recompute = HostInputs().checkpoint if mode == "offload" else partial(checkpoint, use_reentrant=False)
+    host = HostInputs()
     selective = [(layer.mlp, vars(layer.mlp).get("forward")) for layer in layers if mode == "selective"]
     for layer in whole:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = recompute
+        offloads = partial(host.checkpoint, layer)
+        layer._gradient_checkpointing_func = offloads if mode == "offload" else partial(checkpoint, use_reentrant=False)
     for mlp, _ in selective:
         mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
     try:
@@ -67,58 +69,71 @@ class HostInputs:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, torch.device]] = {}
-        self._coming: dict[int, tuple[Tensor, Any]] = {}
-        self._count = 0
         self._stream: Any = None
+        self._last: weakref.ref[_HostInput] | None = None
 
-    def checkpoint(self, layer: Callable[..., Any], x: Tensor) -> Any:
-        """``layer(x)``, recomputed in the backward from x's copy."""
-        if not torch.is_grad_enabled():
-            return layer(x)
+    def checkpoint(self, module: nn.Module, function: Callable[..., Any], x: Tensor) -> Any:
+        """``function(x)``, the call of ``module``, recomputed in the backward from x's copy."""
+        learns = x.requires_grad or any(p.requires_grad for p in module.parameters())
+        if not torch.is_grad_enabled() or not learns:
+            return function(x)
         # The reentrant kind hands x to autograd alone. It wants an input with a gradient; the first layer's has none.
-        learns = torch.empty(0, device=x.device, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, self._give_back):
-            return checkpoint(lambda x, _: layer(x), x, learns, use_reentrant=True)
+        dummy = torch.empty(0, device=x.device, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, _given_back):
+            return checkpoint(lambda x, _: function(x), x, dummy, use_reentrant=True)
 
-    def _keep(self, x: Tensor) -> int | Tensor:
+    def _keep(self, x: Tensor) -> _HostInput | Tensor:
         if x.numel() == 0:
             return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        if x.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)
+        kept = _HostInput(x, self._stream, self._last)
+        self._last = weakref.ref(kept)
+        return kept
+
+
+class _HostInput:
+    """One input on the host. The graph that it was saved for owns it: it goes when that goes."""
+
+    def __init__(self, x: Tensor, stream: Any, before: weakref.ref[_HostInput] | None) -> None:
+        self.stream, self.device, self.before = stream, x.device, before
+        self.coming: tuple[Tensor, Any] | None = None
+        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         if not x.is_cuda:
-            host.copy_(x)
-        else:
-            self._stream = self._stream or torch.cuda.Stream(x.device)
-            self._stream.wait_stream(torch.cuda.current_stream(x.device))
-            with torch.cuda.stream(self._stream):
-                host.copy_(x, non_blocking=True)
-            x.record_stream(self._stream)
-        self._count += 1
-        self._kept[self._count] = (host, x.device)
-        return self._count
-
-    def _fetch(self, number: int) -> None:
-        """Start the copy back of an input."""
-        host, device = self._kept.pop(number)
-        if device.type != "cuda":
-            self._coming[number] = (host, None)
+            self.host.copy_(x)
             return
-        with torch.cuda.stream(self._stream):  # behind the copy out, on the same stream
-            x = host.to(device, non_blocking=True)
-            self._coming[number] = (x, self._stream.record_event())
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(x, non_blocking=True)
+        x.record_stream(stream)
 
-    def _give_back(self, kept: int | Tensor) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        for number in (kept, kept - 1):
-            if number in self._kept:
-                self._fetch(number)
-        x, arrived = self._coming.pop(kept)
+    def start(self) -> None:
+        """Start the copy back, unless it is on its way."""
+        if self.coming is not None:
+            return
+        if self.device.type != "cuda":
+            self.coming = (self.host.clone(), None)
+            return
+        with torch.cuda.stream(self.stream):  # behind the copy out, on the same stream
+            self.coming = (self.host.to(self.device, non_blocking=True), self.stream.record_event())
+
+    def take(self) -> Tensor:
+        """The input on its device; the one before it, which is wanted next, starts to come."""
+        self.start()
+        assert self.coming is not None
+        (x, arrived), self.coming = self.coming, None
         if arrived is not None:
             here = torch.cuda.current_stream(x.device)
             here.wait_event(arrived)
             x.record_stream(here)
+        before = self.before() if self.before is not None else None
+        if before is not None:
+            before.start()
         return x
+
+
+def _given_back(kept: _HostInput | Tensor) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept.take()
 
 
 def recomputes_feed_forward(layer: Any) -> bool:
@@ -128,7 +143,7 @@ def recomputes_feed_forward(layer: Any) -> bool:
 
 def recompute_layer(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``function(x)``, recomputed in the backward in the way that is switched on for a decoder layer."""
-    keeper = getattr(layer._gradient_checkpointing_func, "__self__", None)
-    if isinstance(keeper, HostInputs):
-        return keeper.checkpoint(function, x)
+    recompute = layer._gradient_checkpointing_func
+    if isinstance(getattr(getattr(recompute, "func", None), "__self__", None), HostInputs):
+        return recompute(function, x)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)

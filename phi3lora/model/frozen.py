@@ -29,9 +29,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import ModelError
 from .four_bit import bitsandbytes, is_four_bit, keep_packing, nf4_linear
+from .low_rank import compute_dtype
 
 logger = logging.getLogger("phi3lora")
 
@@ -132,7 +134,9 @@ def _scaled_product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     x_q, x_scale = _rows_in_fp8(x.contiguous())
     if not x.is_cuda:  # the same numbers, summed in float32: for tests and for looking at a model without its GPU
         return ((x_q.float() @ q.float().t()) * x_scale * scale.t()).to(x.dtype)
-    return torch._scaled_mm(x_q, q.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=True)
+    # bf16 whatever x is: the only output that row scales have on every GPU with fp8.
+    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return torch._scaled_mm(x_q, q.t(), scale_a=x_scale, scale_b=scale.t(), **options).to(x.dtype)
 
 
 def _rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +173,7 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y = frozen_product(x, frozen_of(self))
+        y = frozen_product(x.to(compute_dtype(x, self.weight)), frozen_of(self))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -215,7 +219,12 @@ def frozen_of(layer: Any) -> Frozen:
     """The frozen weight of a linear layer, adapted or not, in the format that its tensors say."""
     if is_four_bit(layer.weight):
         return Nf4(layer.weight, layer.weight.quant_state)
-    if layer.weight.dtype == torch.float8_e4m3fn:
+    if "scale_t" in layer._buffers:
+        if layer.weight.dtype != torch.float8_e4m3fn:
+            raise ModelError(
+                f"an fp8 layer was cast to {layer.weight.dtype}, which loses its scales' meaning; load the model again "
+                f"and leave its dtype"
+            )
         return Fp8(layer.weight, layer.scale, layer.q_t, layer.scale_t)
     return Dense(layer.weight.t() if getattr(layer, "fan_in_fan_out", False) else layer.weight)
 
@@ -247,15 +256,22 @@ def plain_class(weight: Tensor) -> type[nn.Linear]:
 
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, frozen):  # type: ignore[override]
+    def forward(ctx: Any, x, frozen, unneeded_width):  # type: ignore[override]
         ctx.frozen = frozen
+        if unneeded_width:
+            return x.new_empty(*x.shape[:-1], unneeded_width)
         return frozen.matmul(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[override]
-        return ctx.frozen.back(dy.flatten(0, -2)).unflatten(0, dy.shape[:-1]), None
+        return ctx.frozen.back(dy.flatten(0, -2)).unflatten(0, dy.shape[:-1]), None, None
 
 
-def frozen_product(x: Tensor, frozen: Frozen) -> Tensor:
-    """``x W'`` for x (..., in), with a gradient for x alone; nothing is kept for it."""
-    return _FrozenProduct.apply(x, frozen)
+def frozen_product(x: Tensor, frozen: Frozen, unneeded_width: int = 0) -> Tensor:
+    """``x W'`` for x (..., in), with a gradient for x alone; nothing is kept for it.
+
+    ``unneeded_width``: the output's width where a recomputation needs its place in the graph and not its numbers, which
+    are left undefined.
+    """
+    return _FrozenProduct.apply(x, frozen, unneeded_width)

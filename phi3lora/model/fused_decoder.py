@@ -10,8 +10,8 @@ transformers' ``Phi3DecoderLayer`` says what is computed; this file computes the
     y, z    = x W_down', z                                           added by the next layer's add_norm
 
 Everything an adapter adds rides in those passes. What a layer keeps for the backward: h twice, q, k, v, attention's
-output and y of gate/up; with ``"selective"`` checkpointing not the last, with ``"full"`` only h,
-with ``"offload"`` h on the host.
+output, the gate/up product and the low-rank activations; with ``"selective"`` checkpointing not the product, with
+``"full"`` only h, with ``"offload"`` h on the host.
 
 :func:`reason_not_to_fuse` says why a model must go through transformers' own layers instead.
 
@@ -21,14 +21,15 @@ Shapes: B rows, S tokens a row, N = B*S, D hidden size, H heads, n rotary compon
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
+from transformers.activations import SiLUActivation
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3Model, Phi3RMSNorm
 
 from .activations import recompute_layer, recomputes_feed_forward
 from .attention import NAME, packed_attention, packed_layout
@@ -36,48 +37,76 @@ from .frozen import frozen_of, frozen_product, plain_classes
 from .layers import Linear, MergedLinear
 from .low_rank import compute_dtype
 
-_LARGEST_R = 128  # beyond it a tile of low-rank activations no longer fits in registers
+_LARGEST_R = 128  # beyond it no block of the kernels fits in shared memory everywhere
 _NOTHING: Any = (None, None, None)  # y, z and adapter of a projection whose output has still to be added to h
 _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
-def reason_not_to_fuse(model: nn.Module) -> str | None:
-    """Why the passes cannot compute this model's layers as they are; None: they can."""
+def reason_not_to_fuse(model: nn.Module, training: bool | None = None) -> str | None:
+    """Why the passes cannot compute this model's layers as they are; None: they can.
+
+    ``training``: whether dropout will act; None: as the model's mode says.
+    """
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
     config: Any = model.config
+    dtype = compute_dtype(weight, weight)
     if not weight.is_cuda:
         return "not on a CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "a GPU older than Ampere"
-    if compute_dtype(weight, weight) not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16):
         return "computed in float32"
+    if weight.dtype != dtype:
+        return f"{weight.dtype} weights, whose residual stream autocast would leave in {weight.dtype}"
     if config._attn_implementation != NAME:
         return f"attention {config._attn_implementation!r}"
-    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
-        if getattr(config, name, 0.0) and model.training:
-            return f"{name}={getattr(config, name)}"
-    for layer in model.get_decoder().layers:  # type: ignore[operator]
-        reason = _layer_reason(layer)
-        if reason:
-            return reason
-    return None
+    if config.attention_dropout and (model.training if training is None else training):
+        return f"attention_dropout={config.attention_dropout}"
+    return decoder_reason(decoder, training)
 
 
-def _layer_reason(layer: Any) -> str | None:
-    """The same of one layer: it must be transformers' own, with nothing hooked into it."""
-    if type(layer) is not Phi3DecoderLayer or type(layer.input_layernorm) is not Phi3RMSNorm:
+def decoder_reason(decoder: Any, training: bool | None = None) -> str | None:
+    """The same of the modules: they must be transformers' own, frozen but for adapters, with nothing hooked in."""
+    if type(decoder) is not Phi3Model or type(decoder.norm) is not Phi3RMSNorm:
+        return f"a {type(decoder).__name__} that is not transformers' Phi-3"
+    if len(decoder.layers) != decoder.config.num_hidden_layers:
+        return f"num_hidden_layers={decoder.config.num_hidden_layers} with {len(decoder.layers)} layers"
+    for module in (decoder, decoder.norm):
+        if _is_changed(module):
+            return f"a hook on a {type(module).__name__}, or its forward was replaced"
+    if torch.is_grad_enabled() and decoder.norm.weight.requires_grad:
+        return "base weights that train"
+    return next(filter(None, (_layer_reason(layer, training) for layer in decoder.layers)), None)
+
+
+def _is_changed(module: Any) -> bool:
+    """Whether calling the module would do something beside its class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _layer_reason(layer: Any, training: bool | None) -> str | None:
+    """The same of one layer."""
+    norms = {type(getattr(layer, name, None)) for name in ("input_layernorm", "post_attention_layernorm")}
+    if type(layer) is not Phi3DecoderLayer or norms != {Phi3RMSNorm}:
         return f"a {type(layer).__name__} that is not transformers' Phi-3 layer"
     if layer._compiled_call_impl is not None:
         return "compiled layers"
     for module in layer.modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return f"a hook on a {type(module).__name__}"
-        if "forward" in vars(module) and not (module is layer.mlp and recomputes_feed_forward(layer)):
-            return f"a {type(module).__name__} whose forward was replaced"
-    if layer.mlp.config.hidden_act != "silu":
-        return f"hidden_act={layer.mlp.config.hidden_act!r}"
+        if _is_changed(module) and not (module is layer.mlp and recomputes_feed_forward(layer)):
+            return f"a hook on a {type(module).__name__}, or its forward was replaced"
+    if not isinstance(layer.mlp.activation_fn, (nn.SiLU, SiLUActivation)):
+        return f"activation {type(layer.mlp.activation_fn).__name__}"
+    for dropout in (layer.resid_attn_dropout, layer.resid_mlp_dropout):
+        if dropout.p and (dropout.training if training is None else training):
+            return f"residual dropout {dropout.p}"
+    if torch.is_grad_enabled():
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and name.rpartition(".")[2] not in ("lora_A", "lora_B"):
+                return "base weights that train"
     attention = layer.self_attn
     if (
         attention.head_dim % 16
@@ -120,33 +149,63 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     rope = decoder.rotary_emb(embedded, position_ids=batch["position_ids"])
     cos, sin = (t.expand(embedded.shape[0], -1, -1).flatten(0, 1).to(dtype).contiguous() for t in rope)  # (N, n)
     h, before = embedded.flatten(0, 1), _NOTHING
-    # A dropout mask is made anew from its seed wherever it is needed; torch's own generator draws the seeds.
-    seeds = torch.randint(2**31 - 1, (len(decoder.layers), len(_PROJECTIONS))).tolist()
     layout = packed_layout(model.config, batch)
     projections = [layer.get_submodule(path) for layer in decoder.layers for path in _PROJECTIONS]
     adapted = [p for p in projections if getattr(p, "r", 0)]
+    seeds = _dropout_seeds(projections)
     copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
-    for layer, layer_seeds in zip(decoder.layers, seeds, strict=True):
+    for i, layer in enumerate(decoder.layers):
+        layer_seeds = seeds[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)]
         run = partial(_layer, layer, layer_seeds, copies, embedded.shape[:2], layout)
         if torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing:
-            h, before = add(h, before), _NOTHING
-            h = recompute_layer(layer, partial(_whole_layer, run, add, cos, sin), h)
+            h = recompute_layer(layer, _WholeLayer(layer, run, cos, sin), add(h, before))
+            before = _NOTHING
         else:
-            h, before = run(h, before, cos, sin)
+            h, x, z, down = run(h, before, cos, sin)
+            before = (frozen_product(x, frozen_of(layer.mlp.down_proj)), z, down)
     return add_norm(h, before, decoder.norm.weight, decoder.norm.variance_epsilon, None)[1]
 
 
-def _whole_layer(run: Any, add: Any, cos: Tensor, sin: Tensor, h: Tensor) -> Tensor:
-    """A layer from residual stream to residual stream: what is recomputed in the backward."""
-    h, before = run(h, _NOTHING, cos, sin)
-    return add(h, before)
+def _dropout_seeds(projections: Sequence[Any]) -> list[int]:
+    """A seed for each projection: its mask is made anew from it wherever it is needed.
+
+    torch's own generator draws them, and only where a dropout acts: an evaluation must not move the training's masks.
+    """
+    if not any(getattr(p, "r", 0) and p.lora_dropout.p and p.lora_dropout.training for p in projections):
+        return [0] * len(projections)
+    return torch.randint(2**31 - 1, (len(projections),)).tolist()
+
+
+class _WholeLayer:
+    """A layer from residual stream to residual stream: what is recomputed in the backward.
+
+    The second call, there, is made for the graph: nobody reads the layer's output any more, so its last product, a
+    seventh of the layer's work, is left out.
+    """
+
+    def __init__(self, layer: Any, run: Any, cos: Tensor, sin: Tensor) -> None:
+        self.layer, self.run, self.cos, self.sin = layer, run, cos, sin
+        self.called = False
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h (N, D) -> h (N, D) of the layer after it."""
+        from .passes.norm import add
+
+        h, x, z, down = self.run(h, _NOTHING, self.cos, self.sin)
+        y = frozen_product(x, frozen_of(self.layer.mlp.down_proj), h.shape[1] if self.called else 0)
+        self.called = True
+        return add(h, (y, z, down))
 
 
 def _layer(
     layer: Any, seeds: list[int], copies: Mapping[Tensor, Tensor], rows: tuple[int, int], layout: dict[str, Any],
     h: Tensor, before: Any, cos: Tensor, sin: Tensor,
-) -> tuple[Tensor, Any]:  # fmt: skip
-    """One layer: h (N, D) and what its predecessor has still to add -> the same of this layer."""
+) -> tuple[Tensor, Tensor, Tensor | None, Any]:  # fmt: skip
+    """One layer but for its last product.
+
+    h (N, D) and what its predecessor has still to add -> h, the down projection's input (N, I), its low-rank
+    activations and its adapter.
+    """
     from .passes.adapter import make_adapter
     from .passes.norm import add_norm
     from .passes.product import product_and_projection
@@ -175,4 +234,4 @@ def _layer(
         x, z = checkpoint(feed_forward, x, z, use_reentrant=False, preserve_rng_state=False)
     else:
         x, z = feed_forward(x, z)
-    return h, (frozen_product(x, frozen_of(mlp.down_proj)), z, down)
+    return h, x, z, down

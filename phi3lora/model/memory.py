@@ -70,8 +70,9 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
     D, I, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers  # noqa: E741
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
     Q, KV = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    low_rank = {path: layer.lora_A.shape[0] for path, layer in lora_layers(model).items()}  # columns of z
-    ranks = sum(2 * k for k in low_rank.values()) // layers
+    adapted = lora_layers(model)
+    ranks = sum(2 * layer.lora_A.shape[0] for layer in adapted.values()) // layers  # columns of z, both ways
+    gate_up_r = max((layer.r for path, layer in adapted.items() if path.endswith("gate_up_proj")), default=0)
     attention = (2 * Q + 2 * KV + ranks) * size + 4 * config.num_attention_heads + 8
     kept = {
         "none": (2 * D + 2 * I) * size + attention,
@@ -84,15 +85,17 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
     # A 4-bit weight is written out for each product, one at a time.
     fixed += size * max((w.state.shape.numel() for w in frozen_weights(model) if isinstance(w, Nf4)), default=0)
     # The backward's widest moment: the feed-forward part's gradients, or the loss's chunk of logits.
-    partial_sums = 4 * tokens * I // 64 * max((k for p, k in low_rank.items() if p.endswith("gate_up_proj")), default=0)
+    # SwiGLU's backward leaves a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
+    partial_sums = 4 * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
     gradients = tokens * (3 * I + 2 * D) * size + partial_sums
-    logits = CHUNK_TOKENS * config.vocab_size * size + tokens * 2 * D * size
-    widest = {"none": max(gradients, logits), "selective": gradients + tokens * 2 * I * size}
-    widest["full"] = gradients + tokens * kept["none"]
-    widest["offload"] = widest["full"] + tokens * 3 * D * size  # an input going out, one coming back, one in use
+    logits = min(CHUNK_TOKENS, tokens) * config.vocab_size * size + tokens * 2 * D * size
+    recomputed = {"none": 0, "selective": tokens * 2 * I * size, "full": tokens * kept["none"]}
+    recomputed["offload"] = recomputed["full"]
+    widest = {mode: max(gradients + extra, logits) for mode, extra in recomputed.items()}
+    widest["offload"] += tokens * 3 * D * size  # an input going out, one coming back, one in use
     factor = FACTORS[path]
     peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
-    return MemoryPlan(peak, _available_gib(weight.device))
+    return MemoryPlan(peak, _available_gib(model, weight.device))
 
 
 def _bytes(model: nn.Module) -> int:
@@ -102,9 +105,10 @@ def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _available_gib(device: torch.device) -> float | None:
-    """What is free on the GPU, and what this process holds of it."""
+def _available_gib(model: nn.Module, device: torch.device) -> float | None:
+    """What is free on the GPU, what the model takes there, and what this process holds without using it."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    return (free + torch.cuda.memory_reserved(device)) / GIB
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused + _bytes(model)) / GIB

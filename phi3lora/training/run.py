@@ -177,7 +177,8 @@ class Run:
         config, state = self.config, self.state
         self.read_arrived(wait=True)
         with self.precision.autocast():
-            found = evaluate(self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size)
+            fused, size = self.path[0] == "fused", config.per_device_eval_batch_size
+            found = evaluate(self.model, self.eval_dataset, batch_size=size, fused=fused)
         self.last_eval = {f"eval_{name}": value for name, value in found.items()}
         self.evaluated_at = state.global_step
         self.report.line({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})

@@ -117,7 +117,7 @@ def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -
         return ("compiled" if config.compile else "plain"), f"compile={config.compile}"
     use_packed_attention(model)
     with precision.autocast():
-        reason = reason_not_to_fuse(model)
+        reason = reason_not_to_fuse(model, training=True)
     if reason is None:
         return "fused", ""
     device = model_device(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from conftest import packed_batch, random_documents, randomize_adapters, tiny_model
@@ -87,32 +89,45 @@ def test_dropout_is_recomputed_with_the_same_mask():
             torch.testing.assert_close(got, want)
 
 
-def test_offloaded_inputs_are_given_back_once_and_none_stays():
-    host = HostInputs()
-    w = torch.randn(4, 4, requires_grad=True)
-    x = torch.randn(3, 4)
-    for _ in range(2):  # as two micro-batches do
-        h = x
-        for _ in range(3):
-            h = host.checkpoint(lambda h: torch.tanh(h @ w), h)
-        assert len(host._kept) == 3
-        h.sum().backward()
-        assert not host._kept
-        assert not host._coming
-    found, w.grad = w.grad, None
-    for _ in range(2):
-        h = x
-        for _ in range(3):
-            h = torch.tanh(h @ w)
-        h.sum().backward()
-    torch.testing.assert_close(found, w.grad)
+def three_layers(through) -> tuple[torch.Tensor, nn.Linear]:
+    torch.manual_seed(0)
+    layer, h = nn.Linear(4, 4), torch.randn(3, 4)
+    for _ in range(3):
+        h = through(layer, lambda h: torch.tanh(layer(h)), h)
+    return h.sum(), layer
 
 
-def test_without_gradients_nothing_is_offloaded():
+def test_offloaded_inputs_come_back_as_often_as_they_are_asked_for():
+    loss, layer = three_layers(HostInputs().checkpoint)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    plain, expected = three_layers(lambda _, function, x: function(x))
+    plain.backward()
+    torch.testing.assert_close(layer.weight.grad, 2 * expected.weight.grad)
+
+
+def test_an_input_on_the_host_goes_with_the_graph_that_wanted_it():
     host = HostInputs()
+    loss, _ = three_layers(host.checkpoint)
+    last = host._last
+    assert last() is not None
+    del loss
+    gc.collect()
+    assert last() is None
+
+
+def test_without_gradients_or_anything_that_learns_nothing_is_offloaded(adapted):
+    host, frozen = HostInputs(), nn.Linear(2, 2).requires_grad_(False)
     with torch.no_grad():
-        assert torch.equal(host.checkpoint(lambda x: x + 1, torch.zeros(2)), torch.ones(2))
-    assert not host._kept
+        host.checkpoint(nn.Linear(2, 2), torch.sin, torch.zeros(2))
+    assert torch.equal(host.checkpoint(frozen, lambda x: x + 1, torch.zeros(2)), torch.ones(2))
+    assert host._last is None
+    for path, parameter in adapted.named_parameters():  # adapters in the last layer alone
+        parameter.requires_grad_("layers.1" in path and "lora_" in path)
+    _, kept, _ = one_step(adapted, "none")
+    _, recomputed, _ = one_step(adapted, "offload")
+    for got, want in zip(recomputed, kept, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_the_model_is_left_as_it_was(adapted):

@@ -89,3 +89,10 @@ def test_fp8_where_it_cannot_be_is_left_out_with_one_line(caplog):
 def test_another_precision_is_refused():
     with pytest.raises(ModelError, match="base_precision='int3'; allowed"):
         quantize_base(tiny_model(), "int3")
+
+
+def test_a_cast_fp8_layer_is_an_error_instead_of_other_numbers():
+    layer, _ = fp8_linear()
+    for cast in (layer, p3.Linear.adapt(layer, r=4)):
+        with pytest.raises(ModelError, match=r"was cast to torch\.float16"):
+            cast.half()(torch.randn(2, 32).half())

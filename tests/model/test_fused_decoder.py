@@ -12,8 +12,8 @@ from torch import nn
 import phi3lora as p3
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import NAME, packed_forward_kwargs, use_packed_attention
-from phi3lora.model.frozen import quantize_base
-from phi3lora.model.fused_decoder import _layer_reason, fused_decoder, reason_not_to_fuse
+from phi3lora.model.frozen import Dense, quantize_base
+from phi3lora.model.fused_decoder import decoder_reason, fused_decoder, reason_not_to_fuse
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -111,7 +111,7 @@ def test_a_base_in_four_bits():
     p3.inject_lora(model, p3.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"]))
     randomize_adapters(model)
     use_packed_attention(model)
-    assert _layer_reason(model.train().model.layers[0]) is None  # adapted layers and plain ones in nf4
+    assert decoder_reason(model.train().model) is None  # adapted layers and plain ones in nf4
     assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
 
 
@@ -137,6 +137,16 @@ def test_recomputing_changes_the_gradients_by_rounding_alone(mode):
     kept = hidden_and_gradients(model, True)
     torch.manual_seed(3)
     assert_equal_to_rounding(hidden_and_gradients(model, True, mode), kept)
+
+
+@pytest.mark.parametrize(("mode", "products"), [("none", 8), ("selective", 8 + 2), ("full", 8 + 6), ("offload", 8 + 6)])
+def test_no_more_is_recomputed_than_the_backward_needs(monkeypatch, mode, products):
+    """Of two layers' four products: selective recomputes gate/up, the others all but the last."""
+    done = []
+    matmul = Dense.matmul
+    monkeypatch.setattr(Dense, "matmul", lambda self, x: done.append(1) or matmul(self, x))
+    hidden_and_gradients(adapted(), True, mode)
+    assert len(done) == products
 
 
 def test_dropout_has_one_mask_in_forward_and_backward():
@@ -202,29 +212,49 @@ def test_a_row_of_logits_that_is_not_finite_has_a_loss_that_is_not():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *_: None), "a hook on a Phi3MLP"),
-        (lambda m: setattr(m.model.layers[0].mlp, "forward", lambda x: x), "whose forward was replaced"),
-        (lambda m: setattr(m.model.layers[0].self_attn, "o_proj", nn.Linear(64, 64)), "or has a bias"),
-        (lambda m: m.model.layers[0].compile(), "compiled layers"),
-        (lambda m: setattr(m.model.layers[1].mlp.config, "hidden_act", "gelu"), "hidden_act='gelu'"),
+        (lambda m: m.layers[0].mlp.register_forward_hook(lambda *_: None), "a hook on a Phi3MLP"),
+        (lambda m: m.register_forward_pre_hook(lambda *_: None), "a hook on a Phi3Model"),
+        (lambda m: m.norm.register_full_backward_pre_hook(lambda *_: None), "a hook on a Phi3RMSNorm"),
+        (lambda m: setattr(m.layers[0].mlp, "forward", lambda x: x), "its forward was replaced"),
+        (lambda m: setattr(m.layers[0].self_attn, "o_proj", nn.Linear(64, 64).requires_grad_(False)), "or has a bias"),
+        (lambda m: m.layers[0].compile(), "compiled layers"),
+        (lambda m: setattr(m.layers[1].mlp, "activation_fn", nn.GELU()), "activation GELU"),
+        (lambda m: setattr(m.layers[1], "post_attention_layernorm", nn.LayerNorm(64)), "not transformers' Phi-3 layer"),
+        (lambda m: setattr(m.layers[1].resid_mlp_dropout, "p", 0.1), "residual dropout 0.1"),
+        (lambda m: setattr(m.config, "num_hidden_layers", 1), "num_hidden_layers=1 with 2 layers"),
+        (lambda m: m.layers[1].input_layernorm.weight.requires_grad_(True), "base weights that train"),
+        (lambda m: m.norm.weight.requires_grad_(True), "base weights that train"),
     ],
 )
 def test_layers_that_are_not_quite_transformers_own_are_left_to_it(change, reason):
-    model = adapted()
-    assert _layer_reason(model.model.layers[0]) is None
-    change(model)
-    assert any(reason in (_layer_reason(layer) or "") for layer in model.model.layers)
+    decoder = adapted().model
+    assert decoder_reason(decoder) is None
+    change(decoder)
+    assert reason in (decoder_reason(decoder) or "")
 
 
 def test_segments_and_ranks_the_kernels_do_not_know():
-    model = adapted(r=129)
-    assert "r=129" in _layer_reason(model.model.layers[0])
+    assert "r=129" in decoder_reason(adapted(r=129).model)
     model = adapted()
     attention = model.model.layers[0].self_attn
     attention.qkv_proj = p3.MergedLinear.adapt(
         attention.qkv_proj.base_layer(), 4, segments=(64, 64), enable_lora=[True, True]
     )
-    assert "segments of its own" in _layer_reason(model.model.layers[0])
+    assert "segments of its own" in decoder_reason(model.model)
+
+
+def test_a_forward_without_dropout_draws_no_random_numbers():
+    model = adapted(dropout=0.5).eval()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        fused_decoder(model, BATCH)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_label_outside_the_vocabulary_has_no_loss():
+    losses = cross_entropy_(torch.zeros(2, 40), torch.tensor([40, 39]))
+    assert losses[0].isnan()
+    assert losses[1].isfinite()
 
 
 def test_on_a_cpu_transformers_layers_are_used():

@@ -187,7 +187,8 @@ class _AddNorm(torch.autograd.Function):
         launch(
             _norm_backward, BACKWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
             dx.contiguous(), dz, contiguous(dsum), summed, rstd, weight, after.A if after else None,
-            before.B if before else None, out_z, dh, in_dz, N, before.scaling if before else 1.0, after.seed if after else 0,
+            before.B if before else None, out_z, dh, in_dz, N,
+            before.scaling if before else 1.0, after.seed if after else 0,
             after.dropout if after else 0.0, D=D, R=before.R if before else 16, Z=width,
             Z_PADDED=triton.next_power_of_2(width), LOW_RANK=before is not None, STREAM=dsum is not None,
             PROJECT=after is not None, DROP=bool(after and after.dropout),
