@@ -174,7 +174,8 @@ def banner_facts(
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else ""),
         "device": f"{model_device(model)}, {precision.name}, attention {model_config._attn_implementation}, "  # type: ignore[union-attr]
         f"layers {path[0]}" + (f" ({path[1]})" if path[1] else ""),
-        "memory": f"activation checkpointing {checkpointing[0]}; predicted peak by mode: {checkpointing[1]}",
+        "memory": f"activation checkpointing {checkpointing[0]}"
+        + (f"; predicted peak by mode: {checkpointing[1]}" if checkpointing[1].available_gib is not None else ""),
         "train data": plan.dataset,
         "eval data": eval_dataset,
         "step": f"{rows}, {width}",

@@ -175,6 +175,8 @@ def test_the_banner_says_what_was_resolved():
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{trainable:,} trainable in 8 layers" in told["model"]
     assert "cpu, bf16" in told["device"]
+    assert "layers plain (not on a CUDA device)" in told["device"]
+    assert told["memory"] == "activation checkpointing none"
     assert told["step"] == "4 x 2 rows, packed to 64 tokens"
     assert told["steps"] == "11 (3 done)"
     assert "adamw_torch, linear from 0.01, 6 warm-up steps, weight decay 0.25" in told["optimizer"]
