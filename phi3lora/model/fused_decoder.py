@@ -156,8 +156,9 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
     for i, layer in enumerate(decoder.layers):
         layer_seeds = seeds[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)]
-        run = partial(_layer, layer, layer_seeds, copies, embedded.shape[:2], layout)
-        if torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing:
+        whole = torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing
+        run = partial(_layer, layer, layer_seeds, copies, embedded.shape[:2], layout, whole)
+        if whole:
             h = recompute_layer(layer, _WholeLayer(layer, run, cos, sin), add(h, before))
             before = _NOTHING
         else:
@@ -199,7 +200,7 @@ class _WholeLayer:
 
 def _layer(
     layer: Any, seeds: list[int], copies: Mapping[Tensor, Tensor], rows: tuple[int, int], layout: dict[str, Any],
-    h: Tensor, before: Any, cos: Tensor, sin: Tensor,
+    recomputed: bool, h: Tensor, before: Any, cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:  # fmt: skip
     """One layer but for its last product.
 
@@ -227,10 +228,13 @@ def _layer(
     norm = layer.post_attention_layernorm
     h, x, z = add_norm(h, (y, z, o), norm.weight, norm.variance_epsilon, gate_up)
 
-    def feed_forward(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return swiglu(frozen_product(x, frozen_of(mlp.gate_up_proj)), z, gate_up, down)
+    selective = torch.is_grad_enabled() and layer.training and recomputes_feed_forward(layer)
 
-    if torch.is_grad_enabled() and layer.training and recomputes_feed_forward(layer):
+    def feed_forward(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = frozen_product(x, frozen_of(mlp.gate_up_proj))
+        return swiglu(y, z, gate_up, down, y_is_free=recomputed or selective)
+
+    if selective:
         x, z = checkpoint(feed_forward, x, z, use_reentrant=False, preserve_rng_state=False)
     else:
         x, z = feed_forward(x, z)

@@ -89,7 +89,8 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
     partial_sums = 4 * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
     gradients = tokens * (3 * I + 2 * D) * size + partial_sums
     logits = min(CHUNK_TOKENS, tokens) * config.vocab_size * size + tokens * 2 * D * size
-    recomputed = {"none": 0, "selective": tokens * 2 * I * size, "full": tokens * kept["none"]}
+    # Recomputed for one backward, the gate/up product's place is its gradient's too.
+    recomputed = {"none": 0, "selective": 0, "full": tokens * (kept["none"] - 2 * I * size)}
     recomputed["offload"] = recomputed["full"]
     widest = {mode: max(gradients + extra, logits) for mode, extra in recomputed.items()}
     widest["offload"] += tokens * 3 * D * size  # an input going out, one coming back, one in use

@@ -139,6 +139,19 @@ def test_recomputing_changes_the_gradients_by_rounding_alone(mode):
     assert_equal_to_rounding(hidden_and_gradients(model, True, mode), kept)
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
+def test_a_second_backward_through_a_kept_graph_gives_the_same_gradients(mode):
+    model = adapted()
+    model.zero_grad()
+    with activation_checkpointing(model, mode):
+        loss = fused_decoder(model, BATCH).square().sum()
+        loss.backward(retain_graph=True)
+        once = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        loss.backward()
+    for name, gradient in once.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, 2 * gradient)
+
+
 @pytest.mark.parametrize(("mode", "products"), [("none", 8), ("selective", 8 + 2), ("full", 8 + 6), ("offload", 8 + 6)])
 def test_no_more_is_recomputed_than_the_backward_needs(monkeypatch, mode, products):
     """Of two layers' four products: selective recomputes gate/up, the others all but the last."""

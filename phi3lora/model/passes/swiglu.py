@@ -140,7 +140,7 @@ ROW_RUNS = 8
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y, z, before_B, after_A, before, after):  # type: ignore[override]
+    def forward(ctx: Any, y, z, before_B, after_A, before, after, y_is_free):  # type: ignore[override]
         N, INNER = y.shape[0], y.shape[1] // 2
         ctx.sizes = {
             "INNER": INNER, "R": before.R if before else 16, "Z": before.width if before else 16,
@@ -156,7 +156,7 @@ class _SwiGLU(torch.autograd.Function):
             after.dropout if after else 0.0, **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(y, z)
-        ctx.before, ctx.after = before, after
+        ctx.before, ctx.after, ctx.y_is_free = before, after, y_is_free
         return x, out_z
 
     @staticmethod
@@ -167,7 +167,7 @@ class _SwiGLU(torch.autograd.Function):
         columns = BACKWARD_BLOCKS[0]["BN"]  # the same in all of them, and so are the rows of a run
         run = triton.cdiv(triton.cdiv(N, ROW_RUNS), BACKWARD_BLOCKS[0]["BM"]) * BACKWARD_BLOCKS[0]["BM"]
         parts, runs, float32 = triton.cdiv(INNER, columns), triton.cdiv(N, run), torch.float32
-        dy = torch.empty_like(y)
+        dy = y if ctx.y_is_free else torch.empty_like(y)  # a tile of y is read by the program that writes it in dy
         dz: Any = None
         dB: Any = None
         dA: Any = None
@@ -189,16 +189,19 @@ class _SwiGLU(torch.autograd.Function):
             dB = before.gradient_of_B(sum_parts(dB))
         if after:
             dA = after.gradient_of_A(sum_parts(dA))
-        return dy, dz, dB, dA, None, None
+        return dy, dz, dB, dA, None, None, None
 
 
-def swiglu(y: Tensor, z: Tensor | None, before: Adapter | None, after: Adapter | None) -> tuple[Tensor, Tensor | None]:
+def swiglu(
+    y: Tensor, z: Tensor | None, before: Adapter | None, after: Adapter | None, y_is_free: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """``(x, z')`` as at the top of this file.
 
     Args:
         y: (N, 2I), the frozen gate/up product.
         z, before: its low-rank activations (N, k*R) and adapter, or None.
         after: the adapter of the down projection, or None.
+        y_is_free: the backward may write y's gradient in y's place: y was recomputed for this one backward.
     """
     B, A = before.lora_B if before else None, after.lora_A if after else None
-    return _SwiGLU.apply(y, z, B, A, before, after)
+    return _SwiGLU.apply(y, z, B, A, before, after, y_is_free)
