@@ -74,7 +74,8 @@ class HostInputs:
 
     def checkpoint(self, module: nn.Module, function: Callable[..., Any], x: Tensor) -> Any:
         """``function(x)``, the call of ``module``, recomputed in the backward from x's copy."""
-        learns = x.requires_grad or any(p.requires_grad for p in module.parameters())
+        acting = (m for m in module.modules() if getattr(m, "enabled", True))  # an adapter may be switched off
+        learns = x.requires_grad or any(p.requires_grad for m in acting for p in m.parameters(recurse=False))
         if not torch.is_grad_enabled() or not learns:
             return function(x)
         # The reentrant kind hands x to autograd alone. It wants an input with a gradient; the first layer's has none.

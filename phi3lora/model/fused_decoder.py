@@ -63,8 +63,9 @@ def reason_not_to_fuse(model: nn.Module, training: bool | None = None) -> str | 
         return f"{weight.dtype} weights, whose residual stream autocast would leave in {weight.dtype}"
     if config._attn_implementation != NAME:
         return f"attention {config._attn_implementation!r}"
-    if config.attention_dropout and (model.training if training is None else training):
-        return f"attention_dropout={config.attention_dropout}"
+    attention_dropout = getattr(config, "attention_dropout", 0.0)
+    if attention_dropout and (model.training if training is None else training):
+        return f"attention_dropout={attention_dropout}"
     return decoder_reason(decoder, training)
 
 

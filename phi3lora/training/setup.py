@@ -113,7 +113,10 @@ def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -
     ``compile=None`` takes the fastest there is: the fused passes (model/fused_decoder.py), else ``torch.compile`` on a
     GPU with packing, where shapes are fixed.
     """
+    offloads = config.activation_checkpointing == "offload"  # which torch.compile cannot trace
     if config.compile is not None:
+        if config.compile and offloads:
+            return "plain", "offload cannot be compiled"
         return ("compiled" if config.compile else "plain"), f"compile={config.compile}"
     use_packed_attention(model)
     with precision.autocast():
@@ -121,7 +124,7 @@ def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -
     if reason is None:
         return "fused", ""
     device = model_device(model)
-    if device.type != "cuda" or not config.packing or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or not config.packing or offloads or importlib.util.find_spec("triton") is None:
         return "plain", reason
     return ("compiled" if torch.cuda.get_device_capability(device) >= (7, 0) else "plain"), reason
 
@@ -134,7 +137,11 @@ def resolve_checkpointing(
     with precision.autocast():
         plan = plan_memory(model, config.per_device_train_batch_size * width, path, optimizer_bytes(config.optim))
     mode = str(config.activation_checkpointing)
-    return (plan.fastest_that_fits() if mode == "auto" else mode), plan
+    if mode == "auto":
+        mode = plan.fastest_that_fits()
+        if mode == "offload" and path == "compiled":
+            mode = "full"
+    return mode, plan
 
 
 def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig, path: str) -> StepPlan:

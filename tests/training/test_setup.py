@@ -186,6 +186,21 @@ def test_the_banner_says_what_was_resolved():
     assert "without effect" not in told
 
 
+@pytest.mark.parametrize(
+    ("settings", "path"),
+    [
+        ({}, ("plain", "not on a CUDA device")),
+        ({"compile": True}, ("compiled", "compile=True")),
+        ({"compile": False}, ("plain", "compile=False")),
+        ({"compile": True, "activation_checkpointing": "offload"}, ("plain", "offload cannot be compiled")),
+    ],
+)
+def test_how_the_layers_are_computed_and_why(settings, path):
+    model, config = adapted_model(), quiet_config("unused", **settings)
+    precision = p3.training.precision.resolve_precision(config, model, torch.device("cpu"))
+    assert layer_path(model, config, precision) == path
+
+
 def test_the_banner_lists_the_names_without_effect():
     assert facts(remove_unused_columns=False, dataloader_num_workers=4)["without effect"] == (
         "dataloader_num_workers, remove_unused_columns"
