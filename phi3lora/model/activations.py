@@ -72,7 +72,9 @@ class HostInputs:
         self._stream: Any = None
         self._last: weakref.ref[_HostInput] | None = None
 
-    def checkpoint(self, module: nn.Module, function: Callable[..., Any], x: Tensor) -> Any:
+    def checkpoint(
+        self, module: nn.Module, function: Callable[..., Any], x: Tensor, *, preserve_rng_state: bool = True
+    ) -> Any:
         """``function(x)``, the call of ``module``, recomputed in the backward from x's copy."""
         acting = (m for m in module.modules() if getattr(m, "enabled", True))  # an adapter may be switched off
         learns = x.requires_grad or any(p.requires_grad for m in acting for p in m.parameters(recurse=False))
@@ -81,7 +83,8 @@ class HostInputs:
         # The reentrant kind hands x to autograd alone. It wants an input with a gradient; the first layer's has none.
         dummy = torch.empty(0, device=x.device, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(self._keep, _given_back):
-            return checkpoint(lambda x, _: function(x), x, dummy, use_reentrant=True)
+            options: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": preserve_rng_state}
+            return checkpoint(lambda x, _: function(x), x, dummy, **options)
 
     def _keep(self, x: Tensor) -> _HostInput | Tensor:
         if x.numel() == 0:
@@ -143,8 +146,11 @@ def recomputes_feed_forward(layer: Any) -> bool:
 
 
 def recompute_layer(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, recomputed in the backward in the way that is switched on for a decoder layer."""
+    """``function(x)``, recomputed in the backward in the way that is switched on for a decoder layer.
+
+    ``function`` draws no random numbers.
+    """
     recompute = layer._gradient_checkpointing_func
     if isinstance(getattr(getattr(recompute, "func", None), "__self__", None), HostInputs):
-        return recompute(function, x)
+        return recompute(function, x, preserve_rng_state=False)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)

@@ -49,6 +49,12 @@ def is_four_bit(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
+def plain_tensor(weight: Tensor) -> Tensor:
+    """The packed bytes as a plain tensor: each operation on a ``Params4bit`` takes a detour through Python."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.detach().as_subclass(torch.Tensor)
+
+
 def weight_shape(weight: Tensor) -> torch.Size:
     """Of the matrix that it stands for: a packed weight has a shape of its own."""
     return weight.quant_state.shape if is_four_bit(weight) else weight.shape  # type: ignore[attr-defined]

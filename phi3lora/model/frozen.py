@@ -20,6 +20,7 @@ Shapes: N tokens, ``in`` and ``out`` features, x (N, in), dy (N, out).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import sys
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import ModelError
-from .four_bit import bitsandbytes, is_four_bit, keep_packing, nf4_linear
+from .four_bit import bitsandbytes, is_four_bit, keep_packing, nf4_linear, plain_tensor
 from .low_rank import compute_dtype
 
 logger = logging.getLogger("phi3lora")
@@ -121,6 +122,11 @@ class Nf4(_Stored):
         return dy @ self.dequantize().to(dy.dtype)
 
     def dequantize(self) -> Tensor:
+        if self.packed.is_cuda and _has_triton():
+            from .passes import nf4
+
+            if nf4.is_known(self.packed, self.state):
+                return nf4.dequantize(self.packed, self.state)
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.packed, self.state)  # in the dtype that the weight had
@@ -212,13 +218,18 @@ def reason_against_fp8(device: torch.device) -> str | None:
         return "no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 9):
         return f"{torch.cuda.get_device_name(device)} has no fp8"
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+    return None if _has_triton() else "Triton is not installed"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def frozen_of(layer: Any) -> Frozen:
     """The frozen weight of a linear layer, adapted or not, in the format that its tensors say."""
     if is_four_bit(layer.weight):
-        return Nf4(layer.weight, layer.weight.quant_state)
+        return Nf4(plain_tensor(layer.weight), layer.weight.quant_state)
     if "scale_t" in layer._buffers:
         if layer.weight.dtype != torch.float8_e4m3fn:
             raise ModelError(

@@ -96,18 +96,18 @@ def _layer_reason(layer: Any, training: bool | None) -> str | None:
         return f"a {type(layer).__name__} that is not transformers' Phi-3 layer"
     if layer._compiled_call_impl is not None:
         return "compiled layers"
+    learning = torch.is_grad_enabled()
     for module in layer.modules():
         if _is_changed(module) and not (module is layer.mlp and recomputes_feed_forward(layer)):
             return f"a hook on a {type(module).__name__}, or its forward was replaced"
+        for name, parameter in module._parameters.items() if learning else ():
+            if name not in ("lora_A", "lora_B") and parameter is not None and parameter.requires_grad:
+                return "base weights that train"
     if not isinstance(layer.mlp.activation_fn, (nn.SiLU, SiLUActivation)):
         return f"activation {type(layer.mlp.activation_fn).__name__}"
     for dropout in (layer.resid_attn_dropout, layer.resid_mlp_dropout):
         if dropout.p and (dropout.training if training is None else training):
             return f"residual dropout {dropout.p}"
-    if torch.is_grad_enabled():
-        for name, parameter in layer.named_parameters():
-            if parameter.requires_grad and name.rpartition(".")[2] not in ("lora_A", "lora_B"):
-                return "base weights that train"
     attention = layer.self_attn
     if (
         attention.head_dim % 16
@@ -141,7 +141,7 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             their own switches to say (activations.py).
         batch: what ``phi3lora.batches`` yields, on the model's device.
     """
-    from .passes.adapter import compute_copies
+    from .passes.adapter import compute_copies, make_adapter
     from .passes.norm import add, add_norm
 
     decoder: Any = model.get_decoder()  # type: ignore[operator]
@@ -155,10 +155,11 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     adapted = [p for p in projections if getattr(p, "r", 0)]
     seeds = _dropout_seeds(projections)
     copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
+    adapters = [make_adapter(p, copies, seed) for p, seed in zip(projections, seeds, strict=True)]
     for i, layer in enumerate(decoder.layers):
-        layer_seeds = seeds[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)]
+        own = adapters[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)]
         whole = torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing
-        run = partial(_layer, layer, layer_seeds, copies, embedded.shape[:2], layout, whole)
+        run = partial(_layer, layer, own, embedded.shape[:2], layout, whole)
         if whole:
             h = recompute_layer(layer, _WholeLayer(layer, run, cos, sin), add(h, before))
             before = _NOTHING
@@ -182,7 +183,7 @@ class _WholeLayer:
     """A layer from residual stream to residual stream: what is recomputed in the backward.
 
     The second call, there, is made for the graph: nobody reads the layer's output any more, so its last product, a
-    seventh of the layer's work, is left out.
+    seventh of the layer's work, and the sum after it are left out.
     """
 
     def __init__(self, layer: Any, run: Any, cos: Tensor, sin: Tensor) -> None:
@@ -194,29 +195,27 @@ class _WholeLayer:
         from .passes.norm import add
 
         h, x, z, down = self.run(h, _NOTHING, self.cos, self.sin)
-        y = frozen_product(x, frozen_of(self.layer.mlp.down_proj), h.shape[1] if self.called else 0)
-        self.called = True
-        return add(h, (y, z, down))
+        again, self.called = self.called, True
+        y = frozen_product(x, frozen_of(self.layer.mlp.down_proj), h.shape[1] if again else 0)
+        return add(h, (y, z, down), needed=not again)
 
 
 def _layer(
-    layer: Any, seeds: list[int], copies: Mapping[Tensor, Tensor], rows: tuple[int, int], layout: dict[str, Any],
-    recomputed: bool, h: Tensor, before: Any, cos: Tensor, sin: Tensor,
+    layer: Any, adapters: Sequence[Any], rows: tuple[int, int], layout: dict[str, Any], recomputed: bool, h: Tensor,
+    before: Any, cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:  # fmt: skip
     """One layer but for its last product.
 
     h (N, D) and what its predecessor has still to add -> h, the down projection's input (N, I), its low-rank
     activations and its adapter.
     """
-    from .passes.adapter import make_adapter
     from .passes.norm import add_norm
     from .passes.product import product_and_projection
     from .passes.rotary import rotate
     from .passes.swiglu import swiglu
 
     attention, mlp = layer.self_attn, layer.mlp
-    projections = map(layer.get_submodule, _PROJECTIONS)
-    qkv, o, gate_up, down = (make_adapter(p, copies, seed) for p, seed in zip(projections, seeds, strict=True))
+    qkv, o, gate_up, down = adapters
     norm = layer.input_layernorm
     h, x, z = add_norm(h, before, norm.weight, norm.variance_epsilon, qkv)
     y = frozen_product(x, frozen_of(attention.qkv_proj))

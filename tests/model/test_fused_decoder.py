@@ -22,6 +22,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from phi3lora.model.passes.cross_entropy import cross_entropy_  # noqa: E402
 from phi3lora.model.passes.low_rank import add_back_projection_, column_sums, project  # noqa: E402
+from phi3lora.model.passes.sums import Sums  # noqa: E402
 
 _patch = interpreter._patch_lang_tensor
 
@@ -197,8 +198,10 @@ def test_dropout_keeps_the_share_and_the_mean():
     assert z.mean() == pytest.approx(1.0, abs=0.02)
     back = add_back_projection_(torch.zeros(1024, width), torch.ones(1024, r), adapter)
     assert torch.equal(back[:, :r] > 0, z > 0)
-    sums = column_sums(torch.ones(1024, 1), torch.ones(1024, width), adapter)
-    torch.testing.assert_close(sums[0, :r], z.sum(0))
+    sums = Sums()
+    summed = column_sums(sums, torch.ones(1024, 1), torch.ones(1024, width), adapter)
+    sums.finish()
+    torch.testing.assert_close(summed[0, :r], z.sum(0))
 
 
 def test_cross_entropy_and_its_gradient():

@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import next_power_of_2
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -79,7 +81,7 @@ Pending = tuple[Tensor | None, Tensor | None, Adapter | None]
 
 def padded_rank(r: int) -> int:
     """R: the smallest size a tensor core takes that holds rank r."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, next_power_of_2(r))
 
 
 def compute_copies(parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[Tensor, Tensor]:

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .adapter import Adapter, dot, dropped, kept
-from .launch import Block, blocks, launch
+from .launch import Block, blocks, cdiv, launch, next_power_of_2
+from .sums import Sums
 
 ROW_RUNS = 8
 """Into how many runs of rows a sum over tokens is cut."""
@@ -64,48 +65,26 @@ def _column_sums(
 
 
 def column_sums(
-    narrow: Tensor, wide: Tensor, adapter: Adapter | None = None, rstd: Tensor | None = None,
+    sums: Sums, narrow: Tensor, wide: Tensor, adapter: Adapter | None = None, rstd: Tensor | None = None,
     weight: Tensor | None = None, scale: float = 1.0, wide_first: bool = False,
 ) -> Tensor:  # fmt: skip
     """``scale * narrow' f(wide)`` -> (K, D) float32, or its transpose with ``wide_first``; narrow (N, K), wide (N, D).
 
-    f is the norm of a row with ``rstd`` (N,) and ``weight`` (D,) where given, and the dropout of ``adapter``.
+    f is the norm of a row with ``rstd`` (N,) and ``weight`` (D,) where given, and the dropout of ``adapter``. The
+    result is there when ``sums`` is finished.
     """
     (N, D), K = wide.shape, narrow.shape[1]
     p = adapter.dropout if adapter is not None else 0.0
-    run = triton.cdiv(triton.cdiv(N, ROW_RUNS), _ROWS) * _ROWS
-    runs, at_once = triton.cdiv(N, run), min(_NARROW, triton.next_power_of_2(K))
+    run = cdiv(cdiv(N, ROW_RUNS), _ROWS) * _ROWS
+    runs, at_once = cdiv(N, run), min(_NARROW, next_power_of_2(K))
     shape = (D, K) if wide_first else (K, D)
     partial = torch.empty(runs, *shape, dtype=torch.float32, device=wide.device)
     launch(
-        _column_sums, SUM_BLOCKS, lambda block: (triton.cdiv(D, block["BN"]), runs, triton.cdiv(K, at_once)),
+        _column_sums, SUM_BLOCKS, lambda block: (cdiv(D, block["BN"]), runs, cdiv(K, at_once)),
         narrow, wide, rstd, weight, partial, N, run, adapter.seed if adapter else 0, p,
         stride=narrow.stride(0), D=D, K=K, K_BLOCK=at_once, NORM=rstd is not None, DROP=p > 0, WIDE_FIRST=wide_first,
     )  # fmt: skip
-    return sum_parts(partial, scale=scale)
-
-
-@triton.jit(do_not_specialize=["n_parts", "out_stride"])
-def _sum_parts(parts_ptr, out_ptr, n_parts, size, width, out_stride, scale, BN: tl.constexpr):
-    i = tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros([BN], tl.float32)
-    part = parts_ptr + i
-    for _ in tl.range(0, n_parts, num_stages=4):
-        total += tl.load(part, mask=i < size, other=0.0)
-        part += size
-    at = (i // width).to(tl.int64) * out_stride + i % width
-    tl.store(out_ptr + at, (total * scale).to(out_ptr.dtype.element_ty), mask=i < size)
-
-
-def sum_parts(parts: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """``scale * parts.sum(0)``: parts float32 (P, M, W), contiguous; out (M, W) of any dtype and row stride."""
-    P, M, W = parts.shape
-    out = parts.new_empty(M, W) if out is None else out
-    launch(
-        _sum_parts, [{"BN": 1024, "num_warps": 4}], lambda block: (triton.cdiv(M * W, block["BN"]),),
-        parts, out, P, M * W, W, out.stride(0), scale,
-    )  # fmt: skip
-    return out
+    return sums.of(partial, scale=scale)
 
 
 @triton.jit(do_not_specialize=["n_rows", "run", "offset_0", "offset_1", "offset_2"])
@@ -141,18 +120,20 @@ def low_rank_gradients(dy: Tensor, z: Tensor, adapter: Adapter, edges: tuple[int
     """
     (N, D), R = dy.shape, adapter.R
     BN = math.gcd(128, D, *edges)
-    run = triton.cdiv(triton.cdiv(N, ROW_RUNS), _ROWS) * _ROWS
+    run = cdiv(cdiv(N, ROW_RUNS), _ROWS) * _ROWS
     dz = dy.new_empty(D // BN, N, R, dtype=torch.float32)
-    dB = dy.new_empty(triton.cdiv(N, run), D, R, dtype=torch.float32)
+    dB = dy.new_empty(cdiv(N, run), D, R, dtype=torch.float32)
     launch(
         _low_rank_gradients, GRADIENT_BLOCKS, lambda block: (D // BN, len(dB)),
         dy, z, adapter.B, dz, dB, N, run, adapter.scaling, *map(adapter.offset, edges), D=D, EDGE_1=edges[1],
         EDGE_2=edges[2], R=R, Z=adapter.width, BN=BN,
     )  # fmt: skip
-    total = torch.empty_like(z)
+    total, sums = torch.empty_like(z), Sums()
     for i, (start, stop) in enumerate(adapter.spans):
-        sum_parts(dz[start // BN : stop // BN], total[:, i * R : (i + 1) * R], adapter.scaling)
-    return total, adapter.gradient_of_B(sum_parts(dB))
+        sums.of(dz[start // BN : stop // BN], total[:, i * R : (i + 1) * R], adapter.scaling)
+    summed = sums.of(dB)
+    sums.finish()
+    return total, adapter.gradient_of_B(summed)
 
 
 @triton.jit(do_not_specialize=["n_rows", "seed"])
@@ -181,9 +162,9 @@ def project(x: Tensor, adapter: Adapter) -> Tensor:
     N, D = x.shape
     z = x.new_empty(N, adapter.width)
     launch(
-        _project, blocks((32, 64, 2)), lambda block: (triton.cdiv(N, block["BM"]),),
+        _project, blocks((32, 64, 2)), lambda block: (cdiv(N, block["BM"]),),
         x, adapter.A, z, N, adapter.seed, adapter.dropout, D=D, Z=adapter.width,
-        Z_PADDED=triton.next_power_of_2(adapter.width), DROP=True,
+        Z_PADDED=next_power_of_2(adapter.width), DROP=True,
     )  # fmt: skip
     return z
 
@@ -212,8 +193,8 @@ def add_back_projection_(dx: Tensor, dz: Tensor, adapter: Adapter) -> Tensor:
     N, D = dx.shape
     launch(
         _add_back_projection, [{"BM": 64, "BN": 128, "num_warps": 4}, {"BM": 32, "BN": 64, "num_warps": 4}],
-        lambda block: (triton.cdiv(N, block["BM"]), triton.cdiv(D, block["BN"])),
+        lambda block: (cdiv(N, block["BM"]), cdiv(D, block["BN"])),
         dx, dz, adapter.A, N, adapter.seed, adapter.dropout, D=D, Z=adapter.width,
-        Z_PADDED=triton.next_power_of_2(adapter.width),
+        Z_PADDED=next_power_of_2(adapter.width),
     )  # fmt: skip
     return dx

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, Pending, dot, dropped, kept
-from .launch import blocks, contiguous, launch
+from .launch import blocks, cdiv, contiguous, launch, next_power_of_2
 from .low_rank import column_sums
+from .sums import Sums
 
 
 @triton.jit(do_not_specialize=["n_rows", "seed"])
@@ -155,12 +156,12 @@ class _AddNorm(torch.autograd.Function):
         out_z = h.new_empty(N, width) if after else None
         low_rank = before is not None and z is not None
         sizes = {
-            "D": D, "R": before.R if low_rank else 16, "Z": width, "Z_PADDED": triton.next_power_of_2(width),
+            "D": D, "R": before.R if low_rank else 16, "Z": width, "Z_PADDED": next_power_of_2(width),
             "ADD": y is not None, "LOW_RANK": low_rank, "NORM": True, "PROJECT": after is not None,
             "DROP": bool(after and after.dropout),
         }  # fmt: skip
         launch(
-            _norm_forward, FORWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
+            _norm_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
             h, y, z, before.B if low_rank else None, weight, after.A if after else None, summed, x, rstd, out_z, N,
             before.scaling if low_rank else 1.0, eps, after.seed if after else 0, after.dropout if after else 0.0,
             **sizes,
@@ -177,35 +178,40 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx: Any, dsum, dx, dz):  # type: ignore[override]
         summed, rstd, weight, z, out_z = ctx.saved_tensors
         before, after, dz = ctx.before, ctx.after, contiguous(dz)
-        dA = after.gradient_of_A(column_sums(dz, summed, after, rstd, weight)) if after else None
+        sums = Sums()
+        dA = column_sums(sums, dz, summed, after, rstd, weight) if after else None
         if dx is None:
-            return None, None, None, None, dA, None, None, None, None
+            sums.finish()
+            return None, None, None, None, after.gradient_of_A(dA) if after else None, None, None, None, None
         N, D = summed.shape
         dh = torch.empty_like(summed)
         in_dz = summed.new_empty(N, before.R) if before else None
         width = after.width if after else 16
         launch(
-            _norm_backward, BACKWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
+            _norm_backward, BACKWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
             dx.contiguous(), dz, contiguous(dsum), summed, rstd, weight, after.A if after else None,
             before.B if before else None, out_z, dh, in_dz, N,
             before.scaling if before else 1.0, after.seed if after else 0,
             after.dropout if after else 0.0, D=D, R=before.R if before else 16, Z=width,
-            Z_PADDED=triton.next_power_of_2(width), LOW_RANK=before is not None, STREAM=dsum is not None,
+            Z_PADDED=next_power_of_2(width), LOW_RANK=before is not None, STREAM=dsum is not None,
             PROJECT=after is not None, DROP=bool(after and after.dropout),
         )  # fmt: skip
-        dB = before.gradient_of_B(column_sums(z, dh, scale=before.scaling, wide_first=True)) if before else None
+        dB = column_sums(sums, z, dh, scale=before.scaling, wide_first=True) if before else None
+        sums.finish()
+        dB, dA = before.gradient_of_B(dB) if before else None, after.gradient_of_A(dA) if after else None
         return dh, dh if ctx.added else None, in_dz, dB, dA, None, None, None, None
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h, y, z, before_B, before):  # type: ignore[override]
+    def forward(ctx: Any, h, y, z, before_B, before, needed):  # type: ignore[override]
         (N, D), summed = h.shape, torch.empty_like(h)
-        launch(
-            _norm_forward, FORWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
-            h, y, z, before.B, None, None, summed, None, None, None, N, before.scaling, 0.0, 0, 0.0,
-            D=D, R=before.R, Z=16, Z_PADDED=16, ADD=True, LOW_RANK=True, NORM=False, PROJECT=False, DROP=False,
-        )  # fmt: skip
+        if needed:
+            launch(
+                _norm_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
+                h, y, z, before.B, None, None, summed, None, None, None, N, before.scaling, 0.0, 0, 0.0,
+                D=D, R=before.R, Z=16, Z_PADDED=16, ADD=True, LOW_RANK=True, NORM=False, PROJECT=False, DROP=False,
+            )  # fmt: skip
         ctx.save_for_backward(z)
         ctx.before = before
         return summed
@@ -214,16 +220,22 @@ class _Add(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh):  # type: ignore[override]
         (z,), before, dh = ctx.saved_tensors, ctx.before, dh.contiguous()
-        dB = before.gradient_of_B(column_sums(z, dh, scale=before.scaling, wide_first=True))
-        return dh, dh, (dh @ before.B).mul_(before.scaling), dB, None
+        sums = Sums()
+        dB = column_sums(sums, z, dh, scale=before.scaling, wide_first=True)
+        sums.finish()
+        dB = before.gradient_of_B(dB)
+        return dh, dh, (dh @ before.B).mul_(before.scaling), dB, None, None
 
 
-def add(h: Tensor, pending: Pending) -> Tensor:
-    """``h + y + scaling z B'`` (N, D), where nothing follows that could do it on its way."""
+def add(h: Tensor, pending: Pending, needed: bool = True) -> Tensor:
+    """``h + y + scaling z B'`` (N, D), where nothing follows that could do it on its way.
+
+    ``needed``: False where a recomputation needs the sum's place in the graph and not its numbers.
+    """
     y, z, before = pending
     if y is None:
         return h
-    return h + y if before is None or z is None else _Add.apply(h, y, z, before.lora_B, before)
+    return h + y if before is None or z is None else _Add.apply(h, y, z, before.lora_B, before, needed)
 
 
 def add_norm(

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..frozen import Frozen, frozen_product
 from .adapter import Adapter
 from .low_rank import add_back_projection_, column_sums, project
+from .sums import Sums
 
 
 class _ProductAndProjection(torch.autograd.Function):
@@ -30,7 +31,10 @@ class _ProductAndProjection(torch.autograd.Function):
     def backward(ctx: Any, dy, dz):  # type: ignore[override]
         (x,), adapter = ctx.saved_tensors, ctx.adapter
         dx = add_back_projection_(ctx.frozen.back(dy), dz, adapter)
-        return dx, adapter.gradient_of_A(column_sums(dz, x, adapter)), None, None
+        sums = Sums()
+        dA = column_sums(sums, dz, x, adapter)
+        sums.finish()
+        return dx, adapter.gradient_of_A(dA), None, None
 
 
 def product_and_projection(x: Tensor, frozen: Frozen, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import launch, next_power_of_2
 
 LARGEST = 448.0
 """Of float8_e4m3fn."""
@@ -33,6 +33,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(N, 1, dtype=torch.float32, device=x.device)
     launch(
         _quantize, [{"num_warps": 8}], lambda block: (N,),
-        x, q, scale, D=D, D_PADDED=triton.next_power_of_2(D), LARGEST=LARGEST,
+        x, q, scale, D=D, D_PADDED=next_power_of_2(D), LARGEST=LARGEST,
     )  # fmt: skip
     return q, scale

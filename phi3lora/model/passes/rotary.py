@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, dot
-from .launch import Block, launch
+from .launch import Block, cdiv, launch, next_power_of_2
 from .low_rank import low_rank_gradients
 
 
@@ -117,7 +117,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y, z, before_B, cos, sin, heads, kv_heads, before):  # type: ignore[override]
         N, D, half = y.shape[0], y.shape[1] // (heads + 2 * kv_heads), cos.shape[1] // 2
-        padded = triton.next_power_of_2
+        padded = next_power_of_2
         ctx.sizes = {
             "H": heads, "H_KV": kv_heads, "D": D, "HALF": half, "HALF_PADDED": max(16, padded(half)),
             "REST_PADDED": max(16, padded(max(1, D - 2 * half))),
@@ -126,7 +126,7 @@ class _Rotate(torch.autograd.Function):
         offsets = [before.offset(edge) for edge in ctx.edges] if before else [0, 0, 0]
         out = torch.empty_like(y)
         launch(
-            _rotary_forward, BLOCKS, lambda block: (triton.cdiv(N, block["BM"]), heads + 2 * kv_heads),
+            _rotary_forward, BLOCKS, lambda block: (cdiv(N, block["BM"]), heads + 2 * kv_heads),
             y, z, before.B if before else None, cos, sin, out, N, before.scaling if before else 1.0, *offsets,
             R=before.R if before else 16, Z=before.width if before else 16, LOW_RANK=before is not None, **ctx.sizes,
         )  # fmt: skip
@@ -141,7 +141,7 @@ class _Rotate(torch.autograd.Function):
         N, heads = dq.shape[0], sizes["H"] + 2 * sizes["H_KV"]
         dy = dq.new_empty(N, heads * sizes["D"])
         launch(
-            _rotary_backward, BLOCKS, lambda block: (triton.cdiv(N, block["BM"]), heads),
+            _rotary_backward, BLOCKS, lambda block: (cdiv(N, block["BM"]), heads),
             dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, dy, N, **sizes,
         )  # fmt: skip
         dz, dB = low_rank_gradients(dy, z, before, ctx.edges) if before else (None, None)

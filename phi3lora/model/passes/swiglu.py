@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, dot, dropped, kept
-from .launch import blocks, contiguous, launch
-from .low_rank import sum_parts
+from .launch import blocks, cdiv, contiguous, launch
+from .sums import Sums
 
 
 @triton.jit
@@ -150,7 +150,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.up_offset = before.offset(INNER) if before else 0
         x, out_z = y.new_empty(N, INNER), y.new_empty(N, after.R) if after else None
         launch(
-            _swiglu_forward, FORWARD_BLOCKS, lambda block: (triton.cdiv(N, block["BM"]),),
+            _swiglu_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
             y, z, before.B if before else None, after.A if after else None, x, out_z, N,
             before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
             after.dropout if after else 0.0, **ctx.sizes,
@@ -165,8 +165,8 @@ class _SwiGLU(torch.autograd.Function):
         (y, z), before, after, sizes = ctx.saved_tensors, ctx.before, ctx.after, ctx.sizes
         N, INNER, R = y.shape[0], sizes["INNER"], sizes["R"]
         columns = BACKWARD_BLOCKS[0]["BN"]  # the same in all of them, and so are the rows of a run
-        run = triton.cdiv(triton.cdiv(N, ROW_RUNS), BACKWARD_BLOCKS[0]["BM"]) * BACKWARD_BLOCKS[0]["BM"]
-        parts, runs, float32 = triton.cdiv(INNER, columns), triton.cdiv(N, run), torch.float32
+        run = cdiv(cdiv(N, ROW_RUNS), BACKWARD_BLOCKS[0]["BM"]) * BACKWARD_BLOCKS[0]["BM"]
+        parts, runs, float32 = cdiv(INNER, columns), cdiv(N, run), torch.float32
         dy = y if ctx.y_is_free else torch.empty_like(y)  # a tile of y is read by the program that writes it in dy
         dz: Any = None
         dB: Any = None
@@ -181,14 +181,16 @@ class _SwiGLU(torch.autograd.Function):
             dy, dz, dB, dA, N, run, before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
             after.dropout if after else 0.0, **sizes,
         )  # fmt: skip
+        sums = Sums()
         if before:
-            if before.width == 2 * R:
-                dz = sum_parts(dz.flatten(2), y.new_empty(N, 2 * R))
-            else:  # one segment: gate and up read the same columns of z
-                dz = dz.sum((0, 2)).to(y.dtype)
-            dB = before.gradient_of_B(sum_parts(dB))
+            # with one segment gate and up read the same columns of z
+            two = before.width == 2 * R
+            dz = sums.of(dz.flatten(2), y.new_empty(N, 2 * R)) if two else dz.sum((0, 2)).to(y.dtype)
+            dB = sums.of(dB)
         if after:
-            dA = after.gradient_of_A(sum_parts(dA))
+            dA = sums.of(dA)
+        sums.finish()
+        dB, dA = before.gradient_of_B(dB) if before else None, after.gradient_of_A(dA) if after else None
         return dy, dz, dB, dA, None, None, None
 
 

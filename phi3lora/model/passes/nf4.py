@@ -1,0 +1,63 @@
+"""Writing out an nf4 weight in one pass; bitsandbytes takes two kernels and six small steps on the host.
+
+    scale of a block of 64   s = code2[absmax] * absmax2[block // 256] + offset       "double quantisation", float32
+    weight                   w = code[nibble] * s, rounded once; the high nibble of a byte first
+
+The same numbers as ``bitsandbytes.functional.dequantize_4bit``, bit for bit: no product is fused with the sum after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import cdiv, launch
+
+
+@triton.jit
+def _dequantize(
+    packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, n_blocks,
+    BYTES: tl.constexpr, BLOCK2: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = block < n_blocks
+    at = block.to(tl.int64)[:, None]
+    scale = tl.load(code2_ptr + tl.load(absmax_ptr + block, mask=live, other=0).to(tl.int32))
+    scale = scale * tl.load(absmax2_ptr + block // BLOCK2, mask=live, other=0.0) + tl.load(offset_ptr)
+    packed = tl.load(packed_ptr + at * BYTES + tl.arange(0, BYTES)[None, :], mask=live[:, None], other=0).to(tl.int32)
+    high = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
+    low = tl.load(code_ptr + (packed & 15)) * scale[:, None]
+    weight = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :], weight, mask=live[:, None])
+
+
+def is_known(packed: Tensor, state: Any) -> bool:
+    """Whether :func:`dequantize` reads this weight: nf4, doubly quantised, in whole blocks of bytes."""
+    return (
+        state.nested
+        and state.quant_type == "nf4"
+        and packed.dtype == torch.uint8
+        and 2 * packed.numel() % state.blocksize == 0
+    )
+
+
+def dequantize(packed: Tensor, state: Any) -> Tensor:
+    """The weight (out, in) in the dtype it had.
+
+    Args:
+        packed: (out * in / 2, 1) uint8, a plain tensor.
+        state: its ``bitsandbytes.functional.QuantState``, one that :func:`is_known`.
+    """
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    n_blocks, nested = 2 * packed.numel() // state.blocksize, state.state2
+    launch(
+        _dequantize, [{"BM": 64, "num_warps": 4, "enable_fp_fusion": False}],
+        lambda block: (cdiv(n_blocks, block["BM"]),),
+        packed, state.absmax, state.code, nested.code, nested.absmax, state.offset, out, n_blocks,
+        BYTES=state.blocksize // 2, BLOCK2=nested.blocksize,
+    )  # fmt: skip
+    return out

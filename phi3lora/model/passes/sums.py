@@ -1,0 +1,85 @@
+"""Adding up partial sums, in a fixed order: one launch for all that a pass leaves.
+
+A sum over the tokens is cut into runs of rows, so that enough programs work at it; each leaves its part. A gradient of
+A or B is a float32 sum of a few parts, a gradient of z of many.
+
+    out = scale * (parts[0] + parts[1] + ...)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import cdiv, launch
+
+_MOST = 4  # jobs of one launch: three segments' gradients of z, and a gradient of B
+_BLOCK = 1024
+
+
+@triton.jit
+def _add_up(parts_ptr, out_ptr, n_parts, size, width, out_stride, scale, BN: tl.constexpr):
+    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    total = tl.zeros([BN], tl.float32)
+    part = parts_ptr + i
+    for _ in tl.range(0, n_parts, num_stages=4):
+        total += tl.load(part, mask=i < size, other=0.0)
+        part += size
+    at = (i // width).to(tl.int64) * out_stride + i % width
+    tl.store(out_ptr + at, (total * scale).to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+_COUNTS = [f"{name}_{job}" for job in range(_MOST) for name in ("n", "stride")]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _sums(
+    parts_0, out_0, n_0, size_0, width_0, stride_0, scale_0,
+    parts_1, out_1, n_1, size_1, width_1, stride_1, scale_1,
+    parts_2, out_2, n_2, size_2, width_2, stride_2, scale_2,
+    parts_3, out_3, n_3, size_3, width_3, stride_3, scale_3,
+    BN: tl.constexpr,
+):  # fmt: skip
+    job = tl.program_id(1)
+    if job == 0:
+        _add_up(parts_0, out_0, n_0, size_0, width_0, stride_0, scale_0, BN)
+    if job == 1:
+        _add_up(parts_1, out_1, n_1, size_1, width_1, stride_1, scale_1, BN)
+    if job == 2:
+        _add_up(parts_2, out_2, n_2, size_2, width_2, stride_2, scale_2, BN)
+    if job == 3:
+        _add_up(parts_3, out_3, n_3, size_3, width_3, stride_3, scale_3, BN)
+
+
+class Sums:
+    """Sums that are wanted by the end of a pass: :meth:`of` promises one, :meth:`finish` computes them."""
+
+    def __init__(self) -> None:
+        self._jobs: list[tuple[Tensor, Tensor, int, int, int, int, float]] = []
+
+    def of(self, parts: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """``scale * parts.sum(0)``, undefined until :meth:`finish`.
+
+        Args:
+            parts: float32 (P, M, W), contiguous.
+            out: (M, W) of any dtype and row stride; None: a new float32 tensor.
+        """
+        P, M, W = parts.shape
+        out = torch.empty(M, W, dtype=parts.dtype, device=parts.device) if out is None else out
+        self._jobs.append((parts, out, P, M * W, W, out.stride(0), scale))
+        return out
+
+    def finish(self) -> None:
+        """Compute all that was promised."""
+        jobs, self._jobs = self._jobs, []
+        if not jobs:
+            return
+        assert len(jobs) <= _MOST
+        padded = jobs + jobs[:1] * (_MOST - len(jobs))  # no program has the number of a repeated one
+        launch(
+            _sums, [{"BN": _BLOCK, "num_warps": 4}],
+            lambda block: (max(cdiv(job[3], block["BN"]) for job in jobs), len(jobs)),
+            *(value for job in padded for value in job),
+        )  # fmt: skip
