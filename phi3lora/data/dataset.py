@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Generator, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from .bad_rows import BadRows
 from .cache import NumberedChat, cache_key, kept
 from .formats import check_columns, detect_format, known_format, to_messages
 from .sources import NumberedRow, find_source, read_rows
@@ -45,6 +47,7 @@ class ChatDataset:
         rows: np.ndarray,
         truncated: np.ndarray,
         dropped_rows: int = 0,
+        bad_rows: tuple[int, ...] = (),
         index: np.ndarray | None = None,
     ) -> None:
         self._input_ids, self._labels, self._starts = input_ids, labels, starts  # (tokens,), (tokens,), (documents+1,)
@@ -55,6 +58,8 @@ class ChatDataset:
         self.end_of_turn_id = end_of_turn_id
         self.format = format
         self.dropped_rows = dropped_rows
+        self.bad_rows = bad_rows
+        """Rows of the source that ``on_bad_row="skip"`` left out."""
 
     @classmethod
     def load(
@@ -70,6 +75,7 @@ class ChatDataset:
         train_on: str = "assistant",
         revision: str | None = None,
         streaming: bool = False,
+        on_bad_row: str = "error",
     ) -> ChatDataset:
         """Read, recognise, render and tokenise a chat dataset.
 
@@ -87,6 +93,7 @@ class ChatDataset:
                 ``"train": false``.
             revision: of a hub dataset.
             streaming: only False so far.
+            on_bad_row: ``"error"`` with the row's number, or ``"skip"``: go on without it, and say which were left out.
 
         Raises:
             DataError: with the row's number, whatever cannot be trained on.
@@ -101,19 +108,19 @@ class ChatDataset:
         _check(overflow in OVERFLOW, "overflow", overflow, ", ".join(map(repr, OVERFLOW)))
         _check(streaming is False, "streaming", streaming, "False (the whole dataset is tokenised first)")
         check_columns(columns)
-        encoder = ChatEncoder(tokenizer, train_on)
+        encoder, bad = ChatEncoder(tokenizer, train_on), BadRows(on_bad_row)
         found = find_source(source, split, revision)
-        rows = iter(read_rows(found))
-        first = next(rows, None)
+        rows = iter(read_rows(found, bad))
+        name, first = _recognised(rows, known_format(format), columns, bad)
         if first is None:
-            raise DataError(f"the dataset {_short(source)} is empty: it has no rows")
-        name = known_format(format)
-        if name == "auto":
-            name = detect_format(first[1], columns, first[0])
-        builder = _Builder(max_length, overflow)
+            why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
+            raise DataError(f"the dataset {_short(source)} is empty: {why}")
+        builder = _Builder(max_length, overflow, bad)
         key = cache_key(found, tokenizer, format=name, columns=sorted((columns or {}).items()), train_on=train_on)
-        for number, chat in kept(_encoded(encoder, _chunks(first, rows, name, columns)), key):
+        chats = _encoded(encoder, _chunks(first, rows, name, columns, bad), bad)
+        for number, chat in kept(chats, None if bad.skips else key):  # what is kept does not say what was skipped
             builder.add(chat, number)
+        bad.report()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         dataset = builder.finish(pad_token_id=pad or 0, end_of_turn_id=encoder.end_of_turn_id, format=name)
         logger.info("%s", dataset)
@@ -172,11 +179,11 @@ class ChatDataset:
         return ChatDataset(
             self._input_ids, self._labels, self._starts, max_length=self.max_length, pad_token_id=self.pad_token_id,
             end_of_turn_id=self.end_of_turn_id, format=self.format, rows=self._rows, truncated=self._truncated,
-            dropped_rows=self.dropped_rows, index=self._index[chosen.astype(np.int64)],
+            dropped_rows=self.dropped_rows, bad_rows=self.bad_rows, index=self._index[chosen.astype(np.int64)],
         )  # fmt: skip
 
     def statistics(self) -> dict[str, Any]:
-        """documents, tokens, supervised tokens and their share, truncated documents, dropped rows, longest (tokens)."""
+        """documents, (supervised) tokens, truncated documents, dropped rows, bad (skipped) rows, longest in tokens."""
         lengths = self.lengths
         supervised = sum(int((self.document(i)[1] != IGNORE).sum()) for i in range(len(self)))
         tokens = int(lengths.sum())
@@ -187,6 +194,7 @@ class ChatDataset:
             "supervised_share": supervised / max(tokens, 1),
             "truncated": int(self._truncated[self._index].sum()),
             "dropped": self.dropped_rows,
+            "bad": len(self.bad_rows),
             "longest": int(lengths.max(initial=0)),
             "format": self.format,
             "max_length": self.max_length,
@@ -208,6 +216,8 @@ class ChatDataset:
         )
         if s["truncated"] or s["dropped"]:
             text += f", {s['truncated']:,} truncated, {s['dropped']:,} rows dropped: nothing trained was left in them"
+        if self.bad_rows:
+            text += f", {len(self.bad_rows):,} bad rows skipped"
         return text + ")"
 
 
@@ -220,30 +230,57 @@ def _short(source: Any) -> str:
     return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"
 
 
+def _recognised(
+    rows: Iterator[NumberedRow], name: str, columns: Mapping[str, str] | None, bad: BadRows
+) -> tuple[str, NumberedRow | None]:
+    """The format, and the first row that says so; None: there is none."""
+    for number, row in rows:
+        try:
+            return (detect_format(row, columns, number) if name == "auto" else name), (number, row)
+        except DataError as error:
+            bad.met(number, error)
+    return name, None
+
+
 def _chunks(
-    first: NumberedRow, rest: Iterator[NumberedRow], format: str, columns: Mapping[str, str] | None
+    first: NumberedRow, rest: Iterator[NumberedRow], format: str, columns: Mapping[str, str] | None, bad: BadRows
 ) -> Iterator[tuple[list[int], list[Any]]]:
     """Row numbers and checked chats, some at a time, so that the tokenizer has a batch to spread over the cores."""
-    numbers, chats = [first[0]], [to_messages(first[1], format, first[0], columns)]
-    for number, row in rest:
+    numbers, chats = [], []
+    for number, row in itertools.chain([first], rest):
+        try:
+            chats.append(to_messages(row, format, number, columns))
+            numbers.append(number)
+        except DataError as error:
+            bad.met(number, error)
         if len(chats) == _ROWS_AT_ONCE:
             yield numbers, chats
             numbers, chats = [], []
-        numbers.append(number)
-        chats.append(to_messages(row, format, number, columns))
-    yield numbers, chats
+    if chats:
+        yield numbers, chats
 
 
-def _encoded(encoder: ChatEncoder, chunks: Iterator[tuple[list[int], list[Any]]]) -> Generator[NumberedChat]:
+def _encoded(
+    encoder: ChatEncoder, chunks: Iterator[tuple[list[int], list[Any]]], bad: BadRows
+) -> Generator[NumberedChat]:
     for numbers, chats in chunks:
-        yield from zip(numbers, encoder.encode(chats, numbers), strict=True)
+        try:
+            yield from zip(numbers, encoder.encode(chats, numbers), strict=True)
+        except DataError:
+            if not bad.skips:
+                raise
+            for number, chat in zip(numbers, chats, strict=True):  # one by one, to know which
+                try:
+                    yield number, encoder.encode([chat], [number])[0]
+                except DataError as error:
+                    bad.met(number, error)
 
 
 class _Builder:
     """Collects documents of at most ``max_length`` tokens."""
 
-    def __init__(self, max_length: int, overflow: str) -> None:
-        self.max_length, self.overflow = max_length, overflow
+    def __init__(self, max_length: int, overflow: str, bad: BadRows) -> None:
+        self.max_length, self.overflow, self.bad = max_length, overflow, bad
         self.ids: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
         self.rows: list[int] = []
@@ -257,10 +294,8 @@ class _Builder:
         if len(ids) <= self.max_length:
             self._append(ids, labels, number, False)
         elif self.overflow == "error":
-            raise DataError(
-                f"row {number}: {len(ids)} tokens; allowed: max_length={self.max_length}. "
-                f"Raise max_length, or set overflow='truncate' or 'split'"
-            )
+            what = f"row {number}: {len(ids)} tokens; allowed: max_length={self.max_length}. "
+            self.bad.met(number, DataError(f"{what}Raise max_length, or set overflow='truncate' or 'split'"))
         else:
             # A document's first token is never predicted, so the parts of a split overlap by one token.
             step = self.max_length - 1
@@ -280,6 +315,8 @@ class _Builder:
         self.truncated.append(truncated)
 
     def finish(self, **facts: Any) -> ChatDataset:
+        if not self.ids and self.bad.errors and not self.dropped_rows:
+            raise DataError(f"none of the {len(self.bad.numbers)} rows is usable; the first: {self.bad.errors[0]}")
         if not self.ids:
             raise DataError(
                 f"max_length={self.max_length} is too small: cut there, none of the {self.dropped_rows} rows has a "
@@ -294,5 +331,6 @@ class _Builder:
         starts = np.concatenate([[0], np.cumsum([len(ids) for ids in self.ids])])
         return ChatDataset(
             np.concatenate(self.ids), np.concatenate(self.labels), starts, max_length=self.max_length,
-            rows=np.array(self.rows), truncated=np.array(self.truncated), dropped_rows=self.dropped_rows, **facts,
+            rows=np.array(self.rows), truncated=np.array(self.truncated), dropped_rows=self.dropped_rows,
+            bad_rows=tuple(self.bad.numbers), **facts,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .bad_rows import BadRows
 
 NumberedRow = tuple[int, Mapping[str, Any]]  # rows count from 1; in a .jsonl file the number is the line's
 
@@ -54,24 +55,32 @@ def _find_named(name: str, split: str, revision: str | None) -> Path | Iterable[
         raise DataError(f"cannot load the dataset {name!r}, split {split!r}: {error}") from error
 
 
-def read_rows(found: Path | Iterable[Any]) -> Iterator[NumberedRow]:
+def read_rows(found: Path | Iterable[Any], bad: BadRows | None = None) -> Iterator[NumberedRow]:
     """Rows of what :func:`find_source` found, with their numbers.
+
+    Args:
+        found: the source.
+        bad: what happens to a row that is not JSON or not a dict; None: it is an error.
 
     Raises:
         DataError: text that is not JSON or not UTF-8 (with its line), a row that is not a dict.
     """
+    bad = bad or BadRows("error")
     if not isinstance(found, Path):
-        return _numbered(found)
-    if found.suffix.lower() == ".parquet":
-        return _numbered(_parquet_rows(found))
-    return {".json": _json_rows, ".csv": _csv_rows}.get(found.suffix.lower(), _jsonl_rows)(found)
+        return _numbered(found, bad)
+    suffix = found.suffix.lower()
+    if suffix in (".csv", ".parquet"):
+        return _numbered(_csv_rows(found) if suffix == ".csv" else _parquet_rows(found), bad)
+    return (_json_rows if suffix == ".json" else _jsonl_rows)(found, bad)
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[NumberedRow]:
+def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping):
-            raise DataError(f"row {number} is a {type(row).__name__} {str(row)[:60]!r}; allowed: a dict of columns")
-        yield number, row
+        if isinstance(row, Mapping):
+            yield number, row
+            continue
+        kind = type(row).__name__
+        bad.met(number, DataError(f"row {number} is a {kind} {str(row)[:60]!r}; allowed: a dict of columns"))
 
 
 def _text(path: Path) -> str:
@@ -81,26 +90,29 @@ def _text(path: Path) -> str:
         raise DataError(f"{str(path)!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
 
 
-def _jsonl_rows(path: Path) -> Iterator[NumberedRow]:
+def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{str(path)!r}, row {number}: not JSON: {error}; got {line[:60]!r}") from None
-        if not isinstance(row, Mapping):
-            raise DataError(f"{str(path)!r}, row {number}: {line[:60]!r}; allowed: a JSON object")
-        yield number, row
+        except (ValueError, RecursionError) as error:  # ValueError also says: an integer of too many digits
+            what = DataError(f"{str(path)!r}, row {number}: not JSON: {error}; got {line[:60]!r}")
+        else:
+            if isinstance(row, Mapping):
+                yield number, row
+                continue
+            what = DataError(f"{str(path)!r}, row {number}: {line[:60]!r}; allowed: a JSON object")
+        bad.met(number, what)
 
 
-def _json_rows(path: Path) -> Iterator[NumberedRow]:
+def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
     """A list of objects; an object that holds one (``{"data": [...]}``); or, misnamed, one object a line."""
     try:
         value = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return _jsonl_rows(path)
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data":
+            return _jsonl_rows(path, bad)
         raise DataError(f"{str(path)!r} is not JSON: {error}") from None
     except RecursionError:
         raise DataError(f"{str(path)!r} is nested too deeply to be a dataset") from None
@@ -110,17 +122,17 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
         value = [value] if is_row else held
     if not isinstance(value, list):
         raise DataError(f"{str(path)!r} holds a {type(value).__name__}; allowed: a list of objects")
-    return _numbered(value)
+    return _numbered(value, bad)
 
 
-def _csv_rows(path: Path) -> Iterator[NumberedRow]:
+def _csv_rows(path: Path) -> Iterable[Mapping[str, Any]]:
     import pandas  # comes with datasets
 
     try:
         table = pandas.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         raise DataError(f"{str(path)!r} is not a CSV table: {error}") from None
-    return _numbered(table.to_dict("records"))
+    return table.to_dict("records")
 
 
 def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
