@@ -254,8 +254,13 @@ class TrainingConfig:
     """Stop after this many evaluations in a row without a better metric."""
     early_stopping_threshold: float = 0.0
     """How much better counts as better."""
+    continue_on_save_error: bool = False
+    """A checkpoint that cannot be written (a full disk) is told and the run goes on; False: it ends the run."""
     resume_from_checkpoint: bool | str | None = False
     """False; a path; True (there must be a good checkpoint); ``"auto"`` (the newest good one, or a fresh start)."""
+    resume_with_changes: bool = False
+    """Resume although the data, the settings or the versions of torch and transformers are others than the
+    checkpoint's; what differs is told. The run is then no longer the one that was cut, bit for bit."""
     inert: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
     """Names that were given and have no effect here."""
 

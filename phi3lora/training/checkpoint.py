@@ -29,11 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 from ..adapters.files import adapter_facts, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
-from ..errors import CheckpointError
+from ..errors import AdapterError, CheckpointError
 from .state import TrainingState
 
 logger = logging.getLogger("phi3lora")
@@ -45,10 +46,11 @@ _ALWAYS = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimi
 # Settings that may differ between the run that saved and the run that resumes: when to stop, look, save and say.
 _MAY_CHANGE = frozenset(
     """
-    activation_checkpointing compile disable_tqdm early_stopping_patience early_stopping_threshold eval_on_start
-    eval_steps eval_strategy gradient_checkpointing load_best_model_at_end log_level logging_first_step
-    logging_steps logging_strategy max_nonfinite_steps max_steps num_train_epochs output_dir overwrite_output_dir
-    per_device_eval_batch_size report_to resume_from_checkpoint run_name save_steps save_strategy save_total_limit
+    activation_checkpointing compile continue_on_save_error disable_tqdm early_stopping_patience
+    early_stopping_threshold eval_on_start eval_steps eval_strategy gradient_checkpointing load_best_model_at_end
+    log_level logging_first_step logging_steps logging_strategy max_nonfinite_steps max_steps num_train_epochs
+    output_dir overwrite_output_dir per_device_eval_batch_size report_to resume_from_checkpoint resume_with_changes
+    run_name save_steps save_strategy save_total_limit
     """.split()
 )
 
@@ -82,31 +84,52 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
-    """Write ``output_dir/checkpoint-{step}``; on return it is on disk. An older one of that name is replaced."""
+    """Write ``output_dir/checkpoint-{step}``; on return it is on disk. An older one of that name is replaced.
+
+    Raises:
+        CheckpointError: it cannot be written; the earlier ones are whole.
+    """
     folder = Path(run.config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"checkpoint-{state.global_step}"
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        save_adapter(run.model, temporary / "lora.safetensors")
-        _write_json(temporary / "lora_config.json", adapter_facts(run.model))
-        _write_json(temporary / "trainer_state.json", _about(run, state))
-        torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
-        rates = [group["lr"] for group in run.optimizer.param_groups]
-        scheduler = {"last_step": state.global_step, "learning_rates": rates, "scaler": run.scaler.state_dict()}
-        torch.save(scheduler, temporary / "scheduler.pt")
-        torch.save(rng_state(), temporary / f"rng_state_{run.rank}.pth")
-        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        _write_json(temporary / _MANIFEST, {"format": 1, "sha256": files})
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_files(run, state, temporary)
         for path in temporary.iterdir():
             _fsync(path)
         _fsync(temporary)
         _rename_over(temporary, final)
+    except (OSError, RuntimeError, AdapterError) as error:  # RuntimeError: how torch.save tells of a full disk
+        raise CheckpointError(
+            f"checkpoint {str(final)!r} could not be written: {error}. {_free(folder)}; the earlier checkpoints are "
+            f"whole. continue_on_save_error=True lets a run go on without it"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
+    """Everything in a checkpoint, the manifest last."""
+    save_adapter(run.model, folder / "lora.safetensors")
+    _write_json(folder / "lora_config.json", adapter_facts(run.model))
+    _write_json(folder / "trainer_state.json", _about(run, state))
+    torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    scheduler = {"last_step": state.global_step, "learning_rates": rates, "scaler": run.scaler.state_dict()}
+    torch.save(scheduler, folder / "scheduler.pt")
+    torch.save(rng_state(), folder / f"rng_state_{run.rank}.pth")
+    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    _write_json(folder / _MANIFEST, {"format": 1, "sha256": files})
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
+    except OSError as error:
+        return f"the folder cannot be read ({error})"
 
 
 def _rename_over(source: Path, target: Path) -> None:
@@ -129,16 +152,18 @@ def _undo_cut_replacements(folder: Path) -> None:
 
 
 def _about(run: Resumable, state: TrainingState) -> dict[str, Any]:
-    import transformers
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "state": state.to_dict(),
         "config": run.config.to_dict(),
         "data": run.data,
         "base_dtype": run.base_dtype,
-        "versions": versions,
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def damage(path: Path) -> str | None:
@@ -204,48 +229,66 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
     """
     try:
         about = json.loads((path / "trainer_state.json").read_text())
-        _refuse_other_run(path, about, run)
+        _check_same_run(path, about, run)
         optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         scheduler = torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True)
         generators = torch.load(path / f"rng_state_{run.rank}.pth", map_location="cpu", weights_only=True)
-    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
         raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {error}") from error
     tensors, _ = read_adapter(path / "lora.safetensors")
     load_adapter_state(run.model, tensors, str(path))
-    run.optimizer.load_state_dict(optimizer)
-    run.scaler.load_state_dict(scheduler["scaler"])
-    set_rng_state(generators)
-    return TrainingState.from_dict(about["state"])
+    try:
+        run.optimizer.load_state_dict(optimizer)
+        run.scaler.load_state_dict(scheduler["scaler"])
+        set_rng_state(generators)
+        return TrainingState.from_dict(about["state"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint {str(path)!r} does not hold what a run needs: {error}") from error
 
 
-def _refuse_other_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
+def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
+    """Refuse a checkpoint of other adapters; one of other data, settings or versions unless the user says so."""
     facts, ours = json.loads((path / "lora_config.json").read_text()), adapter_facts(run.model)
-    mine = run.config.to_dict()
-    differences = [
+    changes = _changes(about, run)
+    dropout = [config.get("lora_dropout") for config in (facts.get("config") or {}, ours.get("config") or {})]
+    if dropout[0] != dropout[1]:
+        changes.append(f"lora_dropout {dropout[0]!r} then, {dropout[1]!r} now")
+    if changes and run.config.resume_with_changes:
+        logger.warning("resuming %s although it is of another run: %s", path, "; ".join(changes))
+        changes = []
+    if about["config"].get("optim") != run.config.optim:  # whose state cannot be another's
+        changes.append(f"optim {about['config'].get('optim')!r} then, {run.config.optim!r} now")
+    if facts["layers"] != ours["layers"]:
+        names = [n for n in {**facts["layers"], **ours["layers"]} if facts["layers"].get(n) != ours["layers"].get(n)]
+        first = names[0]
+        then, now = facts["layers"].get(first), ours["layers"].get(first)
+        changes.append(f"adapters of {len(names)} layers, {first}: {then} then, {now} now")
+    if changes:
+        raise CheckpointError(
+            f"{str(path)!r} is a checkpoint of another run: {'; '.join(changes)}. Resume with what it was made with, "
+            f"start afresh in another output_dir, or (same adapters and optim) set resume_with_changes=True"
+        )
+
+
+def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
+    """What of the settings, the data, the base and the versions is not as it was."""
+    changes = [
         f"{name} {about['config'].get(name)!r} then, {value!r} now"
-        for name, value in mine.items()
-        if name not in _MAY_CHANGE and about["config"].get(name) != value
+        for name, value in run.config.to_dict().items()
+        if name not in _MAY_CHANGE and name != "optim" and about["config"].get(name) != value
     ]
-    differences += [
+    changes += [
         f"{name} of the data {about['data'].get(name)!r} then, {value!r} now"
         for name, value in run.data.items()
         if about["data"].get(name) != value
     ]
     if about["base_dtype"] != run.base_dtype:
-        differences.append(f"base weights {about['base_dtype']} then, {run.base_dtype} now")
-    if facts["layers"] != ours["layers"]:
-        names = [n for n in {**facts["layers"], **ours["layers"]} if facts["layers"].get(n) != ours["layers"].get(n)]
-        first = names[0]
-        then, now = facts["layers"].get(first), ours["layers"].get(first)
-        differences.append(f"adapters of {len(names)} layers, {first}: {then} then, {now} now")
-    dropout = [config.get("lora_dropout") for config in (facts.get("config") or {}, ours.get("config") or {})]
-    if dropout[0] != dropout[1]:
-        differences.append(f"lora_dropout {dropout[0]!r} then, {dropout[1]!r} now")
-    if differences:
-        raise CheckpointError(
-            f"{str(path)!r} is a checkpoint of another run: {'; '.join(differences)}. "
-            f"Resume with the settings it was made with, or start afresh in another output_dir"
-        )
+        changes.append(f"base weights {about['base_dtype']} then, {run.base_dtype} now")
+    for package, now in _versions().items():
+        then = about.get("versions", {}).get(package, now)
+        if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version
+            changes.append(f"{package} {then} then, {now} now")
+    return changes
 
 
 def rotate(output_dir: str | os.PathLike[str], keep: int | None, best: str | None) -> list[Path]:

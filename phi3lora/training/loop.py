@@ -22,11 +22,13 @@ from .checkpoint import Resumable, find_checkpoint, load_checkpoint
 from .distributed import World
 from .interrupts import Interrupts
 from .optim import build_optimizer, learning_rate
+from .out_of_memory import explained
+from .output_dir import claim_output_dir, locked
 from .precision import resolve_precision
 from .prefetch import prefetched_steps
 from .report import Reporter, draw_loss
 from .run import Run
-from .setup import banner_facts, check_run, claim_output_dir, layer_path, resolve_checkpointing, resolve_plans
+from .setup import banner_facts, check_run, layer_path, resolve_checkpointing, resolve_plans
 from .state import TrainingState
 from .step import OptimizerStep
 
@@ -71,15 +73,19 @@ def train(
         ones with ``load_best_model_at_end``.
 
     Raises:
-        TrainingError: no adapters, something else trainable, a loss that stays NaN or infinite.
+        TrainingError: no adapters, something else trainable, a loss that stays NaN or infinite, a GPU that is full.
         DataError: an empty dataset, documents that do not fit.
-        CheckpointError: another run's checkpoints in ``output_dir``, nothing to resume from, another run's checkpoint.
+        CheckpointError: another run in ``output_dir``, or its checkpoints; nothing to resume from; another run's
+            checkpoint; a checkpoint that cannot be written.
     """
     config = config or TrainingConfig()
-    run = _prepare(model, train_dataset, config, eval_dataset, tokenizer, callbacks)
-    state = run.state
     with ExitStack() as stack:
+        check_run(model, train_dataset, eval_dataset, config)
+        stack.enter_context(locked(config.output_dir))
+        run = _prepare(model, train_dataset, config, eval_dataset, tokenizer, callbacks)
+        state = run.state
         stack.enter_context(run.interrupts)
+        stack.enter_context(explained(config, *run.checkpointing))
         stack.enter_context(_training_mode(model))
         stack.enter_context(activation_checkpointing(model, run.checkpointing[0]))
         stack.enter_context(_compiled_layers(model, run.path[0] == "compiled"))
@@ -124,8 +130,7 @@ def _prepare(
     tokenizer: Any,
     callbacks: Sequence[Any],
 ) -> Run:
-    """Check everything that can be checked, build the parts, and go back to a checkpoint if asked."""
-    check_run(model, train_dataset, eval_dataset, config)
+    """Build the parts, and go back to a checkpoint if asked."""
     checkpoint = find_checkpoint(config)
     world, device = World(), model_device(model)
     torch.manual_seed(config.seed)

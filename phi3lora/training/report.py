@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..config import TrainingConfig
 from .state import TrainingState
 from .trackers import Tracker, open_trackers
 
+logger = logging.getLogger("phi3lora")
+
 
 class Reporter:
     """Writes for one run. ``metrics.jsonl`` holds exactly ``state.history``, also after a resume."""
@@ -23,12 +26,12 @@ class Reporter:
         self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
         self._bar_off = not is_main or bool(config.disable_tqdm)
         self.path = Path(config.output_dir) / "metrics.jsonl"
+        self._writes = True
         self._trackers: list[Tracker] = []
         self._bar: Any = None
 
     def __enter__(self) -> Reporter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.state.history))
+        self._write("w", self.state.history)
         self._trackers = open_trackers(self.config)
         total, done = self.state.total_steps, self.state.global_step
         self._bar = tqdm(total=total, initial=done, disable=self._bar_off, unit="step", dynamic_ncols=True)
@@ -56,13 +59,23 @@ class Reporter:
         """
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.state.history.append(values)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        self._write("a", [values])
         for tracker in self._trackers:
             tracker.write(values)
         shown = {name: _short(values[key]) for key, name in _SHOWN.items() if values.get(key) is not None}
         if shown:
             self._bar.set_postfix(shown)
+
+    def _write(self, mode: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Into ``metrics.jsonl``. A full disk costs the file, not the run: the checkpoints have the lines too."""
+        if not self._writes:
+            return
+        try:
+            with open(self.path, mode) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            self._writes = False
+            logger.error("%s is not written any more: %s", self.path, error)
 
     def say(self, text: str) -> None:
         """A line of text above the bar."""
@@ -78,7 +91,10 @@ def _short(value: float) -> str:
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
-    """The loss over the steps as a PNG (extra ``plot``); None without matplotlib or with fewer than two points."""
+    """The loss over the steps as a PNG (extra ``plot``).
+
+    None without matplotlib, with fewer than two points, or (told) where it cannot be written.
+    """
     train = [(line["step"], line["loss"]) for line in history if line.get("loss") is not None]
     held_out = [(line["step"], line["eval_loss"]) for line in history if line.get("eval_loss") is not None]
     if len(train) < 2:
@@ -99,5 +115,9 @@ def draw_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | 
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        logger.error("the picture of the loss is not written: %s", error)
+        return None
     return Path(path)

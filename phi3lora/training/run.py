@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import nn
 from ..adapters.files import load_adapter_state, read_adapter
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
-from ..errors import TrainingError
+from ..errors import CheckpointError, TrainingError
 from ..inference.evaluation import evaluate
 from ..model.flops import peak_flops
 from ..model.loading import model_device
@@ -30,6 +31,8 @@ from .report import Reporter
 from .state import TrainingState
 from .step import OptimizerStep, StepOutcome
 from .steps import StepPlan, StepRows, is_due
+
+logger = logging.getLogger("phi3lora")
 
 
 @dataclass
@@ -218,9 +221,17 @@ class Run:
         """A checkpoint, then the rotation of old ones."""
         self.read_arrived(wait=True)
         state = self.state
+        best = state.best_checkpoint, state.best_checkpoint_metric
         if self._beats_every_checkpoint():
             state.best_checkpoint, state.best_checkpoint_metric = f"checkpoint-{state.global_step}", self._metric()
-        path = save_checkpoint(self.resumable, state)
+        try:
+            path = save_checkpoint(self.resumable, state)
+        except CheckpointError as error:
+            state.best_checkpoint, state.best_checkpoint_metric = best
+            if not self.config.continue_on_save_error:
+                raise
+            logger.error("step %d: %s", state.global_step, error)
+            return
         self.saved_at = state.global_step
         rotate(self.config.output_dir, self.config.save_total_limit, state.best_checkpoint)
         self.tell("on_save", path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..data.loader import BatchPlan
-from ..errors import CheckpointError, DataError, TrainingError
+from ..errors import DataError, TrainingError
 from ..inference.evaluation import METRICS
 from ..model.attention import use_packed_attention
 from ..model.four_bit import count_parameters
@@ -22,7 +20,6 @@ from ..model.fused_decoder import reason_not_to_fuse
 from ..model.injection import lora_layers
 from ..model.loading import longrope_boundary, longrope_note, model_device
 from ..model.memory import MemoryPlan, plan_memory
-from .checkpoint import checkpoints
 from .optim import optimizer_bytes, warmup_steps
 from .precision import Precision
 from .state import TrainingState
@@ -87,24 +84,6 @@ def _check_data(
                 f"{name} has token id {dataset.largest_token_id()}; the model's vocabulary has "
                 f"{model_config.vocab_size}. Tokenise with the model's own tokenizer"
             )
-
-
-def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
-    """Refuse a folder with another run's checkpoints, or clear it if ``overwrite_output_dir`` says so."""
-    for leftover in Path(config.output_dir).glob(".checkpoint-*.tmp"):  # of a save that was killed
-        shutil.rmtree(leftover)
-    found = checkpoints(config.output_dir)
-    if not found or resuming or config.resume_from_checkpoint:
-        return
-    if not config.overwrite_output_dir:
-        raise CheckpointError(
-            f"output_dir={config.output_dir!r} holds another run's checkpoints ({found[0].name} the newest); "
-            f"set resume_from_checkpoint=True to go on with it, overwrite_output_dir=True to delete them, or take "
-            f"another folder"
-        )
-    for path in found:
-        shutil.rmtree(path)
-    (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -> tuple[str, str]:

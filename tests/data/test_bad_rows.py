@@ -62,7 +62,7 @@ def test_what_is_skipped_is_told_once_with_the_first_few(tmp_path, caplog):
 
 def test_a_row_too_long_is_a_bad_row_where_overflow_is_an_error():
     rows = [GOOD, {"prompt": "x" * 500, "completion": "y"}, GOOD]
-    with pytest.raises(DataError, match="row 2: .* tokens"):
+    with pytest.raises(DataError, match=r"row 2: .* tokens"):
         load(rows, overflow="error")
     assert load(rows, overflow="error", on_bad_row="skip").bad_rows == (2,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -252,11 +253,64 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoints_whole_and_no_half_o
     else:
         monkeypatch.setattr(module, "_fsync", crash(module._fsync, lambda path: "checkpoint-4" in path.parent.name))
     config = quiet_config(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(p3.CheckpointError, match="disk full"):
         p3.train(adapted_model(), chat_dataset(), config)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2"]
     assert damage(tmp_path / "checkpoint-2") is None
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+class FullDisk:
+    """After ``allowed`` bytes in files under a folder every write there fails, as on a disk without space."""
+
+    def __init__(self, monkeypatch, step):
+        real = module._write_files
+
+        def write(run, state, folder):
+            if state.global_step in step:
+                real(run, state, folder)
+                (folder / "optimizer.pt").write_bytes(b"")  # half written
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(run, state, folder)
+
+        monkeypatch.setattr(module, "_write_files", write)
+
+
+def test_a_full_disk_is_told_and_ends_the_run_with_the_earlier_checkpoints_whole(tmp_path, monkeypatch):
+    FullDisk(monkeypatch, {4})
+    config = quiet_config(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    with pytest.raises(p3.CheckpointError, match=r"checkpoint-4.*No space left.*MiB are free.*continue_on_save_error"):
+        p3.train(adapted_model(), chat_dataset(), config)
+    assert [p.name for p in tmp_path.iterdir() if "checkpoint" in p.name] == ["checkpoint-2"]
+    assert damage(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("full", [{2}, {4}, {6}, {2, 4, 6}])
+def test_a_run_goes_on_over_a_full_disk_if_the_user_chose_so(tmp_path, monkeypatch, caplog, full):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2}
+    plain = p3.train(model := adapted_model(), chat_dataset(), quiet_config(tmp_path / "plain", **settings),
+                     eval_dataset=chat_dataset(5))  # fmt: skip
+    expected = adapters_of(model)
+    FullDisk(monkeypatch, full)
+    config = quiet_config(tmp_path / "full", **settings, continue_on_save_error=True)
+    with caplog.at_level(logging.ERROR, logger="phi3lora"):
+        result = p3.train(model := adapted_model(), chat_dataset(), config, eval_dataset=chat_dataset(5))
+    assert same_tensors(adapters_of(model), expected) and result.global_step == plain.global_step
+    assert {int(r.message.split()[1].rstrip(":")) for r in caplog.records if "No space" in r.message} >= full
+    kept = [p for p in (tmp_path / "full").iterdir() if "checkpoint" in p.name]
+    assert len(kept) >= (0 if full == {2, 4, 6} else 1)
+    assert all(damage(p) is None and int(p.name.split("-")[1]) not in full for p in kept)
+    best = result.best_checkpoint  # only one that is there
+    assert best is None or Path(best).is_dir()
+
+
+def test_torchs_own_error_of_a_full_disk_is_one_of_ours(tmp_path):
+    """``/dev/full`` fails as a full disk does: inside the C++ writers of torch and safetensors."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises((OSError, RuntimeError)):
+        torch.save({"a": torch.zeros(100_000)}, "/dev/full")
 
 
 def test_a_crash_while_replacing_a_checkpoint_of_the_same_step_loses_neither(folder, monkeypatch):
@@ -270,7 +324,7 @@ def test_a_crash_while_replacing_a_checkpoint_of_the_same_step_loses_neither(fol
     monkeypatch.setattr(Path, "rename", rename)
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     config = quiet_config(folder, **steps, resume_from_checkpoint=str(folder / "checkpoint-4"))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(p3.CheckpointError, match="disk full"):
         p3.train(adapted_model(lora_dropout=0.1), chat_dataset(), config)
     monkeypatch.undo()
     assert newest_good_checkpoint(folder) == good

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
 
 import phi3lora as p3
+from phi3lora.training import checkpoint
 from phi3lora.training.late_values import LateValues
 
 # 24 documents in 22 rows of 64 tokens; 2 rows x 2 a step: 6 steps an epoch, the last of fewer micro-batches
@@ -310,6 +313,38 @@ def test_another_runs_checkpoint_is_refused_and_the_difference_is_named(cut_run,
     assert "another run" in str(caught.value)
     assert same_tensors(adapters_of(model), before)
     assert sorted(cut_run.rglob("*")) == files
+
+
+@pytest.mark.parametrize("what", ["learning_rate", "batch size", "dropout", "data", "optimizer"])
+def test_resume_with_changes_tells_what_differs_and_goes_on(cut_run, tmp_path, caplog, what):
+    changes, message = OTHER_RUNS[what]
+    folder = shutil.copytree(cut_run, tmp_path / "run")
+    if what == "optimizer":  # whose state cannot be another's
+        with pytest.raises(p3.CheckpointError, match="optim 'adamw_torch' then, 'sgd' now"):
+            resumed(folder, resume_with_changes=True, **changes)
+        return
+    with caplog.at_level(logging.WARNING, logger="phi3lora"):
+        result, _ = resumed(folder, resume_with_changes=True, **changes)
+    assert result.global_step > 2 and not result.interrupted
+    (record,) = [r for r in caplog.records if "of another run" in r.message]
+    assert re.search(message, record.message)
+
+
+def test_other_adapters_are_refused_all_the_same(cut_run):
+    with pytest.raises(p3.CheckpointError, match="adapters of 8 layers"):
+        resumed(cut_run, resume_with_changes=True, r=2)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_another_version_is_a_change_and_another_build_is_not(cut_run, tmp_path, monkeypatch, package):
+    folder = shutil.copytree(cut_run, tmp_path / "run")
+    here = checkpoint._versions()
+    monkeypatch.setattr(checkpoint, "_versions", lambda: {**here, "torch": here["torch"].partition("+")[0] + "+cu999"})
+    resumed(shutil.copytree(cut_run, tmp_path / "build"))
+    monkeypatch.setattr(checkpoint, "_versions", lambda: {**here, package: "9.9.9"})
+    with pytest.raises(p3.CheckpointError, match=rf"{package} .* then, 9\.9\.9 now.*resume_with_changes=True"):
+        resumed(folder)
+    resumed(folder, resume_with_changes=True)
 
 
 def test_a_base_model_of_another_dtype_is_another_run(cut_run):

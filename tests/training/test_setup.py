@@ -7,10 +7,10 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
 
 import phi3lora as p3
+from phi3lora.training.output_dir import claim_output_dir
 from phi3lora.training.setup import (
     banner_facts,
     check_run,
-    claim_output_dir,
     layer_path,
     resolve_checkpointing,
     resolve_plans,
