@@ -34,7 +34,9 @@ from .model.injection import InjectionReport, inject_lora
 from .model.layers import Conv2d, Embedding, Linear, MergedLinear
 from .model.loading import load_model
 from .training.callbacks import Callback
+from .training.checks.findings import DoctorReport, Finding
 from .training.loop import TrainingResult, train
+from .training.preflight import doctor
 
 __version__ = "0.1.0"
 
@@ -46,7 +48,9 @@ __all__ = [
     "ConfigError",
     "Conv2d",
     "DataError",
+    "DoctorReport",
     "Embedding",
+    "Finding",
     "InjectionReport",
     "Linear",
     "LoraConfig",
@@ -61,6 +65,7 @@ __all__ = [
     "causal_lm_loss",
     "demo",
     "disabled",
+    "doctor",
     "evaluate",
     "generate",
     "inject_lora",

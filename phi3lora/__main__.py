@@ -1,4 +1,4 @@
-"""``python -m phi3lora``: demo, train, chat."""
+"""``python -m phi3lora``: demo, doctor, train, chat."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import (
     LoraConfig,
     Phi3LoRAError,
     TrainingConfig,
+    doctor,
     generate,
     inject_lora,
     load_adapter,
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="phi3lora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_doctor(commands)
     _add_train(commands)
     _add_chat(commands)
     options = parser.parse_args(arguments)
@@ -52,21 +54,20 @@ def _demo(options: argparse.Namespace) -> int:
     return 0 if reached != options.random_init else 1
 
 
-def _add_train(commands: Any) -> None:
-    parser = commands.add_parser("train", help="tune a model on a chat file")
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a run is made of."""
     parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
     parser.add_argument("--data", required=True, help="a .jsonl, .json, .csv or .parquet file, or a hub dataset")
     parser.add_argument("--eval-share", type=float, default=0.0, help="share of the rows held out")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens in a document and in a packed row")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--adapter", help="where to write the adapter; default: OUTPUT_DIR/adapter.safetensors")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of LoraConfig, TrainingConfig"
     )
-    parser.set_defaults(run=_train)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatDataset | None, TrainingConfig]:
+    """Model with adapters, tokenizer, training data, held-out data, configuration."""
     lora, training = _split_settings(options.set)
     config = TrainingConfig(**training)
     model, tokenizer = load_model(options.model, dtype=options.dtype)
@@ -75,6 +76,33 @@ def _train(options: argparse.Namespace) -> int:
     held_out = None
     if options.eval_share:
         chats, held_out = chats.split(options.eval_share)
+    return model, tokenizer, chats, held_out, config
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="look at a run before it starts; exit status 1 if something is wrong")
+    _add_run_arguments(parser)
+    parser.add_argument("--device-memory-gib", type=float, metavar="GIB", help="ask about a card with that much memory")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    model, tokenizer, chats, held_out, config = _load_run(options)
+    memory = options.device_memory_gib
+    report = doctor(model, tokenizer, chats, config, eval_dataset=held_out, device_memory_gib=memory)
+    print(f"\n{report}")
+    return 0 if report.ok else 1
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser("train", help="tune a model on a chat file")
+    _add_run_arguments(parser)
+    parser.add_argument("--adapter", help="where to write the adapter; default: OUTPUT_DIR/adapter.safetensors")
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    model, tokenizer, chats, held_out, config = _load_run(options)
     result = train(model, chats, config, eval_dataset=held_out, tokenizer=tokenizer)
     path = save_adapter(model, options.adapter or f"{config.output_dir}/adapter.safetensors")
     print(json.dumps(result.metrics, indent=1))

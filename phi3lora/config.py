@@ -229,7 +229,8 @@ class TrainingConfig:
     logging_steps: float = 500
     logging_first_step: bool = False
     log_level: str = "passive"
-    """``"warning"``, ``"error"`` and ``"critical"`` silence the banner and the tables."""
+    """``"warning"`` silences the banner; ``"error"`` and ``"critical"`` also the lines of :func:`phi3lora.doctor` that
+    the run starts with."""
     disable_tqdm: bool | None = None
     """No progress bar."""
     report_to: str | Sequence[str] = "none"

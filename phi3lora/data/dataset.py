@@ -149,6 +149,11 @@ class ChatDataset:
         """Tokens of each document, int64 (documents,)."""
         return np.diff(self._starts)[self._index]
 
+    @property
+    def truncated(self) -> np.ndarray:
+        """Whether each document was cut at ``max_length``, bool (documents,)."""
+        return self._truncated[self._index]
+
     def largest_token_id(self) -> int:
         """The largest token id in any document, to hold against a model's vocabulary."""
         return max(int(self.document(i)[0].max()) for i in range(len(self)))
@@ -192,7 +197,7 @@ class ChatDataset:
             "tokens": tokens,
             "supervised_tokens": supervised,
             "supervised_share": supervised / max(tokens, 1),
-            "truncated": int(self._truncated[self._index].sum()),
+            "truncated": int(self.truncated.sum()),
             "dropped": self.dropped_rows,
             "bad": len(self.bad_rows),
             "longest": int(lengths.max(initial=0)),

@@ -25,12 +25,17 @@ def peak_flops(device: torch.device) -> float | None:
     return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
 
 
+def mean_context_tokens(lengths: Any) -> float:
+    """Keys that a query sees on average in documents of ``lengths`` (documents,): half of its document."""
+    return float((lengths**2).sum() / (2 * lengths.sum()))
+
+
 def flops_per_token(model: Any, mean_context_tokens: float) -> float:
     """Forward and backward of one token, recomputation not counted.
 
     A frozen weight costs 2 operations an entry in the forward and 2 in the backward (no weight gradient); an adapter's
     entry 6; attention 4 * context * heads * head_dim forward and twice that backward, with
-    ``mean_context_tokens`` keys seen by a query on average (half a document's length).
+    ``mean_context_tokens`` keys seen by a query on average.
     """
     adapters = sum(p.numel() for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))
     decoder = model.get_decoder()

@@ -20,13 +20,15 @@ Shapes: N tokens of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .frozen import Nf4, frozen_weights
+from .four_bit import weight_shape
+from .frozen import Nf4, frozen_of, frozen_weights
 from .injection import lora_layers
 from .loss import CHUNK_TOKENS
 from .low_rank import compute_dtype
@@ -48,7 +50,11 @@ class MemoryPlan:
         """The first mode within 92 % of what is available (the allocator leaves gaps), else ``"offload"``."""
         if self.available_gib is None:
             return "none"
-        return next((m for m, gib in self.peak_gib.items() if gib <= 0.92 * self.available_gib), "offload")
+        return next((mode for mode in self.peak_gib if self.fits(mode)), "offload")
+
+    def fits(self, mode: str) -> bool:
+        """Whether a mode's peak is within 92 % of what is available; without a GPU everything is."""
+        return self.available_gib is None or self.peak_gib[mode] <= 0.92 * self.available_gib
 
     def __str__(self) -> str:
         """``none 25.1, selective 16.8, full 9.6, offload 8.6 of 78.9 GiB``"""
@@ -56,13 +62,20 @@ class MemoryPlan:
         return modes + (f" of {self.available_gib:.1f} GiB" if self.available_gib is not None else " GiB")
 
 
-def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_bytes: float = 8.0) -> MemoryPlan:
+def plan_memory(
+    model: nn.Module,
+    tokens: int,
+    path: str = "fused",
+    optimizer_bytes: float = 8.0,
+    base_precision: str | None = None,
+) -> MemoryPlan:
     """The prediction for micro-batches of ``tokens`` (N).
 
     Args:
         model: with its adapters, where it will train.
         path: how the layers are computed, a key of :data:`FACTORS`.
         optimizer_bytes: of state, for each number that trains (AdamW in float32: 8).
+        base_precision: ``"fp8"`` or ``"nf4"``: as if the model had been loaded so; None: as it is.
     """
     config: Any = model.config
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -82,8 +95,13 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
     }  # bytes of a token in a layer
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
-    # A 4-bit weight is written out for each product, one at a time.
-    fixed += size * max((w.state.shape.numel() for w in frozen_weights(model) if isinstance(w, Nf4)), default=0)
+    linear = _base_layers(model)
+    if base_precision is not None:
+        stored = _STORED_BYTES[base_precision]
+        fixed += sum(stored(*weight_shape(layer.weight)) - frozen_of(layer).nbytes for layer in linear)
+    if base_precision == "nf4" or (base_precision is None and any(isinstance(frozen_of(m), Nf4) for m in linear)):
+        # A 4-bit weight is written out for each product, one at a time.
+        fixed += size * max(weight_shape(layer.weight).numel() for layer in linear)
     # The backward's widest moment: the feed-forward part's gradients, or the loss's chunk of logits.
     # SwiGLU's backward leaves a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
     partial_sums = 4 * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
@@ -97,6 +115,19 @@ def plan_memory(model: nn.Module, tokens: int, path: str = "fused", optimizer_by
     factor = FACTORS[path]
     peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
     return MemoryPlan(peak, _available_gib(model, weight.device))
+
+
+_STORED_BYTES: dict[str, Callable[[int, int], float]] = {
+    "fp8": lambda out, inner: 2 * out * inner + 4 * (out + inner),  # both orientations and their rows' scales
+    "nf4": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8,  # entries, scales, scales of scales
+}
+"""What a weight (out, in) takes in a format of model/frozen.py."""
+
+
+def _base_layers(model: nn.Module) -> list[Any]:
+    """The linear layers that ``base_precision`` is about: all but the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
 
 
 def _bytes(model: nn.Module) -> int:

@@ -15,10 +15,11 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..model.activations import activation_checkpointing
-from ..model.flops import flops_per_token
+from ..model.flops import flops_per_token, mean_context_tokens
 from ..model.frozen import base_format
 from ..model.loading import model_device
 from .checkpoint import Resumable, find_checkpoint, load_checkpoint
+from .checks.planned_run import PlannedRun
 from .distributed import World
 from .interrupts import Interrupts
 from .optim import build_optimizer, learning_rate
@@ -26,11 +27,12 @@ from .out_of_memory import explained
 from .output_dir import claim_output_dir, locked
 from .precision import resolve_precision
 from .prefetch import prefetched_steps
+from .preflight import problems
 from .report import Reporter, draw_loss
 from .run import Run
 from .setup import banner_facts, check_run, layer_path, resolve_checkpointing, resolve_plans
 from .state import TrainingState
-from .step import OptimizerStep
+from .step import OptimizerStep, training_mode
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,15 @@ def train(
         state = run.state
         stack.enter_context(run.interrupts)
         stack.enter_context(explained(config, *run.checkpointing))
-        stack.enter_context(_training_mode(model))
+        stack.enter_context(training_mode(model))
         stack.enter_context(activation_checkpointing(model, run.checkpointing[0]))
         stack.enter_context(_compiled_layers(model, run.path[0] == "compiled"))
         stack.enter_context(run.report)
         run.report.banner(
             banner_facts(model, run.steps, config, state, run.precision, eval_dataset, run.path, run.checkpointing)
+        )
+        run.report.problems(
+            problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, steps=run.steps))
         )
         run.tell("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
@@ -143,7 +148,7 @@ def _prepare(
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
     claim_output_dir(config, resuming=checkpoint is not None)
     state.total_steps = steps.total
-    context = float((train_dataset.lengths**2).sum() / (2 * train_dataset.lengths.sum()))
+    context = mean_context_tokens(train_dataset.lengths)
     return Run(
         interrupts=Interrupts(), model=model, config=config, steps=steps, precision=precision, state=state, world=world,
         step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world, fused=path[0] == "fused"),
@@ -152,18 +157,6 @@ def _prepare(
         resumed_from=checkpoint, path=path,
         checkpointing=resolve_checkpointing(model, train_dataset, config, path[0], precision),
     )  # fmt: skip
-
-
-@contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    """``model.train()`` for the time of the block, then every module's own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -68,15 +68,22 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
     """Refuse a folder with another run's checkpoints, or clear it if ``overwrite_output_dir`` says so."""
     for leftover in Path(config.output_dir).glob(".checkpoint-*.tmp"):  # of a save that was killed
         shutil.rmtree(leftover)
+    found = check_output_dir(config, resuming)
+    for path in found:
+        shutil.rmtree(path)
+    if found:
+        (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def check_output_dir(config: TrainingConfig, resuming: bool = False) -> list[Path]:
+    """Another run's checkpoints, which ``overwrite_output_dir`` lets a new run delete; without it they are an error."""
     found = checkpoints(config.output_dir)
-    if not found or resuming or config.resume_from_checkpoint:
-        return
-    if not config.overwrite_output_dir:
+    if resuming or config.resume_from_checkpoint:
+        return []
+    if found and not config.overwrite_output_dir:
         raise CheckpointError(
             f"output_dir={config.output_dir!r} holds another run's checkpoints ({found[0].name} the newest); "
             f"set resume_from_checkpoint=True to go on with it, overwrite_output_dir=True to delete them, or take "
             f"another folder"
         )
-    for path in found:
-        shutil.rmtree(path)
-    (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
+    return found

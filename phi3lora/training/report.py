@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..config import TrainingConfig
+from .checks.findings import Finding
 from .state import TrainingState
 from .trackers import Tracker, open_trackers
 
@@ -22,7 +23,7 @@ class Reporter:
     """Writes for one run. ``metrics.jsonl`` holds exactly ``state.history``, also after a resume."""
 
     def __init__(self, config: TrainingConfig, state: TrainingState, is_main: bool = True) -> None:
-        self.config, self.state = config, state
+        self.config, self.state, self.is_main = config, state, is_main
         self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
         self._bar_off = not is_main or bool(config.disable_tqdm)
         self.path = Path(config.output_dir) / "metrics.jsonl"
@@ -47,6 +48,13 @@ class Reporter:
         if not self.quiet:
             width = max(map(len, facts))
             print("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()), flush=True)
+
+    def problems(self, findings: Sequence[Finding]) -> None:
+        """What a look at the run before it starts found wrong, a line each; ``log_level="error"`` silences them."""
+        if self.is_main and self.config.log_level not in ("error", "critical"):
+            width = max((len(finding.name) for finding in findings), default=0)
+            for finding in findings:
+                tqdm.write(finding.lines(width, colour=False))
 
     def step_done(self) -> None:
         """Move the bar by one."""

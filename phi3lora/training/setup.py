@@ -112,15 +112,33 @@ def resolve_checkpointing(
     model: nn.Module, dataset: ChatDataset, config: TrainingConfig, path: str, precision: Precision
 ) -> tuple[str, MemoryPlan]:
     """The activation checkpointing mode, ``"auto"`` resolved to the fastest that fits, and the prediction behind it."""
+    plan = plan_step_memory(model, dataset, config, path, precision)
+    return checkpointing_mode(config, plan, path), plan
+
+
+def plan_step_memory(
+    model: nn.Module,
+    dataset: ChatDataset,
+    config: TrainingConfig,
+    path: str,
+    precision: Precision,
+    base_precision: str | None = None,
+) -> MemoryPlan:
+    """The prediction for the largest micro-batch of a run."""
     width = (config.max_length or dataset.max_length) if config.packing else int(dataset.lengths.max())
+    tokens = config.per_device_train_batch_size * width
     with precision.autocast():
-        plan = plan_memory(model, config.per_device_train_batch_size * width, path, optimizer_bytes(config.optim))
+        return plan_memory(model, tokens, path, optimizer_bytes(config.optim), base_precision)
+
+
+def checkpointing_mode(config: TrainingConfig, plan: MemoryPlan, path: str) -> str:
+    """The mode that is configured, ``"auto"`` resolved."""
     mode = str(config.activation_checkpointing)
     if mode == "auto":
         mode = plan.fastest_that_fits()
         if mode == "offload" and path == "compiled":
             mode = "full"
-    return mode, plan
+    return mode
 
 
 def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig, path: str) -> StepPlan:

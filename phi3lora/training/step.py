@@ -9,7 +9,8 @@ optimizer on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,18 @@ from torch import Tensor, nn
 from ..model.forward_pass import causal_lm_loss
 from .distributed import World
 from .precision import Precision
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """``model.train()`` for the time of the block, then every module's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass(frozen=True)
