@@ -95,9 +95,9 @@ def train(
         run.report.banner(
             banner_facts(model, run.steps, config, state, run.precision, eval_dataset, run.path, run.checkpointing)
         )
-        run.report.problems(
-            problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, steps=run.steps))
-        )
+        if run.report.warns:
+            known: dict[str, Any] = {"steps": run.steps, "path": run.path, "precision": run.precision}
+            run.report.problems(problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, **known)))
         run.tell("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()

@@ -45,7 +45,7 @@ CHECKS: dict[str, Check] = {
 }
 """Name of a finding -> the function that makes it, in the order of the report."""
 
-_SAID_ELSEWHERE = ("run", "preview", "output")  # train() raises those itself, or there is nothing to warn of
+_SAID_ELSEWHERE = ("run", "preview", "layers", "output")  # train() raises those itself, or its banner has them
 
 
 def doctor(

@@ -23,8 +23,9 @@ class Reporter:
     """Writes for one run. ``metrics.jsonl`` holds exactly ``state.history``, also after a resume."""
 
     def __init__(self, config: TrainingConfig, state: TrainingState, is_main: bool = True) -> None:
-        self.config, self.state, self.is_main = config, state, is_main
+        self.config, self.state = config, state
         self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
+        self.warns = is_main and config.log_level not in ("error", "critical")
         self._bar_off = not is_main or bool(config.disable_tqdm)
         self.path = Path(config.output_dir) / "metrics.jsonl"
         self._writes = True
@@ -50,11 +51,10 @@ class Reporter:
             print("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()), flush=True)
 
     def problems(self, findings: Sequence[Finding]) -> None:
-        """What a look at the run before it starts found wrong, a line each; ``log_level="error"`` silences them."""
-        if self.is_main and self.config.log_level not in ("error", "critical"):
-            width = max((len(finding.name) for finding in findings), default=0)
-            for finding in findings:
-                tqdm.write(finding.lines(width, colour=False))
+        """What a look at the run before it starts found wrong, a line each."""
+        width = max((len(finding.name) for finding in findings), default=0)
+        for finding in findings:
+            tqdm.write(finding.lines(width, colour=False))
 
     def step_done(self) -> None:
         """Move the bar by one."""

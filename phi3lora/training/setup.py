@@ -125,7 +125,7 @@ def plan_step_memory(
     base_precision: str | None = None,
 ) -> MemoryPlan:
     """The prediction for the largest micro-batch of a run."""
-    width = (config.max_length or dataset.max_length) if config.packing else int(dataset.lengths.max())
+    width = (config.max_length or dataset.max_length) if config.packing else int(dataset.lengths.max(initial=0))
     tokens = config.per_device_train_batch_size * width
     with precision.autocast():
         return plan_memory(model, tokens, path, optimizer_bytes(config.optim), base_precision)

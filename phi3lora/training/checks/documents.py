@@ -35,7 +35,7 @@ def preview(planned: PlannedRun) -> Verdict:
     if planned.tokenizer is None:
         return ok("no tokenizer given: nothing to show")
     if len(planned.dataset) == 0:
-        return warning("no document to show")
+        return ok("no document to show")
     ids, labels = planned.dataset.document(0)
     trained = labels != IGNORE
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
@@ -102,8 +102,6 @@ def padding(planned: PlannedRun) -> Verdict:
 def lengths(planned: PlannedRun) -> Verdict:
     """Documents against ``max_length``."""
     facts, found = planned.statistics, planned.dataset.lengths
-    if not len(found):
-        return error("no documents")
     middle, most, nearly = (int(x) for x in np.percentile(found, [50, 90, 99], method="higher"))
     text = (
         f"{len(found):,} documents of {middle:,} | {most:,} | {nearly:,} | {facts['longest']:,} tokens "
@@ -130,9 +128,9 @@ def packing(planned: PlannedRun) -> Verdict:
     kind = f"rows packed to {plan.max_length:,} tokens" if plan.packing else "rows of one document, padded"
     each = -(-len(micro_batches) // planned.config.gradient_accumulation_steps)
     text = f"{rows:,} {kind}, {100 * fill:.1f} % full; {each:,} steps an epoch, {steps.total:,} in all"
-    if fill < 0.5 and rows > planned.config.per_device_train_batch_size:
+    if fill < (0.7 if plan.packing else 0.5) and rows > planned.config.per_device_train_batch_size:
         remedy = "choose a max_length that documents divide better" if plan.packing else "packing=True fills them"
-        return warning(f"{text}: most of a row is padding; {remedy}")
+        return warning(f"{text}: the rest is padding; {remedy}")
     return ok(text)
 
 

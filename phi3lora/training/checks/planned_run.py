@@ -10,6 +10,7 @@ from torch import nn
 
 from ...config import TrainingConfig
 from ...data.dataset import ChatDataset
+from ...errors import DataError
 from ...model.loading import model_device
 from ...model.memory import MemoryPlan
 from ..precision import Precision, resolve_precision
@@ -52,12 +53,18 @@ class PlannedRun:
 
     @cached_property
     def steps(self) -> StepPlan:
+        self._require_documents()
         return resolve_plans(self.model, self.dataset, self.config, self.path[0])
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
         """Of the dataset."""
+        self._require_documents()
         return self.dataset.statistics()
+
+    def _require_documents(self) -> None:
+        if len(self.dataset) == 0:
+            raise DataError("the dataset is empty: it has no documents")
 
     @cached_property
     def spans(self) -> TrainedSpans:

@@ -74,10 +74,11 @@ def disk(planned: PlannedRun) -> Verdict:
 
 
 def checkpoint_bytes(planned: PlannedRun) -> int:
-    """Of one checkpoint: adapters, optimizer state, and about 2 KiB of names and headers a tensor."""
+    """Of one checkpoint: adapters, optimizer state, a KiB or two of names and headers a tensor, generators."""
     trained = [p for p in planned.model.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
-    return int(numbers * (4 + optimizer_bytes(planned.config.optim)) + 2048 * len(trained) + 32 * 1024)
+    state = optimizer_bytes(planned.config.optim)
+    return int(numbers * (4 + state) + (2048 if state else 512) * len(trained) + 32 * 1024)
 
 
 def checkpoints_at_once(planned: PlannedRun) -> int:
