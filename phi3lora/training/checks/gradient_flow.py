@@ -44,7 +44,7 @@ class Trial:
     tokens: int
     flops: float
     seconds: float
-    """Of the second step."""
+    """Of the faster step: the other may have waited for a kernel to be compiled, or for another process."""
 
 
 def gradient_flow(planned: PlannedRun) -> tuple[Verdict, Trial | None]:
@@ -81,7 +81,7 @@ def run_trial(planned: PlannedRun) -> Trial:
     flops = int(lengths.sum()) * flops_per_token(model, mean_context_tokens(lengths))
     losses: list[float] = []
     still: list[list[str]] = []
-    seconds = 0.0
+    seconds = math.inf
     precision = resolve_precision(planned.config, model, model_device(model))  # with a scaler of its own
     with _copied_adapters(model) as trained, training_mode(model), torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0, fused=True)
@@ -93,7 +93,7 @@ def run_trial(planned: PlannedRun) -> Trial:
                 started = time.perf_counter()
                 outcome = step([batch], _RATE)
                 loss, _, skipped = outcome.values.tolist()
-                seconds = time.perf_counter() - started
+                seconds = min(seconds, time.perf_counter() - started)
                 if skipped and math.isfinite(loss) and precision.can_scale_down():
                     continue
                 if skipped:

@@ -29,7 +29,9 @@ def memory(planned: PlannedRun) -> Verdict:
     if plan.fits(mode):
         return ok(text, table)
     fitting = [other for other in plan.peak_gib if plan.fits(other)]
-    remedy = f"activation_checkpointing={fitting[0]!r} fits" if fitting else "take smaller batches or a rounded base"
+    remedy = (
+        f"activation_checkpointing={fitting[0]!r} fits" if fitting else "take smaller batches or base_precision='nf4'"
+    )
     if plan.peak_gib[mode] > plan.available_gib:
         return error(f"{text}, does not fit; {remedy}", table)
     return warning(f"{text}, very tight; {remedy}", table)
@@ -106,7 +108,7 @@ def duration(planned: PlannedRun, trial: Trial | None) -> Verdict:
     tokens = int(lengths.sum()) * steps.total / per_epoch
     work = tokens * flops_per_token(planned.model, mean_context_tokens(lengths))
     text = f"{steps.total:,} steps, {tokens:,.0f} tokens, {work:.2g} operations"
-    if trial is None or not trial.seconds:
+    if trial is None:
         return ok(f"{text}; time unknown: no step was measured")
     seconds = trial.seconds * work / trial.flops
     return ok(f"about {_time(seconds)} for {text}, at the speed of one step of {trial.tokens:,} tokens")

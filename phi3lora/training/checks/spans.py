@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ...errors import DataError
 
 SAMPLE = 100_000
 """Documents looked at, evenly spread; a smaller dataset is looked at whole."""
+_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ def trained_spans(dataset: ChatDataset, sample: int = SAMPLE) -> TrainedSpans:
     if len(dataset) == 0:
         raise DataError("the dataset is empty: it has no documents")
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), sample)).astype(np.int64)
+    parts = [_spans_of(dataset, chosen[at : at + _AT_ONCE]) for at in range(0, len(chosen), _AT_ONCE)]
+    *columns, other = zip(*parts, strict=True)
+    document, start, length, last_token, cut = map(np.concatenate, columns)
+    return TrainedSpans(document, start, length, last_token, cut, documents=len(chosen), other_labels=sum(other))
+
+
+def _spans_of(dataset: ChatDataset, chosen: np.ndarray) -> tuple[Any, ...]:
+    """The fields of :class:`TrainedSpans`, but ``documents``, for these documents."""
     pairs = [dataset.document(int(i)) for i in chosen]
     ids, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
     lengths = np.array([len(document) for document, _ in pairs])
@@ -58,14 +68,8 @@ def trained_spans(dataset: ChatDataset, sample: int = SAMPLE) -> TrainedSpans:
     trained = labels != IGNORE
     starts = np.flatnonzero(trained & (first | ~np.roll(trained, 1)))
     stops = np.flatnonzero(trained & (last | ~np.roll(trained, -1))) + 1
-    place = np.searchsorted(ends, starts, side="right")
+    place = np.searchsorted(ends, starts, side="right")  # which of the documents
     shortened = dataset.truncated[chosen] | (lengths == dataset.max_length)
-    return TrainedSpans(
-        document=chosen[place],
-        start=starts - (ends - lengths)[place],
-        length=stops - starts,
-        last_token=ids[stops - 1],
-        cut=(stops == ends[place]) & shortened[place],
-        documents=len(chosen),
-        other_labels=int((trained & (labels != ids)).sum()),
-    )
+    cut = (stops == ends[place]) & shortened[place]
+    other = int((trained & (labels != ids)).sum())
+    return chosen[place], starts - (ends - lengths)[place], stops - starts, ids[stops - 1], cut, other
