@@ -12,7 +12,7 @@ p3.save_adapter(model, "support.safetensors")
 from loralib import lora_state_dict, mark_only_lora_as_trainable
 
 from . import demo
-from .adapters.active import disabled
+from .adapters.active import delete_adapter, disabled, list_adapters, set_adapter
 from .adapters.files import load_adapter, save_adapter
 from .adapters.merging import MergeReport, merged, save_merged
 from .config import LoraConfig, TrainingConfig
@@ -63,12 +63,14 @@ __all__ = [
     "TrainingResult",
     "batches",
     "causal_lm_loss",
+    "delete_adapter",
     "demo",
     "disabled",
     "doctor",
     "evaluate",
     "generate",
     "inject_lora",
+    "list_adapters",
     "load_adapter",
     "load_model",
     "lora_state_dict",
@@ -76,5 +78,6 @@ __all__ = [
     "merged",
     "save_adapter",
     "save_merged",
+    "set_adapter",
     "train",
 ]

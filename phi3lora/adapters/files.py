@@ -24,6 +24,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError
 from ..model.injection import inject_lora, lora_layers, remove_lora
 from ..model.layers import MergedLinear
+from .active import DEFAULT, apart, call_acting, list_adapters
 
 logger = logging.getLogger("phi3lora")
 
@@ -90,20 +91,47 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> None:
     """Load adapters into ``model`` with ``strict=False``, then hold them to what strict would have asked.
 
     A model without adapters is injected first, as the file says. On an error the model is as it was.
 
+    Args:
+        model: with adapters or without.
+        path: an adapter file of ours or loralib's.
+        name: of the adapter. Where the acting one is called so (``inject_lora``'s is ``"default"``), its numbers are
+            replaced; under another name it waits beside it, built as the file says, until ``set_adapter(model, name)``.
+            One that already waits under that name is replaced.
+
     Raises:
         AdapterError: no such file, not an adapter file, keys or shapes that do not match (it says which), or layers
-            built otherwise (rank, alpha, rsLoRA, segments).
+            built otherwise (rank, alpha, rsLoRA, segments). Beside others: trained biases, inside ``disabled`` or
+            ``merged``.
+        ModelError: the file's targets match nothing in this model.
     """
     path = Path(path)
+    if not (isinstance(name, str) and name):
+        raise AdapterError(f"an adapter cannot be called {name!r}; allowed: a string that is not empty")
     state, facts = read_adapter(path)
-    if lora_layers(model):
+    loaded = list_adapters(model)
+    if not loaded:
+        _inject_and_load(model, state, facts, path)
+        call_acting(model, name)
+    elif loaded.get(name):
         _load_checked(model, state, facts, path)
-        return
+    else:
+        biases = [key for key in state if key.endswith("bias")]
+        if biases:
+            raise AdapterError(
+                f"{str(path)!r} holds trained biases of the base ({_few(biases)}), which "
+                f"{', '.join(map(repr, loaded))} would share; load it into a model of its own"
+            )
+        with apart(model, name):
+            _inject_and_load(model, state, facts, path)
+
+
+def _inject_and_load(model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any] | None, path: Path) -> None:
+    """A model without adapters gets those of the file, or is as it was."""
     config = (facts or {}).get("config")
     if config is None:
         raise AdapterError(f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first")

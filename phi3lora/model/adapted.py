@@ -14,6 +14,9 @@ from ..errors import ModelError
 from .four_bit import PLAIN_SETTINGS
 from .frozen import plain_class
 
+ADAPTERS = ("lora_A", "lora_B")
+"""The two parameters that are the adapter's; a layer's others are the base's."""
+
 
 class Adapted:
     """What the four layers share: settings, float32 adapters, and modes that leave the weights alone."""
@@ -60,7 +63,27 @@ class Adapted:
     def base_layer(self) -> nn.Module:
         """The plain layer, with the same parameters."""
         plain = nn.Embedding if isinstance(self, nn.Embedding) else plain_class(self.frozen_weight())
-        return like_base(self, plain, skip=("lora_A", "lora_B"))
+        return like_base(self, plain, skip=ADAPTERS)
+
+    def take_off(self) -> nn.Module:
+        """The plain layer, as :meth:`base_layer`; this one keeps its adapters alone, until it is put on again."""
+        base = self.base_layer()
+        for name in [name for name in self._parameters if name not in ADAPTERS]:  # type: ignore[attr-defined]
+            delattr(self, name)
+        self._buffers.clear()  # type: ignore[attr-defined]
+        return base
+
+    def put_on(self, base: Any) -> None:
+        """Take a plain layer's parameters, mode and device; the other way round of :meth:`take_off`."""
+        self.to(base.weight.device)  # type: ignore[attr-defined]
+        adapters = {name: self._parameters.pop(name) for name in ADAPTERS}  # type: ignore[attr-defined]
+        self._share(base)
+        for name, parameter in adapters.items():  # behind the base's, where injection has them
+            self.register_parameter(name, parameter)  # type: ignore[attr-defined]
+        self.train(base.training)
+
+    def _share(self, base: Any) -> None:
+        share_base(base, self)
 
     def delta(self) -> Tensor:
         """What the adapters add to the base weight: float32, in the weight's own shape."""
@@ -72,6 +95,12 @@ def like_base(base: Any, cls: type[nn.Module], skip: Sequence[str] = ()) -> Any:
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.training = base.training
+    share_base(base, layer, skip)
+    return layer
+
+
+def share_base(base: Any, layer: Any, skip: Sequence[str] = ()) -> None:
+    """Give ``layer`` the parameters, buffers and settings of ``base``: the same objects, no copies."""
     for name in base._parameters.keys() - set(skip):
         layer.register_parameter(name, base._parameters[name])
     for name, buffer in base._buffers.items():
@@ -79,4 +108,3 @@ def like_base(base: Any, cls: type[nn.Module], skip: Sequence[str] = ()) -> Any:
     for name in (*base.__constants__, *PLAIN_SETTINGS):
         if hasattr(base, name):
             setattr(layer, name, getattr(base, name))
-    return layer

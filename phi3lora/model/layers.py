@@ -368,6 +368,13 @@ class Conv2d(Adapted, lora.Conv2d):
         """The plain layer."""
         return self.conv
 
+    def take_off(self) -> nn.Module:
+        """The plain layer; this one keeps its adapters alone."""
+        return self._modules.pop("conv")  # type: ignore[return-value]
+
+    def _share(self, base: nn.Conv2d) -> None:
+        self.conv = base
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, H, W) -> (B, out, H', W')."""
         if self.r == 0 or not self.enabled:
