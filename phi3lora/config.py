@@ -183,6 +183,9 @@ class TrainingConfig:
     """Optimizer steps; > 0 overrides ``num_train_epochs``."""
     learning_rate: float = 5e-5
     """The peak learning rate."""
+    lora_plus_lr_ratio: float | None = None
+    """LoRA+, https://arxiv.org/abs/2402.12354: each B learns at ``learning_rate`` times this (16, say), A at
+    ``learning_rate``. None: all at ``learning_rate``."""
     lr_scheduler_type: str = "linear"
     """``"linear"``, ``"cosine"``, ``"constant"``, ``"constant_with_warmup"``."""
     warmup_steps: float = 0
@@ -293,6 +296,9 @@ class TrainingConfig:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"):
             value = getattr(self, name)
             self._check(_is_number(value) and value >= 0, name, "a number >= 0")
+        ratio = self.lora_plus_lr_ratio
+        at_least_1 = ratio is None or (_is_number(ratio) and ratio >= 1)
+        self._check(at_least_1, "lora_plus_lr_ratio", "None or a number >= 1")
         for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
             value = getattr(self, name)
             self._check(_is_number(value) and 0 <= value < 1, name, "0 <= x < 1")

@@ -10,6 +10,7 @@ from typing import Any
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "torch_compile": "compile",
+    "loraplus_lr_ratio": "lora_plus_lr_ratio",
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
 }

@@ -138,7 +138,10 @@ def test_shared_names_have_peft_s_defaults():
 @pytest.mark.parametrize("alias", ALIASES)
 def test_an_alias_sets_its_field_and_may_stand_beside_it_only_in_agreement(alias):
     name = ALIASES[alias]
-    value, other = {"eval_strategy": ("epoch", "steps"), "compile": (True, False), "max_length": (128, 64)}[name]
+    value, other = {
+        "eval_strategy": ("epoch", "steps"), "compile": (True, False), "max_length": (128, 64),
+        "lora_plus_lr_ratio": (16, 8),
+    }[name]  # fmt: skip
     config = TrainingConfig(**{alias: value})
     assert getattr(config, name) == value
     assert config.inert == ()
@@ -247,6 +250,7 @@ TRAINING_BOUNDS = {
     "num_train_epochs": POSITIVE,
     "adam_epsilon": POSITIVE,
     "learning_rate": NOT_NEGATIVE,
+    "lora_plus_lr_ratio": ([None, 1, 16.0], [0.5, 0, -1, NAN, INF, "16", True]),
     "warmup_steps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "early_stopping_threshold": NOT_NEGATIVE,

@@ -11,8 +11,13 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..errors import TrainingError
+from ..model.injection import lora_layers
+from ..model.layers import Embedding
 
 logger = logging.getLogger("phi3lora")
+
+LORA_PLUS_EMBEDDING_RATE = 1e-6
+"""The peak learning rate of an adapted embedding under LoRA+, whatever the others' is; PEFT's default."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -24,6 +29,40 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def lora_plus_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """LoRA+ (https://arxiv.org/abs/2402.12354): B learns faster than A; ``lr_factor`` says how much of the rate.
+
+        A       1
+        B       lora_plus_lr_ratio; trained biases too, without decay
+        A and B of an adapted embedding: LORA_PLUS_EMBEDDING_RATE instead of the learning rate
+
+    The groups of PEFT's ``create_loraplus_optimizer``. Groups that would be empty are left out.
+    """
+    ratio, decay = config.lora_plus_lr_ratio, config.weight_decay
+    assert ratio is not None
+    layers = lora_layers(model).values()
+    faster = {id(layer.lora_B) for layer in layers}
+    embeddings = {id(p) for layer in layers if isinstance(layer, Embedding) for p in (layer.lora_A, layer.lora_B)}
+    parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "bias": [], "embedding": []}
+    for p in model.parameters():
+        if p.requires_grad:
+            kind = "bias" if p.ndim <= 1 else "embedding" if id(p) in embeddings else "B" if id(p) in faster else "A"
+            parts[kind].append(p)
+    of_embeddings = LORA_PLUS_EMBEDDING_RATE / config.learning_rate if config.learning_rate else 0.0
+    settings = {"A": (1.0, decay), "B": (ratio, decay), "bias": (ratio, 0.0), "embedding": (of_embeddings, decay)}
+    return [
+        {"params": parts[kind], "lr_factor": factor, "lr": config.learning_rate * factor, "weight_decay": weight_decay}
+        for kind, (factor, weight_decay) in settings.items()
+        if parts[kind]
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """``rate``, in each group times its ``lr_factor`` if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW or SGD; each takes ``found_inf``, which calls a step off on the device.
 
@@ -33,7 +72,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     Raises:
         TrainingError: bitsandbytes is needed and not installed.
     """
-    groups = parameter_groups(model, config.weight_decay)
+    if config.lora_plus_lr_ratio is None:
+        groups = parameter_groups(model, config.weight_decay)
+    else:
+        groups = lora_plus_groups(model, config)
     if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, fused=True)
     betas = (config.adam_beta1, config.adam_beta2)

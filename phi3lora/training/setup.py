@@ -173,6 +173,7 @@ def banner_facts(
     rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
     width = f"packed to {plan.max_length} tokens" if plan.packing else "one document each, padded"
     warmup = warmup_steps(config, steps.total) if config.lr_scheduler_type != "constant" else 0
+    faster = "" if config.lora_plus_lr_ratio is None else f" (LoRA+: B times {config.lora_plus_lr_ratio:g})"
     facts = {
         "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else ""),
@@ -184,7 +185,7 @@ def banner_facts(
         "eval data": eval_dataset,
         "step": f"{rows}, {width}",
         "steps": f"{steps.total:,} ({state.global_step:,} done)",
-        "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}, "
+        "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{faster}, "
         f"{warmup} warm-up steps, weight decay {config.weight_decay:g}, gradient clipped to {config.max_grad_norm:g}",
         "seed": f"{config.seed} (data {plan.seed})",
         "output": config.output_dir,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..model.forward_pass import causal_lm_loss
 from .distributed import World
+from .optim import set_learning_rate
 from .precision import Precision
 
 
@@ -75,8 +76,7 @@ class OptimizerStep:
         scaler.unscale_(self.optimizer)
         norm = self._clip()
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         if not scaler.is_enabled():  # an enabled scaler says so itself
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         scaler.step(self.optimizer)

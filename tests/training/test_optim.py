@@ -7,12 +7,19 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import adapted_model, quiet_config
+from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from phi3lora.training.optim import build_optimizer, learning_rate, parameter_groups, warmup_steps
+import phi3lora as p3
+from phi3lora.training.optim import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+    warmup_steps,
+)
 
 
 def reference(kind, warmup, total):
@@ -99,3 +106,80 @@ def test_adamw_gets_the_configured_betas_and_epsilon():
     (group,) = optimizer.param_groups
     assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-5, 0.125)
     assert isinstance(build_optimizer(adapted_model(), quiet_config("unused", optim="sgd")), torch.optim.SGD)
+
+
+# --- LoRA+
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_lora_plus_is_an_optimizer_with_two_groups_made_by_hand_bit_for_bit(tmp_path, optim):
+    dataset, trained = chat_dataset(16), adapted_model(lora_dropout=0.1)
+    settings = {"optim": optim, "max_grad_norm": 0, "num_train_epochs": 2, "seed": 3, "weight_decay": 0.1}
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "learning_rate": 0.002}
+    config = quiet_config(tmp_path, lora_plus_lr_ratio=16.0, **settings, **schedule)
+    result = p3.train(trained, dataset, config)
+
+    model = adapted_model(lora_dropout=0.1).train()
+    torch.manual_seed(3)
+    matrices = {kind: [p for n, p in model.named_parameters() if n.endswith(kind)] for kind in ("lora_A", "lora_B")}
+    groups = [{"params": matrices["lora_A"], "lr": 0.002}, {"params": matrices["lora_B"], "lr": 0.032}]
+    kind = {"sgd": torch.optim.SGD, "adamw_torch": torch.optim.AdamW}[optim]
+    optimizer = kind(groups, weight_decay=0.1, fused=True)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, result.global_step)
+    rates = []
+    for epoch in range(2):
+        for batch in p3.batches(dataset, batch_size=4, seed=3, epoch=epoch):
+            loss_sum, count = p3.causal_lm_loss(model, batch)
+            (loss_sum / count).backward()
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    assert [line["learning_rate"] for line in result.history] == pytest.approx(rates)
+    for name, value in adapters_of(model).items():
+        torch.testing.assert_close(adapters_of(trained)[name], value, rtol=1e-5, atol=1e-7)
+    plain = adapted_model(lora_dropout=0.1)
+    p3.train(plain, dataset, quiet_config(tmp_path / "plain", **settings, learning_rate=0.002))
+    assert not same_tensors(adapters_of(plain), adapters_of(trained))
+
+
+def test_lora_plus_has_pefts_groups():
+    """Rates and decay of every parameter, an adapted embedding and trained biases included."""
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"words": nn.Embedding(9, 4), "up": nn.Linear(4, 6), "down": nn.Linear(6, 4)})
+
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["words", "up"], bias="lora_only"))
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
+    )
+    ours = base()
+    p3.inject_lora(ours, p3.LoraConfig(r=2, target_modules=["words", "up"], bias="lora_only"))
+    config = quiet_config("unused", learning_rate=1e-3, lora_plus_lr_ratio=8.0, weight_decay=0.1)
+
+    def table(model, optimizer):
+        names = {id(p): n for n, p in model.named_parameters()}
+        found = {}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                name = names[id(p)].removeprefix("base_model.model.").replace("embedding_", "").replace(".default", "")
+                name = name.removesuffix(".weight").replace("base_layer.", "")
+                found[name] = (pytest.approx(group["lr"]), group["weight_decay"])
+        return found
+
+    assert table(ours, build_optimizer(ours, config)) == table(theirs, optimizer)
+
+
+def test_the_schedule_scales_every_group_alike():
+    model = adapted_model()
+    optimizer = build_optimizer(model, quiet_config("unused", learning_rate=1e-3, lora_plus_lr_ratio=16))
+    set_learning_rate(optimizer, 5e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 8e-3]
+
+
+def test_without_lora_plus_the_groups_have_nothing_new():
+    (group,) = build_optimizer(adapted_model(), quiet_config("unused")).param_groups
+    assert "lr_factor" not in group

@@ -33,6 +33,7 @@ FLAVOURS = {
     "bf16": (torch.bfloat16, {"bf16": True}),
     "fp16": (torch.float32, {"fp16": True}),
     "sgd": (torch.float32, {"optim": "sgd"}),
+    "lora+": (torch.float32, {"lora_plus_lr_ratio": 8.0}),
     "unpacked": (torch.float32, {"packing": False, "per_device_train_batch_size": 3}),
     "logged every 3": (torch.float32, {"logging_steps": 3, "eval_strategy": "no"}),
     "logged an epoch": (torch.float32, {"logging_strategy": "epoch", "eval_strategy": "epoch"}),
@@ -286,6 +287,7 @@ OTHER_RUNS = {
     "row length": ({"max_length": 80}, r"row_length of the data 64 then, 80 now"),
     "dropout": ({"dropout": 0.2}, r"lora_dropout 0.1 then, 0.2 now"),
     "r": ({"r": 2}, r"adapters of 8 layers, .*'r': 4.* then, .*'r': 2.* now"),
+    "lora+": ({"lora_plus_lr_ratio": 16.0}, r"lora_plus_lr_ratio None then, 16.0 now"),
     "data": ({"dataset": chat_dataset(20)}, r"documents of the data 24 then, 20 now"),
     "masks": ({"dataset": chat_dataset(train_on="last")}, r"fingerprint of the data '\w+' then, '\w+' now"),
 }

@@ -180,6 +180,7 @@ def test_the_banner_says_what_was_resolved():
     assert told["step"] == "4 x 2 rows, packed to 64 tokens"
     assert told["steps"] == "11 (3 done)"
     assert "adamw_torch, linear from 0.01, 6 warm-up steps, weight decay 0.25" in told["optimizer"]
+    assert "from 0.01 (LoRA+: B times 16), 0 warm-up" in facts(lora_plus_lr_ratio=16)["optimizer"]
     assert told["seed"] == "5 (data 6)"
     assert told["output"] == "there"
     assert "eval data" not in told
