@@ -15,6 +15,7 @@ from . import demo
 from .adapters.active import delete_adapter, disabled, list_adapters, set_adapter
 from .adapters.files import load_adapter, save_adapter
 from .adapters.merging import MergeReport, merged, save_merged
+from .adapters.publish import push_to_hub, write_model_card
 from .config import LoraConfig, TrainingConfig
 from .data.dataset import ChatDataset
 from .data.loader import batches
@@ -76,8 +77,10 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged",
+    "push_to_hub",
     "save_adapter",
     "save_merged",
     "set_adapter",
     "train",
+    "write_model_card",
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -199,6 +199,15 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if facts is not None and not _is_facts(parsed):
         raise AdapterError(f"{str(path)!r}: the settings beside the tensors are not phi3lora's")
     return state, parsed
+
+
+def says_how_it_is_built(path: Path) -> bool:
+    """Whether a ``.safetensors`` file is an adapter of ours, by its header alone: the file may be a whole model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _HEADER_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
 
 
 def _is_facts(value: Any) -> bool:

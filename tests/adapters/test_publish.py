@@ -1,0 +1,331 @@
+"""The model card as the hub reads it; uploads against a small hub of our own, byte by byte."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import adapted_model, chat_dataset, make_tokenizer
+from safetensors.torch import save_file
+
+import phi3lora as p3
+from phi3lora.errors import AdapterError
+
+TOKEN = "hf_of_a_test"
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "support"
+    p3.save_adapter(adapted_model(), folder / "adapter.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "merged"
+    p3.save_merged(adapted_model(), make_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(adapter_folder, tmp_path):
+    """A copy to spoil."""
+    copy = tmp_path / "support"
+    copy.mkdir()
+    for file in adapter_folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def parts(card: Path) -> tuple[dict, str]:
+    """Front matter and text."""
+    empty, front, text = card.read_text(encoding="utf-8").split("---\n", 2)
+    assert empty == ""
+    return yaml.safe_load(front), text
+
+
+def rows(text: str) -> dict[str, str]:
+    return dict(
+        (cell.strip() for cell in line.strip("|").split("|")) for line in text.splitlines() if line.startswith("| ")
+    )
+
+
+# --- The card
+
+
+def test_the_front_matter_is_what_the_hub_reads(folder):
+    card = p3.write_model_card(
+        folder, base_model="microsoft/Phi-3-mini-4k-instruct", dataset="you/chats", language="en", license="mit"
+    )
+    assert card == folder / "README.md"
+    front, text = parts(card)
+    assert front == {
+        "base_model": "microsoft/Phi-3-mini-4k-instruct", "library_name": "phi3lora", "tags": ["lora", "phi3lora"],
+        "pipeline_tag": "text-generation", "datasets": ["you/chats"], "language": ["en"], "license": "mit",
+    }  # fmt: skip
+    assert "https://huggingface.co/datasets/you/chats" in text
+
+
+def test_a_merged_model_is_transformers(merged_folder):
+    front, text = parts(p3.write_model_card(merged_folder, base_model="microsoft/phi-4", merged=True))
+    assert front["library_name"] == "transformers"
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in text
+    assert "peft" not in text
+
+
+def test_the_tables_have_the_settings_and_the_metrics(folder):
+    lora = p3.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    training = p3.TrainingConfig(output_dir="/home/me/secret", max_steps=500, learning_rate=2e-4, bf16=True)
+    metrics = {"loss": 1.23456, "n_tokens": 12345, "samples": ["text"], "best": True}
+    _, text = parts(p3.write_model_card(folder, base_model="a/b", lora=lora, training=training, metrics=metrics))
+    table = rows(text)
+    assert table["r"] == "16"
+    assert table["target_modules"] == "q_proj, v_proj"
+    assert (table["learning_rate"], table["max_steps"], table["bf16"]) == ("0.0002", "500", "True")
+    assert (table["loss"], table["n_tokens"]) == ("1.235", "12,345")
+    assert not {"num_train_epochs", "output_dir", "samples", "best", "lora_plus_lr_ratio"} & table.keys()
+    assert "max_steps" not in rows(
+        parts(p3.write_model_card(folder, base_model="a/b", training=p3.TrainingConfig()))[1]
+    )
+    assert "secret" not in text
+    assert "phi3lora" in text.split("## Versions")[1]
+
+
+def test_local_paths_do_not_leave(folder, tmp_path):
+    data = tmp_path / "customers.jsonl"
+    data.touch()
+    front, text = parts(p3.write_model_card(folder, base_model=tmp_path / "base", dataset=str(data)))
+    assert not {"base_model", "datasets"} & front.keys()
+    assert str(tmp_path) not in text
+    assert "`base`" in text
+    assert "`customers.jsonl`" in text
+
+
+def test_a_dataset_gives_its_figures(folder):
+    data = chat_dataset(8)
+    _, text = parts(p3.write_model_card(folder, base_model="a/b", dataset=data))
+    assert f"8 chats of {data.statistics()['tokens']:,} tokens" in text
+
+
+def test_the_phi3lora_lines_of_the_card_run(folder, monkeypatch):
+    _, text = parts(p3.write_model_card(folder, base_model="a/b"))
+    (block,) = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    base = adapted_model()
+    p3.delete_adapter(base, "default")
+    monkeypatch.setattr(p3, "load_model", lambda name: (base, name))
+    exec(block, names)
+    assert names["tokenizer"] == "a/b"
+    assert p3.list_adapters(base) == {"default": True}
+
+
+def test_a_peft_folder_tells_of_peft_and_both_ways_of_loading(folder):
+    (folder / "adapter.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    front, text = parts(p3.write_model_card(folder, base_model="a/b"))
+    assert front["library_name"] == "peft"
+    assert "PeftModel.from_pretrained(model, folder)" in text
+    assert "p3.import_peft(model, folder)" in text
+
+
+def test_a_folder_with_nothing_to_tell_of_is_refused(folder, merged_folder, tmp_path):
+    for path, merged in ((tmp_path, False), (merged_folder, False), (folder, True), (tmp_path, True)):
+        with pytest.raises(AdapterError, match="holds no "):
+            p3.write_model_card(path, base_model="a/b", merged=merged)
+    with pytest.raises(AdapterError, match="no such folder"):
+        p3.write_model_card(tmp_path / "none", base_model="a/b")
+    (folder / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(AdapterError, match=r"torn\.safetensors' is not a readable"):
+        p3.write_model_card(folder, base_model="a/b")
+
+
+# --- The hub
+
+
+class Hub:
+    """Speaks as much of the hub's protocol as an upload needs; remembers what arrived."""
+
+    def __init__(self) -> None:
+        hub = self
+        self.requests: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.files: dict[str, bytes] = {}
+        self.objects: dict[str, bytes] = {}  # LFS: oid -> bytes
+        self.created: dict = {}
+        self.commits: list[str] = []
+        self.fail: dict[str, int] = {}  # part of a path -> status
+
+        class Handler(BaseHTTPRequestHandler):
+            def handle_one(self) -> None:
+                hub.requests.append(f"{self.command} {self.path}")
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status = next((s for part, s in hub.fail.items() if part in self.path), 200)
+                if "/lfs-store/" not in self.path:  # a signed address needs no token
+                    hub.tokens.add(self.headers.get("Authorization"))
+                answer = json.dumps(hub.answer(self.path, body) if status == 200 else {"error": "no"}).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_GET = do_POST = do_PUT = handle_one
+
+            def log_message(self, *arguments) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, path: str, body: bytes) -> dict:
+        if path == "/api/repos/create":
+            self.created = json.loads(body)
+            return {"url": f"{self.url}/you/support"}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            mode = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            return {"files": [{"path": n, "uploadMode": mode[n], "shouldIgnore": False, "oid": None} for n in names]}
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for item in objects:
+                item["actions"] = {"upload": {"href": f"{self.url}/lfs-store/{item['oid']}"}}
+            return {"transfer": "basic", "objects": objects}
+        if path.startswith("/lfs-store/"):
+            self.objects[path.removeprefix("/lfs-store/")] = body
+            return {}
+        if "/commit/" in path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            for line in lines[1:]:
+                value = line["value"]
+                is_lfs = line["key"] == "lfsFile"
+                self.files[value["path"]] = self.objects[value["oid"]] if is_lfs else base64.b64decode(value["content"])
+            self.commits.append(lines[0]["value"]["summary"])
+            return {"commitUrl": f"{self.url}/you/support/commit/abc", "commitOid": "abc", "success": True}
+        raise AssertionError(f"unexpected: {path}")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub = Hub()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def push(hub, folder, **options):
+    return p3.push_to_hub(folder, "you/support", endpoint=hub.url, token=TOKEN, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_every_byte_of_the_folder_arrives_in_one_commit(hub, folder):
+    p3.write_model_card(folder, base_model="microsoft/phi-4")
+    assert push(hub, folder) == f"{hub.url}/you/support/commit/abc"
+    assert hub.files == contents(folder)
+    assert hub.created == {"name": "support", "organization": "you", "visibility": "private"}
+    assert hub.commits == ["Upload with phi3lora"]
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert list(hub.objects) == [hashlib.sha256(hub.files["adapter.safetensors"]).hexdigest()]
+
+
+def test_a_merged_model_arrives_too_publicly_if_asked(hub, merged_folder):
+    push(hub, merged_folder, private=False, commit_message="The model")
+    assert hub.files == contents(merged_folder)
+    assert {"config.json", "tokenizer.json", "generation_config.json"} <= hub.files.keys()
+    assert hub.created["visibility"] == "public"
+    assert hub.commits == ["The model"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "rng_state_0.pth", "scheduler.pt", "trainer_state.json", ".env", "train.jsonl", "chats.csv",
+     "chats.parquet", "config.json.bak", "checkpoint-5/lora.safetensors", "notes.txt", ".cache/token"],
+)  # fmt: skip
+def test_a_folder_with_files_that_should_stay_sends_nothing(hub, folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("secret")
+    with pytest.raises(AdapterError, match="should not leave") as caught:
+        push(hub, folder)
+    assert f": {name}. Allowed: README.md" in str(caught.value)
+    assert hub.requests == []
+
+
+def test_what_the_client_leaves_out_itself_is_no_obstacle(hub, folder):
+    for name in (".git/config", ".cache/huggingface/download/x.lock"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("secret")
+    push(hub, folder)
+    assert set(hub.files) == {"adapter.safetensors"}
+
+
+def test_a_checkpoint_of_a_run_is_refused_with_a_count(hub, folder):
+    for i in range(7):
+        (folder / f"rng_state_{i}.pth").touch()
+    with pytest.raises(AdapterError, match=r"rng_state_4\.pth and 2 more"):
+        push(hub, folder)
+
+
+def test_a_folder_without_adapter_or_model_is_refused(hub, tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    save_file({"x": make_weights()}, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match="neither an adapter nor a model"):
+        push(hub, tmp_path)
+    with pytest.raises(AdapterError, match="no such folder"):
+        push(hub, tmp_path / "none")
+    assert hub.requests == []
+
+
+def make_weights():
+    return next(adapted_model().parameters()).detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        ({"repos/create": 401, "api/models": 401}, r"refuses the token \(401\); give token="),
+        ({"repos/create": 403, "api/models": 404}, r"refuses the token \(403\)"),
+        ({"repos/create": 404}, "no such repository or owner"),
+        ({"/preupload/": 404}, "no such repository or owner"),
+        ({"/commit/": 403}, r"refuses the token \(403\)"),
+        ({"/lfs-store/": 403}, r"refuses the token \(403\)"),
+        ({"repos/create": 400}, "Bad request: no$"),
+    ],
+    ids=str,
+)
+def test_the_hubs_refusals_become_one_line_each(hub, folder, fail, message):
+    hub.fail = fail
+    with pytest.raises(AdapterError, match=message) as caught:
+        push(hub, folder)
+    assert "'you/support'" in str(caught.value)
+    assert hub.files == {}
+
+
+def test_an_unreachable_hub_and_offline_mode_say_so(hub, folder, monkeypatch):
+    with pytest.raises(AdapterError, match=r"http://127\.0\.0\.1:1 cannot be reached"):
+        p3.push_to_hub(folder, "you/support", endpoint="http://127.0.0.1:1", token=TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(AdapterError, match="HF_HUB_OFFLINE is set"):
+        push(hub, folder)
+    assert hub.requests == []
+
+
+def test_a_name_that_the_hub_does_not_allow_is_refused(hub, folder):
+    with pytest.raises(AdapterError, match="a/b/c"):
+        p3.push_to_hub(folder, "a/b/c", endpoint=hub.url, token=TOKEN)
+    assert hub.requests == []
