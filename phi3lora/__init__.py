@@ -28,6 +28,7 @@ from .errors import (
     Phi3LoRAError,
     TrainingError,
 )
+from .inference.answers import sample_answers
 from .inference.evaluation import evaluate
 from .inference.generation import generate
 from .model.forward_pass import causal_lm_loss
@@ -78,6 +79,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merged",
     "push_to_hub",
+    "sample_answers",
     "save_adapter",
     "save_merged",
     "set_adapter",

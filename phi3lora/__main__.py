@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import (
@@ -128,19 +129,23 @@ def _split_settings(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _add_chat(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk to a model, with an adapter or without")
     parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
-    parser.add_argument("--adapter", help="an adapter file of ours")
+    parser.add_argument("--adapter", help="an adapter file of ours, or a training checkpoint's folder")
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest of this total probability")
     parser.set_defaults(run=_chat)
 
 
 def _chat(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     if options.adapter:
-        load_adapter(model, options.adapter)
-    chat: list[dict[str, str]] = [{"role": "system", "content": options.system}] if options.system else []
-    print("One line a turn; an empty line ends the chat.")
+        load_adapter(model, _adapter_file(options.adapter))
+    sampling = {"temperature": options.temperature, "top_p": options.top_p}
+    start = [{"role": "system", "content": options.system}] if options.system else []
+    chat = list(start)
+    print("One line a turn; /clear begins anew, an empty line ends the chat.")
     while True:
         try:
             text = input("> ").strip()
@@ -148,9 +153,17 @@ def _chat(options: argparse.Namespace) -> int:
             text = ""
         if not text:
             return 0
+        if text == "/clear":
+            chat = list(start)
+            continue
         chat.append({"role": "user", "content": text})
-        answer = generate(model, tokenizer, chat, max_new_tokens=options.max_new_tokens, stream=True)
+        answer = generate(model, tokenizer, chat, max_new_tokens=options.max_new_tokens, stream=True, **sampling)
         chat.append({"role": "assistant", "content": answer})
+
+
+def _adapter_file(path: str) -> Path:
+    """``path``, or the adapter in it if it is a checkpoint's folder."""
+    return Path(path) / "lora.safetensors" if Path(path).is_dir() else Path(path)
 
 
 if __name__ == "__main__":

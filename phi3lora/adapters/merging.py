@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..data.template import ChatEncoder
 from ..errors import AdapterError
-from ..inference.evaluation import eval_mode
 from ..inference.generation import stop_token_ids
+from ..inference.modes import eval_mode
 from ..model.frozen import Dense, frozen_of
 from ..model.injection import lora_layers
 from ..model.layers import Conv2d

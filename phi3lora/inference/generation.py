@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 
 from ..data.template import ChatEncoder
 from ..errors import DataError
-from ..model.loading import longrope_boundary
-from .evaluation import eval_mode
+from ..model.loading import longrope_boundary, model_device
+from .modes import eval_mode
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -30,6 +31,9 @@ def generate(
     system: str | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
     batch_size: int = 16,
     stream: bool = False,
 ) -> Any:
@@ -42,6 +46,10 @@ def generate(
         system: a system prompt before each question.
         temperature: 0 takes the likeliest token each time (the same answer every time); above, samples.
         top_p: sample from the likeliest tokens of this total probability.
+        top_k: sample from so many of the likeliest tokens; 0: from all.
+        repetition_penalty: > 1 makes tokens that prompt or answer already have less likely
+            (https://arxiv.org/abs/1909.05858).
+        seed: of the sampling; the generators outside are left as they were. None: they are drawn from.
         batch_size: how many prompts run together; the answers do not depend on it but for rounding.
         stream: print the answer as it comes (one prompt only).
 
@@ -49,7 +57,7 @@ def generate(
         The answer, or a list of answers for a list of prompts, without special tokens.
 
     Raises:
-        DataError: a prompt of another form, no prompts, ``stream`` with several.
+        DataError: a prompt of another form, no prompts, ``stream`` with several; a setting outside its range.
 
     Example:
         >>> p3.generate(model, tokenizer, "My invoice is wrong.", max_new_tokens=64)  # doctest: +SKIP
@@ -57,27 +65,72 @@ def generate(
     chats, many = _as_chats(prompt, system)
     if stream and len(chats) > 1:
         raise DataError(f"stream=True with {len(chats)} prompts; allowed: one")
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options.update(temperature=temperature, top_p=top_p, top_k=0)
+    options = _sampling(temperature, top_p, top_k, repetition_penalty)
     if stream:
         from transformers import TextStreamer
 
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     encoder = ChatEncoder(tokenizer)
     ids = [encoder.prompt_ids(chat) for chat in chats]
-    answers = [""] * len(ids)
-    boundary = longrope_boundary(model.config)
-    with eval_mode(model):
-        for part in _groups([len(prompt) for prompt in ids], batch_size, max_new_tokens, boundary):
-            new = _generate_ids(model, tokenizer, [ids[i] for i in part], max_new_tokens, options)
-            for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[i] = text.strip()
+    with _seeded(model, seed):
+        answers = answers_to(model, tokenizer, ids, max_new_tokens, batch_size, options)
     return answers if many else answers[0]
 
 
-def _groups(lengths: list[int], batch_size: int, max_new_tokens: int, boundary: int | None) -> list[list[int]]:
-    """Prompts that run together: of like length, for little padding.
+def answers_to(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    options: dict[str, Any],
+) -> list[str]:
+    """The answer to each prompt of token ids; ``options`` are ``model.generate``'s, of how tokens are chosen."""
+    answers = [""] * len(prompts)
+    lengths, boundary = [len(prompt) for prompt in prompts], longrope_boundary(model.config)
+    alike = "repetition_penalty" in options  # which would take padding for a repetition
+    with eval_mode(model):
+        for part in _groups(lengths, batch_size, max_new_tokens, boundary, alike):
+            new = _generate_ids(model, tokenizer, [prompts[i] for i in part], max_new_tokens, options)
+            for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[i] = text.strip()
+    return answers
+
+
+def _sampling(temperature: float, top_p: float, top_k: int, repetition_penalty: float) -> dict[str, Any]:
+    """How tokens are chosen, as ``model.generate`` wants it said."""
+    for name, value, ok, allowed in (
+        ("temperature", temperature, temperature >= 0, "0 (the likeliest token) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "0 < p <= 1"),
+        ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "a whole number >= 0; 0: all tokens"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "a number > 0; 1: none"),
+    ):
+        if not ok:
+            raise DataError(f"{name}={value!r}; allowed: {allowed}")
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options.update(temperature=temperature, top_p=top_p, top_k=top_k)
+    if repetition_penalty != 1:
+        options["repetition_penalty"] = repetition_penalty
+    return options
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Torch's generators start at ``seed`` inside, and are as before afterwards; None: nothing happens."""
+    if seed is None:
+        yield
+        return
+    device = model_device(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _groups(
+    lengths: list[int], batch_size: int, max_new_tokens: int, boundary: int | None, alike: bool = False
+) -> list[list[int]]:
+    """Prompts that run together: of like length, for little padding; ``alike``: of one length, for none.
 
     A longrope model chooses its rotary factors by the longest in the batch: prompts that stay within the boundary,
     those past it, and each that may cross it run apart.
@@ -85,13 +138,14 @@ def _groups(lengths: list[int], batch_size: int, max_new_tokens: int, boundary: 
     kinds: dict[object, list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         crosses = boundary is not None and lengths[i] <= boundary < lengths[i] + max_new_tokens
-        kind = f"crosses {i}" if crosses else boundary is not None and lengths[i] > boundary
+        regime = f"crosses {i}" if crosses else boundary is not None and lengths[i] > boundary
+        kind = (regime, lengths[i] if alike else None)
         kinds.setdefault(kind, []).append(i)
     return [group[k : k + batch_size] for group in kinds.values() for k in range(0, len(group), batch_size)]
 
 
 def _generate_ids(
-    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, options: dict[str, Any]
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, options: dict[str, Any]
 ) -> torch.Tensor:
     """New token ids (B, <= max_new_tokens) after prompts that are padded on the left."""
     width = max(map(len, prompts))

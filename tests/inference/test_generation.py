@@ -229,3 +229,62 @@ def test_a_longrope_models_short_prompt_is_answered_the_same_beside_a_long_one()
     assert len(prompt_ids(user(short))) + 8 < 40 < len(prompt_ids(user(long)))
     alone = [p3.generate(model, TOKENIZER, prompt, max_new_tokens=8) for prompt in (short, long)]
     assert p3.generate(model, TOKENIZER, [short, long], max_new_tokens=8) == alone
+
+
+# --- How tokens are chosen
+
+
+def test_a_seed_repeats_an_answer_and_leaves_the_generator_alone():
+    model = answering(scale=3.0)
+    state = torch.get_rng_state()
+
+    def sample(seed):
+        return p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, temperature=1.0, seed=seed)
+
+    assert sample(1) == sample(1)
+    assert len({tuple(sample(seed)) for seed in range(4)}) > 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_top_k_of_one_is_greedy_and_zero_is_no_bound():
+    model = answering(scale=3.0)
+    greedy = p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8)
+    sampled = [
+        [p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8, temperature=1.0, top_k=k, seed=s) for s in range(4)]
+        for k in (1, 0)
+    ]
+    assert set(sampled[0]) == {greedy}
+    assert len(set(sampled[1])) > 1
+
+
+def penalised_by_hand(model, chat, count, penalty):
+    """Greedy, the logits of tokens that are there already divided (or, below zero, multiplied) by the penalty."""
+    ids, new = prompt_ids(chat), []
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + new])).logits[0, -1]
+        for token in set(ids + new):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        if int(logits.argmax()) in (END, EOS):
+            break
+        new.append(int(logits.argmax()))
+    return TOKENIZER.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_repetition_penalty_equals_one_by_hand_whatever_stands_beside_the_prompt():
+    """Padding is the end-of-text token, and must not count as said."""
+    model = answering(scale=3.0)
+    expected = [penalised_by_hand(model, user(prompt), 8, 3.0) for prompt in PROMPTS]
+    assert p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, repetition_penalty=3.0) == expected
+    assert p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=8) != expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": -0.1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"top_k": 0.5}, {"repetition_penalty": 0}],
+    ids=str,
+)
+def test_settings_outside_their_range_are_refused(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(p3.DataError, match=rf"{name}={value}; allowed: "):
+        p3.generate(answering(), TOKENIZER, "Hi", **settings)

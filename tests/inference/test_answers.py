@@ -1,0 +1,132 @@
+"""Prompts and references from labels against the chats they came from; ROUGE against the package by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from conftest import adapted_model, chat_dataset, chat_rows, make_tokenizer
+
+import phi3lora as p3
+
+TOKENIZER = make_tokenizer()
+ROWS = chat_rows(9)
+
+
+def load(rows=ROWS, max_length=200, name="phi-3", **options):
+    return p3.ChatDataset.load(rows, make_tokenizer(name), max_length=max_length, **options)
+
+
+def model():
+    return adapted_model(head_scale=30.0).eval()
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_each_answer_is_generates_to_the_chat_without_its_last_turn(train_on):
+    net = model()
+    answers = p3.sample_answers(net, TOKENIZER, load(train_on=train_on), count=9, max_new_tokens=8)
+    assert [a.reference for a in answers] == [row["messages"][-1]["content"].strip() for row in ROWS]
+    prompts = [row["messages"][:-1] for row in ROWS]
+    assert [a.answer for a in answers] == p3.generate(net, TOKENIZER, prompts, max_new_tokens=8)
+    rendered = [TOKENIZER.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in prompts]
+    assert ["".join(a.prompt.split()) for a in answers] == ["".join(text.split()) for text in rendered]
+
+
+@pytest.mark.parametrize("name", ["phi-4", "phi-4-mini"])
+def test_other_members_templates_give_the_same_references(name):
+    answers = p3.sample_answers(model(), make_tokenizer(name), load(name=name), count=9, max_new_tokens=1)
+    assert [a.reference for a in answers] == [row["messages"][-1]["content"].strip() for row in ROWS]
+
+
+def test_the_last_trained_turn_is_the_one_that_is_answered():
+    turns = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    chat[-1]["train"] = False
+    (answer,) = p3.sample_answers(model(), TOKENIZER, load([{"messages": chat}]), max_new_tokens=4)
+    assert answer.reference == "First."
+    assert answer.answer == p3.generate(model(), TOKENIZER, "One?", max_new_tokens=4)
+
+
+def test_chats_that_are_not_whole_are_passed_over():
+    long = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is. " * 40}]}
+    short = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    for overflow in ("truncate", "split"):
+        data = load([long, short, long], max_length=40, overflow=overflow)
+        answers = p3.sample_answers(model(), TOKENIZER, data, count=9, max_new_tokens=2)
+        assert [a.reference for a in answers] == ["So."]
+        with pytest.raises(p3.DataError, match=r"none of the \d+ documents can be answered.*max_length=40"):
+            p3.sample_answers(model(), TOKENIZER, load([long], max_length=40, overflow=overflow))
+
+
+def test_without_prompts_there_is_nothing_to_answer():
+    with pytest.raises(p3.DataError, match="train_on='all'"):
+        p3.sample_answers(model(), TOKENIZER, load(train_on="all"))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_other_counts_are_refused(count):
+    with pytest.raises(p3.DataError, match=f"{count} answers; allowed"):
+        p3.sample_answers(model(), TOKENIZER, load(), count=count)
+
+
+def test_printing_shows_one_line_each_cut_on_the_side_that_matters_less():
+    answers = p3.sample_answers(model(), TOKENIZER, load(), count=2, max_new_tokens=4)
+    lines = str(answers).splitlines()
+    names = ["prompt     ", "reference  ", "answer     "]
+    assert [line[:11] for line in lines] == [*names, "", *names]
+    assert lines[1] == f"reference  {answers[0].reference}"
+    long = type(answers[0])("a" * 300 + " the end", "the start " + "b" * 300, "two\nlines")
+    lines = str(type(answers)([long])).splitlines()
+    assert lines[0].startswith("prompt     ...aaa")
+    assert lines[0].endswith("the end")
+    assert lines[1].startswith("reference  the start bbb")
+    assert lines[1].endswith("b...")
+    assert lines[2] == "answer     two lines"
+    assert max(map(len, lines)) == 211
+
+
+# --- ROUGE
+
+
+def test_rouge_is_the_packages_mean_over_the_answers():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    net, data = model(), load()
+    plain = p3.evaluate(net, data)
+    for most, rows in ((None, ROWS), (4, ROWS[:4])):
+        found = p3.evaluate(net, data, rouge=True, tokenizer=TOKENIZER, max_samples=most, max_new_tokens=8)
+        texts = p3.generate(net, TOKENIZER, [row["messages"][:-1] for row in rows], max_new_tokens=8)
+        scores = [scorer.score(row["messages"][-1]["content"], text) for row, text in zip(rows, texts, strict=True)]
+        for name in ("rouge1", "rouge2", "rougeL"):
+            assert found.pop(name) == pytest.approx(sum(s[name].fmeasure for s in scores) / len(rows))
+        assert found.pop("n_answers") == len(rows)
+        assert found == plain
+
+
+def test_a_model_that_says_the_references_has_rouge_one_and_another_less():
+    pytest.importorskip("rouge_score")
+    net, tokenizer, _, _ = p3.demo.load()
+    rows = [json.loads(line) for line in (p3.demo.FOLDER / "eval.jsonl").read_text().splitlines()[:6]]
+    prompts = [row["messages"][:-1] for row in rows]
+    said = p3.generate(net, tokenizer, prompts, max_new_tokens=24)
+    own = [{"messages": [*p, {"role": "assistant", "content": a}]} for p, a in zip(prompts, said, strict=True)]
+    found = [
+        p3.evaluate(
+            net, p3.ChatDataset.load(data, tokenizer, max_length=256), rouge=True, tokenizer=tokenizer,
+            max_new_tokens=24,
+        )
+        for data in (own, rows)
+    ]  # fmt: skip
+    assert (found[0]["rouge1"], found[0]["rouge2"], found[0]["rougeL"]) == (1.0, 1.0, 1.0)
+    assert 0 < found[1]["rouge2"] <= found[1]["rouge1"] < 1
+
+
+def test_rouge_without_the_tokenizer_or_the_package_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(p3.Phi3LoRAError, match=r"pip install 'phi3lora\[eval\]'"):
+        p3.evaluate(model(), chat_dataset(4), rouge=True, tokenizer=TOKENIZER)
+    monkeypatch.undo()
+    pytest.importorskip("rouge_score")
+    with pytest.raises(p3.DataError, match="needs the tokenizer"):
+        p3.evaluate(model(), chat_dataset(4), rouge=True)
