@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError
-from ..model.injection import inject_lora, lora_layers, remove_lora
+from ..errors import AdapterError, Phi3LoRAError
+from ..model.injection import inject_layers, lora_layers, remove_lora
 from ..model.layers import MergedLinear
 from .active import DEFAULT, apart, call_acting, list_adapters
 
@@ -113,12 +113,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEF
     if not (isinstance(name, str) and name):
         raise AdapterError(f"an adapter cannot be called {name!r}; allowed: a string that is not empty")
     state, facts = read_adapter(path)
+    if (facts or {}).get("config") is None and not list_adapters(model).get(name):
+        raise AdapterError(f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first")
+    install_adapter(model, state, facts, path, name)
+
+
+def install_adapter(
+    model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any] | None, path: Path, name: str = DEFAULT
+) -> None:
+    """Load ``state`` into the adapters called ``name``, or into new ones built as ``facts`` say; all or nothing.
+
+    ``facts`` are those of :func:`adapter_facts`, with a config unless ``name`` acts; ``path`` is for messages.
+    """
     loaded = list_adapters(model)
-    if not loaded:
+    if loaded.get(name):
+        _load_checked(model, state, facts, path)
+    elif not loaded:
         _inject_and_load(model, state, facts, path)
         call_acting(model, name)
-    elif loaded.get(name):
-        _load_checked(model, state, facts, path)
     else:
         biases = [key for key in state if key.endswith("bias")]
         if biases:
@@ -132,14 +144,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEF
 
 def _inject_and_load(model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any] | None, path: Path) -> None:
     """A model without adapters gets those of the file, or is as it was."""
-    config = (facts or {}).get("config")
-    if config is None:
-        raise AdapterError(f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first")
+    assert facts is not None
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    inject_lora(model, LoraConfig(**config))
     try:
+        inject_layers(model, facts["layers"], LoraConfig(**facts["config"]))
         _load_checked(model, state, facts, path)
-    except AdapterError:
+    except Phi3LoRAError:
         remove_lora(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad = trainable[name]

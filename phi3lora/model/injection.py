@@ -12,8 +12,8 @@ Here the others select segments of the fused layer:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import loralib as lora
@@ -103,12 +103,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
         ('Linear', 48)
     """
     config = config or LoraConfig()
-    present = [path for path, module in model.named_modules() if isinstance(module, LoRALayer)]
-    if present:
-        raise ModelError(
-            f"the model already has {len(present)} LoRA layers (the first is {present[0]!r}); "
-            f"inject once, or load the base model afresh"
-        )
+    _refuse_second_injection(model)
     fused = fused_segments(model, config)
     chosen, skipped = _select(model, config, fused)
     _refuse_tied(model, chosen)
@@ -119,6 +114,76 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
     freeze_all_but_lora(model, config.bias)
     model.lora_config = config  # type: ignore[assignment]
     return injection_report(model, fused, skipped)
+
+
+def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], config: LoraConfig) -> InjectionReport:
+    """:func:`inject_lora` with each layer's own settings, as a file describes them, instead of target names.
+
+    Args:
+        model: a model without adapters.
+        layers: path -> ``class``, ``r``, ``lora_alpha``, ``use_rslora`` and, of a ``MergedLinear``, ``segments`` (widths)
+            and ``enable_lora``: what ``adapters.files.adapter_facts`` gives.
+        config: dropout and which biases train; it stays as ``model.lora_config``.
+
+    Returns:
+        A report, as :func:`inject_lora`.
+
+    Raises:
+        ModelError: a path that is not in the model or leads to a layer of another kind, tied embeddings, segments that
+            do not add up, a model that already has adapters. No layer has been swapped then.
+        ConfigError: a rank, alpha or rsLoRA switch that cannot be.
+    """
+    _refuse_second_injection(model)
+    modules = dict(model.named_modules())
+    for path, facts in layers.items():
+        kind = _BASE_OF.get(str(facts.get("class")))
+        if not path or path not in modules or kind is None:
+            raise ModelError(
+                f"no layer {path!r} to adapt as {facts.get('class')!r}; {_candidates(model, fused_segments(model, config))}"
+            )
+        if not (_is_adaptable(modules[path]) and isinstance(modules[path], kind)):
+            raise ModelError(
+                f"{path!r} is {_why_not(modules[path])}; it cannot be adapted as {facts['class']!r}, "
+                f"which takes a plain nn.{kind.__name__}"
+            )
+    _refuse_tied(model, layers)
+    swapped = {path: _adapted_as(modules[path], path, facts, config) for path, facts in layers.items()}
+    keep_packing(model)
+    for path, layer in swapped.items():
+        swap_layer(model, path, layer)
+    freeze_all_but_lora(model, config.bias)
+    model.lora_config = config  # type: ignore[assignment]
+    return injection_report(model, fused_segments(model, config))
+
+
+_BASE_OF: dict[str, type[nn.Module]] = {
+    "Linear": nn.Linear,
+    "MergedLinear": nn.Linear,
+    "Embedding": nn.Embedding,
+    "Conv2d": nn.Conv2d,
+}
+
+
+def _adapted_as(base: nn.Module, path: str, facts: Mapping[str, Any], config: LoraConfig) -> nn.Module:
+    """The LoRA version of ``base`` that ``facts`` describe."""
+    own = replace(config, r=facts.get("r"), lora_alpha=facts.get("lora_alpha"), use_rslora=facts.get("use_rslora"))
+    if facts["class"] != "MergedLinear":
+        return _adapted(base, own, None, set())
+    widths, enabled = facts.get("segments"), facts.get("enable_lora")
+    counts = isinstance(widths, (list, tuple)) and all(type(width) is int for width in widths)
+    if not (counts and isinstance(enabled, (list, tuple)) and len(enabled) == len(widths) and any(enabled)):  # type: ignore[arg-type]
+        raise ModelError(f"{path!r}: segments={widths!r}, enable_lora={enabled!r}; allowed: a width and a bool for each")
+    segments = {str(i): width for i, width in enumerate(widths)}  # type: ignore[arg-type]
+    return _adapted(base, own, segments, {str(i) for i, on in enumerate(enabled) if on})
+
+
+def _refuse_second_injection(model: nn.Module) -> None:
+    present = [path for path, module in model.named_modules() if isinstance(module, LoRALayer)]
+    if present:
+        raise ModelError(
+            f"the model already has {len(present)} LoRA layers (the first is {present[0]!r}); "
+            f"inject once, or load the base model afresh"
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -234,7 +299,7 @@ def _candidates(model: nn.Module, fused: dict[str, Segments]) -> str:
     return f"Candidates: {', '.join(dict.fromkeys(names)) or 'none: no nn.Linear, nn.Embedding or nn.Conv2d inside'}"
 
 
-def _refuse_tied(model: nn.Module, chosen: dict[str, set[str]]) -> None:
+def _refuse_tied(model: nn.Module, chosen: Iterable[str]) -> None:
     """An adapter on one of two tied layers could not be merged without changing the other."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
