@@ -15,7 +15,9 @@ from . import demo
 from .adapters.active import delete_adapter, disabled, list_adapters, set_adapter
 from .adapters.files import load_adapter, save_adapter
 from .adapters.merging import MergeReport, merged, save_merged
+from .adapters.peft_format import export_peft, import_peft
 from .adapters.publish import push_to_hub, write_model_card
+from .adapters.serving import PeftExport
 from .config import LoraConfig, TrainingConfig
 from .data.dataset import ChatDataset
 from .data.loader import batches
@@ -59,6 +61,7 @@ __all__ = [
     "MergeReport",
     "MergedLinear",
     "ModelError",
+    "PeftExport",
     "Phi3LoRAError",
     "TrainingConfig",
     "TrainingError",
@@ -70,7 +73,9 @@ __all__ = [
     "disabled",
     "doctor",
     "evaluate",
+    "export_peft",
     "generate",
+    "import_peft",
     "inject_lora",
     "list_adapters",
     "load_adapter",

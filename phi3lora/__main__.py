@@ -1,4 +1,4 @@
-"""``python -m phi3lora``: demo, doctor, train, chat."""
+"""``python -m phi3lora``: demo, doctor, train, chat, export."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from . import (
     Phi3LoRAError,
     TrainingConfig,
     doctor,
+    export_peft,
     generate,
     inject_lora,
     load_adapter,
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_doctor(commands)
     _add_train(commands)
     _add_chat(commands)
+    _add_export(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -164,6 +166,24 @@ def _chat(options: argparse.Namespace) -> int:
 def _adapter_file(path: str) -> Path:
     """``path``, or the adapter in it if it is a checkpoint's folder."""
     return Path(path) / "lora.safetensors" if Path(path).is_dir() else Path(path)
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="an adapter file as a PEFT folder, for PEFT, vLLM, llama.cpp, Ollama")
+    parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
+    parser.add_argument("--adapter", required=True, help="an adapter file of ours")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--layout", choices=("uniform", "pattern", "split"), default="uniform")
+    parser.add_argument("--base-model", help="what the folder names as its base; default: MODEL, with split nothing")
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    model, tokenizer = load_model(options.model, device="cpu")
+    load_adapter(model, options.adapter)
+    base = options.base_model or (None if options.layout == "split" else options.model)
+    print(export_peft(model, options.out, tokenizer=tokenizer, layout=options.layout, base_model=base))
+    return 0
 
 
 if __name__ == "__main__":

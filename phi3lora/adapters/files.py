@@ -28,7 +28,7 @@ from .active import DEFAULT, apart, call_acting, list_adapters
 
 logger = logging.getLogger("phi3lora")
 
-_HEADER_KEY = "phi3lora"
+HEADER_KEY = "phi3lora"
 _FORMAT = 1
 
 
@@ -84,7 +84,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
     facts = json.dumps(adapter_facts(model))
     if path.suffix == ".safetensors":
-        save_file(state, path, metadata={"format": "pt", _HEADER_KEY: facts})
+        save_file(state, path, metadata={"format": "pt", HEADER_KEY: facts})
     else:
         torch.save(state, path)
         _sidecar(path).write_text(facts)
@@ -197,7 +197,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = (file.metadata() or {}).get(_HEADER_KEY)
+                facts = (file.metadata() or {}).get(HEADER_KEY)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             facts = _sidecar(path).read_text() if _sidecar(path).is_file() else None

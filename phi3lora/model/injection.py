@@ -121,8 +121,8 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
 
     Args:
         model: a model without adapters.
-        layers: path -> ``class``, ``r``, ``lora_alpha``, ``use_rslora`` and, of a ``MergedLinear``, ``segments`` (widths)
-            and ``enable_lora``: what ``adapters.files.adapter_facts`` gives.
+        layers: path -> ``class``, ``r``, ``lora_alpha``, ``use_rslora`` and, of a ``MergedLinear``, ``segments``
+            (widths) and ``enable_lora``: what ``adapters.files.adapter_facts`` gives.
         config: dropout and which biases train; it stays as ``model.lora_config``.
 
     Returns:
@@ -138,9 +138,8 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
     for path, facts in layers.items():
         kind = _BASE_OF.get(str(facts.get("class")))
         if not path or path not in modules or kind is None:
-            raise ModelError(
-                f"no layer {path!r} to adapt as {facts.get('class')!r}; {_candidates(model, fused_segments(model, config))}"
-            )
+            candidates = _candidates(model, fused_segments(model, config))
+            raise ModelError(f"no layer {path!r} to adapt as {facts.get('class')!r}; {candidates}")
         if not (_is_adaptable(modules[path]) and isinstance(modules[path], kind)):
             raise ModelError(
                 f"{path!r} is {_why_not(modules[path])}; it cannot be adapted as {facts['class']!r}, "
@@ -166,13 +165,16 @@ _BASE_OF: dict[str, type[nn.Module]] = {
 
 def _adapted_as(base: nn.Module, path: str, facts: Mapping[str, Any], config: LoraConfig) -> nn.Module:
     """The LoRA version of ``base`` that ``facts`` describe."""
-    own = replace(config, r=facts.get("r"), lora_alpha=facts.get("lora_alpha"), use_rslora=facts.get("use_rslora"))
+    settings: dict[str, Any] = {name: facts.get(name) for name in ("r", "lora_alpha", "use_rslora")}
+    own = replace(config, **settings)
     if facts["class"] != "MergedLinear":
         return _adapted(base, own, None, set())
     widths, enabled = facts.get("segments"), facts.get("enable_lora")
     counts = isinstance(widths, (list, tuple)) and all(type(width) is int for width in widths)
     if not (counts and isinstance(enabled, (list, tuple)) and len(enabled) == len(widths) and any(enabled)):  # type: ignore[arg-type]
-        raise ModelError(f"{path!r}: segments={widths!r}, enable_lora={enabled!r}; allowed: a width and a bool for each")
+        raise ModelError(
+            f"{path!r}: segments={widths!r}, enable_lora={enabled!r}; allowed: a width and a bool for each"
+        )
     segments = {str(i): width for i, width in enumerate(widths)}  # type: ignore[arg-type]
     return _adapted(base, own, segments, {str(i) for i, on in enumerate(enabled) if on})
 
