@@ -84,8 +84,11 @@ def export_peft(
             express (by name); NaN or infinite values; another layout; a path that is a file.
 
     Example:
-        >>> print(p3.export_peft(model, "support-peft", tokenizer=tokenizer))  # doctest: +ELLIPSIS
-        PEFT adapter in support-peft: 8 modules, layout 'uniform', rank ...
+        >>> exported = p3.export_peft(model, "support-peft", tokenizer=tokenizer)
+        >>> exported.rank  # q, k and v of r = 8 side by side in qkv_proj
+        24
+        >>> print(exported.commands["vLLM"].partition("--max")[2])
+        -lora-rank 32 --generation-config support-peft
     """
     path = Path(path)
     _check_exportable(model, path, layout)

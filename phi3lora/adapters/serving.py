@@ -57,7 +57,7 @@ def commands(path: Path, base: str | None, layout: str, rank: int, stops: Sequen
     if allowed is not None:
         lines["vLLM"] = (
             f"vllm serve {_quoted(model)} --enable-lora --lora-modules {_quoted(f'{_name(path)}={path}')} "
-            f"--max-lora-rank {allowed}"
+            f"--max-lora-rank {allowed}" + (f" --generation-config {_quoted(str(path))}" if stops else "")
         )
     gguf = _quoted(str(path / "adapter.gguf"))
     config = f"--base {_quoted(model)}" if Path(model).is_dir() else f"--base-model-id {_quoted(model)}"
