@@ -91,13 +91,13 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
             path = pickle
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler meets damaged bytes, and code, with errors of many kinds
-        advice = f"; convert it to {TENSORS_NAME} where you trust it" if path is pickle else ""
         reason = str(error).partition("\n")[0]
-        raise AdapterError(
-            f"{str(path)!r} cannot be read without running code from it: {reason}{advice}"
-            if path is pickle
-            else f"{str(path)!r} is not a readable safetensors file: {reason}"
-        ) from error
+        if path is pickle:
+            raise AdapterError(
+                f"{str(path)!r} cannot be read without running code from it, or is damaged: {reason}. "
+                f"Where you trust it, load it in PEFT and save it as {TENSORS_NAME}"
+            ) from error
+        raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise AdapterError(f"{str(path)!r} does not hold a dict of tensors")
     for key, tensor in tensors.items():

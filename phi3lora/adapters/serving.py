@@ -80,7 +80,7 @@ def _peft(model: str, path: Path) -> str:
     return (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n"
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{path.as_posix()}")'
+        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), {path.as_posix()!r})"
     )
 
 

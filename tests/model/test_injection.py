@@ -13,8 +13,9 @@ from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import phi3lora as p3
+from phi3lora.adapters.files import adapter_facts
 from phi3lora.errors import ModelError
-from phi3lora.model.injection import lora_layers
+from phi3lora.model.injection import inject_layers, lora_layers
 
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -444,3 +445,64 @@ def test_the_report_counts_trained_biases():
     report = p3.inject_lora(model, p3.LoraConfig(r=2, bias="lora_only"))
     assert report.layers[0].trainable_parameters == report.trainable_parameters == 2 * (4 + 3) + 3
     assert report.layers[0].shape == (3, 4)
+
+
+# --- Layers described one by one
+
+
+def test_each_layer_gets_its_own_settings():
+    model = tiny_model()
+    facts = {
+        "model.layers.0.self_attn.qkv_proj": {
+            "class": "MergedLinear", "r": 3, "lora_alpha": 6, "use_rslora": True,
+            "segments": [32, 16, 16], "enable_lora": [True, False, True],
+        },
+        "model.layers.1.self_attn.qkv_proj": {"class": "Linear", "r": 5, "lora_alpha": 1, "use_rslora": False},
+        "model.embed_tokens": {"class": "Embedding", "r": 2, "lora_alpha": 4, "use_rslora": False},
+    }  # fmt: skip
+    config = p3.LoraConfig(lora_dropout=0.25)
+    weights = {name: id(p) for name, p in model.named_parameters()}
+    report = inject_layers(model, facts, config)
+    assert adapter_facts(model)["layers"] == facts
+    assert {row.module: row.segments for row in report} == {
+        **dict.fromkeys(facts, ()),
+        next(iter(facts)): ("q_proj", "v_proj"),
+    }
+    assert model.lora_config is config and model.model.layers[0].self_attn.qkv_proj.lora_dropout.p == 0.25
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+    assert all(id(p) == weights[name] for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("model.layers.7.mlp.down_proj", {}, "no layer 'model.layers.7.mlp.down_proj'"),
+        ("", {}, "no layer ''"),
+        ("model.layers.0.mlp.down_proj", {"class": "Conv1d"}, "to adapt as 'Conv1d'"),
+        ("model.layers.0.mlp", {}, "is a Phi3MLP"),
+        ("model.embed_tokens", {}, "takes a plain nn.Linear"),
+        ("model.layers.0.mlp.down_proj", {"r": 0}, "r=0"),
+        ("model.layers.0.mlp.down_proj", {"r": None}, "r=None"),
+        ("model.layers.0.mlp.down_proj", {"lora_alpha": "8"}, "lora_alpha='8'"),
+        ("model.layers.0.mlp.down_proj", {"use_rslora": None}, "use_rslora=None"),
+        ("model.layers.0.mlp.down_proj", {"class": "MergedLinear"}, "segments=None"),
+        (
+            "model.layers.0.mlp.down_proj",
+            {"class": "MergedLinear", "segments": [8], "enable_lora": [True]},
+            "add up to 8",
+        ),
+        (
+            "model.layers.0.mlp.down_proj",
+            {"class": "MergedLinear", "segments": [32], "enable_lora": []},
+            "enable_lora=",
+        ),
+        ("lm_head", {}, "tied embeddings"),
+    ],
+)
+def test_a_description_that_does_not_fit_swaps_nothing(path, changes, message):
+    model = tiny_model(tie_word_embeddings=path == "lm_head")
+    modules = list(model.modules())
+    fitting = {"class": "Linear", "r": 4, "lora_alpha": 8, "use_rslora": False}
+    with pytest.raises(p3.Phi3LoRAError, match=message):
+        inject_layers(model, {"model.layers.1.mlp.down_proj": fitting, path: {**fitting, **changes}}, p3.LoraConfig())
+    assert modules == list(model.modules())
