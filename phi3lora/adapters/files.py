@@ -215,7 +215,7 @@ def says_how_it_is_built(path: Path) -> bool:
     """Whether a ``.safetensors`` file is an adapter of ours, by its header alone: the file may be a whole model."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _HEADER_KEY in (file.metadata() or {})
+            return HEADER_KEY in (file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
 

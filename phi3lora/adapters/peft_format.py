@@ -38,10 +38,12 @@ from ..inference.generation import stop_token_ids
 from ..model.injection import InjectionReport, fused_segments, injection_report, lora_layers
 from ..model.layers import Conv2d, Embedding
 from ..model.loading import longrope_boundary, longrope_note
+from .active import DEFAULT
 from .files import HEADER_KEY, adapter_facts, adapter_state_dict, install_adapter
 from .peft_config import CONFIG_NAME, config_dict
 from .peft_import import TENSORS_NAME, plain_convolution, read_peft
 from .peft_tensors import Pair, layer_pairs
+from .publish import write_model_card
 from .serving import VLLM_RANKS, PeftExport, commands, max_lora_rank
 
 LAYOUTS = ("uniform", "pattern", "split")
@@ -69,7 +71,8 @@ def export_peft(
 
     Args:
         model: a model with adapters; it is left as it is. Tensors are written in float32.
-        path: the folder; files of an earlier export in it are replaced.
+        path: the folder; files of an earlier export in it are replaced. A model card is written where there is none and
+            the base is known; :func:`write_model_card` writes a fuller one, with data and metrics.
         tokenizer: saved beside the adapter, with a ``generation_config.json`` that has every stop token.
         layout: ``"uniform"`` (one rank for all, right everywhere), ``"pattern"`` (each module's own rank, for PEFT and
             transformers alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were split).
@@ -115,11 +118,13 @@ def export_peft(
     save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt", HEADER_KEY: header})
     (path / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     stops = _save_tokenizer(tokenizer, path)
+    if base_model and not (path / "README.md").exists():
+        write_model_card(path, base_model=base_model, lora=getattr(model, "lora_config", None))
     rank = max(pair.rank for pair in written.values())
     return _told(model, path, layout, rank, modules, ratios, base_model, stops)
 
 
-def import_peft(model: nn.Module, path: str | os.PathLike[str]) -> InjectionReport:
+def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> InjectionReport:
     """Load a PEFT folder: ours (any layout, bit for bit as it was) or one that PEFT wrote.
 
     A fused module's adapter becomes a ``Linear`` of its rank on the fused matrix; ``q_proj, k_proj, v_proj, gate_proj,
@@ -130,9 +135,10 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str]) -> InjectionRepo
         model: the base that the adapter was made for, or that base with matching adapters.
         path: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or a ``.bin`` of tensors
             only).
+        name: of the adapter, as in :func:`load_adapter`: beside others it waits until ``set_adapter(model, name)``.
 
     Returns:
-        The report of the model's adapters, as :func:`inject_lora` gives it.
+        The report of the model's acting adapters, as :func:`inject_lora` gives it.
 
     Raises:
         AdapterError: unreadable or damaged files; what has no counterpart here, by name (another ``peft_type``, DoRA,
@@ -147,7 +153,7 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str]) -> InjectionRepo
     """
     path = Path(path)
     state, facts = read_peft(model, path)
-    install_adapter(model, state, facts, path)
+    install_adapter(model, state, facts, path, name)
     return injection_report(model, fused_segments(model, getattr(model, "lora_config", None) or LoraConfig()))
 
 
