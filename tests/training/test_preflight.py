@@ -673,3 +673,17 @@ def test_the_command_s_exit_status_says_whether_there_are_errors(tmp_path, monke
     assert shown.splitlines()[-1].startswith("no errors" if status == 0 else "1 error")
     assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
     assert main([*command, "--set", "output_dir=chats.jsonl/run"]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_bit_and_its_generator_are_as_before(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = adapted_model(dtype=torch.bfloat16, changes=sizes, lora_dropout=0.1).cuda()
+    generator, before = torch.cuda.get_rng_state(), {n: t.clone() for n, t in model.state_dict().items()}
+    report = examine(tmp_path, model=model, try_steps=True)
+    assert report["gradient flow"].status == "ok", report
+    assert "layers fused" in report["memory"].text and "GiB predicted of " in report["memory"].text
+    assert torch.equal(torch.cuda.get_rng_state(), generator)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())

@@ -384,3 +384,19 @@ def test_numbers_that_arrive_late_are_in_the_checkpoint_and_the_history_all_the_
     assert [line["step"] for line in state["history"]] == [1, 2, 3, 4]
     result, adapters = resumed(tmp_path)
     assert_equals_uncut(tmp_path, result, adapters)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cpu_checkpoint_goes_on_on_a_gpu_to_rounding(tmp_path):
+    def run(folder, device, **changes):
+        model = adapted_model().to(device)  # float32: no rounding but of the order of sums
+        settings = {**RUN, "eval_strategy": "no", "max_steps": 8, **changes}
+        p3.train(model, chat_dataset(), quiet_config(folder, **settings))
+        return {name: tensor.cpu() for name, tensor in adapters_of(model).items()}
+
+    expected = run(tmp_path / "run", "cpu")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    found = run(tmp_path / "run", "cuda", resume_from_checkpoint=True)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-2, atol=2e-4)
