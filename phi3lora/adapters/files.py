@@ -9,6 +9,7 @@ loralib writes it, with the same facts in ``<path>.json`` beside it. A bare ``.p
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -25,11 +26,13 @@ from ..errors import AdapterError, Phi3LoRAError
 from ..model.injection import inject_layers, lora_layers, remove_lora
 from ..model.layers import MergedLinear
 from .active import DEFAULT, apart, call_acting, list_adapters
+from .durable import write_whole
 
 logger = logging.getLogger("phi3lora")
 
 HEADER_KEY = "phi3lora"
 _FORMAT = 1
+_DIGEST = "sha256"  # of the ``.pt`` that a sidecar belongs to
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -70,24 +73,31 @@ def adapter_facts(model: nn.Module) -> dict[str, Any]:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the adapters to ``path``: ``.safetensors``, or ``.pt`` (with ``<path>.json`` beside it).
 
+    On return they are on disk. Killed on the way, or on a full disk, what was there before is whole.
+
     Returns:
         The path written.
 
     Raises:
-        AdapterError: a model without adapters, or another suffix.
+        AdapterError: a model without adapters, another suffix, a place that cannot be written.
     """
     path = Path(path)
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
     _check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
-    facts = json.dumps(adapter_facts(model))
-    if path.suffix == ".safetensors":
-        save_file(state, path, metadata={"format": "pt", HEADER_KEY: facts})
-    else:
-        torch.save(state, path)
-        _sidecar(path).write_text(facts)
+    facts = adapter_facts(model)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            metadata = {"format": "pt", HEADER_KEY: json.dumps(facts)}
+            write_whole(path, lambda at: save_file(state, at, metadata=metadata))
+        else:
+            write_whole(path, lambda at: torch.save(state, at))
+            text = json.dumps({**facts, _DIGEST: _sha256(path)})
+            write_whole(_sidecar(path), lambda at: at.write_text(text))
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: how torch.save tells of a full disk
+        raise AdapterError(f"{str(path)!r} cannot be written: {error}; what was there before is whole") from error
     return path
 
 
@@ -200,7 +210,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
                 facts = (file.metadata() or {}).get(HEADER_KEY)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            facts = _sidecar(path).read_text() if _sidecar(path).is_file() else None
+            facts = _sidecar_facts(path)
         parsed = json.loads(facts) if facts is not None else None
     except Exception as error:  # torch's unpickler meets damaged bytes with errors of many kinds
         raise AdapterError(f"{str(path)!r} is not a readable adapter file: {error}") from error
@@ -235,6 +245,24 @@ def _check_suffix(path: Path) -> None:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def _sidecar_facts(path: Path) -> str | None:
+    """The settings beside a ``.pt``; None: there are none, or they are another file's that had this name before."""
+    if not _sidecar(path).is_file():
+        return None
+    text = _sidecar(path).read_text()
+    facts = json.loads(text)
+    if not isinstance(facts, dict) or _DIGEST not in facts:
+        return text
+    if facts.pop(_DIGEST) != _sha256(path):
+        logger.warning("%s was made for another %s: its settings are not used", _sidecar(path), path.name)
+        return None
+    return json.dumps(facts)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_facts(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ import torch
 import transformers
 from torch import nn
 
+from ..adapters.durable import fsync
 from ..adapters.files import adapter_facts, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
 from ..errors import AdapterError, CheckpointError
@@ -98,8 +99,8 @@ def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
         temporary.mkdir()
         _write_files(run, state, temporary)
         for path in temporary.iterdir():
-            _fsync(path)
-        _fsync(temporary)
+            fsync(path)
+        fsync(temporary)
         _rename_over(temporary, final)
     except (OSError, RuntimeError, AdapterError) as error:  # RuntimeError: how torch.save tells of a full disk
         raise CheckpointError(
@@ -139,7 +140,7 @@ def _rename_over(source: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     source.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -345,11 +346,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import loralib as lora
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import phi3lora as p3
+from phi3lora.adapters import files
 from phi3lora.adapters.files import adapter_facts, adapter_state_dict, load_adapter_state, read_adapter
 from phi3lora.errors import AdapterError, Phi3LoRAError
 from phi3lora.model.injection import lora_layers
@@ -120,7 +123,9 @@ def test_the_header_says_how_each_layer_is_built(tmp_path):
         "segments": [32, 16, 16], "enable_lora": [True, False, True],
     }  # fmt: skip
     save_pt = p3.save_adapter(adapted(use_rslora=True), tmp_path / "adapter.pt")
-    assert json.loads(save_pt.with_name("adapter.pt.json").read_text()) == facts
+    beside = json.loads(save_pt.with_name("adapter.pt.json").read_text())
+    assert beside.pop("sha256") == hashlib.sha256(save_pt.read_bytes()).hexdigest()
+    assert beside == facts
 
 
 def test_a_module_called_lora_router_is_not_saved():
@@ -381,3 +386,55 @@ def test_a_config_that_cannot_be_is_refused_where_it_is_needed(tmp_path, config)
     with pytest.raises(Phi3LoRAError):
         p3.load_adapter(base, path)
     assert not lora_layers(base)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_save_that_fails_leaves_what_was_there_before(tmp_path, monkeypatch, suffix, where):
+    model, path = adapted(), tmp_path / f"adapter{suffix}"
+    p3.save_adapter(model, path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if where == "write":
+        monkeypatch.setattr(files, "save_file", full)
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(os, where, full)
+    with pytest.raises(AdapterError, match=r"cannot be written.*No space left.*before is whole"):
+        p3.save_adapter(model, path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@suffixes
+def test_a_write_that_fails_inside_torch_or_safetensors(tmp_path, suffix):
+    """A limit on the size of files stands for a full disk: the C++ and Rust writers meet it in the middle."""
+    resource = pytest.importorskip("resource")
+    model, path = adapted(), tmp_path / f"adapter{suffix}"
+    p3.save_adapter(model, path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(AdapterError, match="cannot be written"):
+            p3.save_adapter(model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_settings_beside_another_file_of_that_name_are_not_believed(tmp_path, caplog):
+    path = tmp_path / "adapter.pt"
+    p3.save_adapter(adapted(lora_alpha=2), path)
+    other = adapted(lora_alpha=64)
+    torch.save(lora.lora_state_dict(other), path)  # loralib's way: no settings
+    assert files.read_adapter(path)[1] is None
+    assert "made for another adapter.pt" in caplog.text
+    p3.load_adapter(other, path)
+    with pytest.raises(AdapterError, match="does not say how to build"):
+        p3.load_adapter(lively_model(), path)

@@ -251,7 +251,7 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoints_whole_and_no_half_o
         at = "checkpoint-4"
         monkeypatch.setattr(module, "_write_json", crash(module._write_json, lambda p, *_: at in p.parent.name))
     else:
-        monkeypatch.setattr(module, "_fsync", crash(module._fsync, lambda path: "checkpoint-4" in path.parent.name))
+        monkeypatch.setattr(module, "fsync", crash(module.fsync, lambda path: "checkpoint-4" in path.parent.name))
     config = quiet_config(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
     with pytest.raises(p3.CheckpointError, match="disk full"):
         p3.train(adapted_model(), chat_dataset(), config)
@@ -305,12 +305,25 @@ def test_a_run_goes_on_over_a_full_disk_if_the_user_chose_so(tmp_path, monkeypat
     assert best is None or Path(best).is_dir()
 
 
-def test_torchs_own_error_of_a_full_disk_is_one_of_ours(tmp_path):
-    """``/dev/full`` fails as a full disk does: inside the C++ writers of torch and safetensors."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    with pytest.raises((OSError, RuntimeError)):
-        torch.save({"a": torch.zeros(100_000)}, "/dev/full")
+@pytest.mark.parametrize("limit", [100, 2_000, 20_000])
+def test_a_write_that_fails_inside_torch_or_safetensors_is_told_too(tmp_path, limit):
+    """A limit on the size of files stands for a full disk: the C++ and Rust writers meet it in the middle."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fill(p3.Callback):
+        def on_step_end(self, state):
+            if state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+
+    config = quiet_config(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    try:
+        with pytest.raises(p3.CheckpointError, match=r"checkpoint-4.*could not be written"):
+            p3.train(adapted_model(), chat_dataset(), config, callbacks=[Fill()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir() if "checkpoint" in p.name] == ["checkpoint-2"]
+    assert damage(tmp_path / "checkpoint-2") is None
 
 
 def test_a_crash_while_replacing_a_checkpoint_of_the_same_step_loses_neither(folder, monkeypatch):
