@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m phi3lora demo
 
 test: $(VENV)/installed lint
 	$(RUN) -m pytest -n 2
+
+# Half an hour at most on 2 cores: every kill point, ten thousand bad inputs.
+soak: $(VENV)/installed
+	$(RUN) tests/soak/kill_points.py --random 150
+	$(RUN) tests/soak/bad_inputs.py --count 10000
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,43 @@
+"""A few of the kill points in the normal suite, and a look at the harness itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import kill_points
+
+from phi3lora.training import checkpoint
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def test_a_seeded_choice_of_kill_points_loses_nothing():
+    report = kill_points.run(most=10, randomly=1, seed=1, workers=1)
+    assert report.lost == [], str(report)
+    assert sum(report.tried.values()) == 11 and len(report.tried) >= 3
+
+
+def test_a_library_that_replaces_in_place_is_caught(monkeypatch, tmp_path):
+    """A planted fault: the old checkpoint is deleted before the new one has its name."""
+
+    def careless(source: Path, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        source.rename(target)
+
+    monkeypatch.setattr(checkpoint, "_rename_over", careless)
+    monkeypatch.setitem(kill_points._PREPARED, "rerun", tmp_path / "prepared")
+    kill_points.prepare("rerun", tmp_path / "prepared")
+    lost = [kill_points.try_point("rerun", point, {}) for point in range(38, 60, 5)]
+    assert any(wrong and "good checkpoints where 3 were saved" in wrong for wrong in lost)
+
+
+def test_a_child_that_hangs_is_ended():
+    with pytest.raises(TimeoutError):
+        kill_points._wait(kill_points._fork(lambda: signal.pause()), 0.2)
