@@ -137,21 +137,23 @@ class Run:
                 self._log(note, norm)
 
     def _give_up_if_hopeless(self, note: _Note, loss_sum: float, norm: float) -> None:
-        self.report.say(f"step {note.step}: loss {loss_sum / note.count}, gradient norm {norm}: skipped")
+        documents = [i for micro in note.rows.micro_batches for row in micro for i in row]
+        dataset = self.steps.plan.dataset
+        rows = sorted({dataset.row_number(i) for i in documents})
+        some = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"
+        said = f"loss {loss_sum / note.count}, gradient norm {norm}; rows {some}"
+        logger.warning("step %d is skipped: %s of the data", note.step, said)
         limit = min(self.config.max_nonfinite_steps, self.state.total_steps)
         if self.state.nonfinite_in_a_row < limit:
             return
-        documents = [i for micro in note.rows.micro_batches for row in micro for i in row]
-        dataset = self.steps.plan.dataset
         text = ""
         if self.tokenizer is not None:
             text = f" First document: {self.tokenizer.decode(dataset[documents[0]]['input_ids'])[:200]!r}."
         raise TrainingError(
             f"the loss or gradient was NaN or infinite {self.state.nonfinite_in_a_row} steps in a row, the last "
-            f"at step {note.step} (loss {loss_sum / note.count}, gradient norm {norm}; rows "
-            f"{sorted({dataset.row_number(i) for i in documents})[:16]} of the data).{text} The adapters are as before "
-            f"these steps. Lower learning_rate ({self.config.learning_rate}), use bf16 instead of fp16, or look at the "
-            f"base weights; max_nonfinite_steps={self.config.max_nonfinite_steps} sets the patience"
+            f"at step {note.step} ({said} of the data).{text} The adapters are as before these steps. Lower "
+            f"learning_rate ({self.config.learning_rate}), use bf16 instead of fp16, or look at the base weights; "
+            f"max_nonfinite_steps={self.config.max_nonfinite_steps} sets the patience"
         )
 
     def _log(self, note: _Note, norm: float) -> None:

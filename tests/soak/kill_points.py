@@ -288,7 +288,7 @@ def _fork(work: Callable[[], object], log: Path | None = None) -> int:
     status = 1
     try:
         if log is not None:
-            sys.stdout = sys.stderr = open(log, "w")
+            sys.stdout = sys.stderr = log.open("w")
         work()
         status = 0
     except BaseException:

@@ -313,7 +313,7 @@ class Sick(p3.Callback):
             self.heal()
 
 
-def test_fewer_bad_steps_than_the_limit_are_skipped_and_counted(tmp_path):
+def test_fewer_bad_steps_than_the_limit_are_skipped_told_with_their_rows_and_counted(tmp_path, caplog):
     model = adapted_model()
     recorder = Recorder(model)
     result = train(tmp_path, model, recorder, callbacks=[Sick(model, 3, 4)], max_steps=7, max_nonfinite_steps=3)
@@ -323,6 +323,8 @@ def test_fewer_bad_steps_than_the_limit_are_skipped_and_counted(tmp_path):
     assert [line["step"] for line in result.history if "loss" in line] == [1, 2, 5, 6, 7]
     assert [line.get("skipped_steps", 0) for line in result.history] == [0, 0, 1, 2, 2, 2, 2]
     assert result.metrics["train_loss"] == result.metrics["train_loss"]  # not NaN
+    said = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]
+    assert [m.split(" is")[0] for m in said] == ["step 3", "step 4"] and all("rows [" in m for m in said)
 
 
 def test_only_bad_steps_in_a_row_stop_a_run(tmp_path):
