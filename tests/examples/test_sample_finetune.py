@@ -1,0 +1,108 @@
+"""The model card's script: its dicts are the card's, its metrics and model are where Trainer puts them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import stand_in
+
+import phi3lora as p3
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "sample_finetune.py"
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_its_dicts_are_the_card_s(script):
+    assert script["training_config"] == {
+        "bf16": True, "do_eval": False, "learning_rate": 5.0e-06, "log_level": "info", "logging_steps": 20,
+        "logging_strategy": "steps", "lr_scheduler_type": "cosine", "num_train_epochs": 1, "max_steps": -1,
+        "output_dir": "./checkpoint_dir", "overwrite_output_dir": True, "per_device_eval_batch_size": 4,
+        "per_device_train_batch_size": 4, "remove_unused_columns": True, "save_steps": 100, "save_total_limit": 1,
+        "seed": 0, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_accumulation_steps": 1, "warmup_ratio": 0.2,
+    }  # fmt: skip
+    assert script["peft_config"] == {
+        "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear", "modules_to_save": None,
+    }  # fmt: skip
+
+
+def test_the_demo_run_leaves_metrics_checkpoint_and_model(script, monkeypatch):
+    load = p3.demo.load
+
+    def load_less():
+        model, tokenizer, train_set, eval_set = load()
+        return model, tokenizer, train_set.select(range(160)), eval_set.select(range(40))
+
+    monkeypatch.setattr(p3.demo, "load", load_less)
+    script["main"]([])
+    folder = Path("checkpoint_dir")
+    train = json.loads((folder / "train_results.json").read_text())
+    held_out = json.loads((folder / "eval_results.json").read_text())
+    assert train["train_samples"] == 160 and math.isfinite(train["train_loss"])
+    assert held_out["eval_samples"] == 40
+    [checkpoint] = folder.glob("checkpoint-*")
+    assert (checkpoint / "lora.safetensors").is_file()
+
+    for name, put_in in (("adapter.safetensors", p3.load_adapter), ("peft", p3.import_peft)):
+        model, _, _, eval_set = load_less()
+        before = p3.evaluate(model, eval_set)["loss"]
+        put_in(model, folder / name)
+        after = p3.evaluate(model, eval_set)["loss"]
+        assert after == pytest.approx(held_out["eval_loss"], rel=1e-5)
+        assert after < before
+
+
+def test_the_real_branch_asks_for_phi_3_and_ultrachat(script, monkeypatch):
+    rows = [json.loads(line) for line in (p3.demo.FOLDER / "train.jsonl").read_text().splitlines()]
+    asked = stand_in(monkeypatch, lambda: rows)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    script["main"](["--real"])
+    options = {"dtype": "bfloat16", "base_precision": None, "use_cache": False}
+    assert asked.models == [("microsoft/Phi-3-mini-4k-instruct", options)]
+    assert [(name, o["split"], o["max_length"]) for name, o in asked.datasets] == [
+        ("HuggingFaceH4/ultrachat_200k", "train_sft", 2048), ("HuggingFaceH4/ultrachat_200k", "test_sft", 2048),
+    ]  # fmt: skip
+    [config] = asked.configs
+    assert config == p3.TrainingConfig(**script["training_config"])
+    assert config.bf16
+
+
+def started(tmp_path, **environment):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def test_more_than_one_process_is_refused_before_anything_is_loaded(tmp_path):
+    done = started(tmp_path, WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "sample_finetune.py: 2 processes; allowed: 1, on one GPU. Start it with plain python or --nproc_per_node=1"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_other_processes_end_without_a_word(script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        script["main"]([])
+    assert ended.value.code == 1
