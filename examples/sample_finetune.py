@@ -57,10 +57,10 @@ peft_config = {
 
 def refuse_several_processes() -> None:
     """phi3lora trains in one process: under torchrun with more, each would train a copy of its own."""
-    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if processes > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:  # each says so: torchrun ends the others as soon as one has ended
         told = f"{processes} processes; allowed: 1, on one GPU. Start it with plain python or --nproc_per_node=1"
-        sys.exit(f"sample_finetune.py: {told}" if rank == 0 else 1)
+        sys.exit(f"sample_finetune.py: {told}")
 
 
 def load(real: bool) -> tuple[Any, Any, p3.ChatDataset, p3.ChatDataset]:
