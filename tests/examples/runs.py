@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import phi3lora as p3
@@ -20,13 +21,14 @@ class Asked:
 
 
 def stand_in(monkeypatch: Any, rows: Callable[[], list[dict[str, Any]]], documents: int = 60) -> Asked:
-    """Every model is the demo's, every dataset the first ``documents`` of ``rows()``, every run two steps long."""
+    """Every model of the hub is the demo's, every dataset the first ``documents`` of ``rows()``, every run two steps long."""
     asked, load_model, train = Asked(), p3.load_model, p3.train
     load = p3.ChatDataset.load
 
     def load_demo(name, *, dtype="bfloat16", base_precision=None, **options):
         asked.models.append((name, {"dtype": dtype, "base_precision": base_precision, **options}))
-        return load_model(p3.demo.BASE, dtype="float32", device="cpu", base_precision=base_precision)
+        local = name if Path(name).is_dir() else p3.demo.BASE  # what the example wrote itself is loaded
+        return load_model(local, dtype="float32", device="cpu", base_precision=base_precision)
 
     def load_rows(source, tokenizer, **options):
         asked.datasets.append((source, options))
