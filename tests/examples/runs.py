@@ -21,7 +21,7 @@ class Asked:
 
 
 def stand_in(monkeypatch: Any, rows: Callable[[], list[dict[str, Any]]], documents: int = 60) -> Asked:
-    """Every model of the hub is the demo's, every dataset the first ``documents`` of ``rows()``, every run two steps long."""
+    """Each hub model is the demo's, each dataset the first ``documents`` of ``rows()``, each run two steps long."""
     asked, load_model, train = Asked(), p3.load_model, p3.train
     load = p3.ChatDataset.load
 

@@ -1,4 +1,4 @@
-"""The notebooks: their code runs on the demo and learns, what is stored in them is clean, and the real branch is right."""
+"""The notebooks: their code runs on the demo and learns, what is stored in them is clean, the real branch is right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 from runs import stand_in
 
@@ -41,8 +41,8 @@ def execute(name: str, **settings) -> dict:
 @pytest.fixture(autouse=True)
 def in_a_folder_without_a_screen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: matplotlib.pyplot.close("all"))
     matplotlib.use("Agg")
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: matplotlib.pyplot.close("all"))
 
 
 def test_inference_and_finetuning_learns_and_reloads(capsys):
@@ -66,7 +66,7 @@ def test_finetune_lora_hub_reaches_the_references_and_writes_what_it_says(capsys
     assert uploaded == sorted(file.name for file in Path("phi3-lora").iterdir())
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(uploaded)
 
-    model, tokenizer, _, _ = p3.demo.load()
+    model, _, _, _ = p3.demo.load()
     p3.import_peft(model, "phi3-lora")
     assert p3.evaluate(model, names["test_set"])["loss"] == pytest.approx(names["after"]["loss"], rel=1e-4)
     assert not p3.load_model("phi3-lora-merged", dtype="float32")[0].state_dict().keys() & {"lora_A", "lora_B"}
