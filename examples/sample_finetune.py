@@ -20,6 +20,9 @@ import torch
 
 import phi3lora as p3
 
+MODEL = "microsoft/Phi-3-mini-4k-instruct"
+DATASET = "HuggingFaceH4/ultrachat_200k"
+
 training_config = {
     "bf16": True,
     "do_eval": False,
@@ -67,10 +70,10 @@ def load(real: bool) -> tuple[Any, Any, p3.ChatDataset, p3.ChatDataset]:
     """``(model, tokenizer, train_set, eval_set)``."""
     if not real:
         return p3.demo.load()
-    model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct", dtype="bfloat16", use_cache=False)
+    model, tokenizer = p3.load_model(MODEL, dtype="bfloat16", use_cache=False)
     options: dict[str, Any] = {"max_length": 2048, "on_bad_row": "skip"}
     train_set, eval_set = (
-        p3.ChatDataset.load("HuggingFaceH4/ultrachat_200k", tokenizer, split=split, **options)
+        p3.ChatDataset.load(DATASET, tokenizer, split=split, **options)
         for split in ("train_sft", "test_sft")
     )
     return model, tokenizer, train_set, eval_set
@@ -87,7 +90,7 @@ def save_metrics(folder: str, split: str, metrics: Mapping[str, float]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Load, adapt, train, evaluate, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", action="store_true", help="tune Phi-3-mini-4k-instruct on ultrachat_200k")
+    parser.add_argument("--real", action="store_true", help=f"tune {MODEL} on {DATASET}")
     real = parser.parse_args(arguments).real
     refuse_several_processes()
 
