@@ -73,8 +73,7 @@ def load(real: bool) -> tuple[Any, Any, p3.ChatDataset, p3.ChatDataset]:
     model, tokenizer = p3.load_model(MODEL, dtype="bfloat16", use_cache=False)
     options: dict[str, Any] = {"max_length": 2048, "on_bad_row": "skip"}
     train_set, eval_set = (
-        p3.ChatDataset.load(DATASET, tokenizer, split=split, **options)
-        for split in ("train_sft", "test_sft")
+        p3.ChatDataset.load(DATASET, tokenizer, split=split, **options) for split in ("train_sft", "test_sft")
     )
     return model, tokenizer, train_set, eval_set
 
