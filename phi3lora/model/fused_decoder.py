@@ -73,6 +73,8 @@ def decoder_reason(decoder: Any, training: bool | None = None) -> str | None:
     """The same of the modules: they must be transformers' own, frozen but for adapters, with nothing hooked in."""
     if type(decoder) is not Phi3Model or type(decoder.norm) is not Phi3RMSNorm:
         return f"a {type(decoder).__name__} that is not transformers' Phi-3"
+    if decoder.config.hidden_size < 32:
+        return f"hidden_size={decoder.config.hidden_size} is under 32"
     if len(decoder.layers) != decoder.config.num_hidden_layers:
         return f"num_hidden_layers={decoder.config.num_hidden_layers} with {len(decoder.layers)} layers"
     for module in (decoder, decoder.norm):

@@ -20,8 +20,8 @@ LAYOUTS = {"chats": [random_documents(100, 20), random_documents(64, 50, 10)], "
 MODEL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-def adapted(kv_heads: int = 2, **lora):
-    model = tiny_model(**MODEL, num_key_value_heads=kv_heads)
+def adapted(kv_heads: int = 2, sizes=None, **lora):
+    model = tiny_model(**{**MODEL, "num_key_value_heads": kv_heads, **(sizes or {})})
     p3.inject_lora(model.to("cuda", torch.bfloat16), p3.LoraConfig(**{"r": 8, **lora}))
     randomize_adapters(model)
     return model.train()
@@ -73,6 +73,18 @@ def test_recomputing_changes_no_bit_of_the_fused_gradients(mode):
 def test_some_targets_alone(targets):
     batch, model = packed_batch(LAYOUTS["chats"], 128), adapted(target_modules=targets, r=24)
     assert_close(loss_and_gradients(model, batch), loss_and_gradients(model, batch, fused=False))
+
+
+@pytest.mark.parametrize("hidden", [32, 64, 96, 128])
+@pytest.mark.parametrize("r", [4, 32])
+def test_models_that_are_one_block_wide(hidden, r):
+    """Triton unrolls a loop of one turn, and one of those was compiled into a read of a random address."""
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_attention_heads": 2}
+    batch, model = packed_batch(LAYOUTS["chats"], 128), adapted(2, sizes, r=r)
+    fused, plain = loss_and_gradients(model, batch), loss_and_gradients(model, batch, fused=False)
+    assert reason_not_to_fuse(model) is None
+    assert_close(fused, plain, cosine=0.998)
+    assert_close(loss_and_gradients(model, batch), fused, cosine=0.99999)
 
 
 def test_fp8_gradients_point_where_bf16s_do():

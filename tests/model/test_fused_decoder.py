@@ -22,6 +22,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from phi3lora.model.passes.cross_entropy import cross_entropy_  # noqa: E402
 from phi3lora.model.passes.low_rank import add_back_projection_, column_sums, project  # noqa: E402
+from phi3lora.model.passes.norm import backward_blocks  # noqa: E402
 from phi3lora.model.passes.sums import Sums  # noqa: E402
 
 _patch = interpreter._patch_lang_tensor
@@ -247,6 +248,19 @@ def test_layers_that_are_not_quite_transformers_own_are_left_to_it(change, reaso
     assert decoder_reason(decoder) is None
     change(decoder)
     assert reason in (decoder_reason(decoder) or "")
+
+
+@pytest.mark.parametrize("hidden", [32, 48, 64, 192, 3072])
+def test_no_loop_of_the_norm_s_backward_turns_only_once(hidden):
+    turns = [-(-hidden // block["BN"]) for block in backward_blocks(hidden)]
+    assert turns
+    assert min(turns) >= 2
+
+
+def test_a_model_narrower_than_the_blocks_is_left_to_transformers_layers():
+    assert "hidden_size=16" in decoder_reason(
+        adapted(hidden_size=16, num_attention_heads=1, num_key_value_heads=1).model
+    )
 
 
 def test_segments_and_ranks_the_kernels_do_not_know():

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, Pending, dot, dropped, kept
-from .launch import blocks, cdiv, contiguous, launch, next_power_of_2
+from .launch import Block, blocks, cdiv, contiguous, launch, next_power_of_2
 from .low_rank import column_sums
 from .sums import Sums
 
@@ -143,7 +143,14 @@ def _norm_backward(
 
 
 FORWARD_BLOCKS = blocks((16, 256, 3), (16, 128, 2), (16, 64, 2))
-BACKWARD_BLOCKS = blocks((64, 64, 5), (64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 32, 2))
+BACKWARD_BLOCKS = blocks((64, 64, 5), (64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 32, 2), (32, 16, 2))
+
+
+def backward_blocks(D: int) -> list[Block]:
+    """Those whose loop over D columns turns twice or more. Where it turns once, ptxas 12.8 (Triton 3.6) gives Hopper
+    a kernel that reads a register nobody wrote as an address: https://github.com/triton-lang/triton/issues/11366.
+    """
+    return [block for block in BACKWARD_BLOCKS if block["BN"] < D]
 
 
 class _AddNorm(torch.autograd.Function):
@@ -188,7 +195,7 @@ class _AddNorm(torch.autograd.Function):
         in_dz = summed.new_empty(N, before.R) if before else None
         width = after.width if after else 16
         launch(
-            _norm_backward, BACKWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
+            _norm_backward, backward_blocks(D), lambda block: (cdiv(N, block["BM"]),),
             dx.contiguous(), dz, contiguous(dsum), summed, rstd, weight, after.A if after else None,
             before.B if before else None, out_z, dh, in_dz, N,
             before.scaling if before else 1.0, after.seed if after else 0,
