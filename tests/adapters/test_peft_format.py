@@ -47,18 +47,6 @@ def test_the_llama_is_the_phi3():
     torch.testing.assert_close(logits(as_llama(base)), logits(base), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
-@pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
-def test_peft_computes_our_logits_for_every_subset_of_segments(tmp_path, targets, rslora):
-    model = adapted_model(changes=SHALLOW, target_modules=targets, use_rslora=rslora, r=3, lora_alpha=30)
-    want = logits(model)
-    assert_acts(model, base_model(SHALLOW))
-    for layout in p3.adapters.peft_format.LAYOUTS:
-        p3.export_peft(model, tmp_path / layout, layout=layout)
-        base = as_llama(base_model(SHALLOW)) if layout == "split" else base_model(SHALLOW)
-        torch.testing.assert_close(logits(with_peft(base, tmp_path / layout)), want, atol=1e-4, rtol=0)
-
-
 @members
 @layouts
 @pytest.mark.parametrize("load", [with_peft, with_transformers])

@@ -1,0 +1,110 @@
+"""All 127 subsets of q, k, v, o, gate, up, down, plain and rsLoRA, on three kinds of tiny model: others compute ours.
+
+Each subset is read by the real PEFT and the real transformers. Two layers, and ranks that differ between them, are in
+test_peft_format.py: here one layer is enough, for a layer's tensors are written from that layer alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import adapters_of, randomize_adapters, same_tensors
+from peft_folders import MEMBERS, SHALLOW, as_llama, base_model, logits, with_peft, with_transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import phi3lora as p3
+from phi3lora.adapters.files import adapter_facts
+
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SUBSETS = [list(names) for n in range(1, 8) for names in itertools.combinations(NAMES, n)]
+
+kinds = pytest.mark.parametrize("kind", MEMBERS)
+scalings = pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+
+
+class Case(NamedTuple):
+    """One subset, and a model whose adapters on it change the logits."""
+
+    name: str
+    model: Any
+    base: Any
+    """The plain model; :func:`copy.deepcopy` before it is changed."""
+    logits: Tensor
+
+
+def every_subset(kind: str, rslora: bool, subsets: Sequence[list[str]] = SUBSETS) -> Iterator[Case]:
+    base = base_model({**MEMBERS[kind], **SHALLOW}, head_scale=1 if kind == "tied" else 10)
+    before = logits(base)
+    for names in subsets:
+        model = copy.deepcopy(base)
+        p3.inject_lora(model, p3.LoraConfig(r=3, lora_alpha=6, use_rslora=rslora, target_modules=names))
+        randomize_adapters(model, std=0.3)
+        after = logits(model)
+        assert (after - before).abs().max() > 0.01, names  # else what follows would hold for nothing
+        yield Case("+".join(names), model, base, after)
+
+
+def by_turns(kind: str, rslora: bool) -> list[list[str]]:
+    """Half of the subsets: with both values of ``rslora`` all of them, and the other half on the tied model."""
+    return SUBSETS[rslora != (kind == "tied") :: 2]
+
+
+def assert_equal_logits(theirs, case: Case) -> None:
+    torch.testing.assert_close(logits(theirs), case.logits, atol=1e-4, rtol=0, msg=lambda m: f"{case.name}: {m}")
+
+
+def assert_comes_back(folder, case: Case) -> None:
+    again = copy.deepcopy(case.base)
+    report = p3.import_peft(again, folder)
+    assert adapter_facts(again) == adapter_facts(case.model), case.name
+    assert same_tensors(adapters_of(again), adapters_of(case.model)), case.name
+    assert again.lora_config == case.model.lora_config, case.name
+    assert report.trainable_parameters == sum(t.numel() for t in adapters_of(case.model).values()), case.name
+
+
+def test_the_subsets_are_all_there_are():
+    assert len(SUBSETS) == len(set(map(tuple, SUBSETS))) == 2**7 - 1
+
+
+@kinds
+@scalings
+def test_peft_and_transformers_compute_our_logits_and_the_folder_comes_back(tmp_path, kind, rslora):
+    for case in every_subset(kind, rslora):
+        folder = tmp_path / case.name
+        p3.export_peft(case.model, folder)
+        assert_equal_logits(with_peft(copy.deepcopy(case.base), folder), case)
+        assert_equal_logits(with_transformers(copy.deepcopy(case.base), folder), case)
+        assert_comes_back(folder, case)
+
+
+@kinds
+@scalings
+def test_the_other_layouts_are_the_same_in_peft_and_come_back(tmp_path, kind, rslora):
+    """Each subset on each kind once, plain and rsLoRA by turns; over the kinds, in "pattern" and in "split"."""
+    for i, case in enumerate(every_subset(kind, rslora, by_turns(kind, rslora))):
+        layout = ("pattern", "split")[(i + (kind == "multi-head")) % 2]
+        folder = tmp_path / case.name
+        p3.export_peft(case.model, folder, layout=layout)
+        base = as_llama(case.base) if layout == "split" else copy.deepcopy(case.base)
+        assert_equal_logits(with_peft(base, folder), case)
+        assert_comes_back(folder, case)
+
+
+@kinds
+@scalings
+def test_a_merged_directory_computes_our_logits(tmp_path, kind, rslora):
+    """Each subset on each kind once, plain and rsLoRA by turns."""
+    for case in every_subset(kind, rslora, by_turns(kind, rslora)):
+        p3.save_merged(case.model, None, tmp_path / case.name)
+        weights = load_file(tmp_path / case.name / "model.safetensors")
+        if kind == "tied":
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        plain = copy.deepcopy(case.base)
+        plain.load_state_dict(weights)
+        assert_equal_logits(plain, case)
