@@ -75,7 +75,8 @@ def train(
         ones with ``load_best_model_at_end``.
 
     Raises:
-        TrainingError: no adapters, something else trainable, a loss that stays NaN or infinite, a GPU that is full.
+        TrainingError: no adapters, something else trainable, a loss that stays NaN or infinite, a GPU that is full,
+            one of several processes (torchrun).
         DataError: an empty dataset, documents that do not fit.
         CheckpointError: another run in ``output_dir``, or its checkpoints; nothing to resume from; another run's
             checkpoint; a checkpoint that cannot be written.

@@ -20,6 +20,7 @@ from ..model.fused_decoder import reason_not_to_fuse
 from ..model.injection import lora_layers
 from ..model.loading import longrope_boundary, longrope_note, model_device
 from ..model.memory import MemoryPlan, plan_memory
+from .distributed import require_one_process
 from .optim import optimizer_bytes, warmup_steps
 from .precision import Precision
 from .state import TrainingState
@@ -31,6 +32,7 @@ def check_run(
     model: nn.Module, train_dataset: ChatDataset, eval_dataset: ChatDataset | None, config: TrainingConfig
 ) -> None:
     """Raise before any work is lost: nothing to train, something else trainable, data that does not fit the model."""
+    require_one_process()
     layers = lora_layers(model)
     if not layers:
         raise TrainingError("the model has no adapters to train; call inject_lora(model, LoraConfig(...)) first")
