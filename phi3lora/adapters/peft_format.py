@@ -43,7 +43,7 @@ from .files import HEADER_KEY, adapter_facts, adapter_state_dict, install_adapte
 from .peft_config import CONFIG_NAME, config_dict
 from .peft_import import TENSORS_NAME, plain_convolution, read_peft
 from .peft_tensors import Pair, layer_pairs
-from .publish import write_model_card
+from .publish import is_local, write_model_card
 from .serving import VLLM_RANKS, PeftExport, commands, max_lora_rank
 
 LAYOUTS = ("uniform", "pattern", "split")
@@ -77,7 +77,7 @@ def export_peft(
         layout: ``"uniform"`` (one rank for all, right everywhere), ``"pattern"`` (each module's own rank, for PEFT and
             transformers alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were split).
         base_model: hub name or folder of the base, for the config and the commands; None: where the model was loaded
-            from (with ``"split"``: unknown).
+            from (with ``"split"``: unknown). A folder is right on this machine alone: the result says so.
 
     Returns:
         What was written; ``print`` shows it with the commands for each tool.
@@ -318,6 +318,11 @@ def _told(
         notes.append(f"rank {rank} is more than vLLM takes ({VLLM_RANKS[-1]}); use save_merged there")
     if config is not None and longrope_boundary(config) is not None:
         notes.append(f"{longrope_note(config)}; vLLM takes the long ones when --max-model-len is past the boundary")
+    if is_local(base_model):
+        notes.append(
+            f"the base on record is {base_model}, a folder of this machine; for others, give its name on the hub: "
+            f"base_model='owner/name'"
+        )
     if phi3 and not stops:
         notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
     lines = commands(path, base_model, layout, rank, stops)

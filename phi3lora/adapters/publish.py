@@ -7,6 +7,7 @@ a training run's folder also holds optimizer state, generators and, maybe, the d
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -133,8 +134,9 @@ def push_to_hub(
         The commit's address.
 
     Raises:
-        AdapterError: a folder without adapter or model, or with files that should not leave; the hub cannot be reached,
-            refuses the token or has no such repository.
+        AdapterError: a folder without adapter or model, or with files that should not leave; an ``adapter_config.json``
+            that names a folder of this machine as the base; the hub cannot be reached, refuses the token or has no such
+            repository.
 
     Example:
         >>> p3.push_to_hub("support-peft", "you/support")  # doctest: +SKIP
@@ -146,6 +148,7 @@ def push_to_hub(
             f"write them"
         )
     _refuse_what_should_stay(folder)
+    _refuse_a_local_base(folder)
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -192,6 +195,22 @@ def _refuse_what_should_stay(folder: Path) -> None:
         )
 
 
+def _refuse_a_local_base(folder: Path) -> None:
+    """Where only this machine could find the base, and its path would be told to all."""
+    file = folder / PEFT_FILES[1]
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):  # not ours to judge: what it is wrong for, peft says
+        return
+    if is_local(base):
+        raise AdapterError(
+            f"{str(file)!r} names {base!r} as the base, a folder of this machine; allowed: its name on the hub. "
+            f"Write the folder again with export_peft(..., base_model='owner/name')"
+        )
+
+
 def _reason(error: Exception, endpoint: str) -> str:
     """What went wrong with the hub, and the way out."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
@@ -210,6 +229,13 @@ def _reason(error: Exception, endpoint: str) -> str:
 def _is_hub_name(name: Any) -> bool:
     """``owner/name``, and not a path that exists here."""
     return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def is_local(name: Any) -> bool:
+    """A path that exists here, or one that could be no hub name."""
+    if not isinstance(name, str) or _is_hub_name(name):
+        return False
+    return "/" in name or "\\" in name or Path(name).exists()
 
 
 def _shown(name: str | os.PathLike[str]) -> str:

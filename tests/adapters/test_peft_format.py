@@ -192,6 +192,17 @@ def test_the_folder_has_every_stop_token(tmp_path, tokenizer):
         assert line in text
 
 
+@pytest.mark.parametrize("layout", ["uniform", "split"])
+def test_a_base_that_only_this_machine_has_is_mentioned(tmp_path, layout):
+    model = adapted_model()
+    text = "a folder of this machine; for others, give its name on the hub: base_model='owner/name'"
+    base_model().save_pretrained(tmp_path / "base")
+    local = p3.export_peft(model, tmp_path / "a", layout=layout, base_model=str(tmp_path / "base"))
+    assert f"the base on record is {tmp_path / 'base'}, {text}" in local.notes
+    for name in ("microsoft/phi-4", "gpt2", None):
+        assert text not in str(p3.export_peft(model, tmp_path / "a", layout=layout, base_model=name))
+
+
 def test_a_longrope_model_s_regimes_are_mentioned(tmp_path):
     assert "longrope: documents of up to 40 tokens" in str(p3.export_peft(longrope_model(), tmp_path))
 

@@ -295,6 +295,23 @@ def make_weights():
     return next(adapted_model().parameters()).detach().clone()
 
 
+@pytest.mark.parametrize("base", ["/home/me/phi", "./phi", "..\\phi", "C:\\phi", "a/b/c", "here/phi"])
+def test_a_peft_folder_whose_base_only_this_machine_has_sends_nothing(hub, folder, base, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    Path("here/phi").mkdir(parents=True)
+    p3.export_peft(adapted_model(), folder, base_model=base)
+    with pytest.raises(AdapterError, match=r"a folder of this machine; .*export_peft\(..., base_model='owner/name'\)"):
+        push(hub, folder)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("base", ["microsoft/phi-4", "gpt2", None])
+def test_a_peft_folder_whose_base_is_on_the_hub_or_unknown_is_sent(hub, folder, base):
+    p3.export_peft(adapted_model(), folder, base_model=base)
+    push(hub, folder)
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == base
+
+
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
