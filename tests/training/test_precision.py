@@ -7,7 +7,7 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
 
 import phi3lora as p3
-from phi3lora.training.precision import resolve_precision
+from phi3lora.training.precision import has_instructions, resolve_precision
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -147,3 +147,25 @@ def test_evaluations_run_in_the_precision_of_the_training(tmp_path, settings):
         half = p3.evaluate(model, chat_dataset(8))["loss"]
     assert half != full
     assert result.metrics["eval_loss"] == (half if settings else full)
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "quick"),
+    [
+        ("AVX2", {"avx2": True, "avx512_f": False}, set()),
+        ("AVX512", {"avx512_f": True}, {"bf16"}),
+        ("AVX512", {"avx512_f": True, "avx512_fp16": True}, {"bf16", "fp16"}),
+        ("AVX2", {"avx_ne_convert": True}, {"bf16", "fp16"}),
+        ("DEFAULT", {"neon": True, "bf16": True}, {"bf16"}),
+        ("DEFAULT", {"neon": True, "fp16_arith": True}, {"fp16"}),
+        ("AVX2", None, set()),
+        ("AVX512", None, {"bf16"}),
+    ],
+)
+def test_what_a_cpu_computes_quickly(monkeypatch, capability, known, quick):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    if known is None:  # a torch without it
+        monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known, raising=False)
+    assert {name for name in ("bf16", "fp16") if has_instructions(name)} == quick

@@ -248,10 +248,26 @@ def test_a_setting_that_is_rarely_meant_is_found(tmp_path, fault):
         (torch.float32, {"fp16": True}, "ok"),
     ],
 )
-def test_a_precision_that_the_weights_were_not_made_for_is_found(tmp_path, dtype, settings, status):
+def test_a_precision_that_the_weights_were_not_made_for_is_found(tmp_path, monkeypatch, dtype, settings, status):
+    monkeypatch.setattr("phi3lora.training.checks.adapters.has_instructions", lambda name: True)
     model = tiny_model().to(dtype)
     p3.inject_lora(model)
     assert examine(tmp_path, model, settings=settings)["precision"].status == status
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_on_a_cpu_that_computes_it_slowly_is_found(tmp_path, monkeypatch, name):
+    def found(settings, **options):
+        return examine(tmp_path, settings=settings, **options)["precision"]
+
+    for units, status in (((), "warning"), ((name,), "ok")):
+        monkeypatch.setattr("phi3lora.training.checks.adapters.has_instructions", lambda n, units=units: n in units)
+        assert found({name: True}).status == status
+        assert found({}).status == "ok"  # float32
+        assert found({name: True}, device_memory_gib=80).status == "ok"  # a run that is planned for a GPU
+    monkeypatch.setattr("phi3lora.training.checks.adapters.has_instructions", lambda n: False)
+    assert f"no instructions for {name}" in found({name: True}).text
+    assert f"dtype='float32', without {name}=True" in found({name: True}).text
 
 
 def test_another_tokenizer_than_the_dataset_s_is_found(tmp_path):
@@ -621,6 +637,17 @@ def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch):
     assert str(report) == coloured
     monkeypatch.setenv("NO_COLOR", "1")
     assert str(report) == plain
+
+
+def test_one_finding_prints_as_its_lines_of_the_report(tmp_path, monkeypatch):
+    report = examine(tmp_path)
+    assert str(report["saving"]) == "ok       saving  checkpoints: none"
+    head, row = str(report["preview"]).splitlines()
+    assert head.startswith("ok       preview  row 1, ")
+    assert row.startswith(" " * len("ok       preview  ") + "<|") and "[[" in row
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert str(report["saving"]) == "\x1b[32mok     \x1b[0m  saving  checkpoints: none"
 
 
 def test_the_document_is_shown_even_where_it_is_long(tmp_path):

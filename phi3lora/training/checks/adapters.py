@@ -11,6 +11,7 @@ from ...model.frozen import base_format
 from ...model.injection import fused_segments, lora_layers
 from ...model.layers import MergedLinear
 from ...model.loading import model_device
+from ..precision import has_instructions
 from ..setup import check_run
 from .findings import Verdict, error, listed, ok, warning
 from .planned_run import PlannedRun
@@ -100,7 +101,7 @@ def layers(planned: PlannedRun) -> Verdict:
 
 
 def precision(planned: PlannedRun) -> Verdict:
-    """What the forward computes in, and whether the base weights were made for it."""
+    """What the forward computes in, whether the base weights were made for it, and whether a CPU has it."""
     weight = planned.model.get_input_embeddings().weight  # type: ignore[operator]
     name, dtype = planned.precision.name, str(weight.dtype).removeprefix("torch.")
     base = base_format(planned.model)
@@ -109,4 +110,10 @@ def precision(planned: PlannedRun) -> Verdict:
         return warning(f"{text}: weights made in bfloat16 overflow in float16; set bf16=True, fp16=False")
     if (name, dtype) == ("bf16", "float16"):
         return warning(f"{text}: float16 weights lose 3 of their bits in bfloat16; load with dtype='bfloat16'")
+    here = model_device(planned.model).type == "cpu" and planned.device_memory_gib is None
+    if here and name != "fp32" and not has_instructions(name):
+        return warning(
+            f"{text}: this CPU has no instructions for {name}, which is then 8 times slower than float32 or more; "
+            f"load with dtype='float32', without {name}=True"
+        )
     return ok(text)

@@ -49,6 +49,9 @@ class Finding:
     details: Details = ()
     """A table or a document below it: pieces of text, and which of them stand out."""
 
+    def __str__(self) -> str:
+        return self.lines(len(self.name), _wants_colour())
+
     def lines(self, width: int, colour: bool) -> str:
         """As printed: status, name (padded to ``width``), text; details indented below."""
         status = f"{self.status:<7}"
@@ -61,7 +64,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What :func:`phi3lora.doctor` found; ``print`` shows it, ``report["memory"]`` is one finding."""
+    """What :func:`phi3lora.doctor` found; ``print`` shows it; ``report["memory"]`` is one finding, to print too."""
 
     findings: tuple[Finding, ...]
 
@@ -93,7 +96,11 @@ class DoctorReport:
         return "\n".join([*(f.lines(width, colour) for f in self.findings), counts])
 
     def __str__(self) -> str:
-        return self.render(colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        return self.render(_wants_colour())
+
+
+def _wants_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _count(findings: tuple[Finding, ...], what: str) -> str:
