@@ -137,7 +137,7 @@ def test_lora_plus_is_an_optimizer_with_two_groups_made_by_hand_bit_for_bit(tmp_
             optimizer.zero_grad()
     assert [line["learning_rate"] for line in result.history] == pytest.approx(rates)
     for name, value in adapters_of(model).items():
-        torch.testing.assert_close(adapters_of(trained)[name], value, rtol=1e-5, atol=1e-7)
+        assert torch.equal(adapters_of(trained)[name], value), name
     plain = adapted_model(lora_dropout=0.1)
     p3.train(plain, dataset, quiet_config(tmp_path / "plain", **settings, learning_rate=0.002))
     assert not same_tensors(adapters_of(plain), adapters_of(trained))
