@@ -75,8 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     p3.train(model, train_set, config, eval_dataset=eval_set, tokenizer=tokenizer)
 
     with p3.disabled(model):
-        print("before", p3.evaluate(model, eval_set))
-    print("after ", p3.evaluate(model, eval_set))
+        before = p3.evaluate(model, eval_set)
+    after = p3.evaluate(model, eval_set)
+    print(f"{'':<16}{'before':>12}{'after':>12}")
+    for name in ("loss", "perplexity", "token_accuracy"):
+        print(f"{name:<16}{before[name]:>12,.4f}{after[name]:>12,.4f}")
     print(f"\n{p3.sample_answers(model, tokenizer, eval_set, count=3, max_new_tokens=128)}")
     path = p3.save_adapter(model, Path(config.output_dir) / "adapter.safetensors")
     print(f"\nadapter: {path}")

@@ -83,7 +83,7 @@ def save_metrics(folder: str, split: str, metrics: Mapping[str, float]) -> None:
     Path(folder, f"{split}_results.json").write_text(json.dumps(metrics, indent=4) + "\n")
     print(f"***** {split} metrics *****")
     for name, value in metrics.items():
-        print(f"  {name:<22} = {value:,.4f}")
+        print(f"  {name:<22} = {value:,}" if isinstance(value, int) else f"  {name:<22} = {value:,.4f}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
@@ -30,10 +34,24 @@ def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
     from ..data.dataset import ChatDataset
     from ..model.loading import load_model
 
-    model, tokenizer = load_model(BASE, dtype="float32", device="cpu")
+    with _without_progress_bar():
+        model, tokenizer = load_model(BASE, dtype="float32", device="cpu")
     if random_init:
         model = type(model)(model.config).eval()
     train_set, eval_set = (
         ChatDataset.load(FOLDER / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "eval")
     )
     return model, tokenizer, train_set, eval_set
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers shows one for every load, and this one is there at once."""
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

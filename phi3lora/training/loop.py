@@ -92,13 +92,13 @@ def train(
         stack.enter_context(training_mode(model))
         stack.enter_context(activation_checkpointing(model, run.checkpointing[0]))
         stack.enter_context(_compiled_layers(model, run.path[0] == "compiled"))
-        stack.enter_context(run.report)
         run.report.banner(
             banner_facts(model, run.steps, config, state, run.precision, eval_dataset, run.path, run.checkpointing)
         )
         if run.report.warns:
             known: dict[str, Any] = {"steps": run.steps, "path": run.path, "precision": run.precision}
             run.report.problems(problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, **known)))
+        stack.enter_context(run.report)  # from here on there is a bar, which print would write into
         run.tell("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()

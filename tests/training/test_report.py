@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -100,6 +101,20 @@ def test_other_levels_print_the_banner_once_with_the_names_without_effect(tmp_pa
     assert out.count("trainable") == 1
     (row,) = [line for line in out.splitlines() if line.startswith("without effect")]
     assert row.split(None, 2)[2] == "dataloader_num_workers, remove_unused_columns"
+
+
+def test_the_bar_begins_below_the_banner(tmp_path, monkeypatch):
+    """Before it, on one screen: the first fact stood behind the bar, on its line."""
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    config = quiet_config(tmp_path, max_steps=2, disable_tqdm=False, log_level="info", learning_rate=0)
+    p3.train(adapted_model(), chat_dataset(8), config)
+    lines = screen.getvalue().replace("\r", "\n").splitlines()
+    [first_bar] = [i for i, line in enumerate(lines) if " 0/2 " in line][:1]
+    [banner] = [i for i, line in enumerate(lines) if line.startswith("model  ")]
+    [finding] = [i for i, line in enumerate(lines) if line.startswith("warning  learning rate")]
+    assert banner < finding < first_bar
 
 
 def test_disable_tqdm_hides_the_bar_and_its_absence_shows_it(tmp_path, capsys):
