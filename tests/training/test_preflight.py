@@ -628,12 +628,13 @@ def test_a_run_after_the_doctor_is_the_run_without_it(tmp_path):
 def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch):
     report = examine(tmp_path, dataset=chats_of("Hello\x1b[31m you!"))
     assert "".join(text for text, trained in report["preview"].details if trained) == "Hello\\x1b[31m you!<|end|>"
-    plain, coloured = report.render(), report.render(colour=True)
+    plain, coloured = report.render(columns=110), report.render(colour=True, columns=110)
     assert "[[Hello\\x1b[31m you!<|end|>]]" in plain
     assert "\x1b" not in plain
     assert "\x1b[32mHello\\x1b[31m you!<|end|>\x1b[0m" in coloured
     monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "110")
     assert str(report) == coloured
     monkeypatch.setenv("NO_COLOR", "1")
     assert str(report) == plain
@@ -642,12 +643,22 @@ def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch):
 def test_one_finding_prints_as_its_lines_of_the_report(tmp_path, monkeypatch):
     report = examine(tmp_path)
     assert str(report["saving"]) == "ok       saving  checkpoints: none"
-    head, row = str(report["preview"]).splitlines()
+    head, *rows = str(report["preview"]).splitlines()
     assert head.startswith("ok       preview  row 1, ")
-    assert row.startswith(" " * len("ok       preview  ") + "<|") and "[[" in row
+    assert rows[0].startswith(" " * len("ok       preview  ") + "<|") and "[[" in "".join(rows)
     monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert str(report["saving"]) == "\x1b[32mok     \x1b[0m  saving  checkpoints: none"
+
+
+@pytest.mark.parametrize("columns", [80, 110])
+def test_lines_are_broken_between_words_and_lose_none(tmp_path, columns):
+    report = examine(tmp_path, dataset=chats_of(LONG * 3, max_length=512))
+    whole, broken = report.render(), report.render(columns=columns)
+    assert broken.split() == whole.split()
+    for name in ("targets", "padding", "preview", "memory"):
+        assert max(map(len, report[name].lines(14, False).splitlines())) > columns
+        assert max(map(len, report[name].lines(14, False, columns).splitlines())) <= columns
 
 
 def test_the_document_is_shown_even_where_it_is_long(tmp_path):

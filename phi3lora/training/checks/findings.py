@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,16 +52,20 @@ class Finding:
     """A table or a document below it: pieces of text, and which of them stand out."""
 
     def __str__(self) -> str:
-        return self.lines(len(self.name), _wants_colour())
+        return self.lines(len(self.name), _wants_colour(), _columns())
 
-    def lines(self, width: int, colour: bool) -> str:
-        """As printed: status, name (padded to ``width``), text; details indented below."""
+    def lines(self, width: int, colour: bool, columns: int | None = None) -> str:
+        """As printed: status, name (padded to ``width``), text; details indented below.
+
+        What is longer than ``columns`` goes on in the next line, under the text; None: it is one line.
+        """
         status = f"{self.status:<7}"
-        line = f"{_COLOURS[self.status]}{status}{_RESET}" if colour else status
-        line += f"  {self.name:<{width}}  {self.text}"
+        head = f"{_COLOURS[self.status]}{status}{_RESET}" if colour else status
         marks = (_STANDS_OUT, _RESET) if colour else ("[[", "]]")
         below = "".join(marks[0] + text + marks[1] if out else text for text, out in self.details)
-        return "\n".join([line, *(" " * (width + 11) + row for row in below.splitlines())])
+        indent = width + 11
+        rows = [line for row in (self.text, *below.splitlines()) for line in _wrapped(row, columns, indent)]
+        return f"{head}  {self.name:<{width}}  " + ("\n" + " " * indent).join(rows)
 
 
 @dataclass(frozen=True)
@@ -89,18 +95,34 @@ class DoctorReport:
     def __getitem__(self, name: str) -> Finding:
         return {finding.name: finding for finding in self.findings}[name]
 
-    def render(self, colour: bool = False) -> str:
-        """The report as text; ``colour``: with ANSI codes, else what stands out is in double brackets."""
+    def render(self, colour: bool = False, columns: int | None = None) -> str:
+        """The report as text.
+
+        Args:
+            colour: with ANSI codes; else what stands out is in double brackets.
+            columns: where lines are broken; None: nowhere.
+        """
         width = max((len(f.name) for f in self.findings), default=0)
         counts = f"{_count(self.errors, 'error')}, {_count(self.warnings, 'warning')}"
-        return "\n".join([*(f.lines(width, colour) for f in self.findings), counts])
+        return "\n".join([*(f.lines(width, colour, columns) for f in self.findings), counts])
 
     def __str__(self) -> str:
-        return self.render(_wants_colour())
+        return self.render(_wants_colour(), _columns())
 
 
 def _wants_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _columns() -> int:
+    """Of the terminal; as many as a notebook shows where there is none, and never fewer than a table has."""
+    return max(80, shutil.get_terminal_size((110, 24)).columns)
+
+
+def _wrapped(row: str, columns: int | None, indent: int) -> list[str]:
+    if columns is None or len(row) + indent <= columns:
+        return [row]
+    return textwrap.wrap(row, columns - indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _count(findings: tuple[Finding, ...], what: str) -> str:
