@@ -244,8 +244,12 @@ class _Run:
 def all_kinds() -> dict[str, Kind]:
     """Name -> kind, of every reader."""
     import bad_adapters
+    import bad_checkpoints
+    import bad_configs
+    import bad_data
+    import bad_models
 
-    modules = (bad_adapters,)
+    modules = (bad_adapters, bad_checkpoints, bad_configs, bad_data, bad_models)
     return {name: Kind(*parts) for module in modules for name, parts in module.KINDS.items()}
 
 
