@@ -12,12 +12,13 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .errors import ConfigError, nearest
 from .foreign_names import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
+from .values import SEED_END, is_count, is_number, is_one_of, is_path, is_text, same, shown
 
 T = TypeVar("T")
 
@@ -31,22 +32,22 @@ def _translated(cls: type, given: Mapping[str, Any], inert_names: frozenset[str]
     for name, value in given.items():
         own = ALIASES.get(name, name)
         if own in known:
-            if own in values and values[own] != value:
-                pair = f"{said_as[own]!r} ({values[own]!r}) and {name!r} ({value!r})"
+            if own in values and not same(values[own], value):
+                pair = f"{said_as[own]!r} ({shown(values[own])}) and {name!r} ({shown(value)})"
                 raise ConfigError(f"{cls.__name__}: {pair} are one setting with two values; give one of them")
             values[own], said_as[own] = value, name
         elif name in SWITCHED_OFF:
-            if value not in SWITCHED_OFF[name]:
+            if not is_one_of(value, SWITCHED_OFF[name]):
                 allowed = " or ".join(repr(v) for v in SWITCHED_OFF[name])
                 raise ConfigError(
-                    f"{cls.__name__}: {name}={value!r} is not supported; allowed: {allowed}. Leave it out."
+                    f"{cls.__name__}: {name}={shown(value)} is not supported; allowed: {allowed}. Leave it out."
                 )
             inert.append(name)
         elif name in inert_names:
             inert.append(name)
         else:
             raise ConfigError(
-                f"{cls.__name__} has no field {name!r} (value {value!r}).{nearest(name, known | set(ALIASES))} "
+                f"{cls.__name__} has no field {shown(name)} (value {shown(value)}).{nearest(name, known | set(ALIASES))} "
                 f"Allowed: {', '.join(sorted(known))}"
             )
     return values, sorted(inert)
@@ -73,20 +74,38 @@ def _takes_foreign_names(inert_names: frozenset[str]):
 _OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
 )  # fmt: skip
-_LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "log_level": ("passive", "detail", "debug", "info", "warning", "error", "critical"),
+    "logging_strategy": ("no", "steps", "epoch"),
+    "eval_strategy": ("no", "steps", "epoch"),
+    "save_strategy": ("no", "steps", "epoch"),
+    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "optim": _OPTIMIZERS,
+}
 
 
 def _require(ok: bool, cls: str, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{cls}: {name}={value!r}; allowed: {allowed}")
+        raise ConfigError(f"{cls}: {name}={shown(value)}; allowed: {allowed}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _plain_name(value: object) -> object:
+    """The name of an enum's member (transformers has enums for its choices), else the value."""
+    name = getattr(value, "value", value)
+    return str(name) if isinstance(name, str) else name
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _are_segments(value: object) -> bool:
+    """The form of ``LoraConfig.segments``; whether the widths add up is seen at the layer."""
+    if not isinstance(value, Mapping):
+        return False
+    for suffix, widths in value.items():
+        named = isinstance(widths, Mapping) and all(is_text(name) for name in widths)
+        numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
+        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0 and all(is_count(n, 1) for n in numbers)
+        if not (is_text(suffix) and listed and (named or not isinstance(widths, Mapping))):
+            return False
+    return True
 
 
 @_takes_foreign_names(INERT_LORA)
@@ -125,26 +144,26 @@ class LoraConfig:
         def check(ok: bool, name: str, allowed: str) -> None:
             _require(ok, "LoraConfig", name, getattr(self, name), allowed)
 
-        check(_is_count(self.r, 1), "r", "a whole number >= 1")
-        check(_is_number(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "a number > 0")
-        check(_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "lora_dropout", "0 <= p < 1")
-        check(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all', 'lora_only'")
+        check(is_count(self.r, 1), "r", "a whole number >= 1")
+        check(is_number(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "a number > 0")
+        check(is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "lora_dropout", "0 <= p < 1")
+        check(is_one_of(self.bias, ("none", "all", "lora_only")), "bias", "'none', 'all', 'lora_only'")
         check(self.modules_to_save is None, "modules_to_save", "None (whole modules are not trained here)")
         check(isinstance(self.use_rslora, bool), "use_rslora", "True or False")
         given = self.target_modules
-        targets = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
-        named = bool(targets) and all(isinstance(t, str) and t for t in targets)
+        targets = [given] if isinstance(given, str) else list(given) if isinstance(given, Collection) else []
+        named = bool(targets) and all(is_text(t) and t for t in targets)
         check(named, "target_modules", "'all-linear' or a list of module-name suffixes that is not empty")
-        if self.task_type is not None:
-            self.task_type = str(getattr(self.task_type, "value", self.task_type))
+        if not isinstance(given, str):
+            self.target_modules = sorted(targets) if isinstance(given, (set, frozenset)) else targets
+        self.task_type = _plain_name(self.task_type)  # type: ignore[assignment]
+        check(self.task_type is None or is_text(self.task_type), "task_type", "None or a name")
         if self.segments is not None:
+            check(_are_segments(self.segments), "segments", "a dict of suffix -> widths, as a list or a dict of names")
             self.segments = {
                 suffix: dict(widths) if isinstance(widths, Mapping) else list(widths)
                 for suffix, widths in self.segments.items()
             }
-        if not isinstance(self.target_modules, str):
-            unordered = isinstance(self.target_modules, (set, frozenset))
-            self.target_modules = sorted(targets) if unordered else targets
 
     @property
     def scaling(self) -> float:
@@ -280,68 +299,71 @@ class TrainingConfig:
 
     def _check_numbers(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            self._check(_is_count(getattr(self, name), 1), name, "a whole number >= 1")
-        self._check(_is_count(self.max_nonfinite_steps, 1), "max_nonfinite_steps", "a whole number >= 1")
-        self._check(_is_count(self.max_steps, -1), "max_steps", "a whole number; -1 to count in epochs")
+            self._check(is_count(getattr(self, name), 1), name, "a whole number >= 1")
+        self._check(is_count(self.max_nonfinite_steps, 1), "max_nonfinite_steps", "a whole number >= 1")
+        self._check(is_count(self.max_steps, -1), "max_steps", "a whole number; -1 to count in epochs")
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             optional = value is None and name == "data_seed"
-            self._check(optional or _is_count(value, 0), name, "a whole number >= 0")
+            self._check(optional or is_count(value, 0, SEED_END), name, "a whole number >= 0, below 2**63")
         for name in ("max_length", "save_total_limit", "early_stopping_patience"):
             value = getattr(self, name)
-            self._check(value is None or _is_count(value, 1), name, "None or a whole number >= 1")
+            self._check(value is None or is_count(value, 1), name, "None or a whole number >= 1")
         for name in ("num_train_epochs", "adam_epsilon"):
             value = getattr(self, name)
-            self._check(_is_number(value) and value > 0, name, "a number > 0")
+            self._check(is_number(value) and value > 0, name, "a number > 0")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"):
             value = getattr(self, name)
-            self._check(_is_number(value) and value >= 0, name, "a number >= 0")
+            self._check(is_number(value) and value >= 0, name, "a number >= 0")
         ratio = self.lora_plus_lr_ratio
-        at_least_1 = ratio is None or (_is_number(ratio) and ratio >= 1)
+        at_least_1 = ratio is None or (is_number(ratio) and ratio >= 1)
         self._check(at_least_1, "lora_plus_lr_ratio", "None or a number >= 1")
         for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
             value = getattr(self, name)
-            self._check(_is_number(value) and 0 <= value < 1, name, "0 <= x < 1")
+            self._check(is_number(value) and 0 <= value < 1, name, "0 <= x < 1")
         for name in ("logging_steps", "eval_steps", "save_steps"):
             value = getattr(self, name)
             optional = value is None and name == "eval_steps"
-            whole = _is_number(value) and (float(value).is_integer() or value < 1) and value > 0
+            whole = is_number(value) and (float(value).is_integer() or value < 1) and value > 0
             self._check(optional or whole, name, "a whole number >= 1, or a share of all steps in (0, 1)")
-        self._check(_is_number(self.max_grad_norm), "max_grad_norm", "a number; 0 for no clipping")
+        self._check(is_number(self.max_grad_norm), "max_grad_norm", "a number; 0 for no clipping")
 
     def _check_choices(self) -> None:
         for f in dataclasses.fields(self):
             if isinstance(f.default, bool) and f.name != "resume_from_checkpoint":
                 self._check(isinstance(getattr(self, f.name), bool), f.name, "True, False")
-        self._check(self.compile in (None, True, False), "compile", "None, True, False")
-        self._check(self.disable_tqdm in (None, True, False), "disable_tqdm", "None, True, False")
-        self._check(self.log_level in _LOG_LEVELS, "log_level", ", ".join(map(repr, _LOG_LEVELS)))
-        self._check(isinstance(self.output_dir, (str, os.PathLike)), "output_dir", "a path")
-        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
-            value = str(getattr(getattr(self, name), "value", getattr(self, name)))
+        for name in ("compile", "disable_tqdm", "greater_is_better"):
+            self._check(is_one_of(getattr(self, name), (None, True, False)), name, "None, True, False")
+        for name, allowed in _CHOICES.items():
+            value = _plain_name(getattr(self, name))
+            self._check(is_one_of(value, allowed), name, ", ".join(map(repr, allowed)))
             setattr(self, name, value)
-            self._check(value in ("no", "steps", "epoch"), name, "'no', 'steps', 'epoch'")
-        self.lr_scheduler_type = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
-        schedules = ("linear", "cosine", "constant", "constant_with_warmup")
-        self._check(self.lr_scheduler_type in schedules, "lr_scheduler_type", ", ".join(map(repr, schedules)))
-        self.optim = str(getattr(self.optim, "value", self.optim))
-        self._check(self.optim in _OPTIMIZERS, "optim", ", ".join(map(repr, _OPTIMIZERS)))
+        for name in ("run_name", "metric_for_best_model"):
+            value = getattr(self, name)
+            self._check(value is None or is_text(value), name, "None or a name")
         self._check(self.parallel is None, "parallel", "None (one process, one device)")
+        self._check(is_path(self.output_dir), "output_dir", "a path")
         self.output_dir = os.fspath(self.output_dir)
-        if isinstance(self.resume_from_checkpoint, os.PathLike):
-            self.resume_from_checkpoint = os.fspath(self.resume_from_checkpoint)
-        resumable = self.resume_from_checkpoint is None or isinstance(self.resume_from_checkpoint, (bool, str))
-        self._check(resumable, "resume_from_checkpoint", "False, True, 'auto', a path")
-        given = self.report_to
-        reports = [given] if isinstance(given, str) else given or []
-        names = isinstance(reports, Iterable) and all(r in ("none", "tensorboard", "wandb") for r in reports)
-        self._check(names, "report_to", "'none', 'tensorboard', 'wandb', or a list of them")
-        self.report_to = [r for r in reports if r != "none"]
+        given = self.resume_from_checkpoint
+        self._check(
+            given is None or isinstance(given, bool) or is_path(given),
+            "resume_from_checkpoint",
+            "False, True, 'auto', a path",
+        )
+        self.resume_from_checkpoint = os.fspath(given) if isinstance(given, os.PathLike) else given
+        self._check_reports()
         if (self.load_best_model_at_end or self.early_stopping_patience) and self.eval_strategy == "no":
             raise ConfigError(
                 "TrainingConfig: load_best_model_at_end and early_stopping_patience need evaluations; "
                 "set eval_strategy to 'steps' or 'epoch'"
             )
+
+    def _check_reports(self) -> None:
+        given = () if self.report_to is None else self.report_to
+        reports = [given] if isinstance(given, str) else list(given) if isinstance(given, Collection) else [None]
+        names = all(is_one_of(r, ("none", "tensorboard", "wandb")) for r in reports)
+        self._check(names, "report_to", "'none', 'tensorboard', 'wandb', or a list of them")
+        self.report_to = [r for r in reports if r != "none"]
 
     def _resolve_activation_checkpointing(self) -> None:
         modes: dict[Any, str | None] = {None: None, True: "full", False: "none"}
@@ -349,7 +371,9 @@ class TrainingConfig:
         given = self.activation_checkpointing
         known = isinstance(given, (str, bool, type(None))) and given in modes
         self._check(known, "activation_checkpointing", "'none', 'selective', 'full', 'offload', 'auto'")
-        self._check(self.gradient_checkpointing in (None, True, False), "gradient_checkpointing", "None, True, False")
+        self._check(
+            is_one_of(self.gradient_checkpointing, (None, True, False)), "gradient_checkpointing", "None, True, False"
+        )
         mode, other = modes[given], modes[self.gradient_checkpointing]
         if mode is not None and other is not None and mode != other:
             raise ConfigError(

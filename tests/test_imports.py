@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "phi3lora"
 LAYERS = [
-    {"errors", "foreign_names"}, {"config"}, {"model", "data"}, {"inference"}, {"adapters"}, {"training"},
+    {"errors", "foreign_names"}, {"values"}, {"config"}, {"model", "data"}, {"inference"}, {"adapters"}, {"training"},
     {"demo", "__init__", "__main__"},
 ]  # fmt: skip
 LAYER = {unit: height for height, units in enumerate(LAYERS) for unit in units}

@@ -31,7 +31,11 @@ _HOW = ("plain", "same", "beside")
 @functools.cache
 def _models() -> dict[str, Any]:
     """What adapters are loaded into."""
-    return {"plain": tiny_model(), "same": adapted_model(**FUSED), "beside": adapted_model(target_modules=["down_proj"])}
+    return {
+        "plain": tiny_model(),
+        "same": adapted_model(**FUSED),
+        "beside": adapted_model(target_modules=["down_proj"]),
+    }
 
 
 def load_into(load: Callable[[Any, str], object], how: str) -> None:
@@ -376,7 +380,7 @@ def make_argument(random: Random, good: Path, own: Path) -> tuple[str, Callable[
         lambda model, name: p3.load_adapter(model, path, name=value),
         lambda model, name: p3.import_peft(model, value, name=name),
     ]
-    return f"{which}: {str(type(value))}", lambda: load_into(calls[which], random.choice(_HOW))
+    return f"{which}: {type(value)!s}", lambda: load_into(calls[which], random.choice(_HOW))
 
 
 KINDS = {

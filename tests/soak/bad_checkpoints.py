@@ -130,7 +130,9 @@ def make_argument(random: Random, good: Path, own: Path) -> tuple[str, Callable[
     """``resume_from_checkpoint`` as something else; checkpoints' names in the folder that are none."""
     shutil.copytree(good / "run", own / "run")
     if random.random() < 0.5:
-        odd = random.choice(("checkpoint-", "checkpoint--1", "checkpoint-" + "9" * 200, "checkpoint-03", "checkpoint-٣"))
+        odd = random.choice(
+            ("checkpoint-", "checkpoint--1", "checkpoint-" + "9" * 200, "checkpoint-03", "checkpoint-٣")
+        )
         (own / "run" / "checkpoint-2").rename(own / "run" / odd)
         return f"a folder called {odd}", lambda: _goes_on(own / "run", {"resume_from_checkpoint": True})
     value = wild_value(random)

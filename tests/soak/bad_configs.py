@@ -94,8 +94,8 @@ def _step(given: dict[Any, Any], folder: Path, runs: bool) -> None:
         def on_step_end(self, state: Any) -> None:
             state.should_stop = True
 
-    settings = {**given, "compile": False, "report_to": "none", "output_dir": folder, "save_strategy": "no"}
-    settings = {name: value for name, value in settings.items() if name != "torch_compile"}
+    settings = {**given, "compile": False, "report_to": "none", "save_strategy": "no"}
+    settings = {name: value for name, value in settings.items() if name not in ("output_dir", "torch_compile")}
     config = quiet_config(folder, **settings)
     if config.per_device_train_batch_size > 64 or config.gradient_accumulation_steps > 64:
         return  # what it asks for may take long

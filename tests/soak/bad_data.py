@@ -93,7 +93,9 @@ def _options(random: Random) -> dict[str, Any]:
         "max_length": random.choice((2, 16, 64, 4096)),
     }
     if random.random() < 0.3:
-        options["format"] = random.choice(("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "chatml"))
+        options["format"] = random.choice(
+            ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "chatml")
+        )
     if random.random() < 0.1:
         options["columns"] = {random.choice(("prompt", "messages", "x")): random.choice(("text", "instruction", "y"))}
     if random.random() < 0.08:
@@ -148,7 +150,9 @@ def _odd_table(path: Path, rows: list[dict[str, Any]], random: Random) -> str:
     tables = [pyarrow.table({column: arrays[what]}), pyarrow.table({column: arrays[what], "completion": arrays[what]})]
     table = random.choice(tables)
     if random.random() < 0.3:
-        table = random.choice((table.slice(0, 0), pyarrow.table({}), pyarrow.table([arrays[what]] * 2, names=["prompt"] * 2)))
+        table = random.choice(
+            (table.slice(0, 0), pyarrow.table({}), pyarrow.table([arrays[what]] * 2, names=["prompt"] * 2))
+        )
     parquet.write_table(table, path)
     return f"{column} of {what}"
 

@@ -31,7 +31,10 @@ from typing import IO, Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # children of a process with threads must not wait for them
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no one is asked whether a bad name is a repository
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import datasets
+import huggingface_hub
 import torch
 
 import phi3lora as p3
@@ -60,6 +63,7 @@ class Figures:
     refused: int = 0
     accepted: int = 0
     peak: int = 0
+    slowest: tuple[float, int] = (0.0, 0)
     seconds: float = 0.0
     unhandled: list[str] = field(default_factory=list)
 
@@ -80,11 +84,13 @@ class Report:
         return [line for figures in self.kinds.values() for line in figures.unhandled]
 
     def __str__(self) -> str:
-        lines = [f"{'':24}{'tried':>8}{'refused':>9}{'accepted':>10}{'unhandled':>11}{'peak MiB':>10}{'s':>7}"]
+        lines = [
+            f"{'':24}{'tried':>8}{'refused':>9}{'accepted':>10}{'unhandled':>11}{'peak MiB':>10}{'slowest s':>11}{'s':>7}"
+        ]
         for name, f in self.kinds.items():
             lines.append(
                 f"{name:24}{f.tried:8,}{f.refused:9,}{f.accepted:10,}{len(f.unhandled):11,}"
-                f"{f.peak / 2**20:10,.0f}{f.seconds:7.0f}"
+                f"{f.peak / 2**20:10,.0f}{f.slowest[0]:11.1f}{f.seconds:7.0f}"
             )
         lines.append(f"bad inputs {self.tried:,}, unhandled {len(self.unhandled)}, {self.seconds:.0f} s")
         return "\n".join(lines + self.unhandled)
@@ -128,6 +134,7 @@ class _Child:
         os.close(out)
         try:
             with os.fdopen(into, "w", buffering=1) as lines, log.open("w") as errors:
+                datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(errors.fileno(), 2)
                 limit = _memory("VmSize") + _ROOM
@@ -220,7 +227,7 @@ class _Run:
         name, number = child.jobs.pop(0)
         figures = self.report.kinds[name]
         figures.tried, figures.peak = figures.tried + 1, max(figures.peak, peak)
-        figures.seconds += seconds
+        figures.seconds, figures.slowest = figures.seconds + seconds, max(figures.slowest, (seconds, number))
         if outcome == "accepted":
             figures.accepted += 1
         elif outcome.startswith("refused: "):

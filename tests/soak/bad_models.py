@@ -90,7 +90,10 @@ def _odd_config(path: Path, random: Random) -> str:
     name = random.choice(_FIELDS)
     odd = {"quantization_config": _QUANTIZED, "rope_parameters": _ROPES, "rope_scaling": _ROPES}
     odd |= {"hidden_act": ("silu", "nothing", "gelu", None), "auto_map": ({"AutoConfig": "code.Config"}, "x", [1])}
-    odd |= {"model_type": ("phi", "llama", "phi3", "Phi3", None, 3), "dtype": ("float64", "int8", "x", None, 32, "auto")}
+    odd |= {
+        "model_type": ("phi", "llama", "phi3", "Phi3", None, 3),
+        "dtype": ("float64", "int8", "x", None, 32, "auto"),
+    }
     config[name] = random.choice(odd.get(name, _SIZES))
     path.write_text(json.dumps(config))
     return f"config.json: {name}: {str(config[name])[:60]}"

@@ -170,20 +170,26 @@ def _random_node(value: Any, random: Random) -> tuple[Any, Any, str]:
     return holder, key, path
 
 
+_PLAIN = (
+    None, True, False, 0, 1, -1, 2, 3, 0.5, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 2**31, 2**63,
+    2**64, -(2**64), 10**400, -(10**400), 10**5000, "", " ", "no", "steps", "auto", "none", "true", "1", "1e-4",
+    "\ud800", "a\x00b", "x" * 1_000_000, "é" * 100, "../..", "/nowhere/at/all", b"bytes", b"\xff", (), ("q_proj", "v_proj"),
+    frozenset({1}), "q_proj", range(3), object(), type, int, Ellipsis, NotImplemented, 1j, np.float64("nan"),
+    np.float32(0.1), np.int64(4), np.bool_(True), Path("a"), Path("\x00"), ValueError("a value"),
+)  # fmt: skip
+_MADE: tuple[Any, ...] = (
+    list, dict, set, bytearray, lambda: [None], lambda: [[]], lambda: ["q_proj"], lambda: {"q_proj"}, lambda: {"a": 1},
+    lambda: {1: 2}, lambda: [1, "a"], lambda: ["q_proj", None], lambda: [math.nan], lambda: iter("ab"), itertools.count,
+    lambda: (c for c in "ab"), lambda: lambda: 1, _Hostile, lambda: [_Hostile()], lambda: {"a": _Hostile()},
+    lambda: np.arange(3), lambda: np.array([]), lambda: torch.ones(2), lambda: torch.tensor(3), lambda: torch.tensor(0.5),
+    lambda: nested_list(DEEP), lambda: nested_list(500),
+)  # fmt: skip
+
+
 def wild_value(random: Random) -> Any:
     """A Python value for a setting or a cell: of any type, at the edges of numbers, without end, or hostile."""
-    array = np.arange(3)
-    return random.choice((
-        None, True, False, 0, 1, -1, 2, 3, 0.5, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 2**31, 2**63,
-        2**64, -(2**64), 10**400, -(10**400), 10**5000, "", " ", "no", "steps", "auto", "none", "true", "1", "1e-4",
-        "\ud800", "a\x00b", "x" * 1_000_000, "é" * 100, "../..", "/nowhere/at/all", b"bytes", b"\xff", bytearray(b"a"),
-        (), [], {}, set(), [None], [[]], ["q_proj"], ("q_proj", "v_proj"), {"q_proj"}, frozenset({1}), {"a": 1},
-        {1: 2}, [1, "a"], ["q_proj", None], "q_proj", [math.nan], range(3), iter("ab"), itertools.count(),
-        (c for c in "ab"), lambda: 1, object(), type, int, Ellipsis, NotImplemented, 1j, _Hostile(), [_Hostile()],
-        {"a": _Hostile()}, array, np.float64("nan"), np.float32(0.1), np.int64(4), np.bool_(True), np.array([]),
-        torch.ones(2), torch.tensor(3), torch.tensor(0.5), Path("a"), Path("\x00"), nested_list(DEEP), nested_list(500),
-        ValueError("a value"),
-    ))  # fmt: skip
+    at = random.randrange(len(_PLAIN) + len(_MADE))
+    return _PLAIN[at] if at < len(_PLAIN) else _MADE[at - len(_PLAIN)]()
 
 
 def nested_list(depth: int) -> list:
