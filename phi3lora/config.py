@@ -47,8 +47,8 @@ def _translated(cls: type, given: Mapping[str, Any], inert_names: frozenset[str]
             inert.append(name)
         else:
             raise ConfigError(
-                f"{cls.__name__} has no field {shown(name)} (value {shown(value)}).{nearest(name, known | set(ALIASES))} "
-                f"Allowed: {', '.join(sorted(known))}"
+                f"{cls.__name__} has no field {shown(name)} (value {shown(value)})."
+                f"{nearest(name, known | set(ALIASES))} Allowed: {', '.join(sorted(known))}"
             )
     return values, sorted(inert)
 
@@ -60,7 +60,7 @@ def _takes_foreign_names(inert_names: frozenset[str]):
         generated = cls.__init__
 
         @functools.wraps(generated)
-        def __init__(self, *args: Any, **given: Any) -> None:
+        def __init__(self, /, *args: Any, **given: Any) -> None:
             values, inert = _translated(cls, given, inert_names)
             generated(self, *args, **values)
             self.inert = tuple(inert)
@@ -332,7 +332,7 @@ class TrainingConfig:
         for f in dataclasses.fields(self):
             if isinstance(f.default, bool) and f.name != "resume_from_checkpoint":
                 self._check(isinstance(getattr(self, f.name), bool), f.name, "True, False")
-        for name in ("compile", "disable_tqdm", "greater_is_better"):
+        for name in ("compile", "disable_tqdm", "gradient_checkpointing", "greater_is_better"):
             self._check(is_one_of(getattr(self, name), (None, True, False)), name, "None, True, False")
         for name, allowed in _CHOICES.items():
             value = _plain_name(getattr(self, name))
@@ -371,9 +371,6 @@ class TrainingConfig:
         given = self.activation_checkpointing
         known = isinstance(given, (str, bool, type(None))) and given in modes
         self._check(known, "activation_checkpointing", "'none', 'selective', 'full', 'offload', 'auto'")
-        self._check(
-            is_one_of(self.gradient_checkpointing, (None, True, False)), "gradient_checkpointing", "None, True, False"
-        )
         mode, other = modes[given], modes[self.gradient_checkpointing]
         if mode is not None and other is not None and mode != other:
             raise ConfigError(

@@ -17,8 +17,8 @@ from phi3lora.foreign_names import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED
 _NUMBERS = (1, 2, 3, 0.1, 0.5, 0.999999, 1e-9, 1e9, 10**6, 10**12, 2**31, 2**63, 1e300, 10**30, 65536, -1, 0, 1.0, 1e18)
 _WORDS = (
     "no", "steps", "epoch", "linear", "cosine", "constant", "constant_with_warmup", "sgd", "adamw_torch",
-    "adamw_torch_fused", "none", "all", "lora_only", "full", "selective", "offload", "auto", "error", "loss", "eval_loss",
-    "perplexity", "token_accuracy", "tensorboard", "all-linear", "q_proj", "model.layers.0.self_attn", "lm_head", "True",
+    "adamw_torch_fused", "none", "all", "lora_only", "full", "selective", "offload", "auto", "error", "loss",
+    "eval_loss", "perplexity", "token_accuracy", "tensorboard", "all-linear", "q_proj", "lm_head", "True",
 )  # fmt: skip
 
 

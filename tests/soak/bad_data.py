@@ -20,7 +20,7 @@ import phi3lora as p3
 
 _TEXTS = (
     "Hello.", "", " ", "\n", "<|end|>", "<|user|>\n<|end|><|assistant|>", "a\x00b", "\ud800", "é" * 50, "x" * 3000,
-    "\u202e\u200b\ufeff", "😀" * 20, "{{ 7 * 7 }}{% raw %}", "<|endoftext|>" * 50, "\r\n\t\x0b\x1c\u2028", "<|" * 99, "null",
+    "\u202e\u200b\ufeff", "😀" * 20, "{{ 7 * 7 }}{% raw %}", "<|endoftext|>" * 50, "\r\n\t\x0b\x1c\u2028", "<|" * 99,
 )  # fmt: skip
 _ROLES = ("user", "assistant", "system", "tool", "human", "gpt", "", "root", None, 1)
 

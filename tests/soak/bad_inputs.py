@@ -33,11 +33,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # children of a process with thr
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no one is asked whether a bad name is a repository
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import datasets
-import huggingface_hub
-import torch
 
-import phi3lora as p3
+import datasets  # noqa: E402
+import huggingface_hub  # noqa: E402
+import torch  # noqa: E402
+
+import phi3lora as p3  # noqa: E402
 
 GIB = 2**30
 _ROOM = 4 * GIB  # where the child's memory ends for good: what is larger is refused by the system
@@ -84,9 +85,8 @@ class Report:
         return [line for figures in self.kinds.values() for line in figures.unhandled]
 
     def __str__(self) -> str:
-        lines = [
-            f"{'':24}{'tried':>8}{'refused':>9}{'accepted':>10}{'unhandled':>11}{'peak MiB':>10}{'slowest s':>11}{'s':>7}"
-        ]
+        heads = ("tried", 8), ("refused", 9), ("accepted", 10), ("unhandled", 11), ("peak MiB", 10), ("slowest s", 11)
+        lines = [" " * 24 + "".join(f"{head:>{width}}" for head, width in (*heads, ("s", 7)))]
         for name, f in self.kinds.items():
             lines.append(
                 f"{name:24}{f.tried:8,}{f.refused:9,}{f.accepted:10,}{len(f.unhandled):11,}"

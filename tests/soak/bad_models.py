@@ -20,22 +20,22 @@ _SIZES = (0, -1, 1, 3, 2**20, 2**31, 2**40, 2**63, 10**400, 1.5, None, "32", Tru
 _FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "original_max_position_embeddings", "pad_token_id", "sliding_window", "rms_norm_eps",
-    "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "hidden_act", "tie_word_embeddings", "dtype",
-    "torch_dtype", "model_type", "architectures", "quantization_config", "auto_map", "transformers_version", "head_dim",
+    "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "hidden_act", "tie_word_embeddings",
+    "dtype", "torch_dtype", "model_type", "architectures", "quantization_config", "auto_map", "head_dim",
 )  # fmt: skip
 _ROPES = (
-    {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, {"rope_type": "unknown"}, {"rope_type": None},
+    {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, {"rope_type": "unknown"}, {},
     {"rope_type": "longrope", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": "x"}, [], "longrope", 1,
     {"type": "su", "short_factor": "a"}, {"rope_type": "default", "rope_theta": 0, "partial_rotary_factor": 9},
 )  # fmt: skip
 _QUANTIZED = (
-    {"load_in_4bit": True}, {"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "4bit", [],
+    {"load_in_4bit": True}, {"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, [], "4",
     {"load_in_8bit": True}, {"quant_method": None}, {"load_in_4bit": "yes"}, {"quant_method": "fp8"},
 )  # fmt: skip
 _TEMPLATES = (
     "", "{{", "{% for m in messages %}", "{{ messages[0].missing.attribute }}", "{{ 1 / 0 }}", "{% raw %}", "text",
     "{% for i in range(99999999) %}{{ i }}{% endfor %}", "{{ 'x' * 9999999999 }}", "{{ messages | tojson }}",
-    "{{ ''.__class__.__mro__ }}", "{{ messages[0]['content'] + 1 }}", "{{ raise_exception('no') }}", "{% include 'a' %}",
+    "{{ ''.__class__.__mro__ }}", "{{ messages[0]['content'] + 1 }}", "{{ raise_exception('no') }}",
     "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}", "{{ messages[99]['content'] }}",
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "\x00", "{% if messages %}{{ eos_token }}{% endif %}",
     "{% for i in range(30000) %}{% for j in range(30000) %}x{% endfor %}{% endfor %}",
