@@ -99,3 +99,9 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(path: Path) -> Any:
     """The JSON of a file; OSError or ValueError where there is none."""
     return parse_json(path.read_bytes().decode("utf-8"))
+
+
+def told(error: BaseException) -> str:
+    """An error in a line: its text, and its kind where the text alone says little (``KeyError: 'state'``)."""
+    text = str(error).strip().partition("\n")[0][:_SHOWN].encode("utf-8", "backslashreplace").decode()
+    return text if isinstance(error, (Phi3LoRAError, OSError)) else f"{type(error).__name__}: {text}"

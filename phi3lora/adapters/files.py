@@ -25,8 +25,10 @@ from ..config import LoraConfig
 from ..errors import AdapterError, Phi3LoRAError
 from ..model.injection import inject_layers, lora_layers, remove_lora
 from ..model.layers import MergedLinear
+from ..values import as_path, is_text, parse_json, read_json, shown
 from .active import DEFAULT, apart, call_acting, list_adapters
 from .durable import write_whole
+from .tensor_files import read_pickled, read_safetensors
 
 logger = logging.getLogger("phi3lora")
 
@@ -81,7 +83,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Raises:
         AdapterError: a model without adapters, another suffix, a place that cannot be written.
     """
-    path = Path(path)
+    path = as_path(path, "an adapter file", AdapterError)
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
     _check_suffix(path)
@@ -119,13 +121,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEF
             ``merged``.
         ModelError: the file's targets match nothing in this model.
     """
-    path = Path(path)
-    if not (isinstance(name, str) and name):
-        raise AdapterError(f"an adapter cannot be called {name!r}; allowed: a string that is not empty")
+    path = as_path(path, "an adapter file", AdapterError)
+    check_name(name)
     state, facts = read_adapter(path)
     if (facts or {}).get("config") is None and not list_adapters(model).get(name):
         raise AdapterError(f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first")
     install_adapter(model, state, facts, path, name)
+
+
+def check_name(name: object) -> None:
+    """Refuse what cannot be an adapter's name."""
+    if not (is_text(name) and name):
+        raise AdapterError(f"an adapter cannot be called {shown(name)}; allowed: a string that is not empty")
 
 
 def install_adapter(
@@ -190,7 +197,10 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str) ->
         problems += [f"missing in the file: {_few(missing)}"] if missing else []
         problems += [f"other shape: {_few(shapes)}"] if shapes else []
         raise AdapterError(f"{name!r} does not fit the model's adapters: " + "; ".join(problems))
-    bad = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    whole = [f"{key} ({tensor.dtype})" for key, tensor in state.items() if not tensor.is_floating_point()]
+    if whole:
+        raise AdapterError(f"{name!r} holds other numbers than floating-point ones in {_few(whole)}")
+    bad = [key for key, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
     if bad:
         raise AdapterError(f"{name!r} holds NaN or infinite values in {_few(bad)}")
     result = model.load_state_dict(state, strict=False)
@@ -199,26 +209,26 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str) ->
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of an adapter file, on the CPU, and its facts if it carries any. Executes nothing from the file."""
-    path = Path(path)
+    path = as_path(path, "an adapter file", AdapterError)
     _check_suffix(path)
     if not path.is_file():
         raise AdapterError(f"no such adapter file: {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = (file.metadata() or {}).get(HEADER_KEY)
+            state, metadata = read_safetensors(path)
+            facts = parse_json(metadata[HEADER_KEY]) if HEADER_KEY in metadata else None
+            says = HEADER_KEY in metadata
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            facts = _sidecar_facts(path)
-        parsed = json.loads(facts) if facts is not None else None
-    except Exception as error:  # torch's unpickler meets damaged bytes with errors of many kinds
+            state = read_pickled(path)
+            says, facts = _sidecar_facts(path)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} is not a readable adapter file: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise AdapterError(f"{str(path)!r} does not hold a dict of tensors")
-    if facts is not None and not _is_facts(parsed):
+    if says and not _is_facts(facts):
         raise AdapterError(f"{str(path)!r}: the settings beside the tensors are not phi3lora's")
-    return state, parsed
+    return state, facts
 
 
 def says_how_it_is_built(path: Path) -> bool:
@@ -247,18 +257,15 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _sidecar_facts(path: Path) -> str | None:
-    """The settings beside a ``.pt``; None: there are none, or they are another file's that had this name before."""
+def _sidecar_facts(path: Path) -> tuple[bool, Any]:
+    """Whether a ``.pt`` has settings beside it, and those; they may be another file's that had this name before."""
     if not _sidecar(path).is_file():
-        return None
-    text = _sidecar(path).read_text()
-    facts = json.loads(text)
-    if not isinstance(facts, dict) or _DIGEST not in facts:
-        return text
-    if facts.pop(_DIGEST) != _sha256(path):
+        return False, None
+    facts = read_json(_sidecar(path))
+    if isinstance(facts, dict) and _DIGEST in facts and facts.pop(_DIGEST) != _sha256(path):
         logger.warning("%s was made for another %s: its settings are not used", _sidecar(path), path.name)
-        return None
-    return json.dumps(facts)
+        return False, None
+    return True, facts
 
 
 def _sha256(path: Path) -> str:

@@ -8,7 +8,6 @@ https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py (
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..foreign_names import INERT_LORA, SWITCHED_OFF
+from ..values import is_count, is_number, read_json, same, shown
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -88,13 +88,13 @@ def read_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_NAME
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} is not a readable PEFT config: {error}") from error
     if not isinstance(found, dict):
         raise AdapterError(f"{str(path)!r} holds a {type(found).__name__}; allowed: a JSON object")
     if found.get("peft_type") != "LORA":
-        raise AdapterError(f"{str(path)!r}: peft_type={found.get('peft_type')!r}; allowed: 'LORA'")
+        raise AdapterError(f"{str(path)!r}: peft_type={shown(found.get('peft_type'))}; allowed: 'LORA'")
     for name, value in found.items():
         _refuse_unless_neutral(path, name, value)
     config = PeftConfig(
@@ -115,13 +115,13 @@ def _refuse_unless_neutral(path: Path, name: str, value: Any) -> None:
     if name in _READ or name in _NAMES_DECIDE:
         return
     if name in _ALLOWED:
-        if not any(value == allowed and type(value) is type(allowed) for allowed in _ALLOWED[name]):
+        if not any(same(value, allowed) and type(value) is type(allowed) for allowed in _ALLOWED[name]):
             why = f" ({_WHY[name]})" if name in _WHY else ""
             allowed = ", ".join(map(repr, _ALLOWED[name]))
-            raise AdapterError(f"{str(path)!r}: {name}={value!r} cannot be imported{why}; allowed: {allowed}")
+            raise AdapterError(f"{str(path)!r}: {name}={shown(value)} cannot be imported{why}; allowed: {allowed}")
     elif name not in INERT_LORA and value:
         raise AdapterError(
-            f"{str(path)!r}: unknown setting {name}={value!r}; take it out of the file if it does not change what the "
+            f"{str(path)!r}: unknown setting {shown(name)[1:-1]}={shown(value)}; take it out of the file if it does not change what the "
             f"adapter computes"
         )
 
@@ -131,15 +131,15 @@ def _check_patterns(path: Path, config: PeftConfig) -> None:
         whole = name == "rank_pattern"
         allowed = "a dict of regular expressions to " + ("whole numbers >= 1" if whole else "numbers > 0")
         if not isinstance(pattern, dict):
-            raise AdapterError(f"{str(path)!r}: {name}={pattern!r}; allowed: {allowed}")
+            raise AdapterError(f"{str(path)!r}: {name}={shown(pattern)}; allowed: {allowed}")
         for key, value in pattern.items():
-            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            allows = is_count(value, 1) if whole else is_number(value) and value > 0
             try:
                 re.compile(rf"(.*\.)?({key})$")
             except re.error as error:
                 raise AdapterError(f"{str(path)!r}: {name}: {key!r} is no regular expression ({error})") from error
-            if not (number and math.isfinite(value) and value > 0):
-                raise AdapterError(f"{str(path)!r}: {name}: {key!r}: {value!r}; allowed: {allowed}")
+            if not allows:
+                raise AdapterError(f"{str(path)!r}: {name}: {key!r}: {shown(value)}; allowed: {allowed}")
 
 
 def config_dict(

@@ -38,8 +38,9 @@ from ..inference.generation import stop_token_ids
 from ..model.injection import InjectionReport, fused_segments, injection_report, lora_layers
 from ..model.layers import Conv2d, Embedding
 from ..model.loading import longrope_boundary, longrope_note
+from ..values import as_path
 from .active import DEFAULT
-from .files import HEADER_KEY, adapter_facts, adapter_state_dict, install_adapter
+from .files import HEADER_KEY, adapter_facts, adapter_state_dict, check_name, install_adapter
 from .peft_config import CONFIG_NAME, config_dict
 from .peft_import import TENSORS_NAME, plain_convolution, read_peft
 from .peft_tensors import Pair, layer_pairs
@@ -151,7 +152,8 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
         'uniform'
         >>> report = p3.import_peft(model, "support-peft")
     """
-    path = Path(path)
+    path = as_path(path, "a PEFT folder", AdapterError)
+    check_name(name)
     state, facts = read_peft(model, path)
     install_adapter(model, state, facts, path, name)
     return injection_report(model, fused_segments(model, getattr(model, "lora_config", None) or LoraConfig()))

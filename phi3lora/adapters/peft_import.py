@@ -11,7 +11,6 @@ Nothing in the model is changed here; what cannot be represented is refused by n
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -20,16 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..model.injection import fused_segments
 from ..model.layers import Conv2d
+from ..values import parse_json
 from .files import HEADER_KEY
 from .peft_config import PeftConfig, read_config
 from .peft_tensors import Pair, conv_from_peft, layer_pairs, layer_tensors
+from .tensor_files import read_pickled, read_safetensors
 
 logger = logging.getLogger("phi3lora")
 
@@ -84,21 +84,20 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         )
     try:
         if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                header = (file.metadata() or {}).get(HEADER_KEY)
+            tensors, metadata = read_safetensors(path)
+            header = metadata.get(HEADER_KEY)
         else:
             path = pickle
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler meets damaged bytes, and code, with errors of many kinds
-        reason = str(error).partition("\n")[0]
+            tensors = read_pickled(path)
+    except (OSError, ValueError) as error:
         if path is pickle:
             raise AdapterError(
-                f"{str(path)!r} cannot be read without running code from it, or is damaged: {reason}. "
+                f"{str(path)!r} cannot be read without running code from it, or is damaged: {error}. "
                 f"Where you trust it, load it in PEFT and save it as {TENSORS_NAME}"
             ) from error
-        raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+    named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise AdapterError(f"{str(path)!r} does not hold a dict of tensors")
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
@@ -161,7 +160,7 @@ def _as_exported(folder: Path, header: str, config: PeftConfig, entries: Mapping
     """The layers that our header describes; None, with a warning, when it does not describe what is in the folder."""
     pairs = {path: entry.pair for path, entry in entries.items()}
     try:
-        facts = json.loads(header)
+        facts = parse_json(header)
         state = _restored(facts, config, pairs)
         own = facts["config"] or config.lora_config(_last_parts(facts["layers"])).to_dict()
         LoraConfig(**own)

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import random
 import re
 import shutil
@@ -34,8 +33,11 @@ from torch import nn
 
 from ..adapters.durable import fsync
 from ..adapters.files import adapter_facts, load_adapter_state, read_adapter, save_adapter
+from ..adapters.tensor_files import read_pickled
 from ..config import TrainingConfig
 from ..errors import AdapterError, CheckpointError
+from ..values import read_json, shown, told
+from .optim import check_optimizer_state
 from .state import TrainingState
 
 logger = logging.getLogger("phi3lora")
@@ -43,6 +45,9 @@ logger = logging.getLogger("phi3lora")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
 _ALWAYS = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+# What reading a file of a known form meets where the form is another: JSON and pickles of any types.
+_UNEXPECTED = (OSError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 
 # Settings that may differ between the run that saved and the run that resumes: when to stop, look, save and say.
 _MAY_CHANGE = frozenset(
@@ -170,19 +175,19 @@ def _versions() -> dict[str, str]:
 def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if it is whole."""
     try:
-        files = json.loads((path / _MANIFEST).read_text())["sha256"]
+        files = read_json(path / _MANIFEST)["sha256"]
         unlisted = [name for name in _ALWAYS if name not in files]
         if unlisted:
             return f"its manifest lists no {unlisted[0]}"
         for name, expected in files.items():
-            if Path(name).name != name:
+            if Path(name).name != name or "\0" in name:
                 return f"its manifest names {name!r}, outside the folder"
             if not (path / name).is_file():
                 return f"{name} is missing"
             if _sha256(path / name) != expected:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"no readable {_MANIFEST} ({error})"
+        return f"no readable {_MANIFEST} ({told(error)})"
     return None
 
 
@@ -229,41 +234,45 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
         AdapterError: its adapters do not fit the model.
     """
     try:
-        about = json.loads((path / "trainer_state.json").read_text())
+        about = read_json(path / "trainer_state.json")
         _check_same_run(path, about, run)
-        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        scheduler = torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True)
-        generators = torch.load(path / f"rng_state_{run.rank}.pth", map_location="cpu", weights_only=True)
-    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {error}") from error
+        state = TrainingState.from_dict(about["state"])
+        optimizer = read_pickled(path / "optimizer.pt")
+        check_optimizer_state(optimizer, run.optimizer)
+        scheduler = read_pickled(path / "scheduler.pt")
+        generators = read_pickled(path / f"rng_state_{run.rank}.pth")
+    except CheckpointError:
+        raise
+    except _UNEXPECTED as error:
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {told(error)}") from error
     tensors, _ = read_adapter(path / "lora.safetensors")
     load_adapter_state(run.model, tensors, str(path))
     try:
         run.optimizer.load_state_dict(optimizer)
         run.scaler.load_state_dict(scheduler["scaler"])
         set_rng_state(generators)
-        return TrainingState.from_dict(about["state"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint {str(path)!r} does not hold what a run needs: {error}") from error
+        return state
+    except _UNEXPECTED as error:
+        raise CheckpointError(f"the checkpoint {str(path)!r} does not hold what a run needs: {told(error)}") from error
 
 
 def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
     """Refuse a checkpoint of other adapters; one of other data, settings or versions unless the user says so."""
-    facts, ours = json.loads((path / "lora_config.json").read_text()), adapter_facts(run.model)
+    facts, ours = read_json(path / "lora_config.json"), adapter_facts(run.model)
     changes = _changes(about, run)
     dropout = [config.get("lora_dropout") for config in (facts.get("config") or {}, ours.get("config") or {})]
     if dropout[0] != dropout[1]:
-        changes.append(f"lora_dropout {dropout[0]!r} then, {dropout[1]!r} now")
+        changes.append(f"lora_dropout {shown(dropout[0])} then, {dropout[1]!r} now")
     if changes and run.config.resume_with_changes:
         logger.warning("resuming %s although it is of another run: %s", path, "; ".join(changes))
         changes = []
     if about["config"].get("optim") != run.config.optim:  # whose state cannot be another's
-        changes.append(f"optim {about['config'].get('optim')!r} then, {run.config.optim!r} now")
+        changes.append(f"optim {shown(about['config'].get('optim'))} then, {run.config.optim!r} now")
     if facts["layers"] != ours["layers"]:
         names = [n for n in {**facts["layers"], **ours["layers"]} if facts["layers"].get(n) != ours["layers"].get(n)]
         first = names[0]
         then, now = facts["layers"].get(first), ours["layers"].get(first)
-        changes.append(f"adapters of {len(names)} layers, {first}: {then} then, {now} now")
+        changes.append(f"adapters of {len(names)} layers, {first}: {shown(then)} then, {shown(now)} now")
     if changes:
         raise CheckpointError(
             f"{str(path)!r} is a checkpoint of another run: {'; '.join(changes)}. Resume with what it was made with, "
@@ -274,17 +283,17 @@ def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
 def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
     """What of the settings, the data, the base and the versions is not as it was."""
     changes = [
-        f"{name} {about['config'].get(name)!r} then, {value!r} now"
+        f"{name} {shown(about['config'].get(name))} then, {value!r} now"
         for name, value in run.config.to_dict().items()
         if name not in _MAY_CHANGE and name != "optim" and about["config"].get(name) != value
     ]
     changes += [
-        f"{name} of the data {about['data'].get(name)!r} then, {value!r} now"
+        f"{name} of the data {shown(about['data'].get(name))} then, {value!r} now"
         for name, value in run.data.items()
         if about["data"].get(name) != value
     ]
     if about["base_dtype"] != run.base_dtype:
-        changes.append(f"base weights {about['base_dtype']} then, {run.base_dtype} now")
+        changes.append(f"base weights {shown(about['base_dtype'])} then, {run.base_dtype} now")
     for package, now in _versions().items():
         then = about.get("versions", {}).get(package, now)
         if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version

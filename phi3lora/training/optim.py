@@ -13,6 +13,7 @@ from ..config import TrainingConfig
 from ..errors import TrainingError
 from ..model.injection import lora_layers
 from ..model.layers import Embedding
+from ..values import is_number, same
 
 logger = logging.getLogger("phi3lora")
 
@@ -93,6 +94,39 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     if in_8_bits:
         return bnb_adamw.AdamW8bit(groups, paged, **settings)
     return bnb_adamw.PagedAdamW(groups, **settings, fused=True)
+
+
+def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what is not of the form of this optimizer's ``state_dict``: torch loads anything, and fails in a step.
+
+    Raises:
+        ValueError: other parameters or settings, moments of another shape or with NaN in them.
+        LookupError, TypeError, AttributeError: it is no such dict at all.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if len(saved["param_groups"]) != len(own):
+        raise ValueError(f"{len(saved['param_groups'])} groups of parameters, the run has {len(own)}")
+    for group, mine in zip(saved["param_groups"], own, strict=True):
+        wrong = [name for name in mine if name not in group or not _alike(group[name], mine[name])]
+        if wrong or group["params"] != mine["params"]:
+            raise ValueError(f"a group of parameters with another {(wrong or ['list of them'])[0]}")
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for i, state in saved["state"].items():
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        bad = [name for name, value in tensors.items() if not torch.isfinite(value.float()).all()]
+        if isinstance(optimizer, torch.optim.AdamW):
+            shapes = {"step": torch.Size(), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
+            found = {name: value.shape for name, value in tensors.items() if value.is_floating_point()}
+            bad += [name for name in shapes if found.get(name) != shapes[name]]
+        if i not in parameters or bad:
+            raise ValueError(f"the state of parameter {i} has no usable {(bad or ['place'])[0]}")
+
+
+def _alike(saved: Any, own: Any) -> bool:
+    """Whether a setting has the form of another: both numbers, both pairs of them, or the same."""
+    if isinstance(own, tuple):
+        return isinstance(saved, tuple) and len(saved) == len(own) and all(map(_alike, saved, own))
+    return is_number(saved) if is_number(own) else isinstance(saved, list) or same(saved, own)
 
 
 def optimizer_bytes(optim: str) -> float:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
+
+from ..values import is_count, is_number, is_path, shown
 
 
 @dataclass
@@ -52,6 +55,33 @@ class TrainingState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingState:
-        """The state that :meth:`to_dict` described; keys of a later version are left out."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        """The state that :meth:`to_dict` described; keys of a later version are left out.
+
+        Raises:
+            ValueError: a value that its field cannot have.
+        """
+        known = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "should_stop"}
+        state = {name: value for name, value in values.items() if name in known}
+        for name, value in state.items():
+            if not _may_be(name, value, known[name]):
+                raise ValueError(f"{name} is {shown(value)}")
+        return cls(**state)
+
+
+def _may_be(name: str, value: Any, default: Any) -> bool:
+    """Whether a field can hold the value: what the loop does with it is known to work then."""
+    if name == "history":
+        return isinstance(value, list) and all(map(_is_line, value))
+    if name == "best_checkpoint":
+        return value is None or (is_path(value) and PurePath(value).name == value)
+    if isinstance(default, int):
+        return is_count(value, 0)
+    if name in ("best_metric", "best_checkpoint_metric") and isinstance(value, float):
+        return True  # NaN too: a metric may be
+    return value is None if default is None and not is_number(value) else is_number(value)
+
+
+def _is_line(line: Any) -> bool:
+    """A line of ``metrics.jsonl``; a number that is not finite is None there."""
+    numbers = isinstance(line, dict) and all(v is None or is_number(v) for v in line.values())
+    return numbers and is_count(line.get("step"), 0)

@@ -174,8 +174,8 @@ _PLAIN = (
     None, True, False, 0, 1, -1, 2, 3, 0.5, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 2**31, 2**63,
     2**64, -(2**64), 10**400, -(10**400), 10**5000, "", " ", "no", "steps", "auto", "none", "true", "1", "1e-4",
     "\ud800", "a\x00b", "x" * 1_000_000, "é" * 100, "../..", "/nowhere/at/all", b"bytes", b"\xff", (),
-    ("q_proj", "v_proj"), frozenset({1}), "q_proj", range(3), object(), type, int, Ellipsis, NotImplemented, 1j, np.float64("nan"),
-    np.float32(0.1), np.int64(4), np.bool_(True), Path("a"), Path("\x00"), ValueError("a value"),
+    ("q_proj", "v_proj"), frozenset({1}), "q_proj", range(3), object(), type, int, Ellipsis, NotImplemented, 1j,
+    np.float64("nan"), np.float32(0.1), np.int64(4), np.bool_(True), Path("a"), Path("\x00"), ValueError("a value"),
 )  # fmt: skip
 _MADE: tuple[Any, ...] = (
     list, dict, set, bytearray, lambda: [None], lambda: [[]], lambda: ["q_proj"], lambda: {"q_proj"}, lambda: {"a": 1},
