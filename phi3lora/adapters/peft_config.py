@@ -121,8 +121,8 @@ def _refuse_unless_neutral(path: Path, name: str, value: Any) -> None:
             raise AdapterError(f"{str(path)!r}: {name}={shown(value)} cannot be imported{why}; allowed: {allowed}")
     elif name not in INERT_LORA and value:
         raise AdapterError(
-            f"{str(path)!r}: unknown setting {shown(name)[1:-1]}={shown(value)}; take it out of the file if it does not change what the "
-            f"adapter computes"
+            f"{str(path)!r}: unknown setting {shown(name)[1:-1]}={shown(value)}; take it out of the file if it does "
+            f"not change what the adapter computes"
         )
 
 

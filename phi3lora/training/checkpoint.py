@@ -220,9 +220,12 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
             )
         return found
     path = Path(wanted)
-    why = damage(path) if path.is_dir() else "no such folder"
+    try:
+        why = damage(path) if path.is_dir() else "no such folder"
+    except OSError as error:  # a name too long for the system
+        why = str(error.strerror)
     if why is not None:
-        raise CheckpointError(f"cannot resume from {str(path)!r}: {why}")
+        raise CheckpointError(f"cannot resume from {shown(str(path))}: {why}")
     return path
 
 
@@ -293,11 +296,11 @@ def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
         if about["data"].get(name) != value
     ]
     if about["base_dtype"] != run.base_dtype:
-        changes.append(f"base weights {shown(about['base_dtype'])} then, {run.base_dtype} now")
+        changes.append(f"base weights {shown(about['base_dtype'])[1:-1]} then, {run.base_dtype} now")
     for package, now in _versions().items():
         then = about.get("versions", {}).get(package, now)
         if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version
-            changes.append(f"{package} {then} then, {now} now")
+            changes.append(f"{package} {shown(then)[1:-1]} then, {now} now")
     return changes
 
 

@@ -13,7 +13,7 @@ from ..config import TrainingConfig
 from ..errors import TrainingError
 from ..model.injection import lora_layers
 from ..model.layers import Embedding
-from ..values import is_number, same
+from ..values import is_number
 
 logger = logging.getLogger("phi3lora")
 
@@ -126,7 +126,9 @@ def _alike(saved: Any, own: Any) -> bool:
     """Whether a setting has the form of another: both numbers, both pairs of them, or the same."""
     if isinstance(own, tuple):
         return isinstance(saved, tuple) and len(saved) == len(own) and all(map(_alike, saved, own))
-    return is_number(saved) if is_number(own) else isinstance(saved, list) or same(saved, own)
+    if is_number(own):
+        return is_number(saved)
+    return isinstance(saved, list) if isinstance(own, list) else saved is own
 
 
 def optimizer_bytes(optim: str) -> float:
