@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..errors import DataError
+from ..values import is_one_of, shown
 
 logger = logging.getLogger("phi3lora")
 
@@ -16,8 +17,8 @@ class BadRows:
     """What ``ChatDataset.load(on_bad_row=...)`` does with a row that raises a ``DataError``."""
 
     def __init__(self, choice: str) -> None:
-        if choice not in ON_BAD_ROW:
-            raise DataError(f"on_bad_row={choice!r}; allowed: {', '.join(map(repr, ON_BAD_ROW))}")
+        if not is_one_of(choice, ON_BAD_ROW):
+            raise DataError(f"on_bad_row={shown(choice)}; allowed: {', '.join(map(repr, ON_BAD_ROW))}")
         self.skips = choice == "skip"
         self.numbers: list[int] = []
         self.errors: list[DataError] = []

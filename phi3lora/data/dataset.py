@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..values import is_count, is_one_of, shown
 from .bad_rows import BadRows
 from .cache import NumberedChat, cache_key, kept
 from .formats import check_columns, detect_format, known_format, to_messages
@@ -104,8 +105,8 @@ class ChatDataset:
             >>> len(chats), chats.format
             (1, 'prompt_completion')
         """
-        _check(isinstance(max_length, int) and max_length >= 2, "max_length", max_length, "a whole number >= 2")
-        _check(overflow in OVERFLOW, "overflow", overflow, ", ".join(map(repr, OVERFLOW)))
+        _check(is_count(max_length, 2), "max_length", max_length, "a whole number >= 2")
+        _check(is_one_of(overflow, OVERFLOW), "overflow", overflow, ", ".join(map(repr, OVERFLOW)))
         _check(streaming is False, "streaming", streaming, "False (the whole dataset is tokenised first)")
         check_columns(columns)
         encoder, bad = ChatEncoder(tokenizer, train_on), BadRows(on_bad_row)
@@ -228,11 +229,11 @@ class ChatDataset:
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise DataError(f"{name}={value!r}; allowed: {allowed}")
+        raise DataError(f"{name}={shown(value)}; allowed: {allowed}")
 
 
 def _short(source: Any) -> str:
-    return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"
+    return shown(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"
 
 
 def _recognised(

@@ -9,12 +9,12 @@ text                {"text": "<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
+from ..values import is_one_of, is_text, parse_json, shown
 
 Message = dict[str, Any]
 
@@ -42,10 +42,10 @@ _PHI4_TURN = re.compile(r"<\|im_start\|>(\w+)<\|im_sep\|>(.*?)(?:<\|im_end\|>|\Z
 
 def known_format(name: str) -> str:
     """``name`` as this file spells it; ``"auto"`` stays."""
-    name = _NAMES.get(name, name)
-    if name != "auto" and name not in COLUMNS:
-        raise DataError(f"format={name!r}; allowed: 'auto', {', '.join(map(repr, COLUMNS))}")
-    return name
+    known = _NAMES.get(name, name) if isinstance(name, str) else None
+    if known is None or (known != "auto" and known not in COLUMNS):
+        raise DataError(f"format={shown(name)}; allowed: 'auto', {', '.join(map(repr, COLUMNS))}")
+    return known
 
 
 def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, number: int = 1) -> str:
@@ -60,17 +60,28 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = No
             return name
     forms = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     raise DataError(
-        f"row {number} has the keys {', '.join(map(repr, row))}, which is no known format. Known: {forms}. "
+        f"row {number} has the keys {_keys(row)}, which is no known format. Known: {forms}. "
         f"Name your columns with columns={{'prompt': 'your column', ...}}"
     )
 
 
+def _keys(row: Mapping[Any, Any]) -> str:
+    """A row's keys, for a message."""
+    more = f" and {len(row) - 20} more" if len(row) > 20 else ""
+    return (", ".join(shown(key, 60) for key in list(row)[:20]) or "(none)") + more
+
+
 def check_columns(columns: Mapping[str, str] | None) -> None:
     """Raise for a name on the left of ``columns`` that no format has."""
+    names = columns is None or (isinstance(columns, Mapping) and all(map(is_text, columns.values())))
+    if not names:
+        raise DataError(f"columns={shown(columns)}; allowed: a dict of our column's name -> yours")
     known = {c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed}
     for name in columns or {}:
         if name not in known:
-            raise DataError(f"columns={dict(columns or {})!r}: {name!r} is not one of {', '.join(sorted(known))}")
+            raise DataError(
+                f"columns={shown(dict(columns or {}))}: {shown(name)} is not one of {', '.join(sorted(known))}"
+            )
 
 
 def to_messages(
@@ -92,8 +103,7 @@ def to_messages(
     missing = [names.get(c, c) for c in COLUMNS[format] if values[c] is None]
     if missing:
         raise DataError(
-            f"row {number}: format {format!r} needs {', '.join(map(repr, missing))}; the row has the keys "
-            f"{', '.join(map(repr, row)) or '(none)'}"
+            f"row {number}: format {format!r} needs {', '.join(map(repr, missing))}; the row has the keys {_keys(row)}"
         )
     messages = _CONVERTERS[format](values, number)
     _check_roles(messages, number)
@@ -109,7 +119,7 @@ def _text(value: Any, number: int, what: str) -> str:
         if all(isinstance(part, str) for part in parts):
             return "".join(parts)  # type: ignore[arg-type]
     if not isinstance(value, str):
-        raise DataError(f"row {number}: {what} is {type(value).__name__} {str(value)[:60]!r}; allowed: text")
+        raise DataError(f"row {number}: {what} is {type(value).__name__} {shown(value, 60)}; allowed: text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -120,20 +130,20 @@ def _text(value: Any, number: int, what: str) -> str:
 def _turns(value: Any, number: int, column: str) -> list[Mapping[str, Any]]:
     if isinstance(value, str):  # a CSV cell holds a chat as JSON
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise DataError(
                 f"row {number}: {column!r} is text but not JSON ({error}); allowed: a list of turns"
             ) from None
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"row {number}: {column!r} is {str(value)[:60]!r}; allowed: a list of turns (dicts)")
+        raise DataError(f"row {number}: {column!r} is {shown(value, 60)}; allowed: a list of turns (dicts)")
     return list(value)
 
 
 def _role(name: Any, number: int) -> str:
-    role = _ROLES.get(str(name))
+    role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"row {number}: role {name!r}; allowed: {', '.join(_ROLES)}")
+        raise DataError(f"row {number}: role {shown(name, 60)}; allowed: {', '.join(_ROLES)}")
     return role
 
 
@@ -142,22 +152,24 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
     for turn in _turns(values["messages"], number, "messages"):
         message: Message = {
             "role": _role(turn.get("role"), number),
-            "content": _text(turn.get("content"), number, f"the content of role {turn.get('role')!r}"),
+            "content": _text(turn.get("content"), number, f"the content of role {shown(turn.get('role'), 60)}"),
         }
-        if turn.get("tool_calls") or turn.get("function_call"):
+        if any(not is_one_of(turn.get(name), (None, [], {}, "")) for name in ("tool_calls", "function_call")):
             raise DataError(
                 f"row {number}: a message with tool_calls; allowed: text content, as the template renders it"
             )
         if turn.get("train") is not None:
-            if turn["train"] not in (0, 1):  # True and False are 1 and 0
-                raise DataError(f"row {number}: 'train' of a message is {turn['train']!r}; allowed: true, false")
+            if not is_one_of(turn["train"], (0, 1)):  # True and False are 1 and 0
+                raise DataError(
+                    f"row {number}: 'train' of a message is {shown(turn['train'], 60)}; allowed: true, false"
+                )
             message["train"] = bool(turn["train"])
         messages.append(message)
     return messages
 
 
 def _with_system(system: Any, messages: list[Message], number: int) -> list[Message]:
-    if system is None or system == "":
+    if is_one_of(system, (None, "")):
         return messages
     return [{"role": "system", "content": _text(system, number, "'system'")}, *messages]
 
@@ -172,7 +184,7 @@ def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
 
 def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
     question = _text(values["instruction"], number, "'instruction'")
-    if values.get("input"):
+    if not is_one_of(values.get("input"), (None, "")):
         question += "\n\n" + _text(values["input"], number, "'input'")
     answer = _text(values["output"], number, "'output'")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import DataError
+from ..values import as_path, is_text, parse_json, shown
 from .bad_rows import BadRows
 
 NumberedRow = tuple[int, Mapping[str, Any]]  # rows count from 1; in a .jsonl file the number is the line's
@@ -28,12 +30,14 @@ def find_source(source: Any, split: str = "train", revision: str | None = None) 
     Raises:
         DataError: a missing file, a dataset that cannot be loaded, something that holds no rows.
     """
+    if not is_text(split):
+        raise DataError(f"split={shown(split)}; allowed: a name")
     if isinstance(source, (str, os.PathLike)):
-        return _find_named(os.fspath(source), split, revision)
+        return _find_named(str(as_path(source, "a dataset", DataError)), split, revision)
     if isinstance(source, Mapping) and split not in source:
-        raise DataError(f"no split {split!r}; allowed: {', '.join(map(repr, source))}")
+        raise DataError(f"no split {split!r}; allowed: {', '.join(map(shown, source))}")
     rows = source[split] if isinstance(source, Mapping) else source
-    if not isinstance(rows, Iterable):
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, bytearray, type, Tensor)):
         raise DataError(f"a dataset cannot be a {type(rows).__name__}; allowed: a path, a hub name, a Dataset, dicts")
     return rows
 
@@ -41,11 +45,15 @@ def find_source(source: Any, split: str = "train", revision: str | None = None) 
 def _find_named(name: str, split: str, revision: str | None) -> Path | Iterable[Any]:
     path = Path(name)
     suffix = path.suffix.lower()
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name too long for the system
+        raise DataError(f"no such file: {shown(name)} ({error.strerror})") from None
     if suffix in SUFFIXES:
-        if not path.is_file():
+        if not is_file:
             raise DataError(f"no such file: {name!r}")
         return path
-    if path.is_file():
+    if is_file:
         raise DataError(f"{name!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
     import datasets
 
@@ -80,12 +88,14 @@ def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
             yield number, row
             continue
         kind = type(row).__name__
-        bad.met(number, DataError(f"row {number} is a {kind} {str(row)[:60]!r}; allowed: a dict of columns"))
+        bad.met(number, DataError(f"row {number} is a {kind} {shown(row, 60)}; allowed: a dict of columns"))
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{str(path)!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
 
@@ -95,8 +105,8 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError also says: an integer of too many digits
+            row = parse_json(line)
+        except ValueError as error:  # also: an integer of too many digits
             what = DataError(f"{str(path)!r}, row {number}: not JSON: {error}; got {line[:60]!r}")
         else:
             if isinstance(row, Mapping):
@@ -108,14 +118,13 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
 
 def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
     """A list of objects; an object that holds one (``{"data": [...]}``); or, misnamed, one object a line."""
+    text = _text(path)
     try:
-        value = json.loads(_text(path))
+        value = parse_json(text)
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":
             return _jsonl_rows(path, bad)
         raise DataError(f"{str(path)!r} is not JSON: {error}") from None
-    except RecursionError:
-        raise DataError(f"{str(path)!r} is nested too deeply to be a dataset") from None
     if isinstance(value, Mapping):
         (name, held), *others = value.items() or [("", None)]
         is_row = others or name in ("messages", "conversations") or not isinstance(held, list)

@@ -29,6 +29,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..errors import DataError
+from ..values import is_one_of, shown
 from .formats import Message
 
 TRAIN_ON = ("assistant", "last", "all")
@@ -66,8 +67,8 @@ class ChatEncoder:
             raise DataError(f"the tokenizer {name!r} has no chat_template; use an instruct model's tokenizer")
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"the tokenizer {name!r} is not a fast one: character offsets are needed")
-        if train_on not in TRAIN_ON:
-            raise DataError(f"train_on={train_on!r}; allowed: {', '.join(map(repr, TRAIN_ON))}")
+        if not is_one_of(train_on, TRAIN_ON):
+            raise DataError(f"train_on={shown(train_on)}; allowed: {', '.join(map(repr, TRAIN_ON))}")
         self.tokenizer, self.train_on = tokenizer, train_on
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
         ordered = sorted(specials, key=lambda s: (-len(s), s))
