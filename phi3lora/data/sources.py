@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
-from ..values import as_path, is_text, parse_json, shown
+from ..values import as_path, is_text, parse_json, shown, told
 from .bad_rows import BadRows
 
 NumberedRow = tuple[int, Mapping[str, Any]]  # rows count from 1; in a .jsonl file the number is the line's
@@ -33,7 +33,8 @@ def find_source(source: Any, split: str = "train", revision: str | None = None) 
     if not is_text(split):
         raise DataError(f"split={shown(split)}; allowed: a name")
     if isinstance(source, (str, os.PathLike)):
-        return _find_named(str(as_path(source, "a dataset", DataError)), split, revision)
+        as_path(source, "a dataset", DataError)
+        return _find_named(os.fspath(source), split, revision)
     if isinstance(source, Mapping) and split not in source:
         raise DataError(f"no split {split!r}; allowed: {', '.join(map(shown, source))}")
     rows = source[split] if isinstance(source, Mapping) else source
@@ -139,7 +140,7 @@ def _csv_rows(path: Path) -> Iterable[Mapping[str, Any]]:
 
     try:
         table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+    except (OSError, ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         raise DataError(f"{str(path)!r} is not a CSV table: {error}") from None
     return table.to_dict("records")
 
@@ -150,5 +151,6 @@ def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
 
     try:
         return parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{str(path)!r} is not a Parquet table: {error}") from None
+    # Beside Arrow's own: what its values are not as Python's (text that is not UTF-8, dates past the year 9999).
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError, pyarrow.ArrowException) as error:
+        raise DataError(f"{str(path)!r} is not a Parquet table that can be read: {told(error)}") from None

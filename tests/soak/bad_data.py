@@ -125,8 +125,7 @@ def make_file(random: Random, good: Path, own: Path) -> tuple[str, Callable[[], 
         said += damage_file(path, random)
     if random.random() < 0.03:
         renamed = path.with_suffix(random.choice((".txt", "", ".JSONL", ".parquet", ".json", ".csv", ".\ud800")))
-        if path.exists():
-            path = path.rename(renamed)
+        path = path.rename(renamed) if path.exists() and "\ud800" not in renamed.name else renamed
     options = _options(random)
     return f"{said}; {_said(options)}", lambda: _load(path, options)
 
@@ -139,7 +138,7 @@ def _odd_table(path: Path, rows: list[dict[str, Any]], random: Random) -> str:
         "bytes": pyarrow.array([b"\xff\xfe"] * number),
         "decimals": pyarrow.array([1] * number, pyarrow.decimal128(30, 3)),
         "dates": pyarrow.array([2**62] * number, pyarrow.timestamp("ns", "Nowhere/Land")),
-        "long dates": pyarrow.array([2**62] * number, pyarrow.timestamp("s")),
+        "long dates": pyarrow.array([10**13] * number, pyarrow.timestamp("s")),
         "durations": pyarrow.array([2**62] * number, pyarrow.duration("s")),
         "lists": pyarrow.array([[["a"]]] * number),
         "maps": pyarrow.array([[("a", 1)]] * number, pyarrow.map_(pyarrow.string(), pyarrow.int64())),
