@@ -57,11 +57,13 @@ def _find_named(name: str, split: str, revision: str | None) -> Path | Iterable[
     if is_file:
         raise DataError(f"{name!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(name, split=split, revision=revision)
-    except (OSError, ValueError) as error:  # not found, no such split, no network: datasets says which
-        raise DataError(f"cannot load the dataset {name!r}, split {split!r}: {error}") from error
+    # Not found, no such split, no network: datasets says which, of a damaged folder in errors of any kind.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, DatasetsError) as error:
+        raise DataError(f"cannot load the dataset {shown(name)}, split {split!r}: {told(error)}") from error
 
 
 def read_rows(found: Path | Iterable[Any], bad: BadRows | None = None) -> Iterator[NumberedRow]:

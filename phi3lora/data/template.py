@@ -29,7 +29,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..errors import DataError
-from ..values import is_one_of, shown
+from ..values import is_one_of, shown, told
 from .formats import Message
 
 TRAIN_ON = ("assistant", "last", "all")
@@ -122,14 +122,21 @@ class ChatEncoder:
                     order.append((i, start, k % 2, len(pieces[k % 2])))
                     pieces[k % 2].append(chat.text[start:stop])
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
-        tokens = [self.tokenizer(pieces[0], **options), {"input_ids": [], "offset_mapping": []}]
+        tokens = [self._ids(pieces[0], **options), {"input_ids": [], "offset_mapping": []}]
         if pieces[1]:
-            tokens[1] = self.tokenizer(pieces[1], split_special_tokens=True, **options)
+            tokens[1] = self._ids(pieces[1], split_special_tokens=True, **options)
         result: list[tuple[list[int], list[int]]] = [([], []) for _ in rendered]
         for i, shift, kind, place in order:
             result[i][0].extend(tokens[kind]["input_ids"][place])
             result[i][1].extend(shift + start for start, _ in tokens[kind]["offset_mapping"][place])
         return result
+
+    def _ids(self, texts: list[str], **options: Any) -> Any:
+        """What the tokenizer makes of texts."""
+        try:
+            return self.tokenizer(texts, **options)
+        except Exception as error:  # tokenizers raises this very class; transformers, for odd settings, any
+            raise DataError(f"the tokenizer cannot encode a chat: {told(error)}; is its folder damaged?") from error
 
     def _check(self, ids: list[int], trained: list[bool], number: int) -> None:
         """Something is trained, and every trained stretch of an assistant's ends by the end of its turn."""
@@ -189,8 +196,9 @@ class ChatEncoder:
     def _template(self, messages: Iterable[Message], number: int, **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-        except TemplateError as error:
-            raise DataError(f"row {number}: the chat template refuses the chat: {error}") from error
+        except Exception as error:  # a template is a program of the model's author's: it may raise anything
+            what = str(error) if isinstance(error, TemplateError) else told(error)
+            raise DataError(f"row {number}: the chat template refuses the chat: {what}") from error
 
     def _closing(self, literal: str) -> re.Match[str] | None:
         """The special token that ``literal`` begins with, white space before it allowed."""

@@ -7,11 +7,11 @@ import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from ..errors import ModelError
+from ..values import is_count, is_one_of, is_path, same, shown, told
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
 from .four_bit import bitsandbytes, keep_packing
@@ -24,6 +24,8 @@ SUPPORTED = (
     "Phi-3.5-mini, Phi-4, Phi-4-mini"
 )
 
+_DEVICES = "a device of torch's that is there, 'cpu' or 'cuda' say"
+_MOST_LAYERS = 1000  # of one model; the family's largest has 40. Each is built before its weights are looked for
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -63,23 +65,27 @@ def load_model(
     Example:
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
     """
+    _check(is_path(name_or_path), "name_or_path", name_or_path, "a hub name or a folder")
     name = os.fspath(name_or_path)
     allowed = "None (as dtype says), 'fp8', 'nf4'"
-    _check(base_precision in (None, "fp8", "nf4"), "base_precision", base_precision, allowed)
+    _check(is_one_of(base_precision, (None, "fp8", "nf4")), "base_precision", base_precision, allowed)
     choices = (PACKED_ATTENTION, "sdpa", "eager")
-    _check(attn_implementation in choices, "attn_implementation", attn_implementation, ", ".join(map(repr, choices)))
-    torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch."))
-    _check(torch_dtype is not None or dtype == "auto", "dtype", dtype, f"{', '.join(map(repr, _DTYPES))}, 'auto'")
+    known = is_one_of(attn_implementation, choices)
+    _check(known, "attn_implementation", attn_implementation, ", ".join(map(repr, choices)))
+    torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch.")) if isinstance(dtype, (str, torch.dtype)) else None
+    _check(torch_dtype is not None or same(dtype, "auto"), "dtype", dtype, f"{', '.join(map(repr, _DTYPES))}, 'auto'")
+    _check(isinstance(use_cache, bool), "use_cache", use_cache, "True, False")
+    device = _usable_device(device)
     found = check_family(name, revision)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     in_four_bit = _four_bit_options(name, found, base_precision, torch_dtype, device)
     register()
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         config.use_cache = use_cache
-        model = AutoModelForCausalLM.from_pretrained(
+        model, told_by_loader = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
+            output_loading_info=True,
             dtype=torch_dtype or "auto",
             attn_implementation=attn_implementation,
             revision=revision,
@@ -87,8 +93,13 @@ def load_model(
             **in_four_bit,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # half-written, other shapes
-        raise ModelError(f"cannot load {name!r}: {error}") from error
+    except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
+        raise ModelError(f"cannot load {shown(name)}: {error}") from error
+    missing = sorted(told_by_loader["missing_keys"])
+    if missing:  # which from_pretrained fills with random numbers
+        raise ModelError(
+            f"cannot load {shown(name)}: {len(missing)} weights are not in its files, {missing[0]!r} first"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if longrope_boundary(config) is not None:
@@ -99,6 +110,16 @@ def load_model(
     elif base_precision is not None:
         quantize_base(model, base_precision)
     return model, tokenizer
+
+
+def _usable_device(device: Any) -> torch.device:
+    """``device``, or the GPU if there is one; something can be put there."""
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    _check(isinstance(wanted, (str, torch.device)) or is_count(wanted, 0), "device", device, _DEVICES)
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
+        raise ModelError(f"load_model: device={shown(device)}: {told(error)}; allowed: {_DEVICES}") from error
 
 
 def _four_bit_options(
@@ -128,18 +149,28 @@ def _four_bit_options(
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ModelError(f"load_model: {name}={value!r}; allowed: {allowed}")
+        raise ModelError(f"load_model: {name}={shown(value)}; allowed: {allowed}")
 
 
 def check_family(name: str, revision: str | None = None) -> dict[str, Any]:
     """The checkpoint's ``config.json``, or an error unless it says ``model_type: phi3``. Reads no other file."""
     try:
         found, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    except OSError as error:
-        raise ModelError(f"cannot load {name!r}: {error}") from error
+    # Not there, or no JSON object of fields: deep nesting, numbers of 5,000 digits, bytes that are not UTF-8.
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"cannot load {shown(name)}: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"cannot load {shown(name)}: its config.json is no JSON object")
     model_type = found.get("model_type")
-    if model_type != "phi3":
-        raise ModelError(f"{name!r} has model_type {model_type!r}; supported: {SUPPORTED} (model_type 'phi3')")
+    if not same(model_type, "phi3"):
+        raise ModelError(
+            f"{shown(name)} has model_type {shown(model_type)}; supported: {SUPPORTED} (model_type 'phi3')"
+        )
+    layers, quantization = found.get("num_hidden_layers", 32), found.get("quantization_config")
+    if not is_count(layers, 1, _MOST_LAYERS + 1):
+        raise ModelError(f"{shown(name)} has num_hidden_layers {shown(layers)}; allowed: 1 to {_MOST_LAYERS}")
+    if not isinstance(quantization, (dict, type(None))):
+        raise ModelError(f"{shown(name)} has quantization_config {shown(quantization)}; allowed: a JSON object")
     return found
 
 

@@ -34,11 +34,10 @@ _QUANTIZED = (
 )  # fmt: skip
 _TEMPLATES = (
     "", "{{", "{% for m in messages %}", "{{ messages[0].missing.attribute }}", "{{ 1 / 0 }}", "{% raw %}", "text",
-    "{% for i in range(99999999) %}{{ i }}{% endfor %}", "{{ 'x' * 9999999999 }}", "{{ messages | tojson }}",
+    "{% for i in range(99999999) %}{{ i }}{% endfor %}", "{{ messages | tojson }}",
     "{{ ''.__class__.__mro__ }}", "{{ messages[0]['content'] + 1 }}", "{{ raise_exception('no') }}",
     "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}", "{{ messages[99]['content'] }}",
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "\x00", "{% if messages %}{{ eos_token }}{% endif %}",
-    "{% for i in range(30000) %}{% for j in range(30000) %}x{% endfor %}{% endfor %}",
 )  # fmt: skip
 
 
@@ -62,7 +61,8 @@ def make(random: Random, good: Path, own: Path) -> tuple[str, Callable[[], None]
     folder = own / "model"
     shutil.copytree(good, folder)
     names = sorted(path.name for path in folder.iterdir())
-    said = [_damage(folder / random.choice((*names, "config.json")), random) for _ in range(random.choice((1, 1, 2)))]
+    chosen = {random.choice((*names, "config.json")) for _ in range(random.choice((1, 1, 2)))}
+    said = [_damage(folder / name, random) for name in sorted(chosen)]
     return "; ".join(said), lambda: _use(folder)
 
 
