@@ -65,7 +65,7 @@ def _takes_foreign_names(inert_names: frozenset[str]):
             generated(self, *args, **values)
             self.inert = tuple(inert)
 
-        cls.__init__ = __init__  # type: ignore[method-assign]
+        cls.__init__ = __init__  # type: ignore[method-assign, assignment]
         return cls
 
     return decorate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def load_model(
     _check(isinstance(use_cache, bool), "use_cache", use_cache, "True, False")
     device = _usable_device(device)
     found = check_family(name, revision)
+    _refuse_larger_than_files(Path(name), found)
     in_four_bit = _four_bit_options(name, found, base_precision, torch_dtype, device)
     register()
     try:
@@ -120,6 +122,24 @@ def _usable_device(device: Any) -> torch.device:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
         raise ModelError(f"load_model: device={shown(device)}: {told(error)}; allowed: {_DEVICES}") from error
+
+
+def _refuse_larger_than_files(folder: Path, config: dict[str, Any]) -> None:
+    """A damaged size in ``config.json`` would first be built, and filled with random numbers, before it is noticed."""
+    files = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern) if path.is_file()]
+    hidden, heads = config.get("hidden_size", 3072), config.get("num_attention_heads", 32)
+    kv, vocabulary = config.get("num_key_value_heads") or heads, config.get("vocab_size", 32064)
+    inner, head = config.get("intermediate_size", 8192), config.get("head_dim")
+    if not files or not all(is_count(size, 1) for size in (hidden, heads, kv, vocabulary, inner, head or 1)):
+        return  # from a hub, or for transformers to refuse
+    head = head or hidden // heads
+    described = hidden * max(vocabulary, 2 * inner, head * (heads + 2 * kv))
+    stored = sum(path.stat().st_size for path in files)
+    if described > 2 * stored:  # 4 bits a number
+        raise ModelError(
+            f"cannot load {shown(str(folder))}: its config.json describes a matrix of {described:,} numbers, its files "
+            f"hold {stored:,} bytes"
+        )
 
 
 def _four_bit_options(
