@@ -74,6 +74,7 @@ def _takes_foreign_names(inert_names: frozenset[str]):
 _OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
 )  # fmt: skip
+_LONGEST_ROW = 2**24
 _CHOICES: dict[str, tuple[str, ...]] = {
     "log_level": ("passive", "detail", "debug", "info", "warning", "error", "critical"),
     "logging_strategy": ("no", "steps", "epoch"),
@@ -309,6 +310,8 @@ class TrainingConfig:
         for name in ("max_length", "save_total_limit", "early_stopping_patience"):
             value = getattr(self, name)
             self._check(value is None or is_count(value, 1), name, "None or a whole number >= 1")
+        longest = self.max_length or 1
+        self._check(longest <= _LONGEST_ROW, "max_length", f"at most {_LONGEST_ROW:,}: a row is made whole")
         for name in ("num_train_epochs", "adam_epsilon"):
             value = getattr(self, name)
             self._check(is_number(value) and value > 0, name, "a number > 0")

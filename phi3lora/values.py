@@ -18,6 +18,7 @@ from .errors import Phi3LoRAError
 SEED_END = 2**63
 """Seeds are below: torch's generators take no larger one."""
 _SHOWN = 300
+_LONGEST_NAME = 255  # bytes, of a file on every usual system; of a longer one even "is it there" is an error
 
 
 def shown(value: object, most: int = _SHOWN) -> str:
@@ -75,16 +76,16 @@ def is_path(value: object) -> bool:
         return False
     try:
         name = os.fspath(value)
-        os.fsencode(name)
+        parts = os.fsencode(name).split(b"/")
     except (TypeError, UnicodeEncodeError):
         return False
-    return isinstance(name, str) and "\0" not in name
+    return isinstance(name, str) and "\0" not in name and all(len(part) <= _LONGEST_NAME for part in parts)
 
 
 def as_path(value: Any, what: str, error: type[Phi3LoRAError]) -> Path:
     """``value`` as a path, or an ``error`` that names ``what``."""
     if not is_path(value):
-        raise error(f"{what} cannot be {shown(value)}; allowed: a path, as a string or os.PathLike")
+        raise error(f"{what} cannot be {shown(value)}; allowed: a path, names of at most {_LONGEST_NAME} bytes")
     return Path(value)
 
 

@@ -46,15 +46,11 @@ def find_source(source: Any, split: str = "train", revision: str | None = None) 
 def _find_named(name: str, split: str, revision: str | None) -> Path | Iterable[Any]:
     path = Path(name)
     suffix = path.suffix.lower()
-    try:
-        is_file = path.is_file()
-    except OSError as error:  # a name too long for the system
-        raise DataError(f"no such file: {shown(name)} ({error.strerror})") from None
     if suffix in SUFFIXES:
-        if not is_file:
+        if not path.is_file():
             raise DataError(f"no such file: {name!r}")
         return path
-    if is_file:
+    if path.is_file():
         raise DataError(f"{name!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
     import datasets
     from datasets.exceptions import DatasetsError

@@ -220,10 +220,7 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
             )
         return found
     path = Path(wanted)
-    try:
-        why = damage(path) if path.is_dir() else "no such folder"
-    except OSError as error:  # a name too long for the system
-        why = str(error.strerror)
+    why = damage(path) if path.is_dir() else "no such folder"
     if why is not None:
         raise CheckpointError(f"cannot resume from {shown(str(path))}: {why}")
     return path

@@ -29,9 +29,6 @@ from pathlib import Path
 from random import Random
 from typing import IO, Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # children of a process with threads must not wait for them
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"  # no one is asked whether a bad name is a repository
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import datasets  # noqa: E402
@@ -134,7 +131,7 @@ class _Child:
         os.close(out)
         try:
             with os.fdopen(into, "w", buffering=1) as lines, log.open("w") as errors:
-                datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+                _by_itself()
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(errors.fileno(), 2)
                 limit = _memory("VmSize") + _ROOM
@@ -171,6 +168,13 @@ class _Child:
             os.kill(self.pid, signal.SIGKILL)
         finally:
             os.waitpid(self.pid, 0)
+
+
+def _by_itself() -> None:
+    """No hub is asked whether a bad name is a repository; no pool of threads is waited for that a fork left behind."""
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
 
 
 def _memory(name: str) -> int:
@@ -290,6 +294,7 @@ def prepare(kinds: dict[str, Kind], good: Path) -> None:
 
 def replay(kinds: dict[str, Kind], number: int) -> None:
     """One input of each of ``kinds`` in this process."""
+    _by_itself()
     with tempfile.TemporaryDirectory() as place:
         good = Path(place) / "good"
         prepare(kinds, good)
@@ -309,7 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=20.0)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     kinds = {name: kind for name, kind in all_kinds().items() if name.startswith(options.only or "")}
     if not kinds:
         parser.error(f"--only {options.only}: no such kind; there are {', '.join(all_kinds())}")
