@@ -2,9 +2,11 @@
 
 import dataclasses
 import enum
+import itertools
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import transformers
 
@@ -418,3 +420,43 @@ def test_configs_are_equal_by_their_settings_not_by_what_had_no_effect():
     assert TrainingConfig(do_eval=True) == TrainingConfig()
     assert TrainingConfig(seed=1) != TrainingConfig()
     assert dataclasses.replace(LoraConfig(r=4), lora_alpha=16) == LoraConfig(r=4, lora_alpha=16)
+
+
+class Hostile:
+    """Every question is answered by an error."""
+
+    def __eq__(self, other):
+        raise RuntimeError
+
+    __hash__ = None
+
+    def __repr__(self):
+        raise RuntimeError
+
+
+ANYTHING = {
+    "an integer beyond the floats": lambda: 10**400,
+    "an integer of 5,000 digits": lambda: 10**5000,
+    "an array": lambda: np.arange(3),
+    "a hostile object": Hostile,
+    "no Unicode": lambda: "\ud800",
+    "an endless iterator": itertools.count,
+    "a dict": lambda: {"a": {"b": []}},
+}
+
+
+@pytest.mark.parametrize("make", ANYTHING.values(), ids=ANYTHING)
+@pytest.mark.parametrize("cls", [LoraConfig, TrainingConfig])
+def test_any_value_of_any_name_is_taken_or_refused_by_name(cls, make):
+    for name in [*fields_of(cls), *ALIASES, *SWITCHED_OFF, "no_such_name", "self"]:
+        message = refusal(cls, **{name: make()})
+        message.encode()
+        assert name in message or ALIASES.get(name, "?") in message or "no field" in message
+        assert len(message) < 5000
+
+
+@pytest.mark.parametrize(
+    "segments", [5, "qkv", ["qkv"], {"qkv": 5}, {"qkv": []}, {"qkv": {"q": "8"}}, {"qkv": [0, 8]}, {1: [8]}]
+)
+def test_segments_are_widths_by_suffix(segments):
+    assert "segments=" in refusal(LoraConfig, segments=segments)

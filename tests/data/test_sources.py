@@ -197,6 +197,21 @@ def test_a_broken_parquet_file_is_refused_by_name(content, tmp_path):
     assert "Parquet" in message
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([b"\xff\xff"]).view(pyarrow.string()),
+        pyarrow.array([10**13], pyarrow.timestamp("s")),
+        pyarrow.array([2**62], pyarrow.duration("s")),
+    ],
+    ids=["not UTF-8", "past the year 9999", "too long a time"],
+)
+def test_parquet_values_that_python_cannot_hold_are_refused_by_name(column, tmp_path):
+    path = tmp_path / "odd.parquet"
+    parquet.write_table(pyarrow.table({"prompt": column, "completion": column}), path)
+    assert "odd.parquet" in refusal(path)
+
+
 def test_a_csv_with_an_open_quote_is_refused_by_name(tmp_path):
     assert "open.csv" in refusal(written(tmp_path / "open.csv", 'prompt,completion\na,b\n"c,d\n'))
 

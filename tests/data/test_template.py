@@ -313,6 +313,28 @@ def refusal(template, chat=None, number=4, train_on="assistant"):
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{% for i in range(99999999) %}{% endfor %}",
+        "{{",
+        "{{ x.y.z }}",
+    ],
+)
+def test_a_template_that_fails_is_a_data_error(template):
+    assert "the chat template refuses the chat" in refusal(template)
+
+
+def test_a_tokenizer_whose_settings_are_damaged_is_a_data_error():
+    tokenizer = make_tokenizer()
+    encoder = ChatEncoder(tokenizer)
+    tokenizer.model_max_length = "many"
+    with pytest.raises(DataError, match="the tokenizer cannot encode a chat"):
+        encoder.encode([chat_rows(1)[0]["messages"]], [1])
+
+
 def test_a_tokenizer_without_chat_template_is_refused():
     assert "no chat_template" in refusal(None)
 

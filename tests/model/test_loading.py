@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lively_model, make_tokenizer, tiny_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 import phi3lora as p3
@@ -161,6 +162,44 @@ def test_weights_of_other_shapes_are_refused(damaged):
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
     with pytest.raises(ModelError, match="cannot load"):
         p3.load_model(damaged, device="cpu")
+
+
+def test_weights_that_are_missing_are_refused_and_not_made_up(damaged):
+    """transformers would start them at random."""
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are not in its files, 'model.layers.1.mlp.down_proj.weight'"):
+        p3.load_model(damaged, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("vocab_size", 2**40, "describes a matrix"),
+        ("head_dim", 2**20, "describes a matrix"),
+        ("num_hidden_layers", 2**20, "allowed: 1 to 1000"),
+        ("num_hidden_layers", "two", "num_hidden_layers 'two'"),
+        ("rms_norm_eps", "small", "rms_norm_eps"),
+        ("quantization_config", ["4"], "quantization_config"),
+        ("model_type", {"phi3": 1}, "model_type"),
+    ],
+)
+def test_a_field_that_cannot_be_is_refused_before_anything_is_built(damaged, name, value, said):
+    path = damaged / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ModelError, match=said):
+        p3.load_model(damaged, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe{}", b"[1]", b'{"a": ' + b"9" * 5000 + b"}"])
+def test_json_of_another_form_is_no_error_of_another_family(damaged, name, content):
+    (damaged / name).write_bytes(content)
+    try:
+        p3.load_model(damaged, device="cpu")
+    except ModelError as error:
+        assert str(error)
 
 
 # --- longrope

@@ -390,3 +390,62 @@ def test_torch_numpy_and_python_go_on_with_the_same_numbers(tmp_path_factory, se
         draw()
     set_rng_state(torch.load(path, weights_only=True))
     assert draw() == expected
+
+
+def spoilt(value, *path, new):
+    """``value`` with something else at ``path``."""
+    holder = value
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = new
+    return value
+
+
+def moments(shape):
+    return {"step": torch.tensor(2.0), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("optimizer.pt", lambda s: s["state"][0].pop("exp_avg_sq"), "exp_avg_sq"),
+        ("optimizer.pt", lambda s: spoilt(s, "state", 0, new=moments((3, 3))), "exp_avg"),
+        ("optimizer.pt", lambda s: s["state"][0]["exp_avg"].fill_(float("nan")), "exp_avg"),
+        ("optimizer.pt", lambda s: spoilt(s, "param_groups", 0, "maximize", new=torch.ones(3)), "maximize"),
+        ("optimizer.pt", lambda s: s["param_groups"].clear(), "0 groups"),
+        ("scheduler.pt", lambda s: s.clear(), "scaler"),
+        ("rng_state_0.pth", lambda s: spoilt(s, "numpy_rest", 1, new=2**63), "Overflow"),
+        ("trainer_state.json", lambda s: spoilt(s, "state", "global_step", new="two"), "global_step is 'two'"),
+        ("trainer_state.json", lambda s: spoilt(s, "state", "history", new=[{"step": []}]), "history"),
+        ("trainer_state.json", lambda s: spoilt(s, "state", "best_checkpoint", new="../other"), "best_checkpoint"),
+    ],
+)
+def test_a_whole_checkpoint_of_another_form_is_refused(folder, name, spoil, said):
+    """The sums are right: whoever wrote it wrote this."""
+    bad = folder / "checkpoint-6"
+    is_json = name.endswith(".json")
+    value = json.loads((bad / name).read_text()) if is_json else torch.load(bad / name, weights_only=True)
+    spoil(value)
+    if is_json:
+        (bad / name).write_text(json.dumps(value))
+    else:
+        torch.save(value, bad / name)
+    manifest = json.loads((bad / "manifest.json").read_text())
+    manifest["sha256"][name] = hashlib.sha256((bad / name).read_bytes()).hexdigest()
+    (bad / "manifest.json").write_text(json.dumps(manifest))
+    assert damage(bad) is None
+    config = quiet_config(folder, max_steps=8, resume_from_checkpoint=True)
+    with pytest.raises(p3.CheckpointError, match=said):
+        p3.train(adapted_model(lora_dropout=0.1), chat_dataset(), config)
+
+
+def test_a_manifest_nested_past_the_recursion_limit_is_damage(folder):
+    (folder / "checkpoint-6" / "manifest.json").write_text("[" * 100_000)
+    assert "nested too deeply" in damage(folder / "checkpoint-6")
+    assert newest_good_checkpoint(folder).name == "checkpoint-4"
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "no/such/folder"])
+def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(folder, name):
+    with pytest.raises(p3.Phi3LoRAError):
+        p3.train(adapted_model(), chat_dataset(), quiet_config(folder, max_steps=8, resume_from_checkpoint=name))

@@ -1,0 +1,118 @@
+"""Every question has an answer for every value."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from phi3lora.errors import AdapterError, DataError
+from phi3lora.values import (
+    as_path,
+    is_count,
+    is_number,
+    is_one_of,
+    is_path,
+    is_text,
+    parse_json,
+    read_json,
+    same,
+    shown,
+    told,
+)
+
+
+class Hostile:
+    """Every question is answered by an error."""
+
+    def __repr__(self):
+        raise RuntimeError
+
+    def __eq__(self, other):
+        raise RuntimeError
+
+    __hash__ = None
+
+
+def deep(depth=100_000):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ODD = {
+    "an integer of 5,000 digits": lambda: 10**5000,
+    "a deep list": deep,
+    "a hostile object": Hostile,
+    "an array": lambda: np.arange(3),
+    "a tensor": lambda: torch.ones(2),
+    "no Unicode": lambda: "\ud800",
+    "a long string": lambda: "x" * 1_000_000,
+    "an endless iterator": itertools.count,
+    "bytes": lambda: b"\xff",
+}
+odd = pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+
+
+@odd
+def test_any_value_is_shown_in_a_few_printable_characters(make):
+    assert 0 < len(shown(make())) <= 310 and shown(make()).encode()
+
+
+@odd
+def test_any_value_is_compared_and_is_none_of_the_usual_ones(make):
+    value = make()
+    assert not same(value, 1) and not same("text", value) and not is_one_of(value, (None, True, "no", []))
+
+
+@odd
+def test_no_odd_value_is_a_number_or_a_count_or_a_path(make):
+    assert not is_number(make()) and not is_count(make(), 0) and not is_path(make())
+    with pytest.raises(DataError, match="a dataset cannot be"):
+        as_path(make(), "a dataset", DataError)
+
+
+def test_short_values_are_shown_as_repr_does():
+    assert [shown(value) for value in ("a", 1.5, None, [1, "b"])] == ["'a'", "1.5", "None", "[1, 'b']"]
+
+
+def test_numbers_and_counts():
+    assert is_number(0) and is_number(-1.5) and not is_number(True) and not is_number("1") and not is_number(None)
+    assert not is_number(float("nan")) and not is_number(float("inf")) and not is_number(10**400)
+    assert is_count(3, 3) and not is_count(2, 3) and not is_count(3.0, 0) and not is_count(True, 0)
+    assert is_count(4, 0, 5) and not is_count(5, 0, 5)
+
+
+def test_text_and_paths():
+    assert is_text("é") and not is_text("\ud800") and not is_text(b"a")
+    assert (
+        is_path("a/b") and is_path(Path("a")) and not is_path("a\0b") and not is_path("x" * 256) and not is_path(None)
+    )
+    assert as_path("a/b", "a file", AdapterError) == Path("a/b")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "", "{", b"\xff{}"])
+def test_what_is_no_json_is_a_value_error(text, tmp_path):
+    with pytest.raises(ValueError):
+        parse_json(text)
+    path = tmp_path / "a.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError):
+        read_json(path)
+
+
+def test_json_is_what_the_json_module_reads(tmp_path):
+    value = {"a": [1, 2.5, None, "é"]}
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    assert parse_json(json.dumps(value)) == value == read_json(tmp_path / "a.json")
+
+
+def test_an_error_is_told_in_a_line_with_its_kind_where_the_text_says_little():
+    assert told(KeyError("state")) == "KeyError: 'state'"
+    assert told(DataError("row 3: no text\nmore")) == "row 3: no text"
+    assert told(ValueError("\ud800")) == "ValueError: \\ud800"
