@@ -152,7 +152,8 @@ class LoraConfig:
         check(self.modules_to_save is None, "modules_to_save", "None (whole modules are not trained here)")
         check(isinstance(self.use_rslora, bool), "use_rslora", "True or False")
         given = self.target_modules
-        targets = [given] if isinstance(given, str) else list(given) if isinstance(given, Collection) else []
+        listed = isinstance(given, Collection) and not isinstance(given, Mapping)
+        targets = [given] if isinstance(given, str) else list(given) if listed else []
         named = bool(targets) and all(is_text(t) and t for t in targets)
         check(named, "target_modules", "'all-linear' or a list of module-name suffixes that is not empty")
         if not isinstance(given, str):

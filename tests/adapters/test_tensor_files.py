@@ -45,7 +45,7 @@ def test_a_zip_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
             packed.writestr(name, plain.read(name))
     assert (tmp_path / "a.pt").stat().st_size < 10_000
     assert torch.load(tmp_path / "a.pt", weights_only=True)["a"].numel() == 100_000, "torch reads it"
-    with pytest.raises(ValueError, match="is compressed, which torch.save does not do"):
+    with pytest.raises(ValueError, match=r"is compressed, which torch\.save does not do"):
         read_pickled(tmp_path / "a.pt")
 
 

@@ -132,6 +132,7 @@ class _Child:
         try:
             with os.fdopen(into, "w", buffering=1) as lines, log.open("w") as errors:
                 _by_itself()
+                faulthandler.enable(errors)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(errors.fileno(), 2)
                 limit = _memory("VmSize") + _ROOM
@@ -248,7 +249,7 @@ class _Run:
             told = child.log.read_text(errors="replace")
             seconds = time.monotonic() - self.started[child.pid]
             what = f"hangs: longer than {self.limit_s:g} s" if seconds >= self.limit_s else "the process died"
-            self._count(child, f"{what}: {told.strip()[-1500:]}", 0, seconds)
+            self._count(child, f"{what}: {told.rpartition('Thread ')[2].strip()[:1500]}", 0, seconds)
         self.start(child.jobs)
 
 
