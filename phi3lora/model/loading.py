@@ -60,7 +60,7 @@ def load_model(
         ``(model, tokenizer)``, the model in ``eval()`` mode.
 
     Raises:
-        ModelError: nothing loadable there, not a Phi-3 model, a checkpoint quantised in another way, 4 bits without
+        ModelError: nothing loadable there, files that are damaged or lack weights, not a Phi-3 model, a checkpoint quantised in another way, 4 bits without
             bitsandbytes, or a setting that is not one of the above.
 
     Example:
