@@ -60,8 +60,8 @@ def load_model(
         ``(model, tokenizer)``, the model in ``eval()`` mode.
 
     Raises:
-        ModelError: nothing loadable there, files that are damaged or lack weights, not a Phi-3 model, a checkpoint quantised in another way, 4 bits without
-            bitsandbytes, or a setting that is not one of the above.
+        ModelError: nothing loadable there, files that are damaged or lack weights, not a Phi-3 model, a checkpoint
+            quantised in another way, 4 bits without bitsandbytes, or a setting that is not one of the above.
 
     Example:
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
