@@ -48,6 +48,8 @@ def prepare(good: Path) -> Callable[[], None]:
     p3.train(copy.deepcopy(_model()), chat_dataset(8), config, eval_dataset=chat_dataset(3), callbacks=[Stop()])
 
     def goes_on() -> None:
+        for folder in (good / "run").glob("checkpoint-*"):
+            _sum_again(folder)
         shutil.copytree(good / "run", good / "again")
         assert _train(good / "again", resume_from_checkpoint=True).global_step == 3
         shutil.rmtree(good / "again")

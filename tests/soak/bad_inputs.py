@@ -15,6 +15,7 @@ import argparse
 import faulthandler
 import json
 import os
+import random
 import resource
 import selectors
 import shutil
@@ -33,7 +34,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import datasets  # noqa: E402
 import huggingface_hub  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from damage import settle  # noqa: E402
 
 import phi3lora as p3  # noqa: E402
 
@@ -290,7 +293,11 @@ def prepare(kinds: dict[str, Kind], good: Path) -> None:
     """The good inputs of each kind, and a look that they are accepted: else nothing would be learnt from bad ones."""
     for name, kind in kinds.items():
         (good / name).mkdir(parents=True)
-        kind.prepare(good / name)()
+        random.seed(0)  # a checkpoint holds the states of these
+        np.random.seed(0)
+        read = kind.prepare(good / name)
+        settle(good / name)
+        read()
 
 
 def replay(kinds: dict[str, Kind], number: int) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import struct
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -198,3 +199,19 @@ def nested_list(depth: int) -> list:
     for _ in range(depth):
         value = [value]
     return value
+
+
+def settle(folder: Path) -> None:
+    """Files that say the same in the same bytes, run after run: safetensors writes its header in any order."""
+    for path in folder.rglob("*.safetensors"):
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+        header += b" " * (-len(header) % 8)
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+    for path in folder.rglob("trainer_state.json"):
+        about = json.loads(path.read_text())
+        about["config"]["output_dir"], about["state"]["train_seconds"] = "run", 1.5
+        for line in about["state"]["history"]:
+            line.update({name: 1000.5 for name in line if name == "tokens_per_s"})
+        path.write_text(json.dumps(about, indent=1))
