@@ -75,6 +75,7 @@ _OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
 )  # fmt: skip
 _LONGEST_ROW = 2**24
+_MOST_EPOCHS = 10_000
 _CHOICES: dict[str, tuple[str, ...]] = {
     "log_level": ("passive", "detail", "debug", "info", "warning", "error", "critical"),
     "logging_strategy": ("no", "steps", "epoch"),
@@ -313,9 +314,10 @@ class TrainingConfig:
             self._check(value is None or is_count(value, 1), name, "None or a whole number >= 1")
         longest = self.max_length or 1
         self._check(longest <= _LONGEST_ROW, "max_length", f"at most {_LONGEST_ROW:,}: a row is made whole")
-        for name in ("num_train_epochs", "adam_epsilon"):
-            value = getattr(self, name)
-            self._check(is_number(value) and value > 0, name, "a number > 0")
+        epochs = self.num_train_epochs  # each of which is planned before the first step
+        ok = is_number(epochs) and 0 < epochs <= _MOST_EPOCHS
+        self._check(ok, "num_train_epochs", f"a number > 0, at most {_MOST_EPOCHS:,}; max_steps says how long beyond")
+        self._check(is_number(self.adam_epsilon) and self.adam_epsilon > 0, "adam_epsilon", "a number > 0")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"):
             value = getattr(self, name)
             self._check(is_number(value) and value >= 0, name, "a number >= 0")

@@ -191,7 +191,8 @@ class ChatDataset:
     def statistics(self) -> dict[str, Any]:
         """documents, (supervised) tokens, truncated documents, dropped rows, bad (skipped) rows, longest in tokens."""
         lengths = self.lengths
-        supervised = sum(int((self.document(i)[1] != IGNORE).sum()) for i in range(len(self)))
+        before = np.concatenate([[0], np.cumsum(self._labels != IGNORE)])  # supervised tokens before each token
+        supervised = int(np.diff(before[self._starts])[self._index].sum())
         tokens = int(lengths.sum())
         return {
             "documents": len(self),
