@@ -460,3 +460,9 @@ def test_any_value_of_any_name_is_taken_or_refused_by_name(cls, make):
 )
 def test_segments_are_widths_by_suffix(segments):
     assert "segments=" in refusal(LoraConfig, segments=segments)
+
+
+@pytest.mark.parametrize(("name", "most"), [("num_train_epochs", 10_000), ("max_length", 2**24), ("seed", 2**63 - 1)])
+def test_what_would_never_end_or_never_fit_is_refused(name, most):
+    assert getattr(TrainingConfig(**{name: most}), name) == most
+    assert "allowed" in refusal(TrainingConfig, **{name: most + 1})
