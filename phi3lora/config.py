@@ -104,7 +104,7 @@ def _are_segments(value: object) -> bool:
     for suffix, widths in value.items():
         named = isinstance(widths, Mapping) and all(is_text(name) for name in widths)
         numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
-        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0 and all(is_count(n, 1) for n in numbers)
+        listed = isinstance(numbers, (list, tuple)) and all(is_count(n, 1) for n in numbers)
         if not (is_text(suffix) and listed and (named or not isinstance(widths, Mapping))):
             return False
     return True
