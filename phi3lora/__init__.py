@@ -21,6 +21,7 @@ from .adapters.serving import PeftExport
 from .config import LoraConfig, TrainingConfig
 from .data.dataset import ChatDataset
 from .data.loader import batches
+from .data.streaming import ChatStream
 from .errors import (
     AdapterError,
     CheckpointError,
@@ -48,6 +49,7 @@ __all__ = [
     "AdapterError",
     "Callback",
     "ChatDataset",
+    "ChatStream",
     "CheckpointError",
     "ConfigError",
     "Conv2d",

@@ -19,11 +19,13 @@ LAYER = {unit: height for height, units in enumerate(LAYERS) for unit in units}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path: Path, source: str) -> list[tuple[str, int]]:
-    """(dotted name below phi3lora, column) of everything of the package that a module imports, wherever it does."""
+def imports(path: Path, source: str) -> list[tuple[str, bool]]:
+    """(dotted name below phi3lora, whether in a function) of everything of the package that a module imports."""
     package = ("phi3lora", *path.parent.parts)
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -32,7 +34,7 @@ def imports(path: Path, source: str) -> list[tuple[str, int]]:
             names = [[*base, alias.name] for alias in node.names]
         else:
             continue
-        found += [(".".join(name[1:]) or "__init__", node.col_offset) for name in names if name[0] == "phi3lora"]
+        found += [(".".join(name[1:]) or "__init__", id(node) in inside) for name in names if name[0] == "phi3lora"]
     return found
 
 
@@ -47,14 +49,14 @@ def violations(path: Path, source: str) -> list[str]:
     """Imports of a higher layer, of a neighbour in the same layer, or hidden in a function."""
     own = unit(path.with_suffix("").as_posix().replace("/", "."))
     bad = []
-    for name, column in imports(path, source):
+    for name, hidden in imports(path, source):
         other = unit(name)
         neighbours = LAYER[own] == LAYER[other] == len(LAYERS) - 1 or own == other
         if LAYER[other] > LAYER[own] or (LAYER[other] == LAYER[own] and not neighbours):
             bad.append(f"{path}: {own} may not import {other} ({name})")
         # Triton and bitsandbytes are not everywhere: imported where they are needed
         optional = name.startswith(("model.passes.", "training.bnb_adamw"))
-        if column and not optional and path.as_posix() not in ("demo/__init__.py", "__main__.py"):
+        if hidden and not optional and path.as_posix() not in ("demo/__init__.py", "__main__.py"):
             bad.append(f"{path}: imports {name} inside a function")
     return bad
 

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from ..config import LoraConfig, TrainingConfig
 from ..data.dataset import ChatDataset
+from ..data.streaming import ChatStream
 from ..errors import AdapterError
 from .files import says_how_it_is_built
 
@@ -47,7 +48,7 @@ def write_model_card(
     path: str | os.PathLike[str],
     *,
     base_model: str | os.PathLike[str],
-    dataset: str | ChatDataset | None = None,
+    dataset: str | ChatDataset | ChatStream | None = None,
     lora: LoraConfig | None = None,
     training: TrainingConfig | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -242,7 +243,9 @@ def _shown(name: str | os.PathLike[str]) -> str:
     return f"[{name}](https://huggingface.co/{name})" if _is_hub_name(name) else f"`{Path(name).name}`"
 
 
-def _data_text(dataset: str | ChatDataset) -> str:
+def _data_text(dataset: str | ChatDataset | ChatStream) -> str:
+    if isinstance(dataset, ChatStream):
+        return f"Chats that were read as a stream (format `{dataset.first.format}`)."
     if isinstance(dataset, ChatDataset):
         s = dataset.statistics()
         return (

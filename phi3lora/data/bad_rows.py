@@ -31,6 +31,10 @@ class BadRows:
         if len(self.errors) < _SHOWN:
             self.errors.append(error)
 
+    def forget(self) -> None:
+        """Begin a new account."""
+        self.numbers, self.errors = [], []
+
     def report(self) -> None:
         """One warning for all that were passed over."""
         if self.numbers:

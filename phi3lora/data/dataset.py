@@ -1,31 +1,29 @@
-"""``ChatDataset``: rows -> chats -> tokenised documents, held flat in memory."""
+"""``ChatDataset``: tokenised documents, held flat in memory."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 
 from ..errors import DataError
 from ..values import is_count, is_one_of, shown
 from .bad_rows import BadRows
-from .cache import NumberedChat, cache_key, kept
-from .formats import check_columns, detect_format, known_format, to_messages
+from .building import IGNORE, Recipe
+from .cache import cache_key
+from .formats import check_columns, known_format
 from .sources import NumberedRow, find_source, read_rows
-from .template import ChatEncoder, EncodedChat
+from .streaming import ChatStream
+from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
 
-IGNORE = -100
-"""The label of a token that is not trained."""
-
 OVERFLOW = ("truncate", "split", "error")
-_ROWS_AT_ONCE = 1000
 
 
 class ChatDataset:
@@ -76,6 +74,7 @@ class ChatDataset:
         train_on: str = "assistant",
         revision: str | None = None,
         streaming: bool = False,
+        buffer_size: int = 10_000,
         on_bad_row: str = "error",
     ) -> ChatDataset:
         """Read, recognise, render and tokenise a chat dataset.
@@ -93,7 +92,8 @@ class ChatDataset:
             train_on: ``"assistant"`` turns, the ``"last"`` one, or ``"all"`` tokens. A message may carry
                 ``"train": false``.
             revision: of a hub dataset.
-            streaming: only False so far.
+            streaming: True: a :class:`phi3lora.ChatStream` instead, whose rows are read while it is trained on.
+            buffer_size: of a stream: rows that are in memory, shuffled and packed at a time.
             on_bad_row: ``"error"`` with the row's number, or ``"skip"``: go on without it, and say which were left out.
 
         Raises:
@@ -107,23 +107,21 @@ class ChatDataset:
         """
         _check(is_count(max_length, 2), "max_length", max_length, "a whole number >= 2")
         _check(is_one_of(overflow, OVERFLOW), "overflow", overflow, ", ".join(map(repr, OVERFLOW)))
-        _check(streaming is False, "streaming", streaming, "False (the whole dataset is tokenised first)")
+        _check(isinstance(streaming, bool), "streaming", streaming, "True, False")
+        _check(is_count(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
         check_columns(columns)
-        encoder, bad = ChatEncoder(tokenizer, train_on), BadRows(on_bad_row)
-        found = find_source(source, split, revision)
-        rows = iter(read_rows(found, bad))
-        name, first = _recognised(rows, known_format(format), columns, bad)
-        if first is None:
-            why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
-            raise DataError(f"the dataset {_short(source)} is empty: {why}")
-        builder = _Builder(max_length, overflow, bad)
-        key = cache_key(found, tokenizer, format=name, columns=sorted((columns or {}).items()), train_on=train_on)
-        chats = _encoded(encoder, _chunks(first, rows, name, columns, bad), bad)
-        for number, chat in kept(chats, None if bad.skips else key):  # what is kept does not say what was skipped
-            builder.add(chat, number)
-        bad.report()
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        dataset = builder.finish(pad_token_id=pad or 0, end_of_turn_id=encoder.end_of_turn_id, format=name)
+        name, bad = known_format(format), BadRows(on_bad_row)
+        recipe = Recipe(ChatEncoder(tokenizer, train_on), max_length, overflow, columns, _short(source))
+        found = find_source(source, split, revision, streaming)
+        if streaming:
+
+            def window(rows: Iterable[NumberedRow], format: str, bad: BadRows) -> ChatDataset:
+                return cls(**recipe.documents(rows, format, bad))
+
+            return cast(Any, ChatStream(found, window, name, buffer_size=buffer_size, on_bad_row=on_bad_row))
+        options = {"columns": sorted((columns or {}).items()), "train_on": train_on}
+        key = partial(cache_key, found, tokenizer, **options)
+        dataset = cls(**recipe.documents(read_rows(found, bad), name, bad, key=lambda name: key(format=name)))
         logger.info("%s", dataset)
         return dataset
 
@@ -235,109 +233,3 @@ def _check(ok: bool, name: str, value: object, allowed: str) -> None:
 
 def _short(source: Any) -> str:
     return shown(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"
-
-
-def _recognised(
-    rows: Iterator[NumberedRow], name: str, columns: Mapping[str, str] | None, bad: BadRows
-) -> tuple[str, NumberedRow | None]:
-    """The format, and the first row that says so; None: there is none."""
-    for number, row in rows:
-        try:
-            return (detect_format(row, columns, number) if name == "auto" else name), (number, row)
-        except DataError as error:
-            bad.met(number, error)
-    return name, None
-
-
-def _chunks(
-    first: NumberedRow, rest: Iterator[NumberedRow], format: str, columns: Mapping[str, str] | None, bad: BadRows
-) -> Iterator[tuple[list[int], list[Any]]]:
-    """Row numbers and checked chats, some at a time, so that the tokenizer has a batch to spread over the cores."""
-    numbers, chats = [], []
-    for number, row in itertools.chain([first], rest):
-        try:
-            chats.append(to_messages(row, format, number, columns))
-            numbers.append(number)
-        except DataError as error:
-            bad.met(number, error)
-        if len(chats) == _ROWS_AT_ONCE:
-            yield numbers, chats
-            numbers, chats = [], []
-    if chats:
-        yield numbers, chats
-
-
-def _encoded(
-    encoder: ChatEncoder, chunks: Iterator[tuple[list[int], list[Any]]], bad: BadRows
-) -> Generator[NumberedChat]:
-    for numbers, chats in chunks:
-        try:
-            yield from zip(numbers, encoder.encode(chats, numbers), strict=True)
-        except DataError:
-            if not bad.skips:
-                raise
-            for number, chat in zip(numbers, chats, strict=True):  # one by one, to know which
-                try:
-                    yield number, encoder.encode([chat], [number])[0]
-                except DataError as error:
-                    bad.met(number, error)
-
-
-class _Builder:
-    """Collects documents of at most ``max_length`` tokens."""
-
-    def __init__(self, max_length: int, overflow: str, bad: BadRows) -> None:
-        self.max_length, self.overflow, self.bad = max_length, overflow, bad
-        self.ids: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
-        self.rows: list[int] = []
-        self.truncated: list[bool] = []
-        self.dropped_rows = 0
-        self.longest_prompt = 0
-
-    def add(self, chat: EncodedChat, number: int) -> None:
-        ids = np.array(chat.input_ids, dtype=np.int32)
-        labels = np.where(chat.trained, ids, IGNORE).astype(np.int32)
-        if len(ids) <= self.max_length:
-            self._append(ids, labels, number, False)
-        elif self.overflow == "error":
-            what = f"row {number}: {len(ids)} tokens; allowed: max_length={self.max_length}. "
-            self.bad.met(number, DataError(f"{what}Raise max_length, or set overflow='truncate' or 'split'"))
-        else:
-            # A document's first token is never predicted, so the parts of a split overlap by one token.
-            step = self.max_length - 1
-            starts = [0] if self.overflow == "truncate" else range(0, len(ids) - 1, step)
-            parts = [slice(start, start + self.max_length) for start in starts]
-            kept = [part for part in parts if (labels[part][1:] != IGNORE).any()]
-            for part in kept:
-                self._append(ids[part], labels[part], number, self.overflow == "truncate")
-            if not kept:
-                self.dropped_rows += 1
-                self.longest_prompt = max(self.longest_prompt, int(np.argmax(chat.trained)))
-
-    def _append(self, ids: np.ndarray, labels: np.ndarray, number: int, truncated: bool) -> None:
-        self.ids.append(ids)
-        self.labels.append(labels)
-        self.rows.append(number)
-        self.truncated.append(truncated)
-
-    def finish(self, **facts: Any) -> ChatDataset:
-        if not self.ids and self.bad.errors and not self.dropped_rows:
-            raise DataError(f"none of the {len(self.bad.numbers)} rows is usable; the first: {self.bad.errors[0]}")
-        if not self.ids:
-            raise DataError(
-                f"max_length={self.max_length} is too small: cut there, none of the {self.dropped_rows} rows has a "
-                f"trained token left. Allowed: more than {self.longest_prompt + 1}, or overflow='split'"
-            )
-        if self.dropped_rows:
-            logger.warning(
-                "%d rows dropped: within max_length=%d nothing trained was left of them",
-                self.dropped_rows,
-                self.max_length,
-            )
-        starts = np.concatenate([[0], np.cumsum([len(ids) for ids in self.ids])])
-        return ChatDataset(
-            np.concatenate(self.ids), np.concatenate(self.labels), starts, max_length=self.max_length,
-            rows=np.array(self.rows), truncated=np.array(self.truncated), dropped_rows=self.dropped_rows,
-            bad_rows=tuple(self.bad.numbers), **facts,
-        )  # fmt: skip

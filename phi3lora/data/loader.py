@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import DataError
 from .dataset import ChatDataset
 from .packing import Row, collate, epoch_rows
+from .streaming import ChatStream
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class BatchPlan:
 
 
 def batches(
-    dataset: ChatDataset,
+    dataset: ChatDataset | ChatStream,
     *,
     max_length: int | None = None,
     batch_size: int = 8,
@@ -78,7 +79,7 @@ def batches(
     """One epoch of batches, as ``train`` consumes them.
 
     Args:
-        dataset: tokenised documents.
+        dataset: tokenised documents; of a stream one pass, window after window.
         max_length: tokens in a packed row; None: the dataset's.
         batch_size: rows in a batch: packed rows, or documents with ``packing=False``.
         packing: fill rows with whole documents, which do not see each other; False: one document a row, padded.
@@ -94,11 +95,15 @@ def batches(
     Raises:
         DataError: an empty dataset, ``batch_size`` < 1, a document longer than ``max_length``.
     """
-    if len(dataset) == 0:
+    if not isinstance(dataset, ChatStream) and len(dataset) == 0:
         raise DataError("the dataset is empty: it has no documents")
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size!r}; allowed: a whole number >= 1")
     if max_length is not None and max_length < 1:
         raise DataError(f"max_length={max_length!r}; allowed: a whole number >= 1")
-    plan = BatchPlan(dataset, batch_size, max_length or dataset.max_length, packing, shuffle, seed, boundary)
-    return (plan.tensors(rows) for rows in plan.micro_batches(epoch))
+    options = (batch_size, max_length or dataset.max_length, packing, shuffle, seed, boundary)
+    if not isinstance(dataset, ChatStream):
+        plan = BatchPlan(dataset, *options)
+        return (plan.tensors(rows) for rows in plan.micro_batches(epoch))
+    plans = ((BatchPlan(window, *options), number) for number, window in dataset.windows(endless=False))
+    return (plan.tensors(rows) for plan, number in plans for rows in plan.micro_batches(epoch + number))

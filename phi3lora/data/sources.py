@@ -15,10 +15,14 @@ from .bad_rows import BadRows
 
 NumberedRow = tuple[int, Mapping[str, Any]]  # rows count from 1; in a .jsonl file the number is the line's
 
+_ROWS_AT_ONCE = 1000
+
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
-def find_source(source: Any, split: str = "train", revision: str | None = None) -> Path | Iterable[Any]:
+def find_source(
+    source: Any, split: str = "train", revision: str | None = None, streaming: bool = False
+) -> Path | Iterable[Any]:
     """What ``source`` names: a file, or something to take rows from.
 
     Args:
@@ -26,6 +30,7 @@ def find_source(source: Any, split: str = "train", revision: str | None = None) 
             ``DatasetDict``, or an iterable of dicts.
         split: of a hub dataset or a ``DatasetDict``.
         revision: of a hub dataset.
+        streaming: a hub dataset is read over the network as its rows are asked for.
 
     Raises:
         DataError: a missing file, a dataset that cannot be loaded, something that holds no rows.
@@ -34,7 +39,7 @@ def find_source(source: Any, split: str = "train", revision: str | None = None) 
         raise DataError(f"split={shown(split)}; allowed: a name")
     if isinstance(source, (str, os.PathLike)):
         as_path(source, "a dataset", DataError)
-        return _find_named(os.fspath(source), split, revision)
+        return _find_named(os.fspath(source), split, revision, streaming)
     if isinstance(source, Mapping) and split not in source:
         raise DataError(f"no split {split!r}; allowed: {', '.join(map(shown, source))}")
     rows = source[split] if isinstance(source, Mapping) else source
@@ -43,7 +48,7 @@ def find_source(source: Any, split: str = "train", revision: str | None = None) 
     return rows
 
 
-def _find_named(name: str, split: str, revision: str | None) -> Path | Iterable[Any]:
+def _find_named(name: str, split: str, revision: str | None, streaming: bool) -> Path | Iterable[Any]:
     path = Path(name)
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
@@ -56,7 +61,7 @@ def _find_named(name: str, split: str, revision: str | None) -> Path | Iterable[
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(name, split=split, revision=revision)
+        return datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
     # Not found, no such split, no network: datasets says which, of a damaged folder in errors of any kind.
     except (OSError, ValueError, LookupError, TypeError, AttributeError, DatasetsError) as error:
         raise DataError(f"cannot load the dataset {shown(name)}, split {split!r}: {told(error)}") from error
@@ -96,22 +101,42 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+        raise _not_utf8(path, error) from None
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> DataError:
+    at = f"byte {before + error.start} is {error.object[error.start]:#04x}"
+    return DataError(f"{str(path)!r} is not UTF-8: {at}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, as they are asked for."""
+    before = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(path, error, before) from None
+                before += len(line)
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in _lines(path):
         if not line.strip():
             continue
         try:
             row = parse_json(line)
         except ValueError as error:  # also: an integer of too many digits
-            what = DataError(f"{str(path)!r}, row {number}: not JSON: {error}; got {line[:60]!r}")
+            what = DataError(f"{str(path)!r}, row {number}: not JSON: {error}; got {line[:60].rstrip()!r}")
         else:
             if isinstance(row, Mapping):
                 yield number, row
                 continue
-            what = DataError(f"{str(path)!r}, row {number}: {line[:60]!r}; allowed: a JSON object")
+            what = DataError(f"{str(path)!r}, row {number}: {line[:60].rstrip()!r}; allowed: a JSON object")
         bad.met(number, what)
 
 
@@ -133,22 +158,25 @@ def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
     return _numbered(value, bad)
 
 
-def _csv_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     import pandas  # comes with datasets
 
     try:
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        with pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=_ROWS_AT_ONCE) as tables:
+            for table in tables:
+                yield from table.to_dict("records")
     except (OSError, ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         raise DataError(f"{str(path)!r} is not a CSV table: {error}") from None
-    return table.to_dict("records")
 
 
-def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     import pyarrow  # comes with datasets
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield from batch.to_pylist()
     # Beside Arrow's own: what its values are not as Python's (text that is not UTF-8, dates past the year 9999).
     except (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError, pyarrow.ArrowException) as error:
         raise DataError(f"{str(path)!r} is not a Parquet table that can be read: {told(error)}") from None

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..data.dataset import ChatDataset
 from ..data.loader import batches
+from ..data.streaming import ChatStream
 from ..errors import DataError
 from ..model.forward_pass import supervised_hidden_states
 from ..model.loading import longrope_boundary
@@ -22,7 +23,7 @@ METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
 
 def evaluate(
     model: nn.Module,
-    dataset: ChatDataset,
+    dataset: ChatDataset | ChatStream,
     *,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -37,7 +38,7 @@ def evaluate(
 
     Args:
         model: a Phi-3 causal LM, adapted or not; its modes and weights are left as they are.
-        dataset: tokenised documents.
+        dataset: tokenised documents; a stream is read once to its end.
         batch_size: rows at a time.
         max_length: tokens in a row; None: the dataset's.
         packing: several documents a row; the figures do not depend on it.
@@ -63,6 +64,8 @@ def evaluate(
         ['loss', 'n_tokens', 'perplexity', 'token_accuracy']
     """
     score = load_rouge() if rouge else None
+    if rouge and isinstance(dataset, ChatStream):
+        raise DataError("rouge=True needs documents that are at hand; give stream.take(100), say")
     if rouge and tokenizer is None:
         raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
     loss_sum, correct, count = 0.0, 0, 0
@@ -84,5 +87,6 @@ def evaluate(
     perplexity = math.exp(loss) if loss < 700 else math.inf
     found = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": count}
     if score is not None:
+        assert isinstance(dataset, ChatDataset)
         found.update(score(answer_held_out(model, tokenizer, dataset, max_samples, max_new_tokens, batch_size)))
     return found

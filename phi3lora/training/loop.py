@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
+from ..data.streaming import ChatStream, documents_at_hand
 from ..model.activations import activation_checkpointing
 from ..model.flops import flops_per_token, mean_context_tokens
 from ..model.frozen import base_format
@@ -53,7 +54,7 @@ class TrainingResult:
 
 def train(
     model: nn.Module,
-    train_dataset: ChatDataset,
+    train_dataset: ChatDataset | ChatStream,
     config: TrainingConfig | None = None,
     *,
     eval_dataset: ChatDataset | None = None,
@@ -64,7 +65,7 @@ def train(
 
     Args:
         model: a Phi-3 causal LM after ``inject_lora``, on the device to train on.
-        train_dataset: tokenised documents.
+        train_dataset: tokenised documents, or a stream of them (which needs ``max_steps``).
         config: how to train; default ``TrainingConfig()``.
         eval_dataset: evaluated as ``eval_strategy`` says.
         tokenizer: the dataset's; puts a batch that goes wrong into words.
@@ -130,7 +131,7 @@ def train(
 
 def _prepare(
     model: nn.Module,
-    train_dataset: ChatDataset,
+    train_dataset: ChatDataset | ChatStream,
     config: TrainingConfig,
     eval_dataset: ChatDataset | None,
     tokenizer: Any,
@@ -149,14 +150,15 @@ def _prepare(
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
     claim_output_dir(config, resuming=checkpoint is not None)
     state.total_steps = steps.total
-    context = mean_context_tokens(train_dataset.lengths)
+    documents = documents_at_hand(train_dataset)
+    context = mean_context_tokens(documents.lengths)
     return Run(
         interrupts=Interrupts(), model=model, config=config, steps=steps, precision=precision, state=state, world=world,
         step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world, fused=path[0] == "fused"),
         report=Reporter(config, state, world.is_main), resumable=resumable, eval_dataset=eval_dataset,
         tokenizer=tokenizer, callbacks=callbacks, flops_per_token=flops_per_token(model, context),
         resumed_from=checkpoint, path=path,
-        checkpointing=resolve_checkpointing(model, train_dataset, config, path[0], precision),
+        checkpointing=resolve_checkpointing(model, documents, config, path[0], precision),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
+from ..data.streaming import ChatStream
 from ..errors import Phi3LoRAError, TrainingError
 from .checkpoint import rng_state, set_rng_state
 from .checks import adapters, documents, resources, settings
@@ -51,7 +52,7 @@ _SAID_ELSEWHERE = ("run", "preview", "layers", "output")  # train() raises those
 def doctor(
     model: nn.Module,
     tokenizer: Any,
-    dataset: ChatDataset,
+    dataset: ChatDataset | ChatStream,
     config: TrainingConfig | None = None,
     *,
     eval_dataset: ChatDataset | None = None,
@@ -66,7 +67,7 @@ def doctor(
     Args:
         model: a Phi-3 causal LM after ``inject_lora``, where it will train.
         tokenizer: the dataset's; None: what needs words is left out.
-        dataset: what ``train`` would get.
+        dataset: what ``train`` would get; of a stream the first window is looked at.
         config: what ``train`` would get; default ``TrainingConfig()``.
         eval_dataset: what ``train`` would get.
         device_memory_gib: a card's memory in GiB to hold the prediction against; None: that of the model's GPU.

@@ -138,7 +138,7 @@ class Run:
 
     def _give_up_if_hopeless(self, note: _Note, loss_sum: float, norm: float) -> None:
         documents = [i for micro in note.rows.micro_batches for row in micro for i in row]
-        dataset = self.steps.plan.dataset
+        dataset = note.rows.plan.dataset
         rows = sorted({dataset.row_number(i) for i in documents})
         some = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"
         said = f"loss {loss_sum / note.count}, gradient norm {norm}; rows {some}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..data.loader import BatchPlan
+from ..data.streaming import ChatStream, documents_at_hand
 from ..errors import DataError, TrainingError
 from ..inference.evaluation import METRICS
 from ..model.attention import use_packed_attention
@@ -29,7 +31,10 @@ from .trackers import check_trackers
 
 
 def check_run(
-    model: nn.Module, train_dataset: ChatDataset, eval_dataset: ChatDataset | None, config: TrainingConfig
+    model: nn.Module,
+    train_dataset: ChatDataset | ChatStream,
+    eval_dataset: ChatDataset | None,
+    config: TrainingConfig,
 ) -> None:
     """Raise before any work is lost: nothing to train, something else trainable, data that does not fit the model."""
     require_one_process()
@@ -53,39 +58,40 @@ def check_run(
     if eval_dataset is None and (config.eval_strategy != "no" or config.eval_on_start):
         setting = "eval_on_start=True" if config.eval_on_start else f"eval_strategy={config.eval_strategy!r}"
         raise TrainingError(f"{setting} needs an eval_dataset")
+    if isinstance(eval_dataset, ChatStream):
+        raise TrainingError("eval_dataset is a stream, which has no end to evaluate to; give stream.take(1000), say")
+    if isinstance(train_dataset, ChatStream) and config.max_steps <= 0:
+        raise TrainingError("a stream's length is not known, and max_steps is not set; set max_steps to a number > 0")
     metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in METRICS:
         raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {', '.join(METRICS)}")
     check_trackers(config)
-    _check_data(model, train_dataset, eval_dataset, config)
+    check_documents(model, documents_at_hand(train_dataset), "train_dataset", config.max_length)
+    if eval_dataset is not None:
+        check_documents(model, eval_dataset, "eval_dataset", None)
 
 
-def _check_data(
-    model: nn.Module, train_dataset: ChatDataset, eval_dataset: ChatDataset | None, config: TrainingConfig
-) -> None:
-    """Documents that fit the rows and the model."""
+def check_documents(model: nn.Module, dataset: ChatDataset, name: str, row_length: int | None) -> None:
+    """Raise where documents do not fit the model or, if it is given, the rows."""
     model_config: Any = model.config
-    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if dataset is None:
-            continue
-        if len(dataset) == 0:
-            raise DataError(f"{name} is empty: it has no documents")
-        longest = int(dataset.lengths.max())
-        if longest > model_config.max_position_embeddings:
-            raise DataError(
-                f"{name} has a document of {longest} tokens; the model allowed "
-                f"{model_config.max_position_embeddings}. Load the dataset with a smaller max_length"
-            )
-        if dataset is train_dataset and config.max_length is not None and longest > config.max_length:
-            raise DataError(
-                f"max_length={config.max_length}, but {name} (loaded with max_length={dataset.max_length}) has a "
-                f"document of {longest} tokens; load it with the smaller max_length, or leave max_length out"
-            )
-        if dataset.largest_token_id() >= model_config.vocab_size:
-            raise DataError(
-                f"{name} has token id {dataset.largest_token_id()}; the model's vocabulary has "
-                f"{model_config.vocab_size}. Tokenise with the model's own tokenizer"
-            )
+    if len(dataset) == 0:
+        raise DataError(f"{name} is empty: it has no documents")
+    longest = int(dataset.lengths.max())
+    if longest > model_config.max_position_embeddings:
+        raise DataError(
+            f"{name} has a document of {longest} tokens; the model allowed "
+            f"{model_config.max_position_embeddings}. Load the dataset with a smaller max_length"
+        )
+    if row_length is not None and longest > row_length:
+        raise DataError(
+            f"max_length={row_length}, but {name} (loaded with max_length={dataset.max_length}) has a "
+            f"document of {longest} tokens; load it with the smaller max_length, or leave max_length out"
+        )
+    if dataset.largest_token_id() >= model_config.vocab_size:
+        raise DataError(
+            f"{name} has token id {dataset.largest_token_id()}; the model's vocabulary has "
+            f"{model_config.vocab_size}. Tokenise with the model's own tokenizer"
+        )
 
 
 def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -> tuple[str, str]:
@@ -143,8 +149,11 @@ def checkpointing_mode(config: TrainingConfig, plan: MemoryPlan, path: str) -> s
     return mode
 
 
-def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig, path: str) -> StepPlan:
+def resolve_plans(
+    model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, path: str
+) -> StepPlan:
     """The order of documents, rows, batches and steps."""
+    dataset = documents_at_hand(train_dataset)
     plan = BatchPlan(
         dataset,
         batch_size=config.per_device_train_batch_size,
@@ -154,7 +163,10 @@ def resolve_plans(model: nn.Module, dataset: ChatDataset, config: TrainingConfig
         boundary=longrope_boundary(model.config),
         fixed_shape=config.packing and path == "compiled",
     )
-    return StepPlan(plan, config)
+    if not isinstance(train_dataset, ChatStream):
+        return StepPlan(plan, config)
+    check = partial(check_documents, model, name="train_dataset", row_length=config.max_length)
+    return StepPlan(plan, config, train_dataset, check)
 
 
 def banner_facts(
@@ -183,7 +195,7 @@ def banner_facts(
         f"layers {path[0]}" + (f" ({path[1]})" if path[1] else ""),
         "memory": f"activation checkpointing {checkpointing[0]}"
         + (f"; predicted peak by mode: {checkpointing[1]}" if checkpointing[1].available_gib is not None else ""),
-        "train data": plan.dataset,
+        "train data": steps.stream or plan.dataset,
         "eval data": eval_dataset,
         "step": f"{rows}, {width}",
         "steps": f"{steps.total:,} ({state.global_step:,} done)",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..config import TrainingConfig
+from ..data.ahead import prefetched
+from ..data.dataset import ChatDataset
 from ..data.loader import BatchPlan
 from ..data.packing import Row
+from ..data.streaming import ChatStream
 from .state import TrainingState
 
 
@@ -18,6 +24,8 @@ from .state import TrainingState
 class StepRows:
     """The micro-batches of one step, as rows of documents, and where the cursor stands after it."""
 
+    plan: BatchPlan
+    """Whose documents they are."""
     micro_batches: list[list[Row]]
     tokens: int
     ends_epoch: bool
@@ -27,14 +35,21 @@ class StepRows:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Steps of a run: a function of the plan and the config alone, so a run can go on from any cursor."""
+    """Steps of a run: a function of the data and the config alone, so a run can go on from any cursor.
+
+    A stream's window plays an epoch's part.
+    """
 
     plan: BatchPlan
+    """Of the dataset, or of a stream's first window."""
     config: TrainingConfig
+    stream: ChatStream | None = None
+    check: Callable[[ChatDataset], None] = lambda window: None
+    """Raises where a stream's later window does not fit the model."""
 
-    def steps_of_epoch(self, epoch: int) -> list[list[list[Row]]]:
+    def steps_of_epoch(self, epoch: int, plan: BatchPlan | None = None) -> list[list[list[Row]]]:
         """Step -> its micro-batches. The last step of an epoch may have fewer."""
-        micro, count = self.plan.micro_batches(epoch), self.config.gradient_accumulation_steps
+        micro, count = (plan or self.plan).micro_batches(epoch), self.config.gradient_accumulation_steps
         return [micro[i : i + count] for i in range(0, len(micro), count)]
 
     @cached_property
@@ -50,31 +65,48 @@ class StepPlan:
 
     def remaining(self, state: TrainingState) -> Iterator[StepRows]:
         """The steps from the state's cursor to the end of the run."""
-        epoch, first, done = state.epoch, state.step_in_epoch, state.global_step
-        lengths = self.plan.dataset.lengths
-        while done < self.total:
-            steps = self.steps_of_epoch(epoch)
-            for i in range(first, min(len(steps), first + self.total - done)):
-                ends = i + 1 == len(steps)
-                done += 1
-                yield StepRows(
-                    micro_batches=steps[i],
-                    tokens=int(sum(lengths[d] for micro in steps[i] for row in micro for d in row)),
-                    ends_epoch=ends,
-                    epoch_progress=epoch + (i + 1) / len(steps),
-                    next_cursor=(epoch + 1, 0) if ends else (epoch, i + 1),
-                )
-            epoch, first = epoch + 1, 0
+        left, first = self.total - state.global_step, state.step_in_epoch
+        if left <= 0:
+            return
+        with closing(self._plans(state.epoch)) as plans:
+            for epoch, plan in plans:
+                lengths, steps = plan.dataset.lengths, self.steps_of_epoch(epoch, plan)
+                for i in range(first, min(len(steps), first + left)):
+                    ends = i + 1 == len(steps)
+                    left -= 1
+                    yield StepRows(
+                        plan=plan,
+                        micro_batches=steps[i],
+                        tokens=int(sum(lengths[d] for micro in steps[i] for row in micro for d in row)),
+                        ends_epoch=ends,
+                        epoch_progress=epoch + (i + 1) / len(steps),
+                        next_cursor=(epoch + 1, 0) if ends else (epoch, i + 1),
+                    )
+                first = 0
+                if left <= 0:
+                    return
+
+    def _plans(self, start: int) -> Generator[tuple[int, BatchPlan]]:
+        """Each epoch's number and plan, for ever; of a stream, the next window is made while this one is trained on."""
+        if self.stream is None:
+            for epoch in itertools.count(start):
+                yield epoch, self.plan
+            return
+        with closing(prefetched(self.stream.windows(start), 1)) as windows:
+            for number, window in windows:
+                self.check(window)
+                yield number, dataclasses.replace(self.plan, dataset=window)
 
     def data_facts(self) -> dict[str, Any]:
         """What fixes the batches beside the config: a checkpoint of other facts belongs to another run."""
         dataset, plan = self.plan.dataset, self.plan
-        return {
+        facts = {
             "documents": len(dataset),
             "fingerprint": dataset.fingerprint(),
             "row_length": plan.max_length,
             "boundary": plan.boundary,
         }
+        return facts if self.stream is None else {**facts, "buffer_size": self.stream.buffer_size}
 
 
 def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) -> bool:

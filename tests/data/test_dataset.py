@@ -120,7 +120,8 @@ def test_a_max_length_that_leaves_nothing_to_train_says_which_would_do():
         ({"overflow": "drop"}, "overflow='drop'; allowed: 'truncate', 'split', 'error'"),
         ({"train_on": "user"}, "train_on='user'; allowed"),
         ({"format": "csv"}, "format='csv'; allowed"),
-        ({"streaming": True}, "streaming=True; allowed: False"),
+        ({"streaming": 1}, "streaming=1; allowed: True, False"),
+        ({"streaming": True, "buffer_size": 0}, "buffer_size=0; allowed: a whole number >= 1"),
     ],
 )
 def test_an_option_outside_its_values_is_refused_with_the_values_allowed(options, words):
@@ -306,7 +307,7 @@ def test_the_fingerprint_sees_the_borders_of_documents_that_repeat_one_token():
 def test_more_rows_than_one_tokenizer_call_takes_keep_their_order_and_numbers(monkeypatch):
     rows = [row(f"item {i}", f"number {i}") for i in range(23)]
     at_once = load(rows)
-    monkeypatch.setattr("phi3lora.data.dataset._ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("phi3lora.data.building._ROWS_AT_ONCE", 5)
     in_chunks = load(row for row in rows)
     assert list(in_chunks) == list(at_once)
     assert [in_chunks.row_number(i) for i in range(23)] == list(range(1, 24))

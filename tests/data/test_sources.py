@@ -252,4 +252,4 @@ def test_a_hub_name_is_asked_for_with_its_split_and_revision(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert list(load("someone/chats", split="train_sft", revision="abc")) == list(load(ROWS))
-    assert asked == {"name": "someone/chats", "split": "train_sft", "revision": "abc"}
+    assert asked == {"name": "someone/chats", "split": "train_sft", "revision": "abc", "streaming": False}

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("phi3lora-batches")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("phi3lora-ahead")]
 
 
 def until(condition):

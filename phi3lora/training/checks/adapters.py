@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...data.streaming import ChatStream
 from ...model.four_bit import count_parameters, weight_shape
 from ...model.frozen import base_format
 from ...model.injection import fused_segments, lora_layers
@@ -19,8 +20,9 @@ from .planned_run import PlannedRun
 
 def run(planned: PlannedRun) -> Verdict:
     """What ``train`` would refuse."""
-    check_run(planned.model, planned.dataset, planned.eval_dataset, planned.config)
-    return ok("train() takes this model, data and configuration")
+    check_run(planned.model, planned.train_dataset, planned.eval_dataset, planned.config)
+    seen = "; of the stream its first window was looked at" if isinstance(planned.train_dataset, ChatStream) else ""
+    return ok(f"train() takes this model, data and configuration{seen}")
 
 
 def targets(planned: PlannedRun) -> Verdict:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...config import TrainingConfig
 from ...data.dataset import ChatDataset
+from ...data.streaming import ChatStream, documents_at_hand
 from ...errors import DataError
 from ...model.loading import model_device
 from ...model.memory import MemoryPlan
@@ -23,7 +24,7 @@ class PlannedRun:
     """What the checks look at. A property that cannot be worked out raises the ``Phi3LoRAError`` that ``train`` would.
 
     Args:
-        model, tokenizer, dataset, config, eval_dataset: as for ``train``.
+        model, tokenizer, dataset, config, eval_dataset: as for ``train``; of a stream the first window is looked at.
         device_memory_gib: of a card that the run is planned for; None: the one that the model is on.
         known: properties of the below that the caller has worked out already.
     """
@@ -32,13 +33,14 @@ class PlannedRun:
         self,
         model: nn.Module,
         tokenizer: Any,
-        dataset: ChatDataset,
+        dataset: ChatDataset | ChatStream,
         config: TrainingConfig,
         eval_dataset: ChatDataset | None = None,
         device_memory_gib: float | None = None,
         **known: Any,
     ) -> None:
-        self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.train_dataset, self.dataset = dataset, documents_at_hand(dataset)
         self.eval_dataset, self.device_memory_gib = eval_dataset, device_memory_gib
         vars(self).update(known)
 
@@ -54,7 +56,7 @@ class PlannedRun:
     @cached_property
     def steps(self) -> StepPlan:
         self._require_documents()
-        return resolve_plans(self.model, self.dataset, self.config, self.path[0])
+        return resolve_plans(self.model, self.train_dataset, self.config, self.path[0])
 
     @cached_property
     def statistics(self) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""A stream's windows: the documents of the whole dataset, in its order, from any number on, pass after pass."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import datasets
+import pytest
+import torch
+from conftest import chat_rows, make_tokenizer
+
+import phi3lora as p3
+
+ROWS = chat_rows(23)
+BUFFER = 5  # 5 windows a pass, the last of 3 rows
+
+
+def stream(source=ROWS, buffer_size=BUFFER, **options) -> p3.ChatStream:
+    return p3.ChatDataset.load(
+        source, make_tokenizer(), max_length=64, streaming=True, buffer_size=buffer_size, **options
+    )
+
+
+def whole(source=ROWS, **options) -> p3.ChatDataset:
+    return p3.ChatDataset.load(source, make_tokenizer(), max_length=64, **options)
+
+
+def write(folder, kind: str):
+    path = folder / f"rows.{kind}"
+    table = datasets.Dataset.from_list(ROWS)
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "csv":
+        flat = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(23)]
+        datasets.Dataset.from_list(flat).to_csv(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["list", "Dataset", "IterableDataset", "jsonl", "json", "parquet", "csv"])
+def test_the_windows_of_a_pass_are_the_dataset(tmp_path, kind):
+    table = datasets.Dataset.from_list(ROWS)
+    sources = {"list": ROWS, "Dataset": table, "IterableDataset": table.to_iterable_dataset(num_shards=3)}
+    source = sources[kind] if kind in sources else write(tmp_path, kind)
+    expected = whole(source)
+    for _ in range(2):  # a stream can be read again
+        windows = list(stream(source).windows(endless=False))
+        assert [number for number, _ in windows] == [0, 1, 2, 3, 4]
+        assert [len(window) for _, window in windows] == [5, 5, 5, 5, 3]
+        assert list(itertools.chain.from_iterable(window for _, window in windows)) == list(expected)
+    numbers = [window.row_number(i) for _, window in windows for i in range(len(window))]
+    assert numbers == list(range(1, 24))
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 7, 13, 25])
+@pytest.mark.parametrize("buffer_size", [5, 23, 40])
+def test_a_window_depends_on_its_number_alone(start, buffer_size):
+    made = dict(itertools.islice(stream(buffer_size=buffer_size).windows(), 30))
+    for number, window in itertools.islice(stream(buffer_size=buffer_size).windows(start), 4):
+        assert window.fingerprint() == made[number].fingerprint()
+        assert [window.row_number(i) for i in range(len(window))] == [
+            made[number].row_number(i) for i in range(len(window))
+        ]
+
+
+def test_rows_are_read_when_they_are_asked_for():
+    read = []
+
+    class Counted:
+        def __iter__(self):
+            for i, row in enumerate(ROWS):
+                read.append(i)
+                yield row
+
+    windows = stream(Counted()).windows()
+    assert read == []
+    next(windows)
+    assert len(read) <= 2 * BUFFER  # the first window is also what is looked at before a run
+    del read[:]
+    next(windows)
+    assert len(read) == BUFFER
+
+
+def test_take_and_skip_share_no_row():
+    chats = stream()
+    held_out, rest = chats.take(7), chats.skip(7)
+    parts = [held_out, *(window for _, window in rest.windows(endless=False))]
+    assert [document for part in parts for document in part] == list(whole())
+    assert list(rest.skip(3).take(2)) == list(whole())[10:12]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: stream(iter(ROWS)), "which is read once"),
+        (lambda: stream(row for row in ROWS), "cannot be a generator"),
+        (lambda: stream().split(0.1), "take(1000) and skip(1000)"),
+        (lambda: stream().take(0), "rows=0; allowed: a whole number >= 1"),
+        (lambda: stream().skip(30).first, "skip(30) leaves nothing of a stream of 23 rows"),
+        (lambda: stream([]).first, "it has no rows"),
+        (lambda: stream("missing.jsonl"), "no such file"),
+    ],
+)
+def test_what_a_stream_cannot_be_is_refused_in_words(call, said):
+    with pytest.raises(p3.DataError) as error:
+        call()
+    assert said in str(error.value)
+
+
+def test_a_bad_row_is_named_by_its_number_or_skipped_in_its_window():
+    rows = [*ROWS[:11], {"messages": "no list"}, *ROWS[11:]]
+    with pytest.raises(p3.DataError, match="row 12"):
+        list(stream(rows).windows(endless=False))
+    windows = [window for _, window in stream(rows, on_bad_row="skip").windows(endless=False)]
+    assert [window.bad_rows for window in windows] == [(), (), (12,), (), ()]
+    assert sum(map(len, windows)) == 23
+
+
+def test_batches_of_a_stream_are_one_pass_of_it():
+    seen = [batch["input_ids"] for batch in p3.batches(stream(), batch_size=2, seed=1)]
+    assert torch.cat(seen).ne(make_tokenizer().pad_token_id).sum() > 0
+    documents = sum(len(row) for batch in p3.batches(stream(), batch_size=2) for row in batch["documents"])
+    assert documents == len(whole())
+
+
+def test_a_stream_says_what_it_is():
+    assert repr(stream()).startswith("ChatStream(windows of 5 rows; the first: ChatDataset(5 documents, ")
+
+
+def test_a_hub_dataset_is_streamed_there(monkeypatch):
+    asked = {}
+
+    def fake(name, **options):
+        asked.update(options, name=name)
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    assert len(stream("someone/chats", split="train_sft").first) == BUFFER
+    assert asked == {"name": "someone/chats", "split": "train_sft", "revision": None, "streaming": True}

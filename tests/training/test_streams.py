@@ -1,0 +1,121 @@
+"""Training on a stream: a run goes on bit for bit from any window and step, and sees what a dataset's run sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config, same_tensors
+
+import phi3lora as p3
+from phi3lora.training.callbacks import Callback
+
+ROWS = chat_rows(23)
+
+
+def stream(buffer_size: int = 9, rows=ROWS) -> p3.ChatStream:
+    return p3.ChatDataset.load(rows, make_tokenizer(), max_length=64, streaming=True, buffer_size=buffer_size)
+
+
+class StopAfter(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, state) -> None:
+        state.should_stop = state.global_step == self.step
+
+
+def run(folder, data=None, stop_at: int | None = None, **settings):
+    model = adapted_model(lora_dropout=0.1)
+    settings = {"max_steps": 12, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **settings}
+    config = quiet_config(folder, **settings)
+    callbacks = [StopAfter(stop_at)] if stop_at else []
+    result = p3.train(model, data or stream(), config, callbacks=callbacks)
+    history = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in result.history]
+    return adapters_of(model), history, result
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 8, 11])
+def test_a_cut_run_goes_on_bit_for_bit(tmp_path, stop_at):
+    expected, history, _ = run(tmp_path / "uncut")
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    run(tmp_path / "cut", stop_at=stop_at, **settings)
+    found, again, result = run(tmp_path / "cut", resume_from_checkpoint=True, **settings)
+    assert result.global_step == 12
+    assert same_tensors(found, expected)
+    assert again == history
+
+
+def test_a_stream_of_one_window_is_a_dataset(tmp_path):
+    """Its window and the dataset's first epoch are the same documents in the same order."""
+    one, many = run(tmp_path / "a", stream(100), max_steps=3), run(tmp_path / "b", chat_dataset(23), max_steps=3)
+    assert same_tensors(one[0], many[0])
+
+
+def test_every_window_is_trained_on_and_then_the_first_again(tmp_path):
+    seen = []
+
+    class Cursor(Callback):
+        def on_step_end(self, state) -> None:
+            seen.append((state.epoch, state.step_in_epoch))
+
+    model = adapted_model()
+    config = quiet_config(tmp_path, max_steps=30, per_device_train_batch_size=2)
+    p3.train(model, stream(), config, callbacks=[Cursor()])
+    windows = [window for window, _ in seen]
+    assert windows == sorted(windows)
+    assert set(windows) >= {0, 1, 2, 3, 4}  # three windows a pass
+
+
+def test_other_data_or_another_buffer_is_another_run(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, stop_at=2, **settings)
+    for data, said in ((stream(8), "buffer_size of the data 9 then, 8 now"), (stream(rows=ROWS[1:]), "fingerprint")):
+        with pytest.raises(p3.CheckpointError, match=said):
+            run(tmp_path, data, resume_from_checkpoint=True, **settings)
+
+
+def test_what_a_stream_needs_is_said_before_the_run(tmp_path):
+    model = adapted_model()
+    with pytest.raises(p3.TrainingError, match="set max_steps"):
+        p3.train(model, stream(), quiet_config(tmp_path / "a"))
+    config = quiet_config(tmp_path / "b", max_steps=2, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(p3.TrainingError, match="eval_dataset is a stream"):
+        p3.train(model, stream(), config, eval_dataset=stream())
+    assert not list(tmp_path.iterdir())
+    p3.train(model, stream().skip(5), config, eval_dataset=stream().take(5))
+
+
+def test_a_later_window_that_does_not_fit_the_model_stops_the_run(tmp_path):
+
+    data = stream()
+    make = data._window
+
+    def window(rows, format, bad):
+        dataset = make(rows, format, bad)
+        if dataset.row_number(0) > 1:
+            dataset._input_ids[3] = 5000
+        return dataset
+
+    data._window = window
+    with pytest.raises(p3.DataError, match="token id 5000; the model's vocabulary has 512"):
+        run(tmp_path, data)
+
+
+def test_evaluating_a_stream_is_evaluating_its_documents():
+    model = adapted_model()
+    found, expected = p3.evaluate(model, stream()), p3.evaluate(model, chat_dataset(23))
+    assert found["n_tokens"] == expected["n_tokens"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    with pytest.raises(p3.DataError, match=r"stream\.take"):
+        p3.evaluate(model, stream(), rouge=True, tokenizer=make_tokenizer())
+
+
+def test_the_doctor_looks_at_the_first_window(tmp_path):
+    model = adapted_model()
+    torch.manual_seed(1)
+    config = quiet_config(tmp_path / "run", max_steps=4, learning_rate=1e-3)
+    report = p3.doctor(model, make_tokenizer(), stream(), config)
+    assert report["run"].text.endswith("of the stream its first window was looked at")
+    assert report["lengths"].text.startswith("9 documents")
+    assert report["gradient flow"].status == "ok"
+    assert p3.doctor(model, make_tokenizer(), stream(), quiet_config(tmp_path / "b"))["run"].status == "error"
