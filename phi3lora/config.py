@@ -104,7 +104,7 @@ def _are_segments(value: object) -> bool:
     for suffix, widths in value.items():
         named = isinstance(widths, Mapping) and all(is_text(name) for name in widths)
         numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
-        listed = isinstance(numbers, (list, tuple)) and all(is_count(n, 1) for n in numbers)
+        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0 and all(is_count(n, 1) for n in numbers)
         if not (is_text(suffix) and listed and (named or not isinstance(widths, Mapping))):
             return False
     return True
@@ -162,7 +162,7 @@ class LoraConfig:
         self.task_type = _plain_name(self.task_type)  # type: ignore[assignment]
         check(self.task_type is None or is_text(self.task_type), "task_type", "None or a name")
         if self.segments is not None:
-            check(_are_segments(self.segments), "segments", "a dict of suffix -> widths, as a list or a dict of names")
+            check(_are_segments(self.segments), "segments", "suffix -> positive widths, a list or a dict of names")
             self.segments = {
                 suffix: dict(widths) if isinstance(widths, Mapping) else list(widths)
                 for suffix, widths in self.segments.items()

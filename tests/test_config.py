@@ -456,7 +456,7 @@ def test_any_value_of_any_name_is_taken_or_refused_by_name(cls, make):
 
 
 @pytest.mark.parametrize(
-    "segments", [5, "qkv", ["qkv"], {"qkv": 5}, {"qkv": []}, {"qkv": {"q": "8"}}, {"qkv": [0, 8]}, {1: [8]}]
+    "segments", [5, "qkv", ["qkv"], {"qkv": 5}, {"qkv": []}, {"qkv": {"q": "8"}}, {"qkv": [20, -4]}, {1: [8]}]
 )
 def test_segments_are_widths_by_suffix(segments):
     assert "segments=" in refusal(LoraConfig, segments=segments)
