@@ -75,6 +75,7 @@ def test_an_adapter_may_be_a_file_or_a_checkpoints_folder(monkeypatch, capsys, c
 
 def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
     model, tokenizer, _, _ = p3.demo.load()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # where the command loads it
     sampled = []
     for seed in range(2):
         torch.manual_seed(seed)

@@ -63,9 +63,9 @@ def evaluate(
         >>> sorted(p3.evaluate(model, chats))
         ['loss', 'n_tokens', 'perplexity', 'token_accuracy']
     """
-    score = load_rouge() if rouge else None
     if rouge and isinstance(dataset, ChatStream):
         raise DataError("rouge=True needs documents that are at hand; give stream.take(100), say")
+    score = load_rouge() if rouge else None
     if rouge and tokenizer is None:
         raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
     loss_sum, correct, count = 0.0, 0, 0

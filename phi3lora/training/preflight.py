@@ -132,14 +132,15 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Generators, attention implementation and small buffers (a longrope's factors) as before after the block."""
     generators = rng_state()
     implementation = getattr(model.config, "_attn_implementation", None)
-    linear = {id(b) for m in model.modules() if isinstance(m, nn.Linear) for b in m.buffers(recurse=False)}
-    buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in linear]
+    others = [m for m in model.modules() if not isinstance(m, nn.Linear)]
+    buffers = [(m, name, b, b.clone()) for m in others for name, b in m._buffers.items() if b is not None]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, values in buffers:
+            for module, name, buffer, values in buffers:
                 buffer.copy_(values)
+                module._buffers[name] = buffer  # transformers 5.17 gives it another tensor
         if getattr(model.config, "_attn_implementation", None) != implementation:
             model.set_attn_implementation(implementation)  # type: ignore[operator]
         set_rng_state(generators)

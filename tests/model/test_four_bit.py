@@ -31,6 +31,7 @@ from phi3lora.model.memory import plan_memory
 require_four_bit()
 import bitsandbytes as bnb  # noqa: E402
 
+CPU = {"": "cpu"}
 IDS = torch.arange(10, 30)[None]
 SIZES = [(64, 96), (32, 48), (48, 33)]  # in, out; blocks of 64 that end with a row, and that do not
 
@@ -264,7 +265,9 @@ def stored(checkpoint, tmp_path_factory):
     """The same as transformers writes it once it is in 4 bits."""
     folder = tmp_path_factory.mktemp("tiny-phi3-4bit")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, quantization_config=config, device_map=CPU
+    )
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -296,7 +299,9 @@ def test_a_checkpoint_in_4_bits_is_loaded_as_it_is(checkpoint, stored, base_prec
 
 def test_a_model_that_transformers_quantised_is_adapted(checkpoint):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)  # fp4, plain scales
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, quantization_config=config, device_map=CPU
+    )
     logits = model(IDS).logits
     report = p3.inject_lora(model, p3.LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "o_proj"]))
     assert report.layers[0].shape == (32, 32)
