@@ -12,8 +12,9 @@ import functools
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from .errors import ConfigError, nearest
@@ -76,6 +77,7 @@ _OPTIMIZERS = (
 )  # fmt: skip
 _LONGEST_ROW = 2**24
 _MOST_EPOCHS = 10_000
+_MOST_NAMES = 100_000
 _CHOICES: dict[str, tuple[str, ...]] = {
     "log_level": ("passive", "detail", "debug", "info", "warning", "error", "critical"),
     "logging_strategy": ("no", "steps", "epoch"),
@@ -153,8 +155,8 @@ class LoraConfig:
         check(self.modules_to_save is None, "modules_to_save", "None (whole modules are not trained here)")
         check(isinstance(self.use_rslora, bool), "use_rslora", "True or False")
         given = self.target_modules
-        listed = isinstance(given, Collection) and not isinstance(given, Mapping)
-        targets = [given] if isinstance(given, str) else list(given) if listed else []
+        listed = isinstance(given, Iterable) and not isinstance(given, Mapping)
+        targets = [given] if isinstance(given, str) else list(islice(given, _MOST_NAMES)) if listed else []
         named = bool(targets) and all(is_text(t) and t for t in targets)
         check(named, "target_modules", "'all-linear' or a list of module-name suffixes that is not empty")
         if not isinstance(given, str):
@@ -315,7 +317,7 @@ class TrainingConfig:
         longest = self.max_length or 1
         self._check(longest <= _LONGEST_ROW, "max_length", f"at most {_LONGEST_ROW:,}: a row is made whole")
         epochs = self.num_train_epochs  # each of which is planned before the first step
-        ok = is_number(epochs) and 0 < epochs <= _MOST_EPOCHS
+        ok = is_number(epochs) and epochs > 0 and (epochs <= _MOST_EPOCHS or self.max_steps > 0)
         self._check(ok, "num_train_epochs", f"a number > 0, at most {_MOST_EPOCHS:,}; max_steps says how long beyond")
         self._check(is_number(self.adam_epsilon) and self.adam_epsilon > 0, "adam_epsilon", "a number > 0")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"):

@@ -16,7 +16,7 @@ from typing import Any
 from .errors import Phi3LoRAError
 
 SEED_END = 2**63
-"""Seeds are below: torch's generators take no larger one."""
+"""Seeds are below: what every generator here takes, and a signed number in any file."""
 _SHOWN = 300
 _LONGEST_NAME = 255  # bytes, of a file on every usual system; of a longer one even "is it there" is an error
 

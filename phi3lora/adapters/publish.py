@@ -7,7 +7,6 @@ a training run's folder also holds optimizer state, generators and, maybe, the d
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from ..config import LoraConfig, TrainingConfig
 from ..data.dataset import ChatDataset
 from ..data.streaming import ChatStream
 from ..errors import AdapterError
+from ..values import is_path, read_json
 from .files import says_how_it_is_built
 
 PUBLISHED = (
@@ -202,10 +202,10 @@ def _refuse_a_local_base(folder: Path) -> None:
     if not file.is_file():
         return
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_json(file)["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):  # not ours to judge: what it is wrong for, peft says
         return
-    if is_local(base):
+    if is_local(base) and not _has_hub_form(base):
         raise AdapterError(
             f"{str(file)!r} names {base!r} as the base, a folder of this machine; allowed: its name on the hub. "
             f"Write the folder again with export_peft(..., base_model='owner/name')"
@@ -227,14 +227,18 @@ def _reason(error: Exception, endpoint: str) -> str:
     return " ".join(str(cause).split())
 
 
+def _has_hub_form(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
 def _is_hub_name(name: Any) -> bool:
     """``owner/name``, and not a path that exists here."""
-    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+    return is_path(name) and isinstance(name, str) and _has_hub_form(name) and not Path(name).exists()
 
 
 def is_local(name: Any) -> bool:
     """A path that exists here, or one that could be no hub name."""
-    if not isinstance(name, str) or _is_hub_name(name):
+    if not (isinstance(name, str) and name) or "://" in name or not is_path(name) or _is_hub_name(name):
         return False
     return "/" in name or "\\" in name or Path(name).exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def commands(path: Path, base: str | None, layout: str, rank: int, stops: Sequen
             f"--max-lora-rank {allowed}" + (f" --generation-config {_quoted(str(path))}" if stops else "")
         )
     gguf = _quoted(str(path / "adapter.gguf"))
-    config = f"--base {_quoted(model)}" if Path(model).is_dir() else f"--base-model-id {_quoted(model)}"
+    config = f"--base {_quoted(model)}" if os.path.isdir(model) else f"--base-model-id {_quoted(model)}"
     lines["llama.cpp"] = (
         f"python convert_lora_to_gguf.py {config} --outfile {gguf} {_quoted(str(path))}\n"
         f"llama-cli -m base.gguf --lora {gguf}  # base.gguf: convert_hf_to_gguf.py of the base"

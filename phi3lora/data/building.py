@@ -25,6 +25,10 @@ IGNORE = -100
 _ROWS_AT_ONCE = 1000
 
 
+class NothingUsableError(DataError):
+    """Rows of which no document was left; none of them an error by itself."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How rows become documents."""
@@ -46,12 +50,15 @@ class Recipe:
             format: ``"auto"``: as the first row says.
             bad: what happens to a row that cannot be used.
             key: format -> under what the tokenised chats are kept (cache.py); None: they are not.
+
+        Raises:
+            NothingUsableError: no document is left.
         """
         rows = iter(rows)
         name, first = _recognised(rows, format, self.columns, bad)
         if first is None:
             why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
-            raise DataError(f"the dataset {self.source} is empty: {why}")
+            raise NothingUsableError(f"the dataset {self.source} is empty: {why}")
         builder = _Builder(self.max_length, self.overflow, bad)
         chats = _encoded(self.encoder, _chunks(first, rows, name, self.columns, bad), bad)
         # What is kept does not say what was skipped.
@@ -149,9 +156,11 @@ class _Builder:
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         if not self.ids and self.bad.errors and not self.dropped_rows:
-            raise DataError(f"none of the {len(self.bad.numbers)} rows is usable; the first: {self.bad.errors[0]}")
+            raise NothingUsableError(
+                f"none of the {len(self.bad.numbers)} rows is usable; the first: {self.bad.errors[0]}"
+            )
         if not self.ids:
-            raise DataError(
+            raise NothingUsableError(
                 f"max_length={self.max_length} is too small: cut there, none of the {self.dropped_rows} rows has a "
                 f"trained token left. Allowed: more than {self.longest_prompt + 1}, or overflow='split'"
             )

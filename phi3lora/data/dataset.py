@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
@@ -111,12 +113,15 @@ class ChatDataset:
         _check(is_count(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
         check_columns(columns)
         name, bad = known_format(format), BadRows(on_bad_row)
-        recipe = Recipe(ChatEncoder(tokenizer, train_on), max_length, overflow, columns, _short(source))
+        own = copy.deepcopy(tokenizer) if streaming else tokenizer  # a fast tokenizer is not for two threads
+        recipe = Recipe(ChatEncoder(own, train_on), max_length, overflow, columns, _short(source))
         found = find_source(source, split, revision, streaming)
         if streaming:
+            one_at_a_time = threading.Lock()
 
             def window(rows: Iterable[NumberedRow], format: str, bad: BadRows) -> ChatDataset:
-                return cls(**recipe.documents(rows, format, bad))
+                with one_at_a_time:
+                    return cls(**recipe.documents(rows, format, bad))
 
             return cast(Any, ChatStream(found, window, name, buffer_size=buffer_size, on_bad_row=on_bad_row))
         options = {"columns": sorted((columns or {}).items()), "train_on": train_on}

@@ -154,7 +154,7 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
             "role": _role(turn.get("role"), number),
             "content": _text(turn.get("content"), number, f"the content of role {shown(turn.get('role'), 60)}"),
         }
-        if any(not is_one_of(turn.get(name), (None, [], {}, "")) for name in ("tool_calls", "function_call")):
+        if any(not is_one_of(turn.get(name), _NOTHING) for name in ("tool_calls", "function_call")):
             raise DataError(
                 f"row {number}: a message with tool_calls; allowed: text content, as the template renders it"
             )
@@ -184,7 +184,7 @@ def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
 
 def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
     question = _text(values["instruction"], number, "'instruction'")
-    if not is_one_of(values.get("input"), (None, "")):
+    if not is_one_of(values.get("input"), _NOTHING):
         question += "\n\n" + _text(values["input"], number, "'input'")
     answer = _text(values["output"], number, "'output'")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -222,6 +222,8 @@ _CONVERTERS = {
     "prompt_completion": _from_prompt_completion,
     "text": _from_text,
 }
+
+_NOTHING: tuple[object, ...] = (None, "", [], {}, (), False)  # 0 is False
 
 _MAY_FOLLOW = {
     "system": ("start",),

@@ -10,6 +10,7 @@ step: the rows before are read again, not tokenised.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -19,10 +20,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from ..values import is_count, shown
 from .bad_rows import BadRows
+from .building import NothingUsableError
 from .sources import NumberedRow, read_rows
 
 if TYPE_CHECKING:
     from .dataset import ChatDataset
+
+
+logger = logging.getLogger("phi3lora")
 
 
 class ChatStream:
@@ -48,48 +53,75 @@ class ChatStream:
             )
         self._found, self._window, self._format = found, window, format
         self.buffer_size, self._on_bad_row, self._skipped = buffer_size, on_bad_row, skipped
+        self._after_first: tuple[Iterator[NumberedRow], BadRows, int] | None = None
+        """Where ``first`` stopped reading, for the pass that begins there."""
 
     @cached_property
     def first(self) -> ChatDataset:
         """Window 0: what is looked at before a run."""
         rows, bad = self._open()
-        return self._window(list(islice(rows, self.buffer_size)), self._format, bad)
+        window = list(islice(rows, self.buffer_size))
+        documents = self._window(window, self._format, bad)
+        self._after_first = (rows, bad, len(window))
+        return documents
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest document there may be."""
         return self.first.max_length
 
-    def windows(self, start: int = 0, *, endless: bool = True) -> Iterator[tuple[int, ChatDataset]]:
-        """``(number, documents)`` of each window from number ``start`` on.
+    def windows(
+        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[tuple[int, ChatDataset]]:
+        """``(number, documents)`` of each window from number ``start`` on; one without a usable row is passed over.
 
         Args:
             start: the first window's number, counted from 0 through all passes.
             endless: begin again after the last row; False: one pass.
+            wanted: asked before each row; False ends the iteration.
 
         Raises:
             DataError: with the row's number, whatever cannot be trained on.
         """
-        rows, bad = self._open()
-        before = start * self.buffer_size
-        read = sum(1 for _ in islice(rows, before))
-        if read < before:  # the pass is shorter: in which one is the window, and where there?
-            in_pass = -(-read // self.buffer_size)
-            rows, bad = self._open()
-            read = sum(1 for _ in islice(rows, start % max(in_pass, 1) * self.buffer_size))
-        number = start
-        while True:
+        (rows, bad, read), number = self._at(start, wanted), start
+        while wanted():
             bad.forget()
-            window = list(islice(rows, self.buffer_size))
-            if window:
-                yield number, (self._window(window, self.first.format, bad) if read else self.first)
-                read, number = read + len(window), number + 1
-            elif read and endless:
+            documents = self.first if read == 0 else None
+            if read == 0 and self._after_first is not None:
+                (rows, bad, count), self._after_first = self._after_first, None
+            else:
+                window = list(islice(_while(wanted, rows), self.buffer_size))
+                if not wanted():
+                    return
+                count = len(window)
+                documents = documents or (self._usable(window, number, bad) if window else None)
+            if count:
+                read, number = read + count, number + 1
+                if documents is not None:
+                    yield number - 1, documents
+            elif endless and read:
                 (rows, bad), read = self._open(), 0
-            elif read or not endless:
+            elif read:
                 return
             else:
                 raise DataError("the stream has no rows any more")
+
+    def _at(self, start: int, wanted: Callable[[], bool]) -> tuple[Iterator[NumberedRow], BadRows, int]:
+        """The rows from a window's first one on, and how many came before it in its pass."""
+        (rows, bad), before = self._open(), start * self.buffer_size
+        read = _count(islice(_while(wanted, rows), before))
+        if read < before and wanted():  # the pass is shorter: in which one is the window, and where there?
+            in_pass = -(-read // self.buffer_size)
+            rows, bad = self._open()
+            read = _count(islice(_while(wanted, rows), start % max(in_pass, 1) * self.buffer_size))
+        return rows, bad, read
+
+    def _usable(self, window: list[NumberedRow], number: int, bad: BadRows) -> ChatDataset | None:
+        try:
+            return self._window(window, self.first.format, bad)
+        except NothingUsableError as why:
+            logger.warning("window %d of the stream is passed over: %s", number, why)
+            return None
 
     def take(self, rows: int) -> ChatDataset:
         """The documents of the first ``rows`` rows, in memory: to evaluate on."""
@@ -122,7 +154,7 @@ class ChatStream:
         """The rows from the start, and what keeps account of those that cannot be used."""
         bad = BadRows(self._on_bad_row)
         rows = iter(read_rows(self._found, bad))
-        skipped = sum(1 for _ in islice(rows, self._skipped))
+        skipped = _count(islice(rows, self._skipped))
         if skipped < self._skipped:
             raise DataError(f"skip({self._skipped:,}) leaves nothing of a stream of {skipped:,} rows")
         return rows, bad
@@ -131,6 +163,19 @@ class ChatStream:
     def _check(rows: object) -> None:
         if not is_count(rows, 1):
             raise DataError(f"rows={shown(rows)}; allowed: a whole number >= 1")
+
+
+def _while(wanted: Callable[[], bool], rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
+    while wanted():
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        yield row
+
+
+def _count(rows: Iterable[Any]) -> int:
+    return sum(1 for _ in rows)
 
 
 def documents_at_hand(dataset: ChatDataset | ChatStream) -> ChatDataset:

@@ -103,7 +103,8 @@ def train(
         run.tell("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
-        batches = stack.enter_context(closing(prefetched_steps(run.steps, state, model_device(model))))
+        steps = prefetched_steps(run.steps, state, model_device(model), lambda: not run.interrupts.requested)
+        batches = stack.enter_context(closing(steps))
         started = time.perf_counter()
         for rows, micro_batches in batches:
             rate = learning_rate(config, state.global_step, state.total_steps)
@@ -150,15 +151,14 @@ def _prepare(
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
     claim_output_dir(config, resuming=checkpoint is not None)
     state.total_steps = steps.total
-    documents = documents_at_hand(train_dataset)
-    context = mean_context_tokens(documents.lengths)
+    context = mean_context_tokens(documents_at_hand(train_dataset).lengths)
     return Run(
         interrupts=Interrupts(), model=model, config=config, steps=steps, precision=precision, state=state, world=world,
         step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world, fused=path[0] == "fused"),
         report=Reporter(config, state, world.is_main), resumable=resumable, eval_dataset=eval_dataset,
         tokenizer=tokenizer, callbacks=callbacks, flops_per_token=flops_per_token(model, context),
         resumed_from=checkpoint, path=path,
-        checkpointing=resolve_checkpointing(model, documents, config, path[0], precision),
+        checkpointing=resolve_checkpointing(model, train_dataset, config, path[0], precision),
     )  # fmt: skip
 
 

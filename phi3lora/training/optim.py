@@ -99,6 +99,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     """Refuse what is not of the form of this optimizer's ``state_dict``: torch loads anything, and fails in a step.
 
+    Switches that a torch before had not are put in as this optimizer has them.
+
     Raises:
         ValueError: other parameters or settings, moments of another shape or with NaN in them.
         LookupError, TypeError, AttributeError: it is no such dict at all.
@@ -107,8 +109,10 @@ def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     if len(saved["param_groups"]) != len(own):
         raise ValueError(f"{len(saved['param_groups'])} groups of parameters, the run has {len(own)}")
     for group, mine in zip(saved["param_groups"], own, strict=True):
-        switches = [name for name, value in mine.items() if value is None or isinstance(value, bool)]  # torch adds some
-        wrong = [name for name in mine if not _alike(group.get(name, name in switches and mine[name]), mine[name])]
+        for name, value in mine.items():
+            if value is None or isinstance(value, bool):
+                group.setdefault(name, value)
+        wrong = [name for name in mine if name not in group or not _alike(group[name], mine[name])]
         if wrong or group["params"] != mine["params"]:
             raise ValueError(f"a group of parameters with another {(wrong or ['list of them'])[0]}")
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))

@@ -112,6 +112,7 @@ class Run:
         state = self.state
         state.global_step += 1
         state.epoch, state.step_in_epoch = rows.next_cursor
+        state.window = rows.window
         state.epoch_progress = rows.epoch_progress
         state.tokens_seen += rows.tokens
         first = self.config.logging_first_step and state.global_step == 1

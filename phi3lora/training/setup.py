@@ -117,7 +117,7 @@ def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -
 
 
 def resolve_checkpointing(
-    model: nn.Module, dataset: ChatDataset, config: TrainingConfig, path: str, precision: Precision
+    model: nn.Module, dataset: ChatDataset | ChatStream, config: TrainingConfig, path: str, precision: Precision
 ) -> tuple[str, MemoryPlan]:
     """The activation checkpointing mode, ``"auto"`` resolved to the fastest that fits, and the prediction behind it."""
     plan = plan_step_memory(model, dataset, config, path, precision)
@@ -126,14 +126,17 @@ def resolve_checkpointing(
 
 def plan_step_memory(
     model: nn.Module,
-    dataset: ChatDataset,
+    dataset: ChatDataset | ChatStream,
     config: TrainingConfig,
     path: str,
     precision: Precision,
     base_precision: str | None = None,
 ) -> MemoryPlan:
     """The prediction for the largest micro-batch of a run."""
-    width = (config.max_length or dataset.max_length) if config.packing else int(dataset.lengths.max(initial=0))
+    if config.packing or isinstance(dataset, ChatStream):  # whose later documents may be longer than its first ones
+        width = config.max_length or dataset.max_length
+    else:
+        width = int(dataset.lengths.max(initial=0))
     tokens = config.per_device_train_batch_size * width
     with precision.autocast():
         return plan_memory(model, tokens, path, optimizer_bytes(config.optim), base_precision)

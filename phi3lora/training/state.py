@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from ..values import is_count, is_number, is_path, shown
+from ..values import is_count, is_number, is_path, is_text, shown
 
 
 @dataclass
@@ -22,6 +22,8 @@ class TrainingState:
     """The epoch that the next step belongs to, from 0."""
     step_in_epoch: int = 0
     """Steps of that epoch already done: the data cursor."""
+    window: str | None = None
+    """Of a stream: the fingerprint of the window that the cursor is in, to know it again."""
     epoch_progress: float = 0.0
     """Epochs done, with fraction."""
     tokens_seen: int = 0
@@ -72,6 +74,8 @@ def _may_be(name: str, value: Any, default: Any) -> bool:
     """Whether a field can hold the value: what the loop does with it is known to work then."""
     if name == "history":
         return isinstance(value, list) and all(map(_is_line, value))
+    if name == "window":
+        return value is None or is_text(value)
     if name == "best_checkpoint":
         return value is None or (is_path(value) and PurePath(value).name == value)
     if isinstance(default, int):
@@ -82,6 +86,9 @@ def _may_be(name: str, value: Any, default: Any) -> bool:
 
 
 def _is_line(line: Any) -> bool:
-    """A line of ``metrics.jsonl``; a number that is not finite is None there."""
-    numbers = isinstance(line, dict) and all(v is None or is_number(v) for v in line.values())
-    return numbers and is_count(line.get("step"), 0)
+    """A line of ``metrics.jsonl``; a number that is not finite is None there. A callback's own lines are its own."""
+    if not isinstance(line, dict):
+        return False
+    numbers = {name: value for name, value in line.items() if name == "loss" or str(name).startswith("eval_")}
+    known = all(value is None or is_number(value) for value in numbers.values())
+    return known and (not numbers or is_count(line.get("step"), 0))

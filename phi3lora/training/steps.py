@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +19,10 @@ from ..data.dataset import ChatDataset
 from ..data.loader import BatchPlan
 from ..data.packing import Row
 from ..data.streaming import ChatStream
+from ..errors import CheckpointError
 from .state import TrainingState
+
+logger = logging.getLogger("phi3lora")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class StepRows:
     ends_epoch: bool
     epoch_progress: float
     next_cursor: tuple[int, int]
+    window: str | None
+    """Fingerprint of the stream's window that the cursor is then in; None: at a window's start, or no stream."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,21 @@ class StepPlan:
             steps += math.ceil(fraction * len(self.steps_of_epoch(int(whole))))
         return steps
 
-    def remaining(self, state: TrainingState) -> Iterator[StepRows]:
-        """The steps from the state's cursor to the end of the run."""
+    def remaining(self, state: TrainingState, stop: threading.Event | None = None) -> Iterator[StepRows]:
+        """The steps from the state's cursor to the end of the run, or until ``stop`` is set and a window is missing.
+
+        Raises:
+            CheckpointError: the stream's window that the cursor is in is not what it was.
+        """
         left, first = self.total - state.global_step, state.step_in_epoch
         if left <= 0:
             return
-        with closing(self._plans(state.epoch)) as plans:
+        with closing(self._plans(state.epoch, stop or threading.Event())) as plans:
             for epoch, plan in plans:
                 lengths, steps = plan.dataset.lengths, self.steps_of_epoch(epoch, plan)
+                window = plan.dataset.fingerprint() if self.stream is not None else None
+                if first:
+                    self._check_window(state, window)
                 for i in range(first, min(len(steps), first + left)):
                     ends = i + 1 == len(steps)
                     left -= 1
@@ -81,18 +95,28 @@ class StepPlan:
                         ends_epoch=ends,
                         epoch_progress=epoch + (i + 1) / len(steps),
                         next_cursor=(epoch + 1, 0) if ends else (epoch, i + 1),
+                        window=None if ends else window,
                     )
                 first = 0
                 if left <= 0:
                     return
 
-    def _plans(self, start: int) -> Generator[tuple[int, BatchPlan]]:
+    def _check_window(self, state: TrainingState, window: str | None) -> None:
+        if window == state.window:
+            return
+        what = f"window {state.epoch} of the stream is not what it was when the checkpoint was made"
+        if not self.config.resume_with_changes:
+            raise CheckpointError(f"{what}: its rows are others. Set resume_with_changes=True to go on all the same")
+        logger.warning("%s", what)
+
+    def _plans(self, start: int, stop: threading.Event) -> Generator[tuple[int, BatchPlan]]:
         """Each epoch's number and plan, for ever; of a stream, the next window is made while this one is trained on."""
         if self.stream is None:
             for epoch in itertools.count(start):
                 yield epoch, self.plan
             return
-        with closing(prefetched(self.stream.windows(start), 1)) as windows:
+        made_until = self.stream.windows(start, wanted=lambda: not stop.is_set())
+        with closing(prefetched(made_until, 1, stop)) as windows:
             for number, window in windows:
                 self.check(window)
                 yield number, dataclasses.replace(self.plan, dataset=window)

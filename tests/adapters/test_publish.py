@@ -295,18 +295,19 @@ def make_weights():
     return next(adapted_model().parameters()).detach().clone()
 
 
-@pytest.mark.parametrize("base", ["/home/me/phi", "./phi", "..\\phi", "C:\\phi", "a/b/c", "here/phi"])
+@pytest.mark.parametrize("base", ["/home/me/phi", "./phi", "..\\phi", "C:\\phi", "a/b/c"])
 def test_a_peft_folder_whose_base_only_this_machine_has_sends_nothing(hub, folder, base, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    Path("here/phi").mkdir(parents=True)
     p3.export_peft(adapted_model(), folder, base_model=base)
     with pytest.raises(AdapterError, match=r"a folder of this machine; .*export_peft\(..., base_model='owner/name'\)"):
         push(hub, folder)
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("base", ["microsoft/phi-4", "gpt2", None])
-def test_a_peft_folder_whose_base_is_on_the_hub_or_unknown_is_sent(hub, folder, base):
+@pytest.mark.parametrize("base", ["microsoft/phi-4", "here/phi", "gpt2", "https://hub/a/b", "x" * 300, None])
+def test_a_peft_folder_whose_base_may_be_on_the_hub_or_is_unknown_is_sent(hub, folder, base, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    Path("here/phi").mkdir(parents=True)  # a name of the hub's form tells nothing of this machine
     p3.export_peft(adapted_model(), folder, base_model=base)
     push(hub, folder)
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 
 import datasets
 import pytest
@@ -79,7 +80,7 @@ def test_rows_are_read_when_they_are_asked_for():
     windows = stream(Counted()).windows()
     assert read == []
     next(windows)
-    assert len(read) <= 2 * BUFFER  # the first window is also what is looked at before a run
+    assert len(read) == BUFFER
     del read[:]
     next(windows)
     assert len(read) == BUFFER
@@ -118,6 +119,56 @@ def test_a_bad_row_is_named_by_its_number_or_skipped_in_its_window():
     windows = [window for _, window in stream(rows, on_bad_row="skip").windows(endless=False)]
     assert [window.bad_rows for window in windows] == [(), (), (12,), (), ()]
     assert sum(map(len, windows)) == 23
+
+
+TOO_LONG = {"messages": [{"role": "user", "content": "why " * 90}, {"role": "assistant", "content": "No."}]}
+
+
+@pytest.mark.parametrize("at", [22, 10])
+@pytest.mark.parametrize(("bad", "options"), [(TOO_LONG, {}), ({"messages": "none"}, {"on_bad_row": "skip"})])
+def test_a_window_without_a_usable_row_is_passed_over_and_keeps_its_number(at, bad, options, caplog):
+    rows = [*ROWS[:at], bad, *ROWS[at + 1 :]]
+    chats = stream(rows, buffer_size=1, **options)
+    numbers = [number for number, _ in chats.windows(endless=False)]
+    assert numbers == [n for n in range(23) if n != at]
+    assert f"window {at} of the stream is passed over" in caplog.text
+    again = [number for number, _ in itertools.islice(stream(rows, buffer_size=1, **options).windows(at), 3)]
+    assert again == [at + 1, at + 2, at + 3]
+
+
+def test_another_use_of_the_tokenizer_meanwhile_changes_no_window():
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": f"<|end|> said {i}, or not?", "completion": "A word."} for i in range(400)]
+    chats = p3.ChatDataset.load(rows, tokenizer, max_length=64, streaming=True, buffer_size=4)
+    expected = [window.fingerprint() for _, window in chats.windows(endless=False)]
+    found, done = [], threading.Event()
+
+    def windows():
+        found.extend(window.fingerprint() for _, window in chats.windows(endless=False))
+        done.set()
+
+    thread = threading.Thread(target=windows)
+    thread.start()
+    while not done.is_set():
+        tokenizer(["a few", "words of different <|end|> length"], padding=True, truncation=True, max_length=5)
+    thread.join()
+    assert found == expected
+
+
+def test_reading_ends_when_no_more_is_wanted():
+    read = []
+
+    class Slow:
+        def __iter__(self):
+            for row in ROWS:
+                read.append(row)
+                yield row
+
+    chats = stream(Slow(), buffer_size=20)
+    windows = chats.windows(wanted=lambda: len(read) < 23)
+    assert next(windows)[0] == 0
+    assert list(windows) == []
+    assert len(read) == 23
 
 
 def test_batches_of_a_stream_are_one_pass_of_it():

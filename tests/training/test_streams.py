@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config, same_tensors
 
 import phi3lora as p3
 from phi3lora.training.callbacks import Callback
+from phi3lora.training.precision import resolve_precision
+from phi3lora.training.setup import plan_step_memory
 
 ROWS = chat_rows(23)
 
@@ -72,6 +79,66 @@ def test_other_data_or_another_buffer_is_another_run(tmp_path):
     for data, said in ((stream(8), "buffer_size of the data 9 then, 8 now"), (stream(rows=ROWS[1:]), "fingerprint")):
         with pytest.raises(p3.CheckpointError, match=said):
             run(tmp_path, data, resume_from_checkpoint=True, **settings)
+
+
+def test_rows_that_changed_in_the_window_of_the_cursor_are_another_run(tmp_path, caplog):
+    rows, settings = list(ROWS), {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1}
+    model, cursors = adapted_model(), []
+
+    class InALaterWindow(Callback):
+        def on_step_end(self, state) -> None:
+            cursors.append((state.epoch, state.step_in_epoch))
+            state.should_stop = state.epoch == 1 and state.step_in_epoch > 0
+
+    p3.train(model, stream(4, rows), quiet_config(tmp_path, max_steps=40, **settings), callbacks=[InALaterWindow()])
+    assert cursors[-1] == (1, 1)
+    rows[5] = rows[20]  # of window 1
+    settings |= {"max_steps": 40, "resume_from_checkpoint": True}
+    with pytest.raises(p3.CheckpointError, match="window 1 of the stream is not what it was"):
+        p3.train(adapted_model(), stream(4, rows), quiet_config(tmp_path, **settings))
+    config = quiet_config(tmp_path, **settings, resume_with_changes=True)
+    p3.train(adapted_model(), stream(4, rows), config, callbacks=[StopAfter(len(cursors) + 1)])
+    assert "window 1 of the stream is not what it was" in caplog.text
+
+
+class Sluggish:
+    """Rows of which the later ones take long to arrive."""
+
+    def __init__(self, quick: int, seconds: float) -> None:
+        self.quick, self.seconds = quick, seconds
+
+    def __iter__(self):
+        for i, row in enumerate(ROWS):
+            if i >= self.quick:
+                time.sleep(self.seconds)
+            yield row
+
+
+def test_ctrl_c_while_a_window_is_waited_for_saves_and_ends(tmp_path):
+    class Later(Callback):
+        def on_step_end(self, state) -> None:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    started = time.perf_counter()
+    config = quiet_config(tmp_path, max_steps=30, per_device_train_batch_size=8)
+    result = p3.train(adapted_model(), stream(6, Sluggish(9, 1.0)), config, callbacks=[Later()])
+    assert result.interrupted and result.global_step == 1
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert time.perf_counter() - started < 6
+    assert not [t for t in threading.enumerate() if t.name.startswith("phi3lora-ahead")]
+
+
+def test_a_run_that_is_done_waits_for_no_further_window(tmp_path):
+    started = time.perf_counter()
+    p3.train(adapted_model(), stream(6, Sluggish(6, 0.4)), quiet_config(tmp_path, max_steps=1))
+    assert time.perf_counter() - started < 2
+
+
+def test_memory_is_planned_for_the_longest_document_there_may_be():
+    model, config = adapted_model(), quiet_config("unused", packing=False, max_steps=1)
+    precision = resolve_precision(config, model, torch.device("cpu"))
+    plans = [plan_step_memory(model, data, config, "plain", precision) for data in (stream(), stream().first)]
+    assert plans[0].peak_gib["none"] > plans[1].peak_gib["none"]
 
 
 def test_what_a_stream_needs_is_said_before_the_run(tmp_path):

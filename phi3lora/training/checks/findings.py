@@ -122,7 +122,7 @@ def _columns() -> int:
 def _wrapped(row: str, columns: int | None, indent: int) -> list[str]:
     if columns is None or len(row) + indent <= columns:
         return [row]
-    return textwrap.wrap(row, columns - indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(row, max(20, columns - indent), break_long_words=False, break_on_hyphens=False)
 
 
 def _count(findings: tuple[Finding, ...], what: str) -> str:

@@ -82,7 +82,8 @@ class PlannedRun:
 
     def memory(self, base_precision: str | None = None) -> MemoryPlan:
         """Predicted peaks with the base as it is loaded, or in ``"fp8"`` or ``"nf4"``."""
-        plan = plan_step_memory(self.model, self.dataset, self.config, self.memory_path, self.precision, base_precision)
+        run = (self.model, self.train_dataset, self.config, self.memory_path, self.precision)
+        plan = plan_step_memory(*run, base_precision)
         if self.device_memory_gib is not None:
             plan = dataclasses.replace(plan, available_gib=self.device_memory_gib)
         return plan
