@@ -416,7 +416,7 @@ def moments(shape):
         ("scheduler.pt", lambda s: s.clear(), "scaler"),
         ("rng_state_0.pth", lambda s: spoilt(s, "numpy_rest", 1, new=2**63), "Overflow"),
         ("trainer_state.json", lambda s: spoilt(s, "state", "global_step", new="two"), "global_step is 'two'"),
-        ("trainer_state.json", lambda s: spoilt(s, "state", "history", new=[{"step": []}]), "history"),
+        ("trainer_state.json", lambda s: spoilt(s, "state", "history", new=[{"step": [], "loss": 1}]), "history"),
         ("trainer_state.json", lambda s: spoilt(s, "state", "best_checkpoint", new="../other"), "best_checkpoint"),
     ],
 )

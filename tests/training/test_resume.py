@@ -211,6 +211,21 @@ def test_a_process_killed_by_kill_9_resumes_to_the_uncut_run(tmp_path):
     assert_equals_uncut(tmp_path, result, adapters)
 
 
+def test_lines_that_a_callback_puts_into_the_history_come_through_a_resume(tmp_path):
+    class Notes(p3.Callback):
+        def on_step_end(self, state):
+            if state.global_step == 3:
+                state.history += [{"note": "half of it"}, {"step": 3, "sure": True}]
+            state.should_stop = state.global_step == 4
+
+    train(tmp_path, callbacks=[Notes()])
+    result, adapters = resumed(tmp_path)
+    assert [line for line in result.history if "note" in line or "sure" in line] == [
+        {"note": "half of it"}, {"step": 3, "sure": True},
+    ]  # fmt: skip
+    assert same_tensors(adapters, uncut()[1])
+
+
 def test_resuming_a_finished_run_trains_nothing_and_gives_its_adapters_back(tmp_path):
     settings = {"eval_strategy": "no"}
     first, adapters = train(tmp_path, **settings)
