@@ -1,6 +1,6 @@
 """Kill a training run at every write, rename and deletion it makes, go on, and ask for the same bits.
 
-    python tests/soak/kill_points.py                  # every point of three runs
+    python tests/soak/kill_points.py                  # every point of four runs
     python tests/soak/kill_points.py --most 40        # a seeded choice of them
 
 A point is a moment before an operation on the run's folder (Python's audit events: open for writing, rename, mkdir,
@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config
+from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config
 
 import phi3lora as p3
 from phi3lora.adapters import files
@@ -109,7 +109,9 @@ class Points:
         return write
 
 
-def train(folder: Path, saved: Path | None = None, stop_at: int | None = None, **changes: Any) -> dict[str, str]:
+def train(
+    folder: Path, saved: Path | None = None, stop_at: int | None = None, streamed: bool = False, **changes: Any
+) -> dict[str, str]:
     """The run, or the rest of it; digests of all that must be equal. Each save is noted in the file ``saved``."""
 
     class Note(p3.Callback):
@@ -124,7 +126,8 @@ def train(folder: Path, saved: Path | None = None, stop_at: int | None = None, *
     model = adapted_model(lora_dropout=0.1)
     torch.manual_seed(7)
     config = quiet_config(folder, **{**RUN, **changes})
-    result = p3.train(model, chat_dataset(), config, eval_dataset=chat_dataset(5), callbacks=[Note()])
+    data = chat_stream() if streamed else chat_dataset()
+    result = p3.train(model, data, config, eval_dataset=chat_dataset(5), callbacks=[Note()])
     history = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in result.history]
     written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in written] == history
@@ -137,9 +140,19 @@ def train(folder: Path, saved: Path | None = None, stop_at: int | None = None, *
     }
 
 
+def chat_stream() -> p3.ChatStream:
+    """The same chats in three windows, of which the run trains more than one pass."""
+    return p3.ChatDataset.load(chat_rows(), make_tokenizer(), max_length=64, streaming=True, buffer_size=9)
+
+
 def whole_run(folder: Path, saved: Path) -> None:
     """From nothing."""
     train(folder, saved)
+
+
+def stream(folder: Path, saved: Path) -> None:
+    """From nothing, on a stream."""
+    train(folder, saved, streamed=True)
 
 
 def rerun(folder: Path, saved: Path) -> None:
@@ -164,7 +177,7 @@ def prepare(name: str, folder: Path) -> None:
 
 
 RUNS: dict[str, Callable[[Path, Path], None]] = {
-    "whole run": whole_run, "rerun": rerun, "adapter files": adapter_files,
+    "whole run": whole_run, "stream": stream, "rerun": rerun, "adapter files": adapter_files,
 }  # fmt: skip
 
 
@@ -229,7 +242,7 @@ def try_point(name: str, point: int, expected: dict[str, str], delay_s: float | 
                     check_adapter_files(folder)
                     return
                 check_checkpoints(name, folder, saved)
-                found = train(folder)
+                found = train(folder, streamed=name == "stream")
                 wrong = [what for what in expected if found[what] != expected[what]]
                 assert not wrong, f"{', '.join(wrong)} are not the uncut run's"
 
@@ -244,7 +257,8 @@ def run(most: int | None = None, randomly: int = 0, seed: int = 0, workers: int 
     report, started, choose = Report(), time.perf_counter(), random.Random(seed)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        expected = train(Path(place) / "run")
+        whole, streamed = train(Path(place) / "run"), train(Path(place) / "stream", streamed=True)
+        expected = {name: streamed if name == "stream" else whole for name in RUNS}
         jobs: list[tuple[str, int, float | None]] = []
         for name in RUNS:
             jobs += [(name, point, None) for point in range(1, count_points(name) + 1)]
@@ -271,9 +285,9 @@ def run(most: int | None = None, randomly: int = 0, seed: int = 0, workers: int 
 _PREPARED: dict[str, Path] = {}
 
 
-def _arguments(job: tuple[str, int, float | None], expected: dict[str, str]) -> tuple[Any, ...]:
+def _arguments(job: tuple[str, int, float | None], expected: dict[str, dict[str, str]]) -> tuple[Any, ...]:
     name, point, delay = job
-    return name, point, expected, delay
+    return name, point, expected[name], delay
 
 
 def _prepared(name: str, folder: Path) -> None:
