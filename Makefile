@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(RUN) -m pytest -n 2
 
-# Half an hour at most on 2 cores: every kill point, then bad inputs to every reader.
+# Minutes on 2 cores, half an hour at most: every kill point, then bad inputs to every reader.
 soak: $(VENV)/installed
 	$(RUN) tests/soak/kill_points.py --random 150
 	$(RUN) tests/soak/bad_inputs.py --count 10000

@@ -62,7 +62,8 @@ def make_tokenizer(name: str = "phi-3") -> PreTrainedTokenizerFast:
     specials = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=specials, initial_alphabet=alphabet),
     )
     core.add_special_tokens([AddedToken(t, rstrip=True, special=True) for t in swallowing])
     core.add_special_tokens([AddedToken(t, special=True) for t in plain])
