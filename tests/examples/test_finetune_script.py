@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import stand_in
+from stand_ins import stand_in
 
 import phi3lora as p3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot
 import pytest
-from runs import stand_in
+from stand_ins import stand_in
 
 import phi3lora as p3
 from phi3lora.adapters import publish
