@@ -81,20 +81,30 @@ def load_model(
     _refuse_larger_than_files(Path(name), found)
     in_four_bit = _four_bit_options(name, found, base_precision, torch_dtype, device)
     register()
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    as_wished = {"dtype": torch_dtype or "auto", "attn_implementation": attn_implementation, **in_four_bit}
+    model, tokenizer = _read(name, where, use_cache, as_wished)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if longrope_boundary(model.config) is not None:
+        logger.info(longrope_note(model.config))
+    model = model.to(device).eval()
+    if in_four_bit:
+        keep_packing(model)
+    elif base_precision is not None:
+        quantize_base(model, base_precision)
+    return model, tokenizer
+
+
+def _read(name: str, where: dict[str, Any], use_cache: bool, as_wished: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer as transformers reads them; not one weight may be missing."""
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, **where)
         config.use_cache = use_cache
         model, told_by_loader = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            output_loading_info=True,
-            dtype=torch_dtype or "auto",
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            **in_four_bit,
+            name, config=config, output_loading_info=True, **where, **as_wished
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
         raise ModelError(f"cannot load {shown(name)}: {error}") from error
     missing = sorted(told_by_loader["missing_keys"])
@@ -102,15 +112,6 @@ def load_model(
         raise ModelError(
             f"cannot load {shown(name)}: {len(missing)} weights are not in its files, {missing[0]!r} first"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if longrope_boundary(config) is not None:
-        logger.info(longrope_note(config))
-    model = model.to(device).eval()
-    if in_four_bit:
-        keep_packing(model)
-    elif base_precision is not None:
-        quantize_base(model, base_precision)
     return model, tokenizer
 
 

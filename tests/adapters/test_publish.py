@@ -82,7 +82,7 @@ def test_a_merged_model_is_transformers(merged_folder):
 
 def test_the_tables_have_the_settings_and_the_metrics(folder):
     lora = p3.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-    training = p3.TrainingConfig(output_dir="/home/me/secret", max_steps=500, learning_rate=2e-4, bf16=True)
+    training = p3.TrainingConfig(output_dir="/nowhere/secret", max_steps=500, learning_rate=2e-4, bf16=True)
     metrics = {"loss": 1.23456, "n_tokens": 12345, "samples": ["text"], "best": True}
     _, text = parts(p3.write_model_card(folder, base_model="a/b", lora=lora, training=training, metrics=metrics))
     table = rows(text)
@@ -295,7 +295,7 @@ def make_weights():
     return next(adapted_model().parameters()).detach().clone()
 
 
-@pytest.mark.parametrize("base", ["/home/me/phi", "./phi", "..\\phi", "C:\\phi", "a/b/c"])
+@pytest.mark.parametrize("base", ["/nowhere/phi", "./phi", "..\\phi", "C:\\phi", "a/b/c"])
 def test_a_peft_folder_whose_base_only_this_machine_has_sends_nothing(hub, folder, base, monkeypatch):
     monkeypatch.chdir(folder.parent)
     p3.export_peft(adapted_model(), folder, base_model=base)
