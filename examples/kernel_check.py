@@ -1,6 +1,6 @@
 """Look for a compiler's fault in the fused passes: machine code that reads a register which nothing has written.
 
-    python examples/kernel_check.py                        # the family's shapes, r 8, 64 and 128: many minutes
+    python examples/kernel_check.py                        # the family's shapes, r 8, 64 and 128: an hour
     python examples/kernel_check.py demo --r 8             # one of them
 
 No GPU is needed. The passes of a decoder layer are recorded in place of being launched, forward and backward, with and
