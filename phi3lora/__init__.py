@@ -12,36 +12,26 @@ p3.save_adapter(model, "support.safetensors")
 from loralib import lora_state_dict, mark_only_lora_as_trainable
 
 from . import demo
-from .adapters.active import delete_adapter, disabled, list_adapters, set_adapter
-from .adapters.files import load_adapter, save_adapter
-from .adapters.merging import MergeReport, merged, save_merged
-from .adapters.peft_format import export_peft, import_peft
-from .adapters.publish import push_to_hub, write_model_card
-from .adapters.serving import PeftExport
+from .adapters.adapter_file import load_adapter, save_adapter
+from .adapters.hub import push_to_hub, write_model_card
+from .adapters.merge import MergeReport, merged, save_merged
+from .adapters.named import delete_adapter, disabled, list_adapters, set_adapter
+from .adapters.peft_export import PeftExport, export_peft, import_peft
+from .checks.doctor import doctor
+from .checks.findings import DoctorReport, Finding
 from .config import LoraConfig, TrainingConfig
+from .data.batches import batches
 from .data.dataset import ChatDataset
-from .data.loader import batches
 from .data.streaming import ChatStream
-from .errors import (
-    AdapterError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ModelError,
-    Phi3LoRAError,
-    TrainingError,
-)
-from .inference.answers import sample_answers
-from .inference.evaluation import evaluate
+from .errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError, Phi3LoRAError, TrainingError
+from .inference.evaluation import evaluate, sample_answers
 from .inference.generation import generate
-from .model.forward_pass import causal_lm_loss
-from .model.injection import InjectionReport, inject_lora
-from .model.layers import Conv2d, Embedding, Linear, MergedLinear
-from .model.loading import load_model
-from .training.callbacks import Callback
-from .training.checks.findings import DoctorReport, Finding
+from .lora.inject import InjectionReport, inject_lora
+from .lora.layers import Conv2d, Embedding, Linear, MergedLinear
+from .model.forward import causal_lm_loss
+from .model.load import load_model
 from .training.loop import TrainingResult, train
-from .training.preflight import doctor
+from .training.state import Callback
 
 __version__ = "0.1.0"
 

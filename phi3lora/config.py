@@ -17,9 +17,19 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from .errors import ConfigError, nearest
-from .foreign_names import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
-from .values import SEED_END, is_count, is_number, is_one_of, is_path, is_text, same, shown
+from .compat import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
+from .errors import (
+    SEED_END,
+    ConfigError,
+    did_you_mean,
+    equals,
+    is_int,
+    is_number,
+    is_one_of,
+    is_path,
+    is_text,
+    short_repr,
+)
 
 T = TypeVar("T")
 
@@ -33,23 +43,23 @@ def _translated(cls: type, given: Mapping[str, Any], inert_names: frozenset[str]
     for name, value in given.items():
         own = ALIASES.get(name, name)
         if own in known:
-            if own in values and not same(values[own], value):
-                pair = f"{said_as[own]!r} ({shown(values[own])}) and {name!r} ({shown(value)})"
+            if own in values and not equals(values[own], value):
+                pair = f"{said_as[own]!r} ({short_repr(values[own])}) and {name!r} ({short_repr(value)})"
                 raise ConfigError(f"{cls.__name__}: {pair} are one setting with two values; give one of them")
             values[own], said_as[own] = value, name
         elif name in SWITCHED_OFF:
             if not is_one_of(value, SWITCHED_OFF[name]):
                 allowed = " or ".join(repr(v) for v in SWITCHED_OFF[name])
                 raise ConfigError(
-                    f"{cls.__name__}: {name}={shown(value)} is not supported; allowed: {allowed}. Leave it out."
+                    f"{cls.__name__}: {name}={short_repr(value)} is not supported; allowed: {allowed}. Leave it out."
                 )
             inert.append(name)
         elif name in inert_names:
             inert.append(name)
         else:
             raise ConfigError(
-                f"{cls.__name__} has no field {shown(name)} (value {shown(value)})."
-                f"{nearest(name, known | set(ALIASES))} Allowed: {', '.join(sorted(known))}"
+                f"{cls.__name__} has no field {short_repr(name)} (value {short_repr(value)})."
+                f"{did_you_mean(name, known | set(ALIASES))} Allowed: {', '.join(sorted(known))}"
             )
     return values, sorted(inert)
 
@@ -90,7 +100,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 def _require(ok: bool, cls: str, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{cls}: {name}={shown(value)}; allowed: {allowed}")
+        raise ConfigError(f"{cls}: {name}={short_repr(value)}; allowed: {allowed}")
 
 
 def _plain_name(value: object) -> object:
@@ -106,7 +116,7 @@ def _are_segments(value: object) -> bool:
     for suffix, widths in value.items():
         named = isinstance(widths, Mapping) and all(is_text(name) for name in widths)
         numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
-        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0 and all(is_count(n, 1) for n in numbers)
+        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0 and all(is_int(n, 1) for n in numbers)
         if not (is_text(suffix) and listed and (named or not isinstance(widths, Mapping))):
             return False
     return True
@@ -148,7 +158,7 @@ class LoraConfig:
         def check(ok: bool, name: str, allowed: str) -> None:
             _require(ok, "LoraConfig", name, getattr(self, name), allowed)
 
-        check(is_count(self.r, 1), "r", "a whole number >= 1")
+        check(is_int(self.r, 1), "r", "a whole number >= 1")
         check(is_number(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "a number > 0")
         check(is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "lora_dropout", "0 <= p < 1")
         check(is_one_of(self.bias, ("none", "all", "lora_only")), "bias", "'none', 'all', 'lora_only'")
@@ -304,16 +314,16 @@ class TrainingConfig:
 
     def _check_numbers(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            self._check(is_count(getattr(self, name), 1), name, "a whole number >= 1")
-        self._check(is_count(self.max_nonfinite_steps, 1), "max_nonfinite_steps", "a whole number >= 1")
-        self._check(is_count(self.max_steps, -1), "max_steps", "a whole number; -1 to count in epochs")
+            self._check(is_int(getattr(self, name), 1), name, "a whole number >= 1")
+        self._check(is_int(self.max_nonfinite_steps, 1), "max_nonfinite_steps", "a whole number >= 1")
+        self._check(is_int(self.max_steps, -1), "max_steps", "a whole number; -1 to count in epochs")
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             optional = value is None and name == "data_seed"
-            self._check(optional or is_count(value, 0, SEED_END), name, "a whole number >= 0, below 2**63")
+            self._check(optional or is_int(value, 0, SEED_END), name, "a whole number >= 0, below 2**63")
         for name in ("max_length", "save_total_limit", "early_stopping_patience"):
             value = getattr(self, name)
-            self._check(value is None or is_count(value, 1), name, "None or a whole number >= 1")
+            self._check(value is None or is_int(value, 1), name, "None or a whole number >= 1")
         longest = self.max_length or 1
         self._check(longest <= _LONGEST_ROW, "max_length", f"at most {_LONGEST_ROW:,}: a row is made whole")
         epochs = self.num_train_epochs  # each of which is planned before the first step

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import transformers
 
+from phi3lora.compat import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
 from phi3lora.config import LoraConfig, TrainingConfig
 from phi3lora.errors import ConfigError
-from phi3lora.foreign_names import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
 
 PEFT_CONFIG = {
     "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",

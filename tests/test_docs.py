@@ -52,11 +52,13 @@ def test_the_readme_names_the_make_targets_that_exist():
     assert {"demo", "test"} <= set(commands) <= targets
 
 
-def test_the_readme_s_tree_is_the_tree():
-    tree = blocks(ROOT / "README.md", "text")[0]
+def test_the_tree_in_contributing_is_the_tree():
+    tree = blocks(ROOT / "CONTRIBUTING.md", "text")[0]
     package = ROOT / "phi3lora"
     for path in package.rglob("*.py"):
-        assert path.name == "__init__.py" or path.name in tree, f"{path.relative_to(ROOT)} is not in the README's tree"
+        assert path.name == "__init__.py" or path.name in tree, (
+            f"{path.relative_to(ROOT)} is not in CONTRIBUTING's tree"
+        )
     for name in re.findall(r"\S+\.py", tree):
         assert list(ROOT.glob(f"[!.]*/**/{name}")), f"the README names {name}, which does not exist"
 

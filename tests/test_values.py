@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from phi3lora.errors import AdapterError, DataError
-from phi3lora.values import (
+from phi3lora.errors import (
+    AdapterError,
+    DataError,
     as_path,
-    is_count,
+    equals,
+    error_line,
+    is_int,
     is_number,
     is_one_of,
     is_path,
     is_text,
-    parse_json,
-    read_json,
-    same,
-    shown,
-    told,
+    short_repr,
 )
+from phi3lora.files import parse_json, read_json
 
 
 class Hostile:
@@ -61,31 +61,31 @@ odd = pytest.mark.parametrize("make", ODD.values(), ids=ODD)
 
 @odd
 def test_any_value_is_shown_in_a_few_printable_characters(make):
-    assert 0 < len(shown(make())) <= 310 and shown(make()).encode()
+    assert 0 < len(short_repr(make())) <= 310 and short_repr(make()).encode()
 
 
 @odd
 def test_any_value_is_compared_and_is_none_of_the_usual_ones(make):
     value = make()
-    assert not same(value, 1) and not same("text", value) and not is_one_of(value, (None, True, "no", []))
+    assert not equals(value, 1) and not equals("text", value) and not is_one_of(value, (None, True, "no", []))
 
 
 @odd
 def test_no_odd_value_is_a_number_or_a_count_or_a_path(make):
-    assert not is_number(make()) and not is_count(make(), 0) and not is_path(make())
+    assert not is_number(make()) and not is_int(make(), 0) and not is_path(make())
     with pytest.raises(DataError, match="a dataset cannot be"):
         as_path(make(), "a dataset", DataError)
 
 
 def test_short_values_are_shown_as_repr_does():
-    assert [shown(value) for value in ("a", 1.5, None, [1, "b"])] == ["'a'", "1.5", "None", "[1, 'b']"]
+    assert [short_repr(value) for value in ("a", 1.5, None, [1, "b"])] == ["'a'", "1.5", "None", "[1, 'b']"]
 
 
 def test_numbers_and_counts():
     assert is_number(0) and is_number(-1.5) and not is_number(True) and not is_number("1") and not is_number(None)
     assert not is_number(float("nan")) and not is_number(float("inf")) and not is_number(10**400)
-    assert is_count(3, 3) and not is_count(2, 3) and not is_count(3.0, 0) and not is_count(True, 0)
-    assert is_count(4, 0, 5) and not is_count(5, 0, 5)
+    assert is_int(3, 3) and not is_int(2, 3) and not is_int(3.0, 0) and not is_int(True, 0)
+    assert is_int(4, 0, 5) and not is_int(5, 0, 5)
 
 
 def test_text_and_paths():
@@ -113,6 +113,6 @@ def test_json_is_what_the_json_module_reads(tmp_path):
 
 
 def test_an_error_is_told_in_a_line_with_its_kind_where_the_text_says_little():
-    assert told(KeyError("state")) == "KeyError: 'state'"
-    assert told(DataError("row 3: no text\nmore")) == "row 3: no text"
-    assert told(ValueError("\ud800")) == "ValueError: \\ud800"
+    assert error_line(KeyError("state")) == "KeyError: 'state'"
+    assert error_line(DataError("row 3: no text\nmore")) == "row 3: no text"
+    assert error_line(ValueError("\ud800")) == "ValueError: \\ud800"

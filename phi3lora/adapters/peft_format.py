@@ -1,333 +1,320 @@
-"""An adapter as a folder of PEFT's, ``adapter_model.safetensors`` and ``adapter_config.json``, and back.
+"""PEFT's ``adapter_config.json``: written, and read with everything refused that would change the arithmetic.
 
-Three layouts of one adapter:
-
-    "uniform"  every module padded with zeros to one rank R, so that one r and one alpha are right for all of them: what
-               PEFT, transformers, vLLM and llama.cpp compute alike
-    "pattern"  each module at its own rank and alpha (rank_pattern, alpha_pattern): the smallest; only PEFT and
-               transformers read it, llama.cpp ignores the patterns without a word
-    "split"    q_proj, k_proj, v_proj, gate_proj, up_proj instead of the fused layers, for a base whose fused layers
-               were split (llama-style); padded like "uniform"
-
-In the first and the last, s = alpha / R is one scaling for all. A module with another scaling has the ratio multiplied
-into its B: exact when it is a power of two, else rounded, which the result says.
-
-The header of our files keeps how the layers were (key ``phi3lora``, as in ``files.py``), so our own folders come back
-as they were. Without it, or when the tensors or the config were changed since, what PEFT would compute counts.
+A module's rank and alpha are the first entry of ``rank_pattern`` and ``alpha_pattern`` whose key, a regular expression,
+matches the end of its path, else ``r`` and ``lora_alpha``; its scaling is ``alpha / r``, or ``alpha / sqrt(r)`` with
+``use_rslora``, so rank-stabilised scaling goes by each module's own rank.
+https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py (``_create_and_replace``)
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
 
+from ..compat import INERT_LORA, SWITCHED_OFF
 from ..config import LoraConfig
-from ..errors import AdapterError
-from ..inference.generation import stop_token_ids
-from ..model.injection import InjectionReport, fused_segments, injection_report, lora_layers
-from ..model.layers import Conv2d, Embedding
-from ..model.loading import longrope_boundary, longrope_note
-from ..values import as_path
-from .active import DEFAULT
-from .files import HEADER_KEY, adapter_facts, adapter_state_dict, check_name, install_adapter
-from .peft_config import CONFIG_NAME, config_dict
-from .peft_import import TENSORS_NAME, plain_convolution, read_peft
-from .peft_tensors import Pair, layer_pairs
-from .publish import is_local, write_model_card
-from .serving import VLLM_RANKS, PeftExport, commands, max_lora_rank
+from ..errors import AdapterError, equals, is_int, is_number, short_repr
+from ..files import read_json
 
-LAYOUTS = ("uniform", "pattern", "split")
+CONFIG_NAME = "adapter_config.json"
 
-
-class _Module(NamedTuple):
-    """One module of the folder to write."""
-
-    pair: Pair
-    scaling: float
-    layer: str
-    """Path of the layer that it comes from."""
-    embedding: bool
+# Whatever they say, the tensors' names decide.
+_NAMES_DECIDE = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
+_READ = {"alpha_pattern", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "task_type", "use_rslora"}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    **SWITCHED_OFF,
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "megatron_config": (None, {}),
+    "fan_in_fan_out": (False, True, None),  # how a base stores its weight; A and B are the same
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+_WHY = {
+    "bias": "trained biases are not part of an adapter here",
+    "modules_to_save": "whole modules are not part of an adapter here",
+    "init_lora_weights": "such an adapter belongs to a base that its initialisation changed; PEFT can convert it: "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+}
 
 
-def export_peft(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    tokenizer: Any = None,
-    layout: str = "uniform",
-    base_model: str | None = None,
-) -> PeftExport:
-    """Write the adapters as a PEFT folder, which PEFT, transformers, vLLM, llama.cpp and Ollama use.
+@dataclass(frozen=True)
+class PeftConfig:
+    """What of ``adapter_config.json`` the import needs."""
 
-    Args:
-        model: a model with adapters; it is left as it is. Tensors are written in float32.
-        path: the folder; files of an earlier export in it are replaced. A model card is written where there is none and
-            the base is known; :func:`write_model_card` writes a fuller one, with data and metrics.
-        tokenizer: saved beside the adapter, with a ``generation_config.json`` that has every stop token.
-        layout: ``"uniform"`` (one rank for all, right everywhere), ``"pattern"`` (each module's own rank, for PEFT and
-            transformers alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were split).
-        base_model: hub name or folder of the base, for the config and the commands; None: where the model was loaded
-            from (with ``"split"``: unknown). A folder is right on this machine alone: the result says so.
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    lora_dropout: float
+    task_type: str | None
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
 
-    Returns:
-        What was written; ``print`` shows it with the commands for each tool.
+    def rank_and_alpha(self, path: str) -> tuple[int, float]:
+        """Of the module at ``path`` (as PEFT names it, without prefix)."""
+        return _first(self.rank_pattern, path, self.r), _first(self.alpha_pattern, path, self.lora_alpha)
+
+    def scaling(self, path: str) -> float:
+        """What PEFT multiplies this module's adapter by."""
+        rank, alpha = self.rank_and_alpha(path)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def lora_config(self, target_modules: list[str]) -> LoraConfig:
+        """The settings that all layers share, as a config of ours."""
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            target_modules=target_modules,
+            task_type=self.task_type,
+        )
+
+
+def _first(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's ``get_pattern_key``."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """``adapter_config.json`` of a folder.
 
     Raises:
-        AdapterError: no adapters; trained biases, adapters that are switched off or merged, and layers that PEFT cannot
-            express (by name); NaN or infinite values; another layout; a path that is a file.
-
-    Example:
-        >>> exported = p3.export_peft(model, "support-peft", tokenizer=tokenizer)
-        >>> exported.rank  # q, k and v of r = 8 side by side in qkv_proj
-        24
-        >>> print(exported.commands["vLLM"].partition("--max")[2])
-        -lora-rank 32 --generation-config support-peft
+        AdapterError: no such file, not JSON, another method than LoRA, or a setting that cannot be represented here.
     """
-    path = Path(path)
-    _check_exportable(model, path, layout)
-    facts = adapter_facts(model)
-    segments = _named_segments(model, facts["layers"]) if layout == "split" else {}
-    modules = _modules(model, facts["layers"], segments)
-    base_model = base_model or (None if layout == "split" else getattr(model, "name_or_path", None)) or None
-    if layout == "pattern":
-        settings = _patterns(modules)
-        written = {at: module.pair for at, module in modules.items()}
-        ratios: dict[str, float] = {}
-    else:
-        written, ratios, settings = _uniform(modules)
-    config = config_dict(
-        **settings,
-        target_modules=_targets(_tree(model, facts["layers"], segments), set(modules)),
-        base_model=base_model,
-        task_type=_task(model),
-        lora_dropout=getattr(getattr(model, "lora_config", None), "lora_dropout", 0.0),
+    path = folder / CONFIG_NAME
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{str(path)!r} is not a readable PEFT config: {error}") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{str(path)!r} holds a {type(found).__name__}; allowed: a JSON object")
+    if found.get("peft_type") != "LORA":
+        raise AdapterError(f"{str(path)!r}: peft_type={short_repr(found.get('peft_type'))}; allowed: 'LORA'")
+    for name, value in found.items():
+        _refuse_unless_neutral(path, name, value)
+    config = PeftConfig(
+        r=found.get("r", 8),
+        lora_alpha=found.get("lora_alpha", 8),
+        use_rslora=found.get("use_rslora") or False,
+        lora_dropout=found.get("lora_dropout") or 0.0,
+        task_type=found.get("task_type"),
+        rank_pattern=found.get("rank_pattern") or {},
+        alpha_pattern=found.get("alpha_pattern") or {},
     )
-    path.mkdir(parents=True, exist_ok=True)
-    header = json.dumps({**facts, "layout": layout, "segments": segments, "ratios": ratios})
-    tensors = {key: t for at, pair in written.items() for key, t in _keys(at, pair, modules[at].embedding).items()}
-    save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt", HEADER_KEY: header})
-    (path / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    stops = _save_tokenizer(tokenizer, path)
-    if base_model and not (path / "README.md").exists():
-        write_model_card(path, base_model=base_model, lora=getattr(model, "lora_config", None))
-    rank = max(pair.rank for pair in written.values())
-    return _told(model, path, layout, rank, modules, ratios, base_model, stops)
+    _check_patterns(path, config)
+    config.lora_config(["any"])  # the other values' ranges
+    return config
 
 
-def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> InjectionReport:
-    """Load a PEFT folder: ours (any layout, bit for bit as it was) or one that PEFT wrote.
-
-    A fused module's adapter becomes a ``Linear`` of its rank on the fused matrix; ``q_proj, k_proj, v_proj, gate_proj,
-    up_proj`` become segments of the fused layers. A model without adapters gets those it needs; one with adapters must
-    have the same. On an error the model is as it was. Nothing from the folder is executed.
-
-    Args:
-        model: the base that the adapter was made for, or that base with matching adapters.
-        path: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or a ``.bin`` of tensors
-            only).
-        name: of the adapter, as in :func:`load_adapter`: beside others it waits until ``set_adapter(model, name)``.
-
-    Returns:
-        The report of the model's acting adapters, as :func:`inject_lora` gives it.
-
-    Raises:
-        AdapterError: unreadable or damaged files; what has no counterpart here, by name (another ``peft_type``, DoRA,
-            trained biases, ``modules_to_save``, PiSSA and other initialisations that change the base, ...); modules,
-            ranks or shapes that do not fit; NaN or infinite values.
-        ModelError: a layer that cannot be adapted, tied embeddings.
-
-    Example:
-        >>> p3.export_peft(model, "support-peft").layout
-        'uniform'
-        >>> report = p3.import_peft(model, "support-peft")
-    """
-    path = as_path(path, "a PEFT folder", AdapterError)
-    check_name(name)
-    state, facts = read_peft(model, path)
-    install_adapter(model, state, facts, path, name)
-    return injection_report(model, fused_segments(model, getattr(model, "lora_config", None) or LoraConfig()))
-
-
-def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
-    layers = lora_layers(model)
-    if layout not in LAYOUTS:
-        raise AdapterError(f"layout={layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
-    if not layers:
-        raise AdapterError("the model has no adapters to export; call inject_lora(model, config) or load_adapter first")
-    if path.exists() and not path.is_dir():
-        raise AdapterError(f"cannot export to {str(path)!r}, which is a file; allowed: a folder, new or old")
-    biases = [name for name in adapter_state_dict(model) if name.endswith("bias")]
-    if biases:
+def _refuse_unless_neutral(path: Path, name: str, value: Any) -> None:
+    if name in _READ or name in _NAMES_DECIDE:
+        return
+    if name in _ALLOWED:
+        if not any(equals(value, allowed) and type(value) is type(allowed) for allowed in _ALLOWED[name]):
+            why = f" ({_WHY[name]})" if name in _WHY else ""
+            allowed = ", ".join(map(repr, _ALLOWED[name]))
+            raise AdapterError(f"{str(path)!r}: {name}={short_repr(value)} cannot be imported{why}; allowed: {allowed}")
+    elif name not in INERT_LORA and value:
         raise AdapterError(
-            f"trained biases ({biases[0]}, ...) have no place in these folders: vLLM and llama.cpp refuse or ignore "
-            f"them; use save_merged or save_adapter, train with bias='none', or freeze biases that were not trained"
+            f"{str(path)!r}: unknown setting {short_repr(name)[1:-1]}={short_repr(value)}; take it out of the file if it does "
+            f"not change what the adapter computes"
         )
-    for at, layer in layers.items():
-        why = _why_not(at, layer)
-        if why:
-            raise AdapterError(f"{at or 'the model'!r} cannot be exported: {why}")
 
 
-def _why_not(at: str, layer: Any) -> str | None:
-    """What keeps a layer out of a PEFT folder."""
-    if not at:
-        return "PEFT adapts modules inside a model, and this layer is the model itself"
-    if layer.lora_A.is_meta:
-        return "its tensors are on the meta device, without values"
-    if not layer.enabled:
-        return "it is switched off or merged; leave the disabled(model) or merged(model) block first"
-    if getattr(layer, "fan_in_fan_out", False):
-        return "fan_in_fan_out=True, a transposed weight that nn.Linear in PEFT has not"
-    if isinstance(layer, Embedding) and layer.max_norm is not None:
-        return "an embedding with max_norm, which PEFT applies to the adapter too"
-    if isinstance(layer, Conv2d) and not plain_convolution(layer.conv):
-        return f"{layer.conv}: PEFT's adapters know no groups, dilation or padding mode"
-    if not all(torch.isfinite(t).all() for t in (layer.lora_A, layer.lora_B)):
-        return "it holds NaN or infinite values"
-    return None
+def _check_patterns(path: Path, config: PeftConfig) -> None:
+    for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        whole = name == "rank_pattern"
+        allowed = "a dict of regular expressions to " + ("whole numbers >= 1" if whole else "numbers > 0")
+        if not isinstance(pattern, dict):
+            raise AdapterError(f"{str(path)!r}: {name}={short_repr(pattern)}; allowed: {allowed}")
+        for key, value in pattern.items():
+            allows = is_int(value, 1) if whole else is_number(value) and value > 0
+            try:
+                re.compile(rf"(.*\.)?({key})$")
+            except re.error as error:
+                raise AdapterError(f"{str(path)!r}: {name}: {key!r} is no regular expression ({error})") from error
+            if not allows:
+                raise AdapterError(f"{str(path)!r}: {name}: {key!r}: {short_repr(value)}; allowed: {allowed}")
 
 
-def _named_segments(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Fused layers among ``layers`` -> name -> width of their segments."""
-    fused = fused_segments(model, getattr(model, "lora_config", None) or LoraConfig())
-    named = {path: fused[path] for path in layers if path in fused and not any(n.isdigit() for n in fused[path])}
-    for path, facts in layers.items():
-        if facts["class"] == "MergedLinear" and list(named.get(path, {}).values()) != facts["segments"]:
-            raise AdapterError(
-                f"layout='split': the segments of {path!r} have no names; give them in LoraConfig(segments=...), "
-                f"or use layout='uniform'"
-            )
-    return named
-
-
-def _modules(model: nn.Module, layers: Mapping[str, Any], segments: Mapping[str, Any]) -> dict[str, _Module]:
-    """Path in the folder -> what is written there, before padding."""
-    modules = {}
-    for path, layer in lora_layers(model).items():
-        A, B = (t.detach().cpu().float() for t in (layer.lora_A, layer.lora_B))
-        for at, pair in layer_pairs(path, layers[path], segments.get(path), A, B).items():
-            modules[at] = _Module(pair, layer.scaling, path, isinstance(layer, Embedding))
-    return modules
-
-
-def _uniform(modules: Mapping[str, _Module]) -> tuple[dict[str, Pair], dict[str, float], dict[str, Any]]:
-    """Every pair at the largest rank and commonest scaling; layer -> ratio of its own to that; the settings."""
-    rank = max(module.pair.rank for module in modules.values())
-    scaling = Counter(module.scaling for module in modules.values()).most_common(1)[0][0]
-    ratios = {m.layer: m.scaling / scaling for m in modules.values() if m.scaling != scaling}
-    written = {at: Pair(m.pair.A, m.pair.B * ratios.get(m.layer, 1.0)).padded(rank) for at, m in modules.items()}
-    settings = {"r": rank, "lora_alpha": scaling * rank, "rank_pattern": {}, "alpha_pattern": {}}
-    return written, ratios, settings
-
-
-def _patterns(modules: Mapping[str, _Module]) -> dict[str, Any]:
-    """The commonest rank and alpha, and patterns for the modules that have others."""
-    ranks = {at: module.pair.rank for at, module in modules.items()}
-    alphas = {at: module.scaling * module.pair.rank for at, module in modules.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {"r": r, "lora_alpha": alpha, "rank_pattern": _pattern(ranks, r), "alpha_pattern": _pattern(alphas, alpha)}
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Regular expression -> value: by a path's last part where all such modules agree, else by the whole path."""
-    by_name: dict[str, set[Any]] = {}
-    for at, value in values.items():
-        by_name.setdefault(at.rpartition(".")[2], set()).add(value)
-    pattern = {}
-    for at, value in values.items():
-        name = at.rpartition(".")[2]
-        if value != default:
-            pattern[re.escape(name) if len(by_name[name]) == 1 else f"^{re.escape(at)}"] = value
-    return pattern
-
-
-def _tree(model: nn.Module, layers: Mapping[str, Any], segments: Mapping[str, Mapping[str, int]]) -> Iterable[str]:
-    """Paths of the modules of the base that the folder is for."""
-    for path, _ in model.named_modules():
-        inside = path.rpartition(".")[0] in layers  # an adapter's own parts
-        if path and path not in segments and not inside:
-            yield path
-    for path, names in segments.items():
-        yield from (path[: path.rfind(".") + 1] + name for name in names)
-
-
-def _targets(tree: Iterable[str], adapted: set[str]) -> list[str]:
-    """``target_modules``: last parts of paths where they select just the adapted modules, else whole paths."""
-    names = {path.rpartition(".")[2] for path in adapted}
-    selected = {path for path in tree if path.rpartition(".")[2] in names}
-    return sorted(names if selected == adapted else adapted)
-
-
-def _task(model: nn.Module) -> str | None:
-    """PEFT wraps a model by its task; one that cannot generate has none."""
-    config = getattr(model, "lora_config", None)
-    return getattr(config, "task_type", "CAUSAL_LM") if hasattr(model, "prepare_inputs_for_generation") else None
-
-
-def _keys(at: str, pair: Pair, embedding: bool) -> dict[str, Tensor]:
-    """PEFT's names of the two tensors."""
-    start, end = (
-        (f"base_model.model.{at}.lora_embedding_", "") if embedding else (f"base_model.model.{at}.lora_", ".weight")
-    )
-    return {f"{start}A{end}": pair.A.contiguous(), f"{start}B{end}": pair.B.contiguous()}
-
-
-def _save_tokenizer(tokenizer: Any, path: Path) -> list[str]:
-    """Write it and the stop tokens; their texts."""
-    if tokenizer is None:
-        return []
-    stops = stop_token_ids(tokenizer)
-    tokenizer.save_pretrained(path)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(path)
-    return tokenizer.convert_ids_to_tokens(stops)
-
-
-def _told(
-    model: Any,
-    path: Path,
-    layout: str,
-    rank: int,
-    modules: Mapping[str, _Module],
-    ratios: Mapping[str, float],
+def config_dict(
+    *,
+    r: int,
+    lora_alpha: float,
+    target_modules: list[str],
     base_model: str | None,
-    stops: list[str],
-) -> PeftExport:
-    """What the caller should know."""
-    notes = []
-    config = getattr(model, "config", None)
-    phi3 = getattr(config, "model_type", None) == "phi3"
-    if layout == "pattern":
-        notes.append("rank_pattern and alpha_pattern: PEFT and transformers read them, vLLM and llama.cpp do not")
-    if layout == "split":
-        notes.append(
-            "for a base whose fused layers were split into q_proj, k_proj, ...; not for Phi-3's own checkpoint"
-        )
-    if max_lora_rank(rank) is None:
-        notes.append(f"rank {rank} is more than vLLM takes ({VLLM_RANKS[-1]}); use save_merged there")
-    if config is not None and longrope_boundary(config) is not None:
-        notes.append(f"{longrope_note(config)}; vLLM takes the long ones when --max-model-len is past the boundary")
-    if is_local(base_model):
-        notes.append(
-            f"the base on record is {base_model}, a folder of this machine; for others, give its name on the hub: "
-            f"base_model='owner/name'"
-        )
-    if phi3 and not stops:
-        notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
-    lines = commands(path, base_model, layout, rank, stops)
-    rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)
-    tools = lines if phi3 else {"PEFT": lines["PEFT"]}
-    return PeftExport(path, layout, rank, tuple(modules), rounded, tuple(notes), tools)
+    task_type: str | None,
+    lora_dropout: float,
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
+) -> dict[str, Any]:
+    """The contents of ``adapter_config.json``: what PEFT, transformers, vLLM and llama.cpp read, and no more."""
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _whole(lora_alpha),
+        "lora_dropout": lora_dropout,
+        "use_rslora": False,
+        "target_modules": target_modules,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in alpha_pattern.items()},
+        "bias": "none",
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "auto_mapping": None,
+        "revision": None,
+    }
+
+
+def _whole(number: float) -> float:
+    """32.0 as 32: some readers declare alpha an int."""
+    return int(number) if float(number).is_integer() else number
+
+
+# ----------------------------------------------------------------------------------------------------
+# One layer's adapter as loralib's classes hold it and as PEFT does: the same numbers, only moved. Exact both ways.
+#
+# PEFT knows one pair a module, and so does what reads its files: y += scaling * B (A x).
+#
+#     Linear        A (r, in)     B (out, r)      the same
+#     Embedding     A (r, num)    B (dim, r)      the same, under the names lora_embedding_A and lora_embedding_B
+#     MergedLinear  A' (k r, in) = lora_A         B' (out, k r): lora_B's segments on the diagonal, zeros elsewhere
+#
+#                   segments 2 | 1 | 1, enable_lora (True, False, True), r 1
+#                       lora_B  [1]      B'  [1 0]
+#                               [2]          [2 0]
+#                               [3]          [0 0]    the segment that is off
+#                                            [0 3]
+#     Conv2d        loralib's delta is B A of shape (out*n, in*n), read as (out, in, n, n) for a kernel of n x n. As a
+#                   matrix (out, in*n*n) it is B' A': n copies of lora_A on the diagonal,
+#                   and lora_B read as (out, n*r*n)
+#
+# ``facts`` are a layer's settings as ``files.adapter_facts`` gives them; the class and ``r`` are in it.
+
+Facts = Mapping[str, Any]
+
+
+class Pair(NamedTuple):
+    """An adapter as PEFT has it: A (rank, ...), B (out, rank, ...)."""
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """PEFT's rank: k * r for a MergedLinear with k enabled segments."""
+        return self.A.shape[0]
+
+    def padded(self, rank: int) -> Pair:
+        """The same product at a larger rank: rows of zeros below A, columns of zeros right of B."""
+        more = rank - self.rank
+        A = torch.cat([self.A, self.A.new_zeros((more, *self.A.shape[1:]))])
+        B = torch.cat([self.B, self.B.new_zeros((self.B.shape[0], more, *self.B.shape[2:]))], dim=1)
+        return Pair(A, B)
+
+    def truncated(self, rank: int) -> Pair:
+        """The inverse of :meth:`padded`."""
+        return Pair(self.A[:rank], self.B[:, :rank])
+
+
+def to_peft(facts: Facts, lora_A: Tensor, lora_B: Tensor) -> Pair:
+    """loralib's tensors of one layer -> PEFT's pair."""
+    if facts["class"] == "MergedLinear":
+        return Pair(lora_A, _block_diagonal(facts, lora_B))
+    if facts["class"] == "Conv2d":
+        rows, columns = lora_A.shape  # r n, in n
+        n = rows // facts["r"]
+        A = torch.block_diag(*[lora_A] * n).view(n * rows, columns // n, n, n)
+        return Pair(A, lora_B.reshape(-1, n * rows, 1, 1))
+    return Pair(lora_A, lora_B)
+
+
+def from_peft(facts: Facts, pair: Pair) -> tuple[Tensor, Tensor]:
+    """PEFT's pair of a layer that :func:`to_peft` wrote (its padding may still be there) -> loralib's tensors."""
+    r = facts["r"]
+    if facts["class"] == "MergedLinear":
+        pair = pair.truncated(r * sum(facts["enable_lora"]))
+        blocks = [pair.B[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(_spans(facts))]
+        return pair.A, torch.cat(blocks)
+    if facts["class"] == "Conv2d":
+        n = pair.A.shape[-1]
+        rows, columns = r * n, pair.A.shape[1] * n
+        A, B = pair.truncated(n * rows)
+        return A.reshape(n * rows, n * columns)[:rows, :columns], B.reshape(-1, rows)
+    pair = pair.truncated(r)
+    return pair.A, pair.B
+
+
+def conv_from_peft(pair: Pair) -> tuple[Tensor, Tensor]:
+    """Any pair of PEFT's for a Conv2d, A (r, in, n, n) and B (out, r, 1, 1), -> loralib's tensors at the same rank."""
+    r, channels, n, _ = pair.A.shape
+    return pair.A.reshape(r * n, channels * n), torch.kron(pair.B[:, :, 0, 0], torch.eye(n))
+
+
+def layer_pairs(
+    path: str, facts: Facts, segments: Mapping[str, int] | None, lora_A: Tensor, lora_B: Tensor
+) -> dict[str, Pair]:
+    """One layer's tensors -> path -> pair of each module that it is in PEFT's file.
+
+    Args:
+        segments: name -> width: as the separate modules that a fused layer stands for; None: as the one module it is.
+            A plain ``Linear`` on a fused matrix acts on all segments through one A: each gets a copy.
+    """
+    if segments is None:
+        return {path: to_peft(facts, lora_A, lora_B)}
+    names = _separate(path, facts, segments)
+    widths = [segments[name] for name in names.values()]
+    merged = facts["class"] == "MergedLinear"
+    As = lora_A.split(facts["r"]) if merged else [lora_A] * len(names)
+    return {at: Pair(A, B) for at, A, B in zip(names, As, lora_B.split(widths), strict=True)}
+
+
+def layer_tensors(
+    path: str, facts: Facts, segments: Mapping[str, int] | None, pairs: Mapping[str, Pair]
+) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`layer_pairs`; padding is cut off."""
+    if segments is None:
+        return from_peft(facts, pairs[path])
+    parts = [pairs[at].truncated(facts["r"]) for at in _separate(path, facts, segments)]
+    A = torch.cat([pair.A for pair in parts]) if facts["class"] == "MergedLinear" else parts[0].A
+    return A, torch.cat([pair.B for pair in parts])
+
+
+def _separate(path: str, facts: Facts, segments: Mapping[str, int]) -> dict[str, str]:
+    """Path of each adapted segment as a module of its own -> its name."""
+    parent = path[: path.rfind(".") + 1]
+    enabled = facts["enable_lora"] if facts["class"] == "MergedLinear" else [True] * len(segments)
+    return {parent + name: name for name, on in zip(segments, enabled, strict=True) if on}
+
+
+def _spans(facts: Facts) -> list[tuple[int, int]]:
+    """Output rows of the enabled segments, in order."""
+    spans, start = [], 0
+    for width, enabled in zip(facts["segments"], facts["enable_lora"], strict=True):
+        if enabled:
+            spans.append((start, start + width))
+        start += width
+    return spans
+
+
+def _block_diagonal(facts: Facts, lora_B: Tensor) -> Tensor:
+    """(sum of enabled widths, r) -> (out, k r)."""
+    r, spans = facts["r"], _spans(facts)
+    B = lora_B.new_zeros(sum(facts["segments"]), r * len(spans))
+    blocks = lora_B.split([stop - start for start, stop in spans])
+    for i, ((start, stop), block) in enumerate(zip(spans, blocks, strict=True)):
+        B[start:stop, i * r : (i + 1) * r] = block
+    return B

@@ -23,13 +23,11 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.injection import fused_segments
-from ..model.layers import Conv2d
-from ..values import parse_json
-from .files import HEADER_KEY
-from .peft_config import PeftConfig, read_config
-from .peft_tensors import Pair, conv_from_peft, layer_pairs, layer_tensors
-from .tensor_files import read_pickled, read_safetensors
+from ..files import parse_json, read_pickled, read_safetensors
+from ..lora.inject import fused_segments
+from ..lora.layers import Conv2d
+from .adapter_file import HEADER_KEY
+from .peft_format import Pair, PeftConfig, conv_from_peft, layer_pairs, layer_tensors, read_config
 
 logger = logging.getLogger("phi3lora")
 

@@ -13,13 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..errors import DataError
-from ..values import is_count, is_one_of, shown
-from .bad_rows import BadRows
-from .building import IGNORE, Recipe
-from .cache import cache_key
+from ..errors import DataError, is_int, is_one_of, short_repr
+from .documents import IGNORE, Recipe, cache_key
 from .formats import check_columns, known_format
-from .sources import NumberedRow, find_source, read_rows
+from .rows import BadRows, NumberedRow, find_source, read_rows
 from .streaming import ChatStream
 from .template import ChatEncoder
 
@@ -107,10 +104,10 @@ class ChatDataset:
             >>> len(chats), chats.format
             (1, 'prompt_completion')
         """
-        _check(is_count(max_length, 2), "max_length", max_length, "a whole number >= 2")
+        _check(is_int(max_length, 2), "max_length", max_length, "a whole number >= 2")
         _check(is_one_of(overflow, OVERFLOW), "overflow", overflow, ", ".join(map(repr, OVERFLOW)))
         _check(isinstance(streaming, bool), "streaming", streaming, "True, False")
-        _check(is_count(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
+        _check(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
         check_columns(columns)
         name, bad = known_format(format), BadRows(on_bad_row)
         own = copy.deepcopy(tokenizer) if streaming else tokenizer  # a fast tokenizer is not for two threads
@@ -233,8 +230,8 @@ class ChatDataset:
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise DataError(f"{name}={shown(value)}; allowed: {allowed}")
+        raise DataError(f"{name}={short_repr(value)}; allowed: {allowed}")
 
 
 def _short(source: Any) -> str:
-    return shown(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"
+    return short_repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import DataError
-from ..values import is_one_of, is_text, parse_json, shown
+from ..errors import DataError, is_one_of, is_text, short_repr
+from ..files import parse_json
 
 Message = dict[str, Any]
 
@@ -44,7 +44,7 @@ def known_format(name: str) -> str:
     """``name`` as this file spells it; ``"auto"`` stays."""
     known = _NAMES.get(name, name) if isinstance(name, str) else None
     if known is None or (known != "auto" and known not in COLUMNS):
-        raise DataError(f"format={shown(name)}; allowed: 'auto', {', '.join(map(repr, COLUMNS))}")
+        raise DataError(f"format={short_repr(name)}; allowed: 'auto', {', '.join(map(repr, COLUMNS))}")
     return known
 
 
@@ -68,19 +68,19 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = No
 def _keys(row: Mapping[Any, Any]) -> str:
     """A row's keys, for a message."""
     more = f" and {len(row) - 20} more" if len(row) > 20 else ""
-    return (", ".join(shown(key, 60) for key in list(row)[:20]) or "(none)") + more
+    return (", ".join(short_repr(key, 60) for key in list(row)[:20]) or "(none)") + more
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
     """Raise for a name on the left of ``columns`` that no format has."""
     names = columns is None or (isinstance(columns, Mapping) and all(map(is_text, columns.values())))
     if not names:
-        raise DataError(f"columns={shown(columns)}; allowed: a dict of our column's name -> yours")
+        raise DataError(f"columns={short_repr(columns)}; allowed: a dict of our column's name -> yours")
     known = {c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed}
     for name in columns or {}:
         if name not in known:
             raise DataError(
-                f"columns={shown(dict(columns or {}))}: {shown(name)} is not one of {', '.join(sorted(known))}"
+                f"columns={short_repr(dict(columns or {}))}: {short_repr(name)} is not one of {', '.join(sorted(known))}"
             )
 
 
@@ -119,7 +119,7 @@ def _text(value: Any, number: int, what: str) -> str:
         if all(isinstance(part, str) for part in parts):
             return "".join(parts)  # type: ignore[arg-type]
     if not isinstance(value, str):
-        raise DataError(f"row {number}: {what} is {type(value).__name__} {shown(value, 60)}; allowed: text")
+        raise DataError(f"row {number}: {what} is {type(value).__name__} {short_repr(value, 60)}; allowed: text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -136,14 +136,14 @@ def _turns(value: Any, number: int, column: str) -> list[Mapping[str, Any]]:
                 f"row {number}: {column!r} is text but not JSON ({error}); allowed: a list of turns"
             ) from None
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"row {number}: {column!r} is {shown(value, 60)}; allowed: a list of turns (dicts)")
+        raise DataError(f"row {number}: {column!r} is {short_repr(value, 60)}; allowed: a list of turns (dicts)")
     return list(value)
 
 
 def _role(name: Any, number: int) -> str:
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"row {number}: role {shown(name, 60)}; allowed: {', '.join(_ROLES)}")
+        raise DataError(f"row {number}: role {short_repr(name, 60)}; allowed: {', '.join(_ROLES)}")
     return role
 
 
@@ -152,7 +152,7 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
     for turn in _turns(values["messages"], number, "messages"):
         message: Message = {
             "role": _role(turn.get("role"), number),
-            "content": _text(turn.get("content"), number, f"the content of role {shown(turn.get('role'), 60)}"),
+            "content": _text(turn.get("content"), number, f"the content of role {short_repr(turn.get('role'), 60)}"),
         }
         if any(not is_one_of(turn.get(name), _NOTHING) for name in ("tool_calls", "function_call")):
             raise DataError(
@@ -161,7 +161,7 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
         if turn.get("train") is not None:
             if not is_one_of(turn["train"], (0, 1)):  # True and False are 1 and 0
                 raise DataError(
-                    f"row {number}: 'train' of a message is {shown(turn['train'], 60)}; allowed: true, false"
+                    f"row {number}: 'train' of a message is {short_repr(turn['train'], 60)}; allowed: true, false"
                 )
             message["train"] = bool(turn["train"])
         messages.append(message)

@@ -17,11 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
-from ..values import is_count, shown
-from .bad_rows import BadRows
-from .building import NothingUsableError
-from .sources import NumberedRow, read_rows
+from ..errors import DataError, is_int, short_repr
+from .documents import NothingUsableError
+from .rows import BadRows, NumberedRow, read_rows
 
 if TYPE_CHECKING:
     from .dataset import ChatDataset
@@ -161,8 +159,8 @@ class ChatStream:
 
     @staticmethod
     def _check(rows: object) -> None:
-        if not is_count(rows, 1):
-            raise DataError(f"rows={shown(rows)}; allowed: a whole number >= 1")
+        if not is_int(rows, 1):
+            raise DataError(f"rows={short_repr(rows)}; allowed: a whole number >= 1")
 
 
 def _while(wanted: Callable[[], bool], rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:

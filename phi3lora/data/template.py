@@ -28,8 +28,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..errors import DataError
-from ..values import is_one_of, shown, told
+from ..errors import DataError, error_line, is_one_of, short_repr
 from .formats import Message
 
 TRAIN_ON = ("assistant", "last", "all")
@@ -68,7 +67,7 @@ class ChatEncoder:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"the tokenizer {name!r} is not a fast one: character offsets are needed")
         if not is_one_of(train_on, TRAIN_ON):
-            raise DataError(f"train_on={shown(train_on)}; allowed: {', '.join(map(repr, TRAIN_ON))}")
+            raise DataError(f"train_on={short_repr(train_on)}; allowed: {', '.join(map(repr, TRAIN_ON))}")
         self.tokenizer, self.train_on = tokenizer, train_on
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
         ordered = sorted(specials, key=lambda s: (-len(s), s))
@@ -136,7 +135,9 @@ class ChatEncoder:
         try:
             return self.tokenizer(texts, **options)
         except Exception as error:  # tokenizers raises this very class; transformers, for odd settings, any
-            raise DataError(f"the tokenizer cannot encode a chat: {told(error)}; is its folder damaged?") from error
+            raise DataError(
+                f"the tokenizer cannot encode a chat: {error_line(error)}; is its folder damaged?"
+            ) from error
 
     def _check(self, ids: list[int], trained: list[bool], number: int) -> None:
         """Something is trained, and every trained stretch of an assistant's ends by the end of its turn."""
@@ -197,7 +198,7 @@ class ChatEncoder:
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
         except Exception as error:  # a template is a program of the model's author's: it may raise anything
-            what = str(error) if isinstance(error, TemplateError) else told(error)
+            what = str(error) if isinstance(error, TemplateError) else error_line(error)
             raise DataError(f"row {number}: the chat template refuses the chat: {what}") from error
 
     def _closing(self, literal: str) -> re.Match[str] | None:

@@ -32,7 +32,7 @@ def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
         ('Phi3ForCausalLM', 'messages')
     """
     from ..data.dataset import ChatDataset
-    from ..model.loading import load_model
+    from ..model.load import load_model
 
     with _without_progress_bar():
         model, tokenizer = load_model(BASE, dtype="float32", device="cpu")

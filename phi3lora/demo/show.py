@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.active import disabled
-from ..adapters.files import save_adapter
+from ..adapters.adapter_file import save_adapter
+from ..adapters.named import disabled
 from ..config import LoraConfig, TrainingConfig
 from ..inference.generation import generate
-from ..model.injection import inject_lora
+from ..lora.inject import inject_lora
 from ..training.loop import train
 from . import FOLDER, load
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from ..data.dataset import ChatDataset
-from ..data.loader import batches
+from ..data.batches import batches
+from ..data.dataset import IGNORE, ChatDataset
 from ..data.streaming import ChatStream
-from ..errors import DataError
-from ..model.forward_pass import supervised_hidden_states
-from ..model.loading import longrope_boundary
+from ..errors import DataError, Phi3LoRAError
+from ..model.forward import supervised_hidden_states
+from ..model.load import longrope_boundary
 from ..model.loss import token_losses
-from .answers import answer_held_out, load_rouge
-from .modes import eval_mode
+from .generation import answers_to, eval_mode
 
 METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
 """What :func:`evaluate` always measures."""
@@ -90,3 +93,139 @@ def evaluate(
         assert isinstance(dataset, ChatDataset)
         found.update(score(answer_held_out(model, tokenizer, dataset, max_samples, max_new_tokens, batch_size)))
     return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# Held-out chats answered by the model itself: beside the reference, and scored by ROUGE.
+#
+# A dataset holds token ids, so prompt and reference come from a document's labels:
+#
+#     ids        <|user|> \n Hi <|end|> \n <|assistant|> \n Hello ! <|end|> \n <|endoftext|>
+#     labels         -    -  -   -      -       -        -   x   x    x     -       -
+#     prompt     ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+#     reference                                              ^^^^^^^                     the last stretch that is
+# trained
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One chat of a dataset, answered."""
+
+    prompt: str
+    """What the model was given, with its control tokens."""
+    reference: str
+    """The chat's own last trained turn."""
+    answer: str
+    """The model's."""
+
+
+class Answers(list[Answer]):
+    """Answers beside their references; ``print`` shows them one under the other."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            f"prompt     {_line(a.prompt, last=True)}\nreference  {_line(a.reference)}\nanswer     {_line(a.answer)}"
+            for a in self
+        )
+
+
+def sample_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: ChatDataset,
+    *,
+    count: int = 4,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+) -> Answers:
+    """Let the model answer some chats of a dataset, greedily, from what stands before their last trained turn.
+
+    Args:
+        model, tokenizer: the model, left as it is, and the tokenizer that the dataset was loaded with.
+        dataset: held-out chats. Those whose last turn was cut off by ``max_length`` are passed over.
+        count: the first so many.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: chats at a time.
+
+    Returns:
+        A list of prompt, reference and answer; ``print`` shows it.
+
+    Raises:
+        DataError: no chat that can be answered (``train_on="all"`` leaves no prompt).
+
+    Example:
+        >>> answers = p3.sample_answers(model, tokenizer, chats, count=2, max_new_tokens=16)
+        >>> len(answers), answers[0].reference.startswith("Thanks for asking!")
+        (2, True)
+    """
+    return answer_held_out(model, tokenizer, dataset, count, max_new_tokens, batch_size)
+
+
+def answer_held_out(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: ChatDataset,
+    count: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Answers:
+    """As :func:`sample_answers`; None counts all."""
+    if count is not None and not (isinstance(count, int) and count >= 1):
+        raise DataError(f"{count!r} answers; allowed: a whole number >= 1, or None for all")
+    chosen = list(itertools.islice(_split_documents(dataset), count))
+    if not chosen:
+        raise DataError(
+            f"none of the {len(dataset)} documents can be answered: each has no prompt before its last trained turn "
+            f"(train_on='all') or was cut within it (max_length={dataset.max_length})"
+        )
+    found = answers_to(model, tokenizer, [ids for ids, _ in chosen], max_new_tokens, batch_size, {"do_sample": False})
+    texts = (
+        (tokenizer.decode(prompt), tokenizer.decode(reference, skip_special_tokens=True).strip())
+        for prompt, reference in chosen
+    )
+    return Answers(Answer(*pair, answer) for pair, answer in zip(texts, found, strict=True))
+
+
+def _split_documents(dataset: ChatDataset) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of ``(prompt, reference)`` of each document that has both whole, the end of turn left off."""
+    rows: set[int] = set()
+    for i in range(len(dataset)):
+        continued = dataset.row_number(i) in rows  # a later part of a long row: its prompt is in the parts before
+        rows.add(dataset.row_number(i))
+        ids, labels = dataset.document(i)
+        trained = np.flatnonzero(labels != IGNORE)
+        end = int(trained[-1])
+        before = np.flatnonzero(labels[:end] == IGNORE)
+        if not continued and len(before) and ids[end] == dataset.end_of_turn_id:
+            start = int(before[-1]) + 1
+            yield ids[:start].tolist(), ids[start:end].tolist()
+
+
+def load_rouge() -> Callable[[Sequence[Answer]], dict[str, float]]:
+    """A function of answers: mean F-measures of ROUGE-1, -2 and -L (Lin 2004), and how many answers there were.
+
+    Raises:
+        Phi3LoRAError: ``rouge-score`` is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise Phi3LoRAError(f"rouge=True needs a package ({error}): pip install 'phi3lora[eval]'") from error
+    scorer = RougeScorer(list(ROUGE))
+
+    def score(answers: Sequence[Answer]) -> dict[str, float]:
+        scores = [scorer.score(a.reference, a.answer) for a in answers]
+        means = {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
+        return {**means, "n_answers": len(scores)}
+
+    return score
+
+
+def _line(text: str, last: bool = False, width: int = 200) -> str:
+    """On one line, cut to its first (``last``: last) ``width`` characters."""
+    flat = " ".join(text.split())
+    if len(flat) <= width:
+        return flat
+    return "..." + flat[3 - width :] if last else flat[: width - 3] + "..."

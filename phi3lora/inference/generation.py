@@ -11,8 +11,7 @@ from torch import nn
 
 from ..data.template import ChatEncoder
 from ..errors import DataError
-from ..model.loading import longrope_boundary, model_device
-from .modes import eval_mode
+from ..model.load import longrope_boundary, model_device
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -188,3 +187,23 @@ def _as_chats(prompt: Any, system: str | None) -> tuple[list[list[dict[str, Any]
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+# ----------------------------------------------------------------------------------------------------
+# A model in eval mode for a while.
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` without gradients, and every module's own mode back afterwards.
+
+    Layers that are compiled for training run as they are: other shapes would have them compiled again and again.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -60,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient(logits: Tensor, labels: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """The rows' summed cross-entropy, float32 (), and its gradient in the logits' dtype (n, V)."""
     if fused and logits.is_cuda and importlib.util.find_spec("triton") is not None:
-        from .passes.cross_entropy import cross_entropy_
+        from ..kernels.cross_entropy import cross_entropy_
 
         d_logits = logits.detach().contiguous()  # one pass over them; the gradient takes their place
         return cross_entropy_(d_logits, labels).sum(), d_logits

@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.functional import get_paged
 from torch import Tensor, nn
 
-from .late_values import LateValues
+from .logging import LateValues
 
 MIN_PAGED_NUMBERS = 100_000
 """Smaller tensors are not worth pages; bitsandbytes' own limit."""

@@ -31,12 +31,10 @@ import torch
 import transformers
 from torch import nn
 
-from ..adapters.durable import fsync
-from ..adapters.files import adapter_facts, load_adapter_state, read_adapter, save_adapter
-from ..adapters.tensor_files import read_pickled
+from ..adapters.adapter_file import adapter_facts, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
-from ..errors import AdapterError, CheckpointError
-from ..values import read_json, shown, told
+from ..errors import AdapterError, CheckpointError, error_line, short_repr
+from ..files import fsync, read_json, read_pickled
 from .optim import check_optimizer_state
 from .state import TrainingState
 
@@ -187,7 +185,7 @@ def damage(path: Path) -> str | None:
             if _sha256(path / name) != expected:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"no readable {_MANIFEST} ({told(error)})"
+        return f"no readable {_MANIFEST} ({error_line(error)})"
     return None
 
 
@@ -222,7 +220,7 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
     path = Path(wanted)
     why = damage(path) if path.is_dir() else "no such folder"
     if why is not None:
-        raise CheckpointError(f"cannot resume from {shown(str(path))}: {why}")
+        raise CheckpointError(f"cannot resume from {short_repr(str(path))}: {why}")
     return path
 
 
@@ -244,7 +242,7 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
     except CheckpointError:
         raise
     except _UNEXPECTED as error:
-        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {told(error)}") from error
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {error_line(error)}") from error
     tensors, _ = read_adapter(path / "lora.safetensors")
     load_adapter_state(run.model, tensors, str(path))
     try:
@@ -253,7 +251,9 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
         set_rng_state(generators)
         return state
     except _UNEXPECTED as error:
-        raise CheckpointError(f"the checkpoint {str(path)!r} does not hold what a run needs: {told(error)}") from error
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} does not hold what a run needs: {error_line(error)}"
+        ) from error
 
 
 def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
@@ -262,17 +262,17 @@ def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
     changes = _changes(about, run)
     dropout = [config.get("lora_dropout") for config in (facts.get("config") or {}, ours.get("config") or {})]
     if dropout[0] != dropout[1]:
-        changes.append(f"lora_dropout {shown(dropout[0])} then, {dropout[1]!r} now")
+        changes.append(f"lora_dropout {short_repr(dropout[0])} then, {dropout[1]!r} now")
     if changes and run.config.resume_with_changes:
         logger.warning("resuming %s although it is of another run: %s", path, "; ".join(changes))
         changes = []
     if about["config"].get("optim") != run.config.optim:  # whose state cannot be another's
-        changes.append(f"optim {shown(about['config'].get('optim'))} then, {run.config.optim!r} now")
+        changes.append(f"optim {short_repr(about['config'].get('optim'))} then, {run.config.optim!r} now")
     if facts["layers"] != ours["layers"]:
         names = [n for n in {**facts["layers"], **ours["layers"]} if facts["layers"].get(n) != ours["layers"].get(n)]
         first = names[0]
         then, now = facts["layers"].get(first), ours["layers"].get(first)
-        changes.append(f"adapters of {len(names)} layers, {first}: {shown(then)} then, {shown(now)} now")
+        changes.append(f"adapters of {len(names)} layers, {first}: {short_repr(then)} then, {short_repr(now)} now")
     if changes:
         raise CheckpointError(
             f"{str(path)!r} is a checkpoint of another run: {'; '.join(changes)}. Resume with what it was made with, "
@@ -283,21 +283,21 @@ def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
 def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
     """What of the settings, the data, the base and the versions is not as it was."""
     changes = [
-        f"{name} {shown(about['config'].get(name))} then, {value!r} now"
+        f"{name} {short_repr(about['config'].get(name))} then, {value!r} now"
         for name, value in run.config.to_dict().items()
         if name not in _MAY_CHANGE and name != "optim" and about["config"].get(name) != value
     ]
     changes += [
-        f"{name} of the data {shown(about['data'].get(name))} then, {value!r} now"
+        f"{name} of the data {short_repr(about['data'].get(name))} then, {value!r} now"
         for name, value in run.data.items()
         if about["data"].get(name) != value
     ]
     if about["base_dtype"] != run.base_dtype:
-        changes.append(f"base weights {shown(about['base_dtype'])[1:-1]} then, {run.base_dtype} now")
+        changes.append(f"base weights {short_repr(about['base_dtype'])[1:-1]} then, {run.base_dtype} now")
     for package, now in _versions().items():
         then = about.get("versions", {}).get(package, now)
         if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version
-            changes.append(f"{package} {shown(then)[1:-1]} then, {now} now")
+            changes.append(f"{package} {short_repr(then)[1:-1]} then, {now} now")
     return changes
 
 

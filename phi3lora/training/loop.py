@@ -12,28 +12,34 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks.doctor import problems
+from ..checks.planned_run import PlannedRun
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..data.streaming import ChatStream, documents_at_hand
+from ..lora.base_weight import base_format
 from ..model.activations import activation_checkpointing
-from ..model.flops import flops_per_token, mean_context_tokens
-from ..model.frozen import base_format
-from ..model.loading import model_device
+from ..model.estimate import flops_per_token, mean_context_tokens
+from ..model.load import model_device
 from .checkpoint import Resumable, find_checkpoint, load_checkpoint
-from .checks.planned_run import PlannedRun
 from .distributed import World
 from .interrupts import Interrupts
+from .logging import Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
-from .out_of_memory import explained
-from .output_dir import claim_output_dir, locked
-from .precision import resolve_precision
 from .prefetch import prefetched_steps
-from .preflight import problems
-from .report import Reporter, draw_loss
 from .run import Run
-from .setup import banner_facts, check_run, layer_path, resolve_checkpointing, resolve_plans
+from .setup import (
+    banner_facts,
+    check_run,
+    claim_output_dir,
+    explained,
+    layer_path,
+    locked,
+    resolve_checkpointing,
+    resolve_plans,
+)
 from .state import TrainingState
-from .step import OptimizerStep, training_mode
+from .step import OptimizerStep, resolve_precision, training_mode
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from ..config import TrainingConfig
-from ..errors import TrainingError
-from ..model.injection import lora_layers
-from ..model.layers import Embedding
-from ..values import is_number
+from ..errors import TrainingError, is_number
+from ..lora.inject import lora_layers
+from ..lora.layers import Embedding
 
 logger = logging.getLogger("phi3lora")
 

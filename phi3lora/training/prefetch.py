@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.ahead import prefetched
+from ..data.prefetch import prefetched
+from .plan import StepPlan, StepRows
 from .state import TrainingState
-from .steps import StepPlan, StepRows
 
 _STEPS_AHEAD = 2
 

@@ -13,24 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.files import load_adapter_state, read_adapter
+from ..adapters.adapter_file import load_adapter_state, read_adapter
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..errors import CheckpointError, TrainingError
 from ..inference.evaluation import evaluate
-from ..model.flops import peak_flops
-from ..model.loading import model_device
-from ..model.memory import MemoryPlan
-from .callbacks import HOOKS
+from ..model.estimate import MemoryPlan, peak_flops
+from ..model.load import model_device
 from .checkpoint import Resumable, rotate, save_checkpoint
 from .distributed import World
 from .interrupts import Interrupts
-from .late_values import LateValues
-from .precision import Precision
-from .report import Reporter
-from .state import TrainingState
-from .step import OptimizerStep, StepOutcome
-from .steps import StepPlan, StepRows, is_due
+from .logging import LateValues, Reporter
+from .plan import StepPlan, StepRows, is_due
+from .state import HOOKS, TrainingState
+from .step import OptimizerStep, Precision, StepOutcome
 
 logger = logging.getLogger("phi3lora")
 

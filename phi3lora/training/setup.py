@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import TrainingConfig
+from ..data.batches import BatchPlan
 from ..data.dataset import ChatDataset
-from ..data.loader import BatchPlan
 from ..data.streaming import ChatStream, documents_at_hand
-from ..errors import DataError, TrainingError
+from ..errors import CheckpointError, DataError, TrainingError
 from ..inference.evaluation import METRICS
+from ..kernels.decoder import reason_not_to_fuse
+from ..lora.base_weight import base_format, count_parameters
+from ..lora.inject import lora_layers
 from ..model.attention import use_packed_attention
-from ..model.four_bit import count_parameters
-from ..model.frozen import base_format
-from ..model.fused_decoder import reason_not_to_fuse
-from ..model.injection import lora_layers
-from ..model.loading import longrope_boundary, longrope_note, model_device
-from ..model.memory import MemoryPlan, plan_memory
+from ..model.estimate import MemoryPlan, plan_memory
+from ..model.load import longrope_boundary, longrope_note, model_device
+from .checkpoint import checkpoints
 from .distributed import require_one_process
+from .logging import check_trackers
 from .optim import optimizer_bytes, warmup_steps
-from .precision import Precision
+from .plan import StepPlan
 from .state import TrainingState
-from .steps import StepPlan
-from .trackers import check_trackers
+from .step import Precision
 
 
 def check_run(
@@ -210,3 +217,116 @@ def banner_facts(
         "longrope": longrope_note(model_config) if plan.boundary else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+# ----------------------------------------------------------------------------------------------------
+# A run's folder belongs to one run at a time, and to one run's checkpoints.
+#
+# The lock is the operating system's (flock, on the folder itself): it goes with the process, also one that is killed,
+# so
+# no stale lock is ever left behind.
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two runs in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("phi3lora")
+
+
+@contextmanager
+def locked(output_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the folder for the time of the block; it is made where it is missing, and goes again if nothing came.
+
+    Raises:
+        CheckpointError: another run holds it, in this process or another; it cannot be written.
+    """
+    folder = Path(output_dir)
+    missing = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"output_dir={str(folder)!r} cannot be written: {error}; take another folder") from error
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks
+        if missing and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"output_dir={str(folder)!r} is in use by another run; wait for it, stop it, or take another folder"
+        ) from None
+    except OSError as error:
+        logger.warning("no lock on %s (%s): a second run in it would not be noticed", folder, error)
+
+
+def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
+    """Refuse a folder with another run's checkpoints, or clear it if ``overwrite_output_dir`` says so."""
+    for leftover in Path(config.output_dir).glob(".checkpoint-*.tmp"):  # of a save that was killed
+        shutil.rmtree(leftover)
+    found = check_output_dir(config, resuming)
+    for path in found:
+        shutil.rmtree(path)
+    if found:
+        (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def check_output_dir(config: TrainingConfig, resuming: bool = False) -> list[Path]:
+    """Another run's checkpoints, which ``overwrite_output_dir`` lets a new run delete; without it they are an error."""
+    found = checkpoints(config.output_dir)
+    if resuming or config.resume_from_checkpoint:
+        return []
+    if found and not config.overwrite_output_dir:
+        raise CheckpointError(
+            f"output_dir={config.output_dir!r} holds another run's checkpoints ({found[0].name} the newest); "
+            f"set resume_from_checkpoint=True to go on with it, overwrite_output_dir=True to delete them, or take "
+            f"another folder"
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# CUDA out of memory, in words: what was wanted, what there was, and the setting to change.
+
+
+@contextmanager
+def explained(config: TrainingConfig, mode: str, plan: MemoryPlan) -> Iterator[None]:
+    """Turn torch's error inside the block into a :class:`TrainingError` that says the way out.
+
+    Args:
+        config: of the run.
+        mode: the activation checkpointing that is on.
+        plan: what each mode was predicted to take.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        wanted = str(error).partition("\n")[0]
+        raise TrainingError(f"{wanted} Predicted peak by mode: {plan}. {_way_out(config, mode)}") from error
+
+
+def _way_out(config: TrainingConfig, mode: str) -> str:
+    ways = []
+    if mode in ("none", "selective"):
+        ways.append('activation_checkpointing="full" (or "auto")')
+    if mode != "offload":
+        ways.append('activation_checkpointing="offload"')
+    rows, half = config.per_device_train_batch_size, config.per_device_train_batch_size // 2
+    if half:
+        steps = config.gradient_accumulation_steps * rows // half
+        ways.append(f"per_device_train_batch_size={half}, gradient_accumulation_steps={steps} (the same step)")
+    ways.append("a shorter max_length")
+    ways.append('load_model(..., base_precision="nf4")')
+    return f"Now: activation_checkpointing={mode!r}, {rows} rows. Ways out: {'; '.join(ways)}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from ..values import is_count, is_number, is_path, is_text, shown
+from ..errors import is_int, is_number, is_path, is_text, short_repr
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TrainingState:
         state = {name: value for name, value in values.items() if name in known}
         for name, value in state.items():
             if not _may_be(name, value, known[name]):
-                raise ValueError(f"{name} is {shown(value)}")
+                raise ValueError(f"{name} is {short_repr(value)}")
         return cls(**state)
 
 
@@ -79,7 +79,7 @@ def _may_be(name: str, value: Any, default: Any) -> bool:
     if name == "best_checkpoint":
         return value is None or (is_path(value) and PurePath(value).name == value)
     if isinstance(default, int):
-        return is_count(value, 0)
+        return is_int(value, 0)
     if name in ("best_metric", "best_checkpoint_metric") and isinstance(value, float):
         return True  # NaN too: a metric may be
     return value is None if default is None and not is_number(value) else is_number(value)
@@ -91,4 +91,34 @@ def _is_line(line: Any) -> bool:
         return False
     numbers = {name: value for name, value in line.items() if name == "loss" or str(name).startswith("eval_")}
     known = all(value is None or is_number(value) for value in numbers.values())
-    return known and (not numbers or is_count(line.get("step"), 0))
+    return known and (not numbers or is_int(line.get("step"), 0))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hooks into a run. Subclass and override what you need; ``state.should_stop = True`` ends the run after the step.
+
+
+class Callback:
+    """Every hook does nothing. ``train(..., callbacks=[...])`` takes any objects that have some of them."""
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        """Before the first step, after a resume."""
+
+    def on_step_end(self, state: TrainingState) -> None:
+        """After each optimizer step and what was due at it."""
+
+    def on_log(self, state: TrainingState, line: dict[str, Any]) -> None:
+        """After a line of ``metrics.jsonl``; on a GPU some steps after the one it speaks of."""
+
+    def on_evaluate(self, state: TrainingState, metrics: dict[str, float]) -> None:
+        """After an evaluation."""
+
+    def on_save(self, state: TrainingState, path: Path) -> None:
+        """After a checkpoint is on disk."""
+
+    def on_train_end(self, state: TrainingState) -> None:
+        """After the last step, also of an interrupted run."""
+
+
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+"""The hooks' names."""

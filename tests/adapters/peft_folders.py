@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import phi3lora as p3
-from phi3lora.adapters.files import adapter_facts
+from phi3lora.adapters.adapter_file import adapter_facts
 
 IDS = torch.arange(10, 40)[None]
 MEMBERS = {"multi-head": {"num_key_value_heads": 4}, "grouped-query": {}, "tied": {"tie_word_embeddings": True}}
@@ -52,7 +52,7 @@ def unequal_model(changes: dict | None = None):
     facts[LAYER + "self_attn.qkv_proj"] |= {"r": 5, "lora_alpha": 5 * 2 * 1.3}
     facts[LAYER + "mlp.gate_up_proj"] |= {"r": 4, "lora_alpha": 3, "use_rslora": True}
     model = base_model(changes)
-    p3.model.injection.inject_layers(model, facts, p3.LoraConfig(r=3, lora_alpha=6))
+    p3.lora.inject.inject_layers(model, facts, p3.LoraConfig(r=3, lora_alpha=6))
     randomize_adapters(model)
     return model
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import phi3lora as p3
-from phi3lora.adapters.files import adapter_facts
+from phi3lora.adapters.adapter_file import adapter_facts
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SUBSETS = [list(names) for n in range(1, 8) for names in itertools.combinations(NAMES, n)]

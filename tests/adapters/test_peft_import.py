@@ -25,7 +25,7 @@ from torch import nn
 
 import phi3lora as p3
 from phi3lora.errors import AdapterError, ModelError, Phi3LoRAError
-from phi3lora.model.injection import lora_layers
+from phi3lora.lora.inject import lora_layers
 
 # --- What PEFT writes
 

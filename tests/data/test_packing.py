@@ -9,7 +9,7 @@ from conftest import token_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3lora.data.packing import collate, document_order, epoch_rows, pack
+from phi3lora.data.batches import collate, document_order, epoch_rows, pack
 from phi3lora.errors import DataError
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -118,7 +118,7 @@ def test_long_documents_do_not_all_come_first():
 
 
 def test_documents_of_different_windows_share_no_row(monkeypatch):
-    monkeypatch.setattr("phi3lora.data.packing._WINDOW", 10)
+    monkeypatch.setattr("phi3lora.data.batches._WINDOW", 10)
     rows = rows_of([3] * 35, 9)
     window = {int(i): at // 10 for at, i in enumerate(document_order(35, 0, 0))}
     assert all(len({window[i] for i in row}) == 1 for row in rows)

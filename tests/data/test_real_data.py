@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import make_tokenizer
 
+from phi3lora.data.batches import batches
 from phi3lora.data.dataset import ChatDataset
-from phi3lora.data.loader import batches
 from phi3lora.errors import DataError
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "data"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import phi3lora as p3
-from phi3lora.adapters import merging
+from phi3lora.adapters import merge as merging
 
 
 class Asked:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 import kernel_check
 
 WHOLE = """
@@ -35,6 +35,6 @@ def test_a_layer_s_passes_are_recorded_and_launched_again_afterwards():
     found = kernel_check.record_steps("width-64", 8)
     names = {launch.kernel.fn.__name__ for launch in found.values()}
     assert {"_norm_forward", "_norm_backward", "_rotary_forward", "_swiglu_backward", "_low_rank_gradients"} <= names
-    from phi3lora.model.passes import launch, norm
+    from phi3lora.kernels import launch, norm
 
     assert norm.launch is launch.launch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "layer_speed.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "layer_speed.py"
 
 
 def test_it_prints_a_row_for_each_layer(monkeypatch, capsys):

@@ -11,7 +11,7 @@ import pytest
 from stand_ins import stand_in
 
 import phi3lora as p3
-from phi3lora.adapters import publish
+from phi3lora.adapters import hub as publish
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("inference_and_finetuning", "finetune_lora_hub", "finetune_qlora_hub")

@@ -12,7 +12,7 @@ from conftest import adapted_model, chat_dataset, quiet_config, tiny_model
 from damage import wild_value
 
 import phi3lora as p3
-from phi3lora.foreign_names import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
+from phi3lora.compat import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
 
 _NUMBERS = (1, 2, 3, 0.1, 0.5, 0.999999, 1e-9, 1e9, 10**6, 10**12, 2**31, 2**63, 1e300, 10**30, 65536, -1, 0, 1.0, 1e18)
 _WORDS = (

@@ -35,7 +35,7 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config
 
 import phi3lora as p3
-from phi3lora.adapters import files
+from phi3lora.adapters import adapter_file as files
 from phi3lora.training.checkpoint import checkpoints, damage, newest_good_checkpoint
 
 LIMIT = 2  # save_total_limit

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bad_inputs
 
 import phi3lora as p3
-from phi3lora.adapters import files
+from phi3lora.adapters import adapter_file as files
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists() or torch.cuda.is_available(),
@@ -90,7 +90,7 @@ def test_a_reader_that_lets_a_json_error_through_is_found(monkeypatch):
     monkeypatch.setattr(files, "_is_facts", lambda value: True)
     kinds = {name: kind for name, kind in bad_inputs.all_kinds().items() if name == "adapter pt"}
     report = bad_inputs.run(kinds, 150, seed=2, workers=1)
-    assert report.unhandled and all("files.py" in line or "injection.py" in line for line in report.unhandled)
+    assert report.unhandled and all("adapter_file.py" in line or "inject.py" in line for line in report.unhandled)
 
 
 def test_an_input_is_the_same_each_time(tmp_path):

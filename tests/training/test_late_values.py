@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phi3lora.training.late_values import LateValues
+from phi3lora.training.logging import LateValues
 
 
 class Copy:

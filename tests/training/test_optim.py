@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import phi3lora as p3
-from phi3lora.training.optim import (
-    build_optimizer,
-    learning_rate,
-    parameter_groups,
-    set_learning_rate,
-    warmup_steps,
-)
+from phi3lora.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate, warmup_steps
 
 
 def reference(kind, warmup, total):

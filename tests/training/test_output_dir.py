@@ -12,11 +12,11 @@ import pytest
 from conftest import adapted_model, chat_dataset, quiet_config
 
 import phi3lora as p3
-from phi3lora.training.output_dir import locked
+from phi3lora.training.setup import locked
 
 HOLD = """
 import sys
-from phi3lora.training.output_dir import locked
+from phi3lora.training.setup import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

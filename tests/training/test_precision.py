@@ -7,7 +7,7 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
 
 import phi3lora as p3
-from phi3lora.training.precision import has_instructions, resolve_precision
+from phi3lora.training.step import has_instructions, resolve_precision
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

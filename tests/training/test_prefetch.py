@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import phi3lora as p3
-from phi3lora.data.loader import BatchPlan
+from phi3lora.data.batches import BatchPlan
 from phi3lora.errors import DataError
+from phi3lora.training.plan import StepPlan
 from phi3lora.training.prefetch import pinned, prefetched, prefetched_steps
 from phi3lora.training.state import TrainingState
-from phi3lora.training.steps import StepPlan
 
 CPU = torch.device("cpu")
 

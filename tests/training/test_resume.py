@@ -20,7 +20,7 @@ from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, sam
 
 import phi3lora as p3
 from phi3lora.training import checkpoint
-from phi3lora.training.late_values import LateValues
+from phi3lora.training.logging import LateValues
 
 # 24 documents in 22 rows of 64 tokens; 2 rows x 2 a step: 6 steps an epoch, the last of fewer micro-batches
 RUN = {

@@ -7,10 +7,10 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
 
 import phi3lora as p3
-from phi3lora.training.output_dir import claim_output_dir
 from phi3lora.training.setup import (
     banner_facts,
     check_run,
+    claim_output_dir,
     layer_path,
     resolve_checkpointing,
     resolve_plans,
@@ -145,7 +145,7 @@ def test_a_folder_without_checkpoints_is_anybodys(tmp_path):
 def test_the_memory_plan_counts_the_state_of_the_optimizer_at_hand():
     model = adapted_model()
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    precision = p3.training.precision.resolve_precision(quiet_config("there"), model, torch.device("cpu"))
+    precision = p3.training.step.resolve_precision(quiet_config("there"), model, torch.device("cpu"))
 
     def planned_bytes(optim):
         config = quiet_config("there", optim=optim)
@@ -158,7 +158,7 @@ def test_the_memory_plan_counts_the_state_of_the_optimizer_at_hand():
 
 def facts(**settings):
     model, dataset, config = adapted_model(), chat_dataset(), quiet_config("there", **settings)
-    precision = p3.training.precision.resolve_precision(config, model, torch.device("cpu"))
+    precision = p3.training.step.resolve_precision(config, model, torch.device("cpu"))
     path = layer_path(model, config, precision)
     steps = resolve_plans(model, dataset, config, path[0])
     memory = resolve_checkpointing(model, dataset, config, path[0], precision)
@@ -198,7 +198,7 @@ def test_the_banner_says_what_was_resolved():
 )
 def test_how_the_layers_are_computed_and_why(settings, path):
     model, config = adapted_model(), quiet_config("unused", **settings)
-    precision = p3.training.precision.resolve_precision(config, model, torch.device("cpu"))
+    precision = p3.training.step.resolve_precision(config, model, torch.device("cpu"))
     assert layer_path(model, config, precision) == path
 
 

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
 
-from phi3lora.data.loader import BatchPlan
-from phi3lora.data.packing import collate
+from phi3lora.data.batches import BatchPlan, collate
 from phi3lora.training import step as step_module
 from phi3lora.training.optim import build_optimizer
-from phi3lora.training.precision import resolve_precision
-from phi3lora.training.step import OptimizerStep
+from phi3lora.training.step import OptimizerStep, resolve_precision
 
 DATA = chat_dataset(12)
 UNEQUAL = sorted(range(12), key=lambda i: (DATA.document(i)[1][1:] != -100).sum())  # few supervised tokens first

@@ -12,9 +12,9 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config, same_tensors
 
 import phi3lora as p3
-from phi3lora.training.callbacks import Callback
-from phi3lora.training.precision import resolve_precision
 from phi3lora.training.setup import plan_step_memory
+from phi3lora.training.state import Callback
+from phi3lora.training.step import resolve_precision
 
 ROWS = chat_rows(23)
 

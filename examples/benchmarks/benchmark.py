@@ -1,0 +1,237 @@
+"""Speed and memory of LoRA training at Phi-3-mini's shape, through ``phi3lora.train`` itself, on this machine's GPU.
+
+    python examples/benchmarks/benchmark.py                    # every mode, each in its own process
+    python examples/benchmarks/benchmark.py bf16 chat-bf16     # some of them
+    python examples/benchmarks/benchmark.py --peers            # and what else could do the same work, see peers.py
+
+Weights and token ids are random: speed does not depend on them. r = 16 on all four projections; 4 rows of 2,048 tokens
+a step, every token trained, as ``docs/performance.md`` says. Times are of whole optimizer steps, loader and optimizer
+included, by CUDA events at the ends of steps; the median of the steps after warm-up is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import phi3lora as p3
+from phi3lora.lora.base_weight import quantize_base
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "phi-3-mini": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+                   "num_key_value_heads": 32, "vocab_size": 32064, "sliding_window": 2047},
+    "phi-4": {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
+              "num_key_value_heads": 10, "vocab_size": 100352},
+}  # fmt: skip
+SHAPES["phi-3-mini-128k"] = {
+    **SHAPES["phi-3-mini"], "sliding_window": None, "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096,
+                        "short_factor": [1.0] * 48, "long_factor": [16.0] * 48},
+}  # fmt: skip
+ROWS, ROW_TOKENS = 4, 2048
+MODES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"base_precision": "fp8"},
+    "bf16-selective": {"activation_checkpointing": "selective"},
+    "bf16-full": {"activation_checkpointing": "full"},
+    "bf16-offload": {"activation_checkpointing": "offload"},
+    "nf4": {"base_precision": "nf4"},
+    "nf4-offload": {"base_precision": "nf4", "activation_checkpointing": "offload"},
+    "nf4-1-row": {"base_precision": "nf4", "activation_checkpointing": "offload", "rows": 1},
+    "phi-4-nf4-1-row": {"base_precision": "nf4", "activation_checkpointing": "offload", "rows": 1, "shape": "phi-4"},
+    "nf4-65536": {
+        "base_precision": "nf4",
+        "activation_checkpointing": "offload",
+        "rows": 1,
+        "row_tokens": 65536,
+        "shape": "phi-3-mini-128k",
+    },
+    "fp8-full": {"activation_checkpointing": "full", "base_precision": "fp8"},
+    "chat-bf16": {"chat": True},
+    "chat-fp8": {"chat": True, "base_precision": "fp8"},
+    "bf16-dropout": {"lora_dropout": 0.05},
+    "bf16-auto": {"activation_checkpointing": "auto"},
+    "bf16-compiled": {"compile": True},
+    "bf16-plain": {"compile": False},
+}
+
+
+def random_model(shape: str) -> Any:
+    """A ``Phi3ForCausalLM`` of a family member's shape with random bf16 weights, on the GPU."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(**{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, **SHAPES[shape]})
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cuda")
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.02)
+        else:
+            parameter.data.fill_(1.0)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
+    return model.eval()
+
+
+def random_chats(documents: list[int], vocabulary: int, row_tokens: int = ROW_TOKENS) -> p3.ChatDataset:
+    """A dataset of documents of the given lengths, every token trained."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, sum(documents), dtype=np.int32)
+    return p3.ChatDataset(
+        ids, ids.copy(), np.concatenate([[0], np.cumsum(documents)]), max_length=row_tokens, pad_token_id=0,
+        end_of_turn_id=0, format="random", rows=np.arange(len(documents)) + 1,
+        truncated=np.zeros(len(documents), dtype=bool),
+    )  # fmt: skip
+
+
+def document_lengths(chat: bool, steps: int, rows: int = ROWS, row_tokens: int = ROW_TOKENS) -> list[int]:
+    """Full rows; or chats, lognormal with median 350 tokens and sigma 0.8, cut to 32..2048."""
+    if not chat:
+        return [row_tokens] * (rows * steps)
+    generator, lengths = np.random.default_rng(0), []
+    while sum(lengths) < 1.05 * ROWS * ROW_TOKENS * steps:
+        lengths.append(int(np.clip(generator.lognormal(np.log(350), 0.8), 32, ROW_TOKENS)))
+    return lengths
+
+
+class StepTimes(p3.Callback):
+    """An event at the end of each step; the device is not made to wait."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first_step_s = 0.0
+        self.events: list[tuple[torch.cuda.Event, int]] = []
+
+    def on_step_end(self, state: Any) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append((event, state.tokens_seen))
+        if len(self.events) == 1:
+            torch.cuda.synchronize()
+            self.first_step_s = time.perf_counter() - self.started
+
+    def tokens_per_s(self, warmup: int) -> float:
+        torch.cuda.synchronize()
+        steps = list(zip(self.events[warmup:], self.events[warmup + 1 :], strict=False))
+        return statistics.median(1000 * (b - a) / e.elapsed_time(f) for (e, a), (f, b) in steps)
+
+
+@contextmanager
+def profiled(folder: str | None, mode: str) -> Iterator[None]:
+    """With a folder: the milliseconds of every kernel, all steps added up, in ``folder/mode.txt``."""
+    if folder is None:
+        yield
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        yield
+        torch.cuda.synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda k: -k.device_time_total)
+    lines = [f"{k.device_time_total / 1000:10.2f} ms {k.count:7}  {k.key[:150]}" for k in kernels]
+    Path(folder, f"{mode}.txt").write_text("\n".join(lines))
+
+
+def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> dict[str, Any]:
+    """One mode in this process."""
+    options = dict(MODES[mode])
+    chat, dropout = options.pop("chat", False), options.pop("lora_dropout", 0.0)
+    rows, row_tokens = options.pop("rows", ROWS), options.pop("row_tokens", ROW_TOKENS)
+    model = random_model(options.pop("shape", "phi-3-mini"))
+    precision = options.pop("base_precision", None)
+    if precision is not None:
+        quantize_base(model, precision)
+    p3.inject_lora(model, p3.LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout))
+    lengths = document_lengths(chat, steps, rows, row_tokens)
+    chats = random_chats(lengths, model.config.vocab_size, row_tokens)
+    torch.cuda.reset_peak_memory_stats()
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        config = p3.TrainingConfig(
+            output_dir=folder, per_device_train_batch_size=rows, max_steps=steps, save_strategy="no", bf16=True,
+            logging_steps=10, log_level="error", disable_tqdm=True, **options,
+        )  # fmt: skip
+        with profiled(profile, mode):
+            result = p3.train(model, chats, config, callbacks=[times])
+    from phi3lora.model.estimate import flops_per_token, peak_flops
+
+    speed = times.tokens_per_s(warmup)
+    context = float((chats.lengths.astype(float) ** 2).sum() / (2 * chats.lengths.sum()))
+    flops = flops_per_token(model, context) * speed
+    peak = peak_flops(torch.device("cuda"))
+    return {
+        "mode": mode,
+        "tok_per_s": round(speed),
+        "tflops": round(flops / 1e12),
+        "mfu": round(flops / peak, 3) if peak else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "first_step_s": round(times.first_step_s, 1),
+        "loss": round(result.metrics["train_loss"], 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modes", nargs="*", default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warmup", type=int, default=8, help="steps before the measured ones")
+    parser.add_argument("--limit-s", type=float, default=180, help="of one mode's process")
+    parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times there (slows the host)")
+    parser.add_argument(
+        "--peers", action="store_true", help="run examples/benchmarks/peers.py beside it, in the same call"
+    )
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    unknown = set(options.modes) - set(MODES)
+    if unknown:
+        parser.error(f"unknown mode {', '.join(sorted(unknown))}; allowed: {', '.join(MODES)}")
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed")
+    if options.in_process:
+        print(json.dumps(measure(options.modes[0], options.steps, options.warmup, options.profile)))
+        return 0
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print("mode                     tok/s  TFLOP/s    MFU   peak GiB   first step s    loss")
+    profile = ["--profile", options.profile] if options.profile else []
+    for mode in options.modes:
+        command = [sys.executable, __file__, mode, "--in-process", "--steps", str(options.steps)]
+        try:
+            done = subprocess.run(
+                [*command, "--warmup", str(options.warmup), *profile],
+                capture_output=True,
+                text=True,
+                timeout=options.limit_s,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{mode:<20} ran past {options.limit_s:.0f} s", flush=True)
+            continue
+        if done.returncode:
+            print(
+                f"{mode:<20} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}",
+                flush=True,
+            )
+            print(done.stderr[-3000:], file=sys.stderr)
+            continue
+        r = json.loads(done.stdout.strip().splitlines()[-1])
+        print(
+            f"{mode:<20} {r['tok_per_s']:>9,} {r['tflops']:>8} {r['mfu'] or '':>6} {r['peak_gib']:>10} "
+            f"{r['first_step_s']:>14} {r['loss']:>7}",
+            flush=True,
+        )
+    if options.peers:
+        peers = [sys.executable, str(Path(__file__).with_name("peers.py")), "--steps", str(options.steps)]
+        return subprocess.run([*peers, "--warmup", str(options.warmup)]).returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""What else could train the same model on this GPU, measured as ``benchmark.py`` beside it measures phi3lora.
+
+    python examples/benchmarks/peers.py                 # every peer, each in its own process; prints a markdown table
+    python examples/benchmarks/peers.py peft chat-peft       # some of them
+
+The same random model of Phi-3-mini's shape with bf16 weights, r = 16 on all four projections, no dropout, 4 x 2,048
+tokens a step, every token trained, fused AdamW. A peer is Hugging Face's ``Trainer`` with its own defaults (sdpa
+attention, to which 2,048 tokens in Phi-3-mini's window of 2,047 give a mask) around adapters of another make:
+``peft``'s, or loralib's layers swapped in as they are, the fused projections as ``lora.MergedLinear``. Adapters are
+float32 in all of them, products run in bf16 under autocast.
+
+``chat`` peers take 4 documents of ``benchmark.document_lengths`` a step, padded to the longest, since ``Trainer`` packs
+nothing by itself; only real tokens are counted. tok/s is the median over the steps after warm-up, by CUDA events at the
+ends of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from benchmark import ROW_TOKENS, ROWS, document_lengths, random_model
+from torch import Tensor, nn
+
+TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+TINY_TOKENS = 16
+"""Of a document with ``--tiny``, which tests this file where there is no GPU."""
+
+
+def adapt_by_peft(model: nn.Module) -> nn.Module:
+    """``peft``'s wrapper around the model."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def adapt_by_loralib(model: nn.Module) -> nn.Module:
+    """The model with loralib's own layers in the place of the four projections of every block."""
+    import loralib
+
+    segments = {"qkv_proj": [True] * 3, "gate_up_proj": [True] * 2}
+    projections = [(path, module) for path, module in model.named_modules() if path.rpartition(".")[2] in TARGETS]
+    for path, base in projections:
+        parent, _, name = path.rpartition(".")
+        merged = {"enable_lora": segments[name]} if name in segments else {}
+        layer = (loralib.MergedLinear if merged else loralib.Linear)(
+            base.in_features, base.out_features, r=16, lora_alpha=32, bias=False, device=base.weight.device,
+            dtype=base.weight.dtype, **merged,
+        )  # fmt: skip
+        layer.weight = base.weight
+        setattr(model.get_submodule(parent), name, layer)
+    loralib.mark_only_lora_as_trainable(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer makes its adapters, and what it is run with."""
+
+    adapt: Callable[[nn.Module], nn.Module]
+    package: str
+    checkpointing: bool
+    chat: bool = False
+
+    def missing(self) -> list[str]:
+        """Packages that it needs and this machine has not."""
+        return [name for name in (self.package, "accelerate") if importlib.util.find_spec(name) is None]
+
+
+PEERS = {
+    "peft-checkpointing": Peer(adapt_by_peft, "peft", checkpointing=True),
+    "peft": Peer(adapt_by_peft, "peft", checkpointing=False),
+    "loralib-checkpointing": Peer(adapt_by_loralib, "loralib", checkpointing=True),
+    "chat-peft-checkpointing": Peer(adapt_by_peft, "peft", checkpointing=True, chat=True),
+    "chat-peft": Peer(adapt_by_peft, "peft", checkpointing=False, chat=True),
+}
+
+
+def tiny_model() -> nn.Module:
+    """A random ``Phi3ForCausalLM`` in bf16 that a CPU trains in no time."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = Phi3Config(**sizes, vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return Phi3ForCausalLM(config).to(torch.bfloat16)
+
+
+def random_documents(chat: bool, steps: int, vocabulary: int, tiny: bool) -> list[Tensor]:
+    """Token ids of 4 documents a step, int64 (n,) each."""
+    lengths = document_lengths(chat, steps)[: ROWS * steps]
+    if tiny:
+        lengths = [max(2, n * TINY_TOKENS // ROW_TOKENS) for n in lengths]
+    generator = np.random.default_rng(0)
+    return [torch.from_numpy(generator.integers(0, vocabulary, n)) for n in lengths]
+
+
+class Padded:
+    """A data collator: documents padded to the longest, every real token trained; counts the real tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []  # of each batch, in the order in which batches are made and trained on
+
+    def __call__(self, documents: list[Tensor]) -> dict[str, Tensor]:
+        self.tokens.append(sum(map(len, documents)))
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        return {  # each (4, longest)
+            "input_ids": pad(documents, padding_value=0),
+            "attention_mask": pad([torch.ones_like(document) for document in documents], padding_value=0),
+            "labels": pad(documents, padding_value=-100),
+        }
+
+
+def step_clock(cuda: bool) -> Any:
+    """A ``TrainerCallback`` that marks the end of every step; a CUDA device is not made to wait."""
+    from transformers import TrainerCallback
+
+    class StepClock(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks: list[Any] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            self.marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+            if cuda:
+                self.marks[-1].record()
+
+        def seconds(self) -> list[float]:
+            """Of every step but the first."""
+            if cuda:
+                torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1000 if cuda else b - a for a, b in pairwise(self.marks)]
+
+    return StepClock()
+
+
+def measure(name: str, steps: int, warmup: int, tiny: bool = False) -> dict[str, Any]:
+    """One peer in this process."""
+    from transformers import Trainer, TrainingArguments
+
+    peer = PEERS[name]
+    model = tiny_model() if tiny else random_model("phi-3-mini")
+    model.config.use_cache = False
+    documents = random_documents(peer.chat, steps, model.config.vocab_size, tiny)
+    model = peer.adapt(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    collator, clock = Padded(), step_clock(cuda=not tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=ROWS, max_steps=steps, learning_rate=2e-4, bf16=True,
+            optim="adamw_torch_fused", gradient_checkpointing=peer.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if peer.checkpointing else None,
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
+            use_cpu=tiny,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, data_collator=collator, train_dataset=documents, callbacks=[clock])
+        if not tiny:
+            torch.cuda.reset_peak_memory_stats()
+        loss = trainer.train().training_loss
+    steps_measured = list(zip(collator.tokens[1:], clock.seconds(), strict=False))[warmup:]
+    peak = 0 if tiny else torch.cuda.max_memory_allocated()
+    return {
+        "peer": name,
+        "tok_per_s": round(statistics.median(tokens / s for tokens, s in steps_measured)),
+        "tok_per_step": round(statistics.mean(tokens for tokens, _ in steps_measured)),
+        "peak_gib": round(peak / 2**30, 1),
+        "loss": round(loss, 3),
+    }
+
+
+def measured_apart(name: str, options: argparse.Namespace) -> dict[str, Any] | str:
+    """:func:`measure` in a process of its own on one GPU; or in words why there is no figure."""
+    missing = PEERS[name].missing()
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    command = [sys.executable, __file__, name, "--in-process", "--steps", str(options.steps)]
+    command += ["--warmup", str(options.warmup), *(["--tiny"] if options.tiny else [])]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would spread over all of them
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit_s, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"ran past {options.limit_s:.0f} s"
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        return f"failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(PEERS), metavar="NAME", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warmup", type=int, default=8, help="steps before the measured ones")
+    parser.add_argument("--limit-s", type=float, default=240, help="of one peer's process")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    unknown = set(options.names) - set(PEERS)
+    if unknown:
+        parser.error(f"unknown peer {', '.join(sorted(unknown))}; allowed: {', '.join(PEERS)}")
+    if options.steps < options.warmup + 2:
+        parser.error(f"--steps {options.steps}; allowed: at least --warmup + 2, the first step has no start")
+    if not (options.tiny or torch.cuda.is_available()):
+        parser.error("a CUDA device is needed")
+    if options.in_process:
+        print(json.dumps(measure(options.names[0], options.steps, options.warmup, options.tiny)))
+        return 0
+    card = "CPU" if options.tiny else torch.cuda.get_device_name()
+    packages = [name for name in ("transformers", "peft", "loralib") if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    print(f"{card}, torch {torch.__version__}, {versions}, {time.strftime('%Y-%m-%d')}\n")
+    print("| peer | tok/s | real tokens a step | peak GiB | loss |\n|---|---|---|---|---|")
+    for name in options.names:
+        r = measured_apart(name, options)
+        if isinstance(r, str):
+            print(f"| `{name}` | {r} | | | |", flush=True)
+        else:
+            figures = f"{r['tok_per_s']:,} | {r['tok_per_step']:,} | {r['peak_gib']} | {r['loss']}"
+            print(f"| `{name}` | {figures} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

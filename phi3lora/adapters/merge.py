@@ -1,0 +1,201 @@
+"""Adapters added into the weights: for the time of a block, or for good into a plain Hugging Face directory.
+
+    W' = round(float32(W) + scaling * B A)        one rounding, to the base's dtype
+
+In bf16 that rounding is not nothing: an adapter's change is often smaller than the last bit of a weight. So
+:func:`save_merged` measures what it did: the merged model's logits against the adapted one's. From a quantised base
+(fp8, nf4) W is what the products multiplied by; the tuned adapter fits the dense weights better, ``base=`` takes those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.template import ChatEncoder
+from ..errors import AdapterError
+from ..inference.generation import eval_mode, stop_token_ids
+from ..lora.base_weight import Dense, base_weight_of
+from ..lora.inject import lora_layers
+from ..lora.layers import Conv2d
+from ..model.load import load_model
+from .named import disabled
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short apology to a customer whose order came late.",
+    "List three prime numbers larger than 50.",
+    "Translate to German: the weather is fine today.",
+)
+"""What the merged model is compared on."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far a merged model is from the adapted one, over all positions of the prompts."""
+
+    max_logit_difference: float
+    mean_kl: float
+    """Kullback-Leibler divergence of the merged model's next-token distribution from the adapted one's, in nats."""
+    greedy_agreement: float
+    """Share of positions where both find the same token likeliest."""
+    positions: int
+    dtype: str
+    """What the merged weights were rounded to."""
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"merged in float32, rounded once to {self.dtype}; {self.positions} positions against the adapted model: "
+            f"largest logit difference {self.max_logit_difference:.2e}, mean KL {self.mean_kl:.2e} nats, "
+            f"same likeliest token {self.greedy_agreement:.1%}"
+        )
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """The adapters in the weights for the time of the block; bit for bit the weights from before after it.
+
+    Inside, a forward costs what the base model's does, and the state dict has the merged weights. A copy of each
+    adapted weight is kept meanwhile.
+
+    Raises:
+        AdapterError: a quantised base, whose weights cannot take an adapter; a model that is merged already.
+
+    Example:
+        >>> with p3.merged(model):
+        ...     answer = p3.generate(model, tokenizer, "Hello!", max_new_tokens=4)
+    """
+    layers = {path: layer for path, layer in lora_layers(model).items() if layer.r > 0}
+    for path, layer in layers.items():
+        if layer.merged:
+            raise AdapterError(f"{path!r} is merged already; leave the first merged(model) block before the next")
+        if not isinstance(layer, Conv2d) and not _is_dense(layer):
+            raise AdapterError(f"{path!r} has a quantised weight, which cannot take its adapter; use save_merged")
+    acting = [layer for layer in layers.values() if layer.enabled]
+    before = {layer: layer.frozen_weight().detach().clone() for layer in acting}
+    try:
+        with torch.no_grad():
+            for layer in acting:
+                layer.frozen_weight().copy_(_merged_weight(layer, layer.frozen_weight()))
+                layer.merged = True
+        with disabled(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for layer, weight in before.items():
+                layer.frozen_weight().copy_(weight)
+                layer.merged = False
+
+
+def save_merged(
+    model: nn.Module,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    prompts: Sequence[str] = PROMPTS,
+) -> MergeReport:
+    """Write a plain ``Phi3ForCausalLM`` directory that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Args:
+        model: a Phi-3 causal LM with adapters; it is left as it is.
+        tokenizer: saved beside the weights, and the source of the stop tokens in ``generation_config.json``; None: the
+            directory has no tokenizer and keeps the model's own stop tokens.
+        path: the directory; ``merge_report.json`` goes into it too.
+        base: the checkpoint that a quantised base was made from: the adapters are added to its dense weights instead.
+        prompts: what the merged model is compared with the adapted one on; without a tokenizer, random tokens.
+
+    Returns:
+        How far the merged model is from the adapted one.
+
+    Raises:
+        AdapterError: a model without adapters.
+        ModelError: ``base`` cannot be loaded or is another model.
+    """
+    if not lora_layers(model):
+        raise AdapterError("the model has no adapters to merge; call inject_lora(model, config) or load_adapter first")
+    plain = _plain_model(model, base)
+    if tokenizer is not None:
+        plain.generation_config.eos_token_id = stop_token_ids(tokenizer)
+    report = _compare(model, plain, tokenizer, prompts)
+    plain.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    Path(path, "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    return report
+
+
+def _is_dense(layer: Any) -> bool:
+    return isinstance(layer, nn.Embedding) or isinstance(base_weight_of(layer), Dense)
+
+
+def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """``weight`` with the layer's adapter: added in float32, rounded to weight's dtype."""
+    return (weight.float() + layer.delta().to(weight.device)).to(weight.dtype)
+
+
+def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
+    """The same model without adapters, their sum in its weights; parameters that nothing changed are shared."""
+    dtype = model.get_input_embeddings().weight.dtype
+    if base is not None:
+        plain, _ = load_model(base, dtype=dtype, device=model.get_input_embeddings().weight.device)
+        with torch.no_grad():
+            for path, layer in lora_layers(model).items():
+                if layer.r > 0:
+                    weight = plain.get_submodule(path).weight
+                    weight.copy_(_merged_weight(layer, weight))
+        return plain
+    state = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        weight = module.weight if isinstance(module, nn.Embedding) else base_weight_of(module).dequantize()
+        for name in [name for name in state if name.startswith(f"{path}.") and name != f"{path}.bias"]:
+            del state[name]
+        weight = weight.detach() if getattr(module, "r", 0) == 0 else _merged_weight(module, weight.detach())
+        state[f"{path}.weight"] = weight.to(dtype)
+    config = type(model.config).from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.model.rotary_emb = model.model.rotary_emb
+    return plain.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _compare(model: Any, plain: Any, tokenizer: Any, prompts: Sequence[str]) -> MergeReport:
+    """Logits of both models, prompt by prompt."""
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(model.config.vocab_size, (len(prompts), 32), generator=generator).tolist()
+    else:
+        encoder = ChatEncoder(tokenizer)
+        rows = [encoder.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
+    device = model.get_input_embeddings().weight.device
+    largest, kl, agreed, positions = 0.0, 0.0, 0, 0
+    with eval_mode(model), eval_mode(plain):
+        for row in rows:
+            input_ids = torch.tensor([row], device=device)
+            adapted, found = (
+                m(input_ids=input_ids, use_cache=False).logits[0].float() for m in (model, plain)
+            )  # (S, V)
+            largest = max(largest, (adapted - found).abs().max().item())
+            kl += F.kl_div(found.log_softmax(-1), adapted.log_softmax(-1), log_target=True, reduction="sum").item()
+            agreed += int((adapted.argmax(-1) == found.argmax(-1)).sum())
+            positions += len(row)
+    dtype = str(plain.dtype).removeprefix("torch.")
+    return MergeReport(largest, max(0.0, kl / positions), agreed / positions, positions, dtype)

@@ -1,0 +1,1 @@
+"""The checks that `doctor` and `train` make before a run."""

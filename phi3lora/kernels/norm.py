@@ -1,0 +1,261 @@
+"""Residual and RMSNorm: h + (y + scaling z B'), its norm, and the low-rank activations of the projection after it.
+
+    sum = h + y + scaling z B'          (the residual stream; y, z come from the projection before)
+    x   = weight * sum * rstd           rstd = 1 / sqrt(mean(sum^2) + eps)
+    z'  = dropout(x) A'                 (what the projection after it needs beside x)
+
+A program holds a block of whole rows: one loop over the columns for the sum and its square, a second, from cache, for
+x and z'. x is not kept for the backward, which makes it again from the sum.
+
+Shapes: N tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .adapter import Adapter, Pending, dot, dropped, kept
+from .launch import Block, blocks, cdiv, contiguous, launch, next_power_of_2
+from .low_rank import column_sums
+from .reduce import Sums
+
+
+@triton.jit(do_not_specialize=["n_rows", "seed"])
+def _norm_forward(
+    h_ptr, y_ptr, z_ptr, B_ptr, weight_ptr, A_ptr, sum_ptr, x_ptr, rstd_ptr, out_z_ptr, n_rows, scaling, eps, seed, p,
+    D: tl.constexpr, R: tl.constexpr, Z: tl.constexpr, Z_PADDED: tl.constexpr, ADD: tl.constexpr,
+    LOW_RANK: tl.constexpr, NORM: tl.constexpr, PROJECT: tl.constexpr, DROP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = row < n_rows
+    at = row.to(tl.int64)[:, None]
+    dtype = h_ptr.dtype.element_ty
+    if LOW_RANK:
+        rank = tl.arange(0, R)
+        z = tl.load(z_ptr + at * R + rank[None, :], mask=live[:, None], other=0.0)
+    squares = tl.zeros([BM], tl.float32)
+    for start in tl.range(0, D, BN, num_stages=STAGES):
+        col = start + tl.arange(0, BN)
+        inside = live[:, None] & (col < D)[None, :]
+        h = tl.load(h_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            y = tl.load(y_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+            if LOW_RANK:
+                B = tl.load(B_ptr + col[None, :] * R + rank[:, None], mask=(col < D)[None, :], other=0.0)
+                y += scaling * dot(z, B)
+            rounded = (h + y.to(dtype).to(tl.float32)).to(dtype)
+            tl.store(sum_ptr + at * D + col[None, :], rounded, mask=inside)
+            h = rounded.to(tl.float32)
+        squares += tl.sum(h * h, 1)
+    if NORM:
+        rstd = 1.0 / tl.sqrt(squares / D + eps)
+        tl.store(rstd_ptr + row, rstd, mask=live)
+        tl.debug_barrier()
+        k = tl.arange(0, Z_PADDED)
+        out_z = tl.zeros([BM, Z_PADDED], tl.float32)
+        for start in tl.range(0, D, BN, num_stages=STAGES):
+            col = start + tl.arange(0, BN)
+            inside = live[:, None] & (col < D)[None, :]
+            h = tl.load((sum_ptr if ADD else h_ptr) + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+            x = ((h * rstd[:, None]).to(dtype).to(tl.float32) * weight[None, :]).to(dtype)
+            tl.store(x_ptr + at * D + col[None, :], x, mask=inside)
+            if PROJECT:
+                if DROP:
+                    x = dropped(x, seed, at * D + col[None, :], p)
+                A_at = A_ptr + k[None, :] * D + col[:, None]
+                out_z += dot(x, tl.load(A_at, mask=(k < Z)[None, :] & (col < D)[:, None], other=0.0))
+        if PROJECT:
+            tl.store(out_z_ptr + at * Z + k[None, :], out_z.to(dtype), mask=live[:, None] & (k < Z)[None, :])
+
+
+@triton.jit
+def _gradient_of_x(dx_ptr, dz, A_ptr, at, col, inside, seed, p, D: tl.constexpr, Z: tl.constexpr,
+                   Z_PADDED: tl.constexpr, PROJECT: tl.constexpr, DROP: tl.constexpr):  # fmt: skip
+    """A tile of dL/dx: what the frozen product says, plus the adapter's ``mask(dz A)``."""
+    g = tl.load(dx_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if PROJECT:
+        k = tl.arange(0, Z_PADDED)
+        A = tl.load(A_ptr + k[:, None] * D + col[None, :], mask=(k < Z)[:, None] & (col < D)[None, :], other=0.0)
+        back = dot(dz, A)
+        if DROP:
+            back = tl.where(kept(seed, at * D + col[None, :], p), back / (1.0 - p), 0.0)
+        g += back
+    return g
+
+
+@triton.jit(do_not_specialize=["n_rows", "seed"])
+def _norm_backward(
+    dx_ptr, dz_ptr, dsum_ptr, sum_ptr, rstd_ptr, weight_ptr, A_ptr, B_ptr, out_z_ptr, dh_ptr, in_dz_ptr,
+    n_rows, scaling, seed, p,
+    D: tl.constexpr, R: tl.constexpr, Z: tl.constexpr, Z_PADDED: tl.constexpr, LOW_RANK: tl.constexpr,
+    STREAM: tl.constexpr, PROJECT: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = row < n_rows
+    at = row.to(tl.int64)[:, None]
+    dtype = dx_ptr.dtype.element_ty
+    rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)
+    dz = rstd  # not read without PROJECT
+    if PROJECT:
+        k = tl.arange(0, Z_PADDED)
+        dz = tl.load(dz_ptr + at * Z + k[None, :], mask=live[:, None] & (k < Z)[None, :], other=0.0)
+    mean = tl.zeros([BM], tl.float32)
+    for start in tl.range(0, D, BN, num_stages=STAGES):
+        col = start + tl.arange(0, BN)
+        inside = live[:, None] & (col < D)[None, :]
+        g = tl.load(dx_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(sum_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+        mean += tl.sum(g * weight[None, :] * h, 1)
+    mean = mean * rstd
+    if PROJECT:  # the adapter's share: sum over columns of mask(dz A) x is dz . z'
+        out_z = tl.load(out_z_ptr + at * Z + k[None, :], mask=live[:, None] & (k < Z)[None, :], other=0.0)
+        mean += tl.sum(dz.to(tl.float32) * out_z.to(tl.float32), 1)
+    mean /= D
+    if LOW_RANK:
+        rank = tl.arange(0, R)
+        in_dz = tl.zeros([BM, R], tl.float32)
+    for start in tl.range(0, D, BN, num_stages=STAGES):
+        col = start + tl.arange(0, BN)
+        inside = live[:, None] & (col < D)[None, :]
+        g = _gradient_of_x(dx_ptr, dz, A_ptr, at, col, inside, seed, p, D, Z, Z_PADDED, PROJECT, DROP)
+        h = tl.load(sum_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+        dh = rstd[:, None] * (g * weight[None, :] - h * (rstd * mean)[:, None])
+        if STREAM:
+            dh += tl.load(dsum_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        rounded = dh.to(dtype)
+        tl.store(dh_ptr + at * D + col[None, :], rounded, mask=inside)
+        if LOW_RANK:
+            B = tl.load(B_ptr + col[:, None] * R + rank[None, :], mask=(col < D)[:, None], other=0.0)
+            in_dz += dot(rounded, B)
+    if LOW_RANK:
+        tl.store(in_dz_ptr + at * R + rank[None, :], (in_dz * scaling).to(dtype), mask=live[:, None])
+
+
+FORWARD_BLOCKS = blocks((16, 256, 3), (16, 128, 2), (16, 64, 2))
+BACKWARD_BLOCKS = blocks((64, 64, 5), (64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 32, 2), (32, 16, 2))
+
+
+def backward_blocks(D: int) -> list[Block]:
+    """Those whose loop over D columns turns twice or more. Where it turns once, ptxas 12.8 (Triton 3.6) gives Hopper
+    a kernel that reads a register nobody wrote as an address: https://github.com/triton-lang/triton/issues/11366.
+    """
+    return [block for block in BACKWARD_BLOCKS if block["BN"] < D]
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h, y, z, before_B, after_A, weight, eps, before, after):  # type: ignore[override]
+        N, D = h.shape
+        summed = h if y is None else torch.empty_like(h)
+        x, rstd = torch.empty_like(h), torch.empty(N, dtype=torch.float32, device=h.device)
+        width = after.width if after else 16
+        out_z = h.new_empty(N, width) if after else None
+        low_rank = before is not None and z is not None
+        sizes = {
+            "D": D, "R": before.R if low_rank else 16, "Z": width, "Z_PADDED": next_power_of_2(width),
+            "ADD": y is not None, "LOW_RANK": low_rank, "NORM": True, "PROJECT": after is not None,
+            "DROP": bool(after and after.dropout),
+        }  # fmt: skip
+        launch(
+            _norm_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
+            h, y, z, before.B if low_rank else None, weight, after.A if after else None, summed, x, rstd, out_z, N,
+            before.scaling if low_rank else 1.0, eps, after.seed if after else 0, after.dropout if after else 0.0,
+            **sizes,
+        )  # fmt: skip
+        ctx.save_for_backward(summed, rstd, weight, z, out_z)
+        ctx.before, ctx.after, ctx.added = before if low_rank else None, after, y is not None
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:4]):  # the first layer: nothing before it learns
+            ctx.mark_non_differentiable(x)
+        return (h.view_as(h) if y is None else summed), x, out_z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dsum, dx, dz):  # type: ignore[override]
+        summed, rstd, weight, z, out_z = ctx.saved_tensors
+        before, after, dz = ctx.before, ctx.after, contiguous(dz)
+        sums = Sums()
+        dA = column_sums(sums, dz, summed, after, rstd, weight) if after else None
+        if dx is None:
+            sums.finish()
+            return None, None, None, None, after.gradient_of_A(dA) if after else None, None, None, None, None
+        N, D = summed.shape
+        dh = torch.empty_like(summed)
+        in_dz = summed.new_empty(N, before.R) if before else None
+        width = after.width if after else 16
+        launch(
+            _norm_backward, backward_blocks(D), lambda block: (cdiv(N, block["BM"]),),
+            dx.contiguous(), dz, contiguous(dsum), summed, rstd, weight, after.A if after else None,
+            before.B if before else None, out_z, dh, in_dz, N,
+            before.scaling if before else 1.0, after.seed if after else 0,
+            after.dropout if after else 0.0, D=D, R=before.R if before else 16, Z=width,
+            Z_PADDED=next_power_of_2(width), LOW_RANK=before is not None, STREAM=dsum is not None,
+            PROJECT=after is not None, DROP=bool(after and after.dropout),
+        )  # fmt: skip
+        dB = column_sums(sums, z, dh, scale=before.scaling, wide_first=True) if before else None
+        sums.finish()
+        dB, dA = before.gradient_of_B(dB) if before else None, after.gradient_of_A(dA) if after else None
+        return dh, dh if ctx.added else None, in_dz, dB, dA, None, None, None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h, y, z, before_B, before, needed):  # type: ignore[override]
+        (N, D), summed = h.shape, torch.empty_like(h)
+        if needed:
+            launch(
+                _norm_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
+                h, y, z, before.B, None, None, summed, None, None, None, N, before.scaling, 0.0, 0, 0.0,
+                D=D, R=before.R, Z=16, Z_PADDED=16, ADD=True, LOW_RANK=True, NORM=False, PROJECT=False, DROP=False,
+            )  # fmt: skip
+        ctx.save_for_backward(z)
+        ctx.before = before
+        return summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh):  # type: ignore[override]
+        (z,), before, dh = ctx.saved_tensors, ctx.before, dh.contiguous()
+        sums = Sums()
+        dB = column_sums(sums, z, dh, scale=before.scaling, wide_first=True)
+        sums.finish()
+        dB = before.gradient_of_B(dB)
+        return dh, dh, (dh @ before.B).mul_(before.scaling), dB, None, None
+
+
+def add(h: Tensor, pending: Pending, needed: bool = True) -> Tensor:
+    """``h + y + scaling z B'`` (N, D), where nothing follows that could do it on its way.
+
+    ``needed``: False where a recomputation needs the sum's place in the graph and not its numbers.
+    """
+    y, z, before = pending
+    if y is None:
+        return h
+    return h + y if before is None or z is None else _Add.apply(h, y, z, before.lora_B, before, needed)
+
+
+def add_norm(
+    h: Tensor, pending: Pending, weight: Tensor, eps: float, after: Adapter | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(sum, x, z')`` as at the top of this file.
+
+    Args:
+        h: (N, D), the residual stream.
+        pending: what the projection before still has to add to it.
+        weight, eps: the norm's.
+        after: the adapter of the projection after; None: it has none.
+    """
+    y, z, before = pending
+    B, A = before.lora_B if before else None, after.lora_A if after else None
+    return _AddNorm.apply(h, y, z, B, A, weight, eps, before, after)

@@ -1,0 +1,1 @@
+"""LoRA layers on frozen base weights, and the injection that swaps them into a model."""

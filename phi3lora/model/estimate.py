@@ -1,0 +1,184 @@
+"""How much GPU memory a training step will take, from the model's shape: before the first step, not after it failed.
+
+    peak = what is allocated already (weights, adapters)
+         + gradients and optimizer state of what trains
+         + what the layers keep for the backward (the table below, times layers and tokens)
+         + the widest moment of the backward on top of that
+
+What a layer keeps a token, in numbers of the compute dtype (D hidden, Q q heads' width, KV k and v heads' width,
+I intermediate):
+
+    none         2 D + (Q + 2 KV) + Q + 2 I       h twice, q k v, attention's output, the gate/up product
+    selective    3 D + (Q + 2 KV) + Q             the feed-forward part's input in place of that product
+    full         D                                h, and one layer's "none" while it is recomputed
+    offload      0                                three of them at a time
+
+transformers' own layers keep more of the same things; their factor is measured (docs/performance.md).
+
+Shapes: N tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..lora.base_weight import Nf4, base_weight_of, base_weights, compute_dtype, weight_shape
+from ..lora.inject import lora_layers
+from .loss import CHUNK_TOKENS
+
+GIB = 2**30
+FACTORS = {"fused": 1.0, "compiled": 1.6, "plain": 2.0}
+"""What a layer keeps beside the fused passes' (training/setup.py says which path a run takes)."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted peak of a training step by activation checkpointing mode, in GiB."""
+
+    peak_gib: dict[str, float]
+    available_gib: float | None
+    """What this process can use of the GPU; None: not on a GPU."""
+
+    def fastest_that_fits(self) -> str:
+        """The first mode within 92 % of what is available (the allocator leaves gaps), else ``"offload"``."""
+        if self.available_gib is None:
+            return "none"
+        return next((mode for mode in self.peak_gib if self.fits(mode)), "offload")
+
+    def fits(self, mode: str) -> bool:
+        """Whether a mode's peak is within 92 % of what is available; without a GPU everything is."""
+        return self.available_gib is None or self.peak_gib[mode] <= 0.92 * self.available_gib
+
+    def __str__(self) -> str:
+        """``none 25.1, selective 16.8, full 9.6, offload 8.6 of 78.9 GiB``"""
+        modes = ", ".join(f"{mode} {gib:.1f}" for mode, gib in self.peak_gib.items())
+        return modes + (f" of {self.available_gib:.1f} GiB" if self.available_gib is not None else " GiB")
+
+
+def plan_memory(
+    model: nn.Module,
+    tokens: int,
+    path: str = "fused",
+    optimizer_bytes: float = 8.0,
+    base_precision: str | None = None,
+) -> MemoryPlan:
+    """The prediction for micro-batches of ``tokens`` (N).
+
+    Args:
+        model: with its adapters, where it will train.
+        path: how the layers are computed, a key of :data:`FACTORS`.
+        optimizer_bytes: of state, for each number that trains (AdamW in float32: 8).
+        base_precision: ``"fp8"`` or ``"nf4"``: as if the model had been loaded so; None: as it is.
+    """
+    config: Any = model.config
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    size = compute_dtype(weight, weight).itemsize
+    D, I, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers  # noqa: E741
+    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    Q, KV = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    adapted = lora_layers(model)
+    ranks = sum(2 * layer.lora_A.shape[0] for layer in adapted.values()) // layers  # columns of z, both ways
+    gate_up_r = max((layer.r for path, layer in adapted.items() if path.endswith("gate_up_proj")), default=0)
+    attention = (2 * Q + 2 * KV + ranks) * size + 4 * config.num_attention_heads + 8
+    kept = {
+        "none": (2 * D + 2 * I) * size + attention,
+        "selective": 3 * D * size + attention,
+        "full": D * size,
+        "offload": 0,
+    }  # bytes of a token in a layer
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
+    linear = _base_layers(model)
+    if base_precision is not None:
+        stored = _STORED_BYTES[base_precision]
+        fixed += sum(stored(*weight_shape(layer.weight)) - base_weight_of(layer).nbytes for layer in linear)
+    if base_precision == "nf4" or (base_precision is None and any(isinstance(base_weight_of(m), Nf4) for m in linear)):
+        # A 4-bit weight is written out for each product, one at a time.
+        fixed += size * max(weight_shape(layer.weight).numel() for layer in linear)
+    # The backward's widest moment: the feed-forward part's gradients, or the loss's chunk of logits.
+    # SwiGLU's backward leaves a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
+    partial_sums = 4 * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
+    gradients = tokens * (3 * I + 2 * D) * size + partial_sums
+    logits = min(CHUNK_TOKENS, tokens) * config.vocab_size * size + tokens * 2 * D * size
+    # Recomputed for one backward, the gate/up product's place is its gradient's too.
+    recomputed = {"none": 0, "selective": 0, "full": tokens * (kept["none"] - 2 * I * size)}
+    recomputed["offload"] = recomputed["full"]
+    widest = {mode: max(gradients + extra, logits) for mode, extra in recomputed.items()}
+    widest["offload"] += tokens * 3 * D * size  # an input going out, one coming back, one in use
+    factor = FACTORS[path]
+    peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
+    return MemoryPlan(peak, _available_gib(model, weight.device))
+
+
+_STORED_BYTES: dict[str, Callable[[int, int], float]] = {
+    "fp8": lambda out, inner: 2 * out * inner + 4 * (out + inner),  # both orientations and their rows' scales
+    "nf4": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8,  # entries, scales, scales of scales
+}
+"""What a weight (out, in) takes in a format of model/frozen.py."""
+
+
+def _base_layers(model: nn.Module) -> list[Any]:
+    """The linear layers that ``base_precision`` is about: all but the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of all parameters, buffers and quantised weights' scales, tied ones once."""
+    stored = [t for weight in base_weights(model) for t in weight.tensors()]
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers(), *stored] if t.device.type != "meta"}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _available_gib(model: nn.Module, device: torch.device) -> float | None:
+    """What is free on the GPU, what the model takes there, and what this process holds without using it."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused + _bytes(model)) / GIB
+
+
+# ----------------------------------------------------------------------------------------------------
+# How many floating-point operations one token of LoRA training takes, and what a GPU can do in a second.
+
+# Dense bf16 TFLOP/s of the vendors' datasheets, by a part of torch.cuda.get_device_name().
+_PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362,
+    "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense 16-bit FLOP/s of the device, where known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def mean_context_tokens(lengths: Any) -> float:
+    """Keys that a query sees on average in documents of ``lengths`` (documents,): half of its document."""
+    return float((lengths**2).sum() / (2 * lengths.sum()))
+
+
+def flops_per_token(model: Any, mean_context_tokens: float) -> float:
+    """Forward and backward of one token, recomputation not counted.
+
+    A frozen weight costs 2 operations an entry in the forward and 2 in the backward (no weight gradient); an adapter's
+    entry 6; attention 4 * context * heads * head_dim forward and twice that backward, with
+    ``mean_context_tokens`` keys seen by a query on average.
+    """
+    adapters = sum(p.numel() for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))
+    decoder = model.get_decoder()
+    layers = [*(m for m in decoder.modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
+    frozen = sum(weight_shape(m.weight).numel() for m in layers)
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * mean_context_tokens
+    return 4.0 * frozen + 6.0 * adapters + float(attention)

@@ -1,0 +1,114 @@
+"""One packed batch through a causal language model: batch -> hidden states -> (sum of losses, count of tokens)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..kernels.decoder import fused_decoder, reason_not_to_fuse
+from ..lora.base_weight import compute_dtype
+from .attention import packed_forward_kwargs, use_packed_attention
+from .load import longrope_boundary
+from .loss import linear_cross_entropy
+
+BATCH_KEYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen")
+"""What :func:`phi3lora.batches` yields and this file consumes."""
+
+
+def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = True) -> tuple[Tensor, int]:
+    """The loss that ``train`` uses: ``(sum, count)`` over the batch's supervised tokens.
+
+    Divide the sum by the count (of all micro-batches and ranks of a step) before ``backward``::
+
+        for batch in p3.batches(chats, batch_size=4):
+            loss_sum, count = p3.causal_lm_loss(model, batch)
+            (loss_sum / count).backward()
+
+    Args:
+        model: a ``Phi3ForCausalLM`` (any transformers causal LM with a decoder and an output head).
+        batch: what :func:`phi3lora.batches` yields; it is moved to the model's device.
+        fused: let the fused passes compute the layers where they can; False: always transformers' own layers.
+
+    Returns:
+        The sum of cross-entropies, float32 () with gradient, and how many tokens it is over.
+
+    Raises:
+        ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart.
+    """
+    hidden, labels = supervised_hidden_states(model, batch, fused=fused)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return linear_cross_entropy(hidden, head, labels, fused=fused), labels.numel()
+
+
+def supervised_hidden_states(
+    model: nn.Module, batch: Mapping[str, Any], *, fused: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The decoder's output where a label follows: hidden (N, H), and those labels (N,).
+
+    Only these positions reach the output head. ``labels[t]`` is token t's own id, as transformers has it, so the
+    position that predicts it is t - 1; the first token of each document carries -100.
+    """
+    missing = [key for key in BATCH_KEYS if key not in batch]
+    if missing or "attention_mask" in batch:
+        raise ModelError(
+            f"a packed batch has {', '.join(BATCH_KEYS)} and no attention_mask; this one has {', '.join(batch)}. "
+            f"Take batches from phi3lora.batches(dataset, ...)."
+        )
+    use_packed_attention(model)
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    positions, labels = _supervised(batch["labels"], batch["position_ids"])
+    _refuse_mixed_regimes(model, batch, positions)
+    batch = batch_to(batch, weight.device)
+    dtype = compute_dtype(weight, weight)
+    if fused and reason_not_to_fuse(model) is None:
+        hidden = fused_decoder(model, batch)  # (B*S, H)
+    else:
+        decoder = model.get_decoder()  # type: ignore[operator]
+        output = decoder(input_ids=batch["input_ids"], **packed_forward_kwargs(model, batch, dtype))
+        hidden = output.last_hidden_state.flatten(0, 1)
+    device = weight.device
+    return hidden.index_select(0, _moved(positions - 1, device)), _moved(labels, device)
+
+
+def _refuse_mixed_regimes(model: nn.Module, batch: Mapping[str, Any], positions: Tensor) -> None:
+    """A longrope model takes its short or long rotary factors by the largest position in the batch, for every token."""
+    boundary = longrope_boundary(model.config)
+    if boundary is None or batch["position_ids"].max() < boundary:
+        return
+    edges = batch["cu_seqlens"].to(positions)
+    documents = torch.bucketize(positions, edges[1:], right=True)
+    shortest = int(edges.diff()[documents].min())
+    if shortest <= boundary:
+        longest = int(batch["position_ids"].max()) + 1
+        raise ModelError(
+            f"a batch holds documents of {shortest} and of {longest} tokens; this longrope "
+            f"model rotates those up to {boundary} and longer ones differently: make batches with boundary={boundary}"
+        )
+
+
+def _supervised(labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions (N,) of the tokens that are trained, and those tokens (N,). Cheap: labels are on the CPU.
+
+    A document's first token has nothing before it, whatever its label says.
+    """
+    flat = labels.flatten()
+    positions = ((flat != -100) & (position_ids.flatten() > 0)).nonzero().squeeze(1)
+    return positions, flat[positions]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; from the CPU to a GPU through pinned memory, without waiting for it."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """``batch`` with its tensors on ``device``."""
+    return {key: _moved(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}

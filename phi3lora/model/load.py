@@ -1,0 +1,219 @@
+"""``load_model``: a Hugging Face model and its tokenizer, checked before the weights are read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+
+from ..errors import ModelError, equals, error_line, is_int, is_one_of, is_path, short_repr
+from ..lora.base_weight import bitsandbytes, keep_packing, quantize_base
+from .attention import NAME as PACKED_ATTENTION
+from .attention import register
+
+logger = logging.getLogger("phi3lora")
+
+SUPPORTED = (
+    "every checkpoint that transformers loads as Phi3ForCausalLM: Phi-3-mini-4k/128k, Phi-3-medium-4k/128k, "
+    "Phi-3.5-mini, Phi-4, Phi-4-mini"
+)
+
+_DEVICES = "a device of torch's that is there, 'cpu' or 'cuda' say"
+_MOST_LAYERS = 1000  # of one model; the family's largest has 40. Each is built before its weights are looked for
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+    base_precision: str | None = None,
+    attn_implementation: str = PACKED_ATTENTION,
+    use_cache: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a model of the Phi-3 family and its tokenizer.
+
+    Args:
+        name_or_path: a hub name (``"microsoft/Phi-3-mini-4k-instruct"``) or a local folder.
+        dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, the torch dtype, or ``"auto"`` (the checkpoint's own).
+        device: where to put it; None: the GPU if there is one, else the CPU.
+        base_precision: None: the frozen weights stay in ``dtype``; ``"nf4"``: 4 bits and a quarter of the memory,
+            quantised one by one as they are read, on any device (QLoRA); ``"fp8"``: e4m3 with a scale for each row,
+            faster on GPUs that multiply it (Hopper, Ada and later) and for the rest left out with a warning. A
+            checkpoint that bitsandbytes stored in 4 bits is loaded as it is, with None or ``"nf4"``.
+        attn_implementation: ``"phi3lora"`` (packed rows, torch's fastest kernels), ``"sdpa"`` or ``"eager"``.
+        use_cache: the config's default. Training never uses the cache, generation always does.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code from the repository; never needed for the supported models.
+
+    Returns:
+        ``(model, tokenizer)``, the model in ``eval()`` mode.
+
+    Raises:
+        ModelError: nothing loadable there, files that are damaged or lack weights, not a Phi-3 model, a checkpoint
+            quantised in another way, 4 bits without bitsandbytes, or a setting that is not one of the above.
+
+    Example:
+        >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
+    """
+    _check(is_path(name_or_path), "name_or_path", name_or_path, "a hub name or a folder")
+    name = os.fspath(name_or_path)
+    allowed = "None (as dtype says), 'fp8', 'nf4'"
+    _check(is_one_of(base_precision, (None, "fp8", "nf4")), "base_precision", base_precision, allowed)
+    choices = (PACKED_ATTENTION, "sdpa", "eager")
+    known = is_one_of(attn_implementation, choices)
+    _check(known, "attn_implementation", attn_implementation, ", ".join(map(repr, choices)))
+    torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch.")) if isinstance(dtype, (str, torch.dtype)) else None
+    _check(torch_dtype is not None or equals(dtype, "auto"), "dtype", dtype, f"{', '.join(map(repr, _DTYPES))}, 'auto'")
+    _check(isinstance(use_cache, bool), "use_cache", use_cache, "True, False")
+    device = _usable_device(device)
+    found = check_family(name, revision)
+    _refuse_larger_than_files(Path(name), found)
+    in_four_bit = _four_bit_options(name, found, base_precision, torch_dtype, device)
+    register()
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    as_wished = {"dtype": torch_dtype or "auto", "attn_implementation": attn_implementation, **in_four_bit}
+    model, tokenizer = _read(name, where, use_cache, as_wished)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if longrope_boundary(model.config) is not None:
+        logger.info(longrope_note(model.config))
+    model = model.to(device).eval()
+    if in_four_bit:
+        keep_packing(model)
+    elif base_precision is not None:
+        quantize_base(model, base_precision)
+    return model, tokenizer
+
+
+def _read(name: str, where: dict[str, Any], use_cache: bool, as_wished: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer as transformers reads them; not one weight may be missing."""
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+        config.use_cache = use_cache
+        model, told_by_loader = AutoModelForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, **where, **as_wished
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
+        raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
+    missing = sorted(told_by_loader["missing_keys"])
+    if missing:  # which from_pretrained fills with random numbers
+        raise ModelError(
+            f"cannot load {short_repr(name)}: {len(missing)} weights are not in its files, {missing[0]!r} first"
+        )
+    return model, tokenizer
+
+
+def _usable_device(device: Any) -> torch.device:
+    """``device``, or the GPU if there is one; something can be put there."""
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    _check(isinstance(wanted, (str, torch.device)) or is_int(wanted, 0), "device", device, _DEVICES)
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
+        raise ModelError(
+            f"load_model: device={short_repr(device)}: {error_line(error)}; allowed: {_DEVICES}"
+        ) from error
+
+
+def _refuse_larger_than_files(folder: Path, config: dict[str, Any]) -> None:
+    """A damaged size in ``config.json`` would first be built, and filled with random numbers, before it is noticed."""
+    files = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern) if path.is_file()]
+    hidden, heads = config.get("hidden_size", 3072), config.get("num_attention_heads", 32)
+    kv, vocabulary = config.get("num_key_value_heads") or heads, config.get("vocab_size", 32064)
+    inner, head = config.get("intermediate_size", 8192), config.get("head_dim")
+    if not files or not all(is_int(size, 1) for size in (hidden, heads, kv, vocabulary, inner, head or 1)):
+        return  # from a hub, or for transformers to refuse
+    head = head or hidden // heads
+    described = hidden * max(vocabulary, 2 * inner, head * (heads + 2 * kv))
+    stored = sum(path.stat().st_size for path in files)
+    if described > 2 * stored:  # 4 bits a number
+        raise ModelError(
+            f"cannot load {short_repr(str(folder))}: its config.json describes a matrix of {described:,} numbers, its files "
+            f"hold {stored:,} bytes"
+        )
+
+
+def _four_bit_options(
+    name: str, config: dict[str, Any], base_precision: str | None, dtype: torch.dtype | None, device: Any
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told to load 4-bit weights where they are to stay; empty: they are not in 4 bits."""
+    stored = config.get("quantization_config")
+    if stored is not None and not stored.get("load_in_4bit"):
+        method = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else stored.get("quant_method")
+        raise ModelError(f"{name!r} is quantised by {method}; allowed: 16 or 32 bits, or bitsandbytes in 4")
+    if stored is not None and base_precision == "fp8":
+        raise ModelError(f"base_precision='fp8': {name!r} is already in 4 bits; allowed: None, 'nf4'")
+    if stored is None and base_precision != "nf4":
+        return {}
+    bitsandbytes()
+    options: dict[str, Any] = {"device_map": {"": str(device)}}
+    if stored is None:
+        computed = dtype or config.get("dtype") or config.get("torch_dtype")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computed,
+        )
+    return options
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ModelError(f"load_model: {name}={short_repr(value)}; allowed: {allowed}")
+
+
+def check_family(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The checkpoint's ``config.json``, or an error unless it says ``model_type: phi3``. Reads no other file."""
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    # Not there, or no JSON object of fields: deep nesting, numbers of 5,000 digits, bytes that are not UTF-8.
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"cannot load {short_repr(name)}: its config.json is no JSON object")
+    model_type = found.get("model_type")
+    if not equals(model_type, "phi3"):
+        raise ModelError(
+            f"{short_repr(name)} has model_type {short_repr(model_type)}; supported: {SUPPORTED} (model_type 'phi3')"
+        )
+    layers, quantization = found.get("num_hidden_layers", 32), found.get("quantization_config")
+    if not is_int(layers, 1, _MOST_LAYERS + 1):
+        raise ModelError(f"{short_repr(name)} has num_hidden_layers {short_repr(layers)}; allowed: 1 to {_MOST_LAYERS}")
+    if not isinstance(quantization, (dict, type(None))):
+        raise ModelError(
+            f"{short_repr(name)} has quantization_config {short_repr(quantization)}; allowed: a JSON object"
+        )
+    return found
+
+
+def longrope_boundary(config: Any) -> int | None:
+    """The length in tokens past which a 128k model switches to its long rotary factors; None for other models."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+
+
+def longrope_note(config: Any) -> str:
+    """Which lengths use which rotary factors, in words."""
+    boundary = longrope_boundary(config)
+    return (
+        f"longrope: documents of up to {boundary} tokens train the short rotary factors, longer ones the long factors; "
+        f"an adapter is right for the lengths it was trained on"
+    )
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next(model.parameters()).device

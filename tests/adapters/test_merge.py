@@ -1,0 +1,143 @@
+"""Merging: the adapted model's logits from plain weights, and the base's own bits back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ATTENTION_VARIANTS, adapted_model, make_tokenizer, same_tensors, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import phi3lora as p3
+from phi3lora.lora.base_weight import Fp8Linear
+
+IDS = torch.arange(5, 25)[None]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("variant", ["grouped-query", "multi-head", "tied", "partial-rotary"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "up_proj"], ["o_proj"]])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_merged_directory_is_the_adapted_model(tmp_path, variant, targets, use_rslora):
+    model = adapted_model(
+        changes=ATTENTION_VARIANTS[variant], target_modules=targets, use_rslora=use_rslora, head_scale=1
+    )
+    before = weights(model)
+    report = p3.save_merged(model, None, tmp_path)
+    plain, loading = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(plain) is type(tiny_model())
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+    assert report.max_logit_difference < 1e-4
+    assert report.mean_kl < 1e-6
+    assert report.greedy_agreement == 1
+    assert same_tensors(weights(model), before)
+
+
+def test_the_adapters_did_something_to_the_logits():
+    model = adapted_model()
+    with p3.disabled(model):
+        base = logits(model)
+    assert (logits(model) - base).abs().max() > 0.05
+
+
+def test_tokenizer_stop_tokens_and_report_are_beside_the_weights(tmp_path):
+    tokenizer = make_tokenizer()
+    report = p3.save_merged(adapted_model(), tokenizer, tmp_path)
+    assert json.loads((tmp_path / "merge_report.json").read_text())["positions"] == report.positions
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.chat_template == tokenizer.chat_template
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id]
+    assert "same likeliest token 100.0%" in str(report)
+
+
+def test_bf16_is_rounded_once_and_the_report_says_how_much_that_was(tmp_path):
+    model = adapted_model(dtype=torch.bfloat16)
+    report = p3.save_merged(model, None, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    layer = model.model.layers[0].mlp.down_proj
+    expected = (layer.weight.float() + layer.delta()).to(torch.bfloat16)
+    assert torch.equal(plain.model.layers[0].mlp.down_proj.weight, expected)
+    assert report.dtype == "bfloat16"
+    assert 0 < report.max_logit_difference < 0.5
+
+
+def fp8_base(model):
+    """The model with its linear layers but the head in fp8."""
+    for path, layer in list(model.model.named_modules()):
+        if type(layer) is nn.Linear:
+            parent, _, name = path.rpartition(".")
+            setattr(model.model.get_submodule(parent), name, Fp8Linear.of(layer))
+    return model
+
+
+def test_a_quantised_base_is_dequantised_or_replaced_by_the_dense_one(tmp_path):
+    dense = tiny_model(hidden_size=64)
+    dense.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model = fp8_base(tiny_model(hidden_size=64))
+    p3.inject_lora(model, p3.LoraConfig(r=4, target_modules=["o_proj"]))
+    torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.lora_B, std=0.1)
+    assert p3.save_merged(model, None, tmp_path / "own").max_logit_difference < 0.2  # fp8 rounds activations too
+    p3.save_merged(model, None, tmp_path / "dense", base=tmp_path / "base")
+    own, better = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("own", "dense"))
+    gate_up = "model.layers.0.mlp.gate_up_proj.weight"
+    assert torch.equal(better.state_dict()[gate_up], dense.state_dict()[gate_up])
+    torch.testing.assert_close(own.state_dict()[gate_up], model.model.layers[0].mlp.gate_up_proj.weight.float()
+                               * model.model.layers[0].mlp.gate_up_proj.scale)  # fmt: skip
+    delta = model.model.layers[0].self_attn.o_proj.delta()
+    o_proj = "model.layers.0.self_attn.o_proj.weight"
+    torch.testing.assert_close(better.state_dict()[o_proj], dense.state_dict()[o_proj] + delta)
+
+
+def test_inside_merged_the_weights_have_the_adapters_and_after_it_their_own_bits():
+    model = adapted_model(dtype=torch.bfloat16)
+    before, adapted = weights(model), logits(model)
+    with p3.merged(model):
+        inside = logits(model)
+        assert not torch.equal(
+            model.model.layers[0].mlp.down_proj.weight, before["model.layers.0.mlp.down_proj.weight"]
+        )
+    assert (inside - adapted).abs().max() < 0.5
+    assert same_tensors(weights(model), before)
+    assert torch.equal(logits(model), adapted)
+    with pytest.raises(KeyboardInterrupt), p3.merged(model):
+        raise KeyboardInterrupt
+    assert same_tensors(weights(model), before)
+
+
+def test_merged_holds_for_every_kind_of_layer():
+    layers = nn.Sequential(p3.Linear(4, 6, r=2, fan_in_fan_out=True), p3.Linear(6, 5, r=2, lora_alpha=3))
+    convolution, embedding = p3.Conv2d(3, 4, 3, r=2), p3.Embedding(7, 3, r=2)
+    for module, x in ((layers, torch.randn(2, 4)), (convolution, torch.randn(1, 3, 5, 5)), (embedding, IDS % 7)):
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter)
+        expected, before = module(x), weights(module)
+        with p3.merged(module):
+            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+        assert same_tensors(weights(module), before)
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    with pytest.raises(p3.AdapterError, match="no adapters to merge"):
+        p3.save_merged(tiny_model(), None, tmp_path)
+    model = adapted_model()
+    refused = pytest.raises(p3.AdapterError, match="merged already")
+    with p3.merged(model), refused, p3.merged(model):
+        pass
+    model = fp8_base(tiny_model(hidden_size=64))
+    p3.inject_lora(model, p3.LoraConfig(r=4))
+    with pytest.raises(p3.AdapterError, match="quantised weight"), p3.merged(model):
+        pass

@@ -1,0 +1,357 @@
+"""What we write as a PEFT folder: PEFT, transformers, vLLM and llama.cpp compute it as we do, and it comes back."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import adapted_model, adapters_of, longrope_model, randomize_adapters, same_tensors
+from peft_folders import (
+    LAYER,
+    NET_IDS,
+    SHALLOW,
+    SUBSETS,
+    Net,
+    adapted_net,
+    as_llama,
+    assert_acts,
+    base_model,
+    change_config,
+    change_tensors,
+    config_of,
+    layouts,
+    logits,
+    members,
+    peft_made,
+    unequal_model,
+    with_peft,
+    with_transformers,
+)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GenerationConfig
+
+import phi3lora as p3
+from phi3lora.__main__ import main
+from phi3lora.adapters.adapter_file import adapter_facts
+from phi3lora.adapters.peft_export import max_lora_rank
+from phi3lora.errors import AdapterError
+from phi3lora.lora.inject import lora_layers
+
+# --- What others compute from our folder
+
+
+def test_the_llama_is_the_phi3():
+    base = base_model()
+    torch.testing.assert_close(logits(as_llama(base)), logits(base), atol=1e-4, rtol=0)
+
+
+@members
+@layouts
+@pytest.mark.parametrize("load", [with_peft, with_transformers])
+@pytest.mark.parametrize("make", [adapted_model, unequal_model])
+def test_peft_and_transformers_compute_our_logits(tmp_path, changes, layout, load, make):
+    model = make(changes=changes)
+    p3.export_peft(model, tmp_path / "a", layout=layout)
+    base = base_model(changes)
+    assert_acts(model, base)
+    got = logits(load(as_llama(base) if layout == "split" else base, tmp_path / "a"))
+    torch.testing.assert_close(got, logits(model), atol=1e-4, rtol=0)
+
+
+def test_the_output_head_and_the_embeddings_are_exported_too(tmp_path):
+    model = adapted_model(target_modules=["embed_tokens", "lm_head", "q_proj"])
+    p3.export_peft(model, tmp_path)
+    assert {"base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_A.weight"} <= set(
+        load_file(tmp_path / "adapter_model.safetensors")
+    )
+    torch.testing.assert_close(logits(with_peft(base_model(), tmp_path)), logits(model), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(with_transformers(base_model(), tmp_path)), logits(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "pattern"])
+def test_every_kind_of_layer_is_the_same_in_peft(tmp_path, layout):
+    net = adapted_net()
+    exported = p3.export_peft(net, tmp_path, layout=layout)
+    assert exported.rank == 2 * 3 * 3  # the 3 x 3 convolution's
+    assert list(exported.commands) == ["PEFT"]
+    assert (net(NET_IDS) - Net()(NET_IDS)).abs().max() > 0.1
+    torch.testing.assert_close(with_peft(Net(), tmp_path)(NET_IDS), net(NET_IDS), atol=1e-5, rtol=0)
+    again = Net()
+    p3.import_peft(again, tmp_path)
+    assert same_tensors(adapters_of(again), adapters_of(net))
+
+
+def test_an_adapter_in_some_layers_only_names_them_in_full(tmp_path):
+    model = adapted_model(target_modules=["model.layers.1.self_attn.qkv_proj"])
+    p3.export_peft(model, tmp_path)
+    assert config_of(tmp_path)["target_modules"] == ["model.layers.1.self_attn.qkv_proj"]
+    torch.testing.assert_close(logits(with_peft(base_model(), tmp_path)), logits(model), atol=1e-4, rtol=0)
+
+
+# --- Loaders' rules, restated
+
+
+@pytest.mark.parametrize("make", [adapted_model, unequal_model])
+def test_the_uniform_layout_keeps_vllm_s_rules(tmp_path, make):
+    """PEFTHelper's fields and checks, parse_fine_tuned_lora_name, and the shapes that it copies into its buffers."""
+    model = make()
+    exported = p3.export_peft(model, tmp_path / "support")
+    config = config_of(tmp_path / "support")
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
+    assert config["bias"] == "none" and config["modules_to_save"] is None and config["use_dora"] is False
+    allowed = max_lora_rank(config["r"])
+    assert f"--max-lora-rank {allowed}" in exported.commands["vLLM"] and config["r"] == exported.rank <= allowed
+    fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert set(config["target_modules"]) <= fused
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(tmp_path / "support" / "adapter_model.safetensors").items():
+        parts = key.split(".")
+        assert parts[:2] == ["base_model", "model"] and parts[-1] == "weight" and parts[-2] in ("lora_A", "lora_B")
+        assert parts[-3] in fused
+        sides.setdefault(".".join(parts[2:-2]), {})[parts[-2]] = tensor
+    scaling = config["lora_alpha"] / config["r"]  # vllm_lora_scaling_factor: one for all, patterns are not read
+    for path, layer in lora_layers(model).items():
+        A, B = sides[path]["lora_A"], sides[path]["lora_B"]
+        assert A.shape == (config["r"], layer.in_features) and B.shape == (layer.out_features, config["r"])
+        torch.testing.assert_close(scaling * B @ A, layer.delta().detach())
+        llama_cpp = config["lora_alpha"] / B.shape[1]  # adapter.lora.alpha over the tensor's own rank
+        torch.testing.assert_close(llama_cpp * B @ A, layer.delta().detach())
+    assert sides.keys() == lora_layers(model).keys()
+
+
+def test_ranks_that_vllm_allows():
+    assert [max_lora_rank(r) for r in (1, 2, 8, 9, 48, 257, 320, 321, 512, 513)] == [
+        1, 8, 8, 16, 64, 320, 320, 512, 512, None,
+    ]  # fmt: skip
+
+
+def test_the_config_s_scaling_is_each_module_s(tmp_path):
+    model = adapted_model(r=3, lora_alpha=5, use_rslora=True)
+    p3.export_peft(model, tmp_path)
+    config = config_of(tmp_path)
+    assert config["r"] == 9 and config["use_rslora"] is False  # 3 segments of rank 3
+    assert config["lora_alpha"] / 9 == pytest.approx(5 / 3**0.5, rel=1e-12)
+
+
+def test_a_power_of_two_between_scalings_is_exact_and_others_are_said(tmp_path):
+    exported = p3.export_peft(unequal_model(), tmp_path / "a")
+    qkv, gate_up = LAYER + "self_attn.qkv_proj", LAYER + "mlp.gate_up_proj"
+    assert set(exported.rounded) == {qkv, gate_up}  # o_proj's ratio is 2
+    assert "pattern" in str(exported)
+    assert p3.export_peft(unequal_model(), tmp_path / "b", layout="pattern").rounded == ()
+
+
+def test_patterns_name_the_layers_that_differ(tmp_path):
+    p3.export_peft(unequal_model(), tmp_path, layout="pattern")
+    config = config_of(tmp_path)
+    assert (config["r"], config["lora_alpha"]) == (3, 6)  # layer 1's o_proj and gate_up_proj
+    assert config["rank_pattern"] == {
+        r"^model\.layers\.0\.self_attn\.qkv_proj": 10,
+        r"^model\.layers\.0\.self_attn\.o_proj": 2,
+        r"^model\.layers\.0\.mlp\.gate_up_proj": 4,
+        r"^model\.layers\.1\.self_attn\.qkv_proj": 6,
+    }
+    p3.export_peft(adapted_model(r=3, lora_alpha=6), tmp_path, layout="pattern")
+    assert config_of(tmp_path)["rank_pattern"] == {"qkv_proj": 9, "gate_up_proj": 6}
+    assert config_of(tmp_path)["alpha_pattern"] == {"qkv_proj": 18, "gate_up_proj": 12}
+
+
+def test_the_command_line_writes_the_same_folder(tmp_path, capsys):
+    model, _, _, _ = p3.demo.load()
+    p3.inject_lora(model, p3.LoraConfig(r=2, lora_alpha=4))
+    randomize_adapters(model)
+    file = p3.save_adapter(model, tmp_path / "a.safetensors")
+    options = ["--model", str(p3.demo.BASE), "--adapter", str(file), "--out", str(tmp_path / "cli")]
+    assert main(["export", *options, "--layout", "pattern"]) == 0
+    assert f"PEFT adapter in {tmp_path / 'cli'}" in capsys.readouterr().out
+    p3.export_peft(model, tmp_path / "direct", layout="pattern")
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cli", "direct")]
+    assert same_tensors(*tensors)
+    assert config_of(tmp_path / "cli")["base_model_name_or_path"] == str(p3.demo.BASE)
+
+
+def test_the_folder_has_every_stop_token(tmp_path, tokenizer):
+    exported = p3.export_peft(
+        adapted_model(), tmp_path, tokenizer=tokenizer, base_model="microsoft/Phi-3-mini-4k-instruct"
+    )
+    stops = GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    assert tokenizer.convert_ids_to_tokens(stops) == ["<|end|>", "<|endoftext|>"]
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert config_of(tmp_path)["base_model_name_or_path"] == "microsoft/Phi-3-mini-4k-instruct"
+    text = str(exported)
+    for line in (
+        "PeftModel.from_pretrained",
+        "vllm serve microsoft/Phi-3-mini-4k-instruct --enable-lora --lora-modules",
+        f"--max-lora-rank 16 --generation-config {tmp_path}",
+        "convert_lora_to_gguf.py --base-model-id microsoft/Phi-3-mini-4k-instruct",
+        f"ADAPTER {tmp_path / 'adapter.gguf'}",
+        'PARAMETER stop "<|end|>"',
+    ):
+        assert line in text
+
+
+@pytest.mark.parametrize("layout", ["uniform", "split"])
+def test_a_base_that_only_this_machine_has_is_mentioned(tmp_path, layout):
+    model = adapted_model()
+    text = "a folder of this machine; for others, give its name on the hub: base_model='owner/name'"
+    base_model().save_pretrained(tmp_path / "base")
+    local = p3.export_peft(model, tmp_path / "a", layout=layout, base_model=str(tmp_path / "base"))
+    assert f"the base on record is {tmp_path / 'base'}, {text}" in local.notes
+    for name in ("microsoft/phi-4", "gpt2", None):
+        assert text not in str(p3.export_peft(model, tmp_path / "a", layout=layout, base_model=name))
+
+
+def test_a_longrope_model_s_regimes_are_mentioned(tmp_path):
+    assert "longrope: documents of up to 40 tokens" in str(p3.export_peft(longrope_model(), tmp_path))
+
+
+def test_the_pattern_layout_offers_peft_alone(tmp_path):
+    assert list(p3.export_peft(adapted_model(), tmp_path, layout="pattern").commands) == ["PEFT"]
+
+
+# --- Our own folders come back
+
+
+@members
+@layouts
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+def test_our_own_export_comes_back_bit_exact(tmp_path, changes, layout, rslora):
+    changes = {**changes, **SHALLOW}
+    for i, targets in enumerate(SUBSETS):
+        model = adapted_model(changes=changes, target_modules=targets, use_rslora=rslora, r=3, lora_alpha=7)
+        randomize_adapters(model)
+        p3.export_peft(model, tmp_path / str(i), layout=layout)
+        again = base_model(changes)
+        report = p3.import_peft(again, tmp_path / str(i))
+        assert adapter_facts(again) == adapter_facts(model)
+        assert same_tensors(adapters_of(again), adapters_of(model))
+        assert again.lora_config == model.lora_config
+        assert report.trainable_parameters == sum(t.numel() for t in adapters_of(model).values())
+
+
+@layouts
+def test_unequal_layers_come_back_as_they_were(tmp_path, layout):
+    model, again = unequal_model(), base_model()
+    exported = p3.export_peft(model, tmp_path, layout=layout)
+    p3.import_peft(again, tmp_path)
+    assert adapter_facts(again) == adapter_facts(model)
+    rounded = {
+        name for name in adapters_of(model) if any(name.startswith(r.rpartition(".")[0]) for r in exported.rounded)
+    }
+    for name, tensor in adapters_of(again).items():
+        tolerance = 2**-22 if name in rounded else 0
+        torch.testing.assert_close(tensor, adapters_of(model)[name], rtol=tolerance, atol=0)
+    assert bool(rounded) == (layout != "pattern")
+
+
+@layouts
+def test_an_import_is_exported_and_saved_again_like_any_adapter(tmp_path, layout):
+    peft_made(base_model(), tmp_path / "theirs", target_modules=["qkv_proj", "o_proj"], rank_pattern={"o_proj": 2})
+    model = base_model()
+    p3.import_peft(model, tmp_path / "theirs")
+    p3.export_peft(model, tmp_path / "ours", layout=layout)
+    p3.save_adapter(model, tmp_path / "ours.safetensors")
+    for load, path in ((p3.import_peft, tmp_path / "ours"), (p3.load_adapter, tmp_path / "ours.safetensors")):
+        again = base_model()
+        load(again, path)
+        assert adapter_facts(again) == adapter_facts(model)
+        assert same_tensors(adapters_of(again), adapters_of(model))
+
+
+@layouts
+def test_matching_adapters_are_loaded_into(tmp_path, layout):
+    model, other = adapted_model(), adapted_model()
+    p3.export_peft(model, tmp_path, layout=layout)
+    randomize_adapters(other, seed=3)
+    parameters = dict(other.named_parameters())
+    p3.import_peft(other, tmp_path)
+    assert same_tensors(adapters_of(other), adapters_of(model))
+    assert all(p is parameters[name] for name, p in other.named_parameters())
+
+
+@layouts
+def test_a_folder_changed_since_counts_as_peft_reads_it(tmp_path, layout, caplog):
+    base = base_model()
+    p3.export_peft(adapted_model(), tmp_path, layout=layout)
+    change_config(tmp_path, lora_alpha=3, alpha_pattern={})
+    again = base_model()
+    with caplog.at_level(logging.WARNING, "phi3lora"):
+        p3.import_peft(again, tmp_path)
+    assert "changed since export_peft wrote it" in caplog.text
+    theirs = with_peft(as_llama(base) if layout == "split" else base, tmp_path)
+    torch.testing.assert_close(logits(again), logits(theirs), atol=1e-4, rtol=0)
+
+
+@layouts
+def test_without_our_header_the_structure_counts(tmp_path, layout):
+    model, again = adapted_model(use_rslora=True), base_model()
+    p3.export_peft(model, tmp_path, layout=layout)
+    change_tensors(tmp_path, lambda tensors: None)
+    p3.import_peft(again, tmp_path)
+    kinds = {facts["class"] for facts in adapter_facts(again)["layers"].values()}
+    assert kinds == ({"Linear", "MergedLinear"} if layout == "split" else {"Linear"})
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-4, rtol=0)
+
+
+def test_values_trained_on_in_the_padding_are_kept(tmp_path):
+    """PEFT trains the padded rows too; a header that survived it must not cut them off."""
+    p3.export_peft(adapted_model(), tmp_path)
+
+    def train_on(tensors):
+        for tensor in tensors.values():
+            tensor += 0.02 * torch.randn(tensor.shape)
+
+    change_tensors(tmp_path, train_on, keep_header=True)
+    again = base_model()
+    p3.import_peft(again, tmp_path)
+    torch.testing.assert_close(logits(again), logits(with_peft(base_model(), tmp_path)), atol=1e-4, rtol=0)
+
+
+# --- Refusals
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    def refused(model, message: str, **options) -> None:
+        with pytest.raises(AdapterError, match=message):
+            p3.export_peft(model, tmp_path / "a", **options)
+        assert not (tmp_path / "a").exists()
+
+    model = adapted_model()
+    refused(base_model(), "no adapters to export")
+    refused(model, "layout='fused'; allowed: 'uniform', 'pattern', 'split'", layout="fused")
+    with p3.disabled(model):
+        refused(model, "switched off or merged")
+    with p3.merged(model):
+        refused(model, "switched off or merged")
+    refused(adapted_net(bias="lora_only"), "trained biases .*conv.bias")
+    refused(p3.Linear(4, 4, r=2, bias=False), "the model itself")
+    unnamed = adapted_net(target_modules=["fused"], segments={"fused": [3, 4]})
+    refused(unnamed, "the segments of 'fused' have no names", layout="split")
+    transposed = nn.Sequential(p3.Linear(4, 4, r=2, fan_in_fan_out=True, bias=False))
+    refused(transposed, "fan_in_fan_out")
+    refused(nn.Sequential(p3.Embedding(4, 4, r=2, max_norm=1.0)), "max_norm")
+    for change in ({"groups": 2}, {"dilation": 2}, {"padding_mode": "circular", "padding": 1}):
+        refused(nn.Sequential(p3.Conv2d(4, 4, 3, r=2, bias=False, **change)), "no groups, dilation or padding mode")
+    with torch.no_grad():
+        next(iter(lora_layers(model).values())).lora_A[0, 0] = float("nan")
+    refused(model, "NaN or infinite")
+    (tmp_path / "file").touch()
+    with pytest.raises(AdapterError, match="which is a file"):
+        p3.export_peft(adapted_model(), tmp_path / "file")
+
+
+def test_layers_built_by_hand_make_the_round_trip(tmp_path):
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(p3.MergedLinear(5, 6, r=2, segments=(4, 2), enable_lora=[True, True], bias=False))
+
+    model, again = net(), nn.Sequential(nn.Linear(5, 6, bias=False))
+    randomize_adapters(model)
+    again[0].load_state_dict({"weight": model[0].weight})
+    p3.export_peft(model, tmp_path)
+    p3.import_peft(again, tmp_path)
+    assert same_tensors(adapters_of(again), adapters_of(model))
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(again(x), model(x))

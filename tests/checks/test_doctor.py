@@ -1,0 +1,727 @@
+"""doctor(): each finding fires on the fault that it is for and is quiet without it; nothing changes by a bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    adapted_model,
+    chat_dataset,
+    longrope_model,
+    make_tokenizer,
+    quiet_config,
+    randomize_adapters,
+    require_four_bit,
+    tiny_model,
+    token_documents,
+)
+from torch import nn
+
+import phi3lora as p3
+from phi3lora.__main__ import main
+from phi3lora.checks import settings as resources
+from phi3lora.checks.doctor import CHECKS, problems
+from phi3lora.checks.planned_run import PlannedRun
+from phi3lora.checks.spans import trained_spans
+from phi3lora.lora.base_weight import Fp8Linear, quantize_base
+from phi3lora.model.estimate import plan_memory
+
+MEASURED = ("gradient flow", "time")
+
+
+def fresh_model(**lora):
+    """A tiny model as inject_lora leaves it."""
+    model = tiny_model()
+    p3.inject_lora(model, p3.LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}))
+    return model
+
+
+def healthy_config(folder, **settings):
+    return quiet_config(folder, **{"learning_rate": 1e-3, "max_steps": 4, **settings})
+
+
+def examine(tmp_path, model=None, dataset=None, tokenizer=None, settings=None, **options):
+    """The report; only a check of gradients runs steps."""
+    options.setdefault("try_steps", False)
+    settings = dict(settings or {})
+    config = healthy_config(settings.pop("output_dir", tmp_path / "run"), **settings)
+    chats = chat_dataset() if dataset is None else dataset
+    return p3.doctor(model or fresh_model(), tokenizer or make_tokenizer(), chats, config, **options)
+
+
+def relabelled(change, dataset=None):
+    """A dataset whose ids and labels went through ``change(ids, labels)``."""
+    source = dataset or chat_dataset()
+    pairs = [change(*(part.copy() for part in source.document(i))) for i in range(len(source))]
+    ids, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    starts = np.concatenate([[0], np.cumsum([len(pair[0]) for pair in pairs])])
+    return p3.ChatDataset(
+        ids, labels, starts, max_length=source.max_length, pad_token_id=source.pad_token_id,
+        end_of_turn_id=source.end_of_turn_id, format="messages", rows=np.arange(1, len(pairs) + 1),
+        truncated=np.zeros(len(pairs), dtype=bool),
+    )  # fmt: skip
+
+
+def chats_of(*answers, max_length=128, **options):
+    turns = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}] for text in answers]
+    rows = [{"messages": chat} for chat in turns]
+    return p3.ChatDataset.load(rows, make_tokenizer(), max_length=max_length, **options)
+
+
+def test_a_healthy_run_has_no_error_and_no_warning(tmp_path):
+    report = examine(tmp_path, try_steps=True)
+    assert report.ok
+    assert {f.status for f in report} == {"ok"}, str(report)
+    assert [f.name for f in report] == [*CHECKS, *MEASURED]
+    assert str(report).endswith("no errors, no warnings")
+    assert all("\n" not in f.text for f in report)
+
+
+# -- each fault ------------------------------------------------------------------------------------------------------
+
+
+def with_base_gradient():
+    model = fresh_model()
+    model.model.layers[1].mlp.down_proj.weight.requires_grad = True
+    return model
+
+
+def with_undeclared_bias():
+    model = fresh_model()
+    o_proj = model.model.layers[0].self_attn.o_proj
+    o_proj.bias = nn.Parameter(torch.zeros(o_proj.out_features))
+    return model
+
+
+def with_frozen_adapter():
+    model = fresh_model()
+    model.model.layers[0].mlp.down_proj.lora_B.requires_grad = False
+    return model
+
+
+def with_disabled_layer():
+    model = fresh_model()
+    model.model.layers[1].self_attn.qkv_proj.enabled = False
+    return model
+
+
+def masks_end_of_turn(ids, labels):
+    labels[ids == chat_dataset().end_of_turn_id] = -100
+    return ids, labels
+
+
+def masks_the_first_end_of_turn(ids, labels):
+    labels[np.flatnonzero((ids == chat_dataset().end_of_turn_id) & (labels != -100))[:1]] = -100
+    return ids, labels
+
+
+def shifts_labels(ids, labels):
+    return ids, np.concatenate([labels[1:], [-100]]).astype(np.int32)
+
+
+def trains_hardly_anything(ids, labels):
+    ids, labels = np.tile(ids, 40), np.tile(labels, 40)
+    labels[: -len(ids) // 40] = -100
+    return ids, labels
+
+
+LONG = "hello " * 60
+MODEL_FAULTS = {
+    "no adapters": (tiny_model, "targets", "error", r"no layer is adapted"),
+    "llama's names, literally": (
+        lambda: fresh_model(target_modules=["o_proj", "down_proj"]),
+        "targets", "warning", r"o_proj, down_proj in 4 layers, 33 %.*not adapted: qkv_proj, gate_up_proj.*all-linear",
+    ),
+    "a part of the stack": (
+        lambda: fresh_model(target_modules=["qkv_proj", "0.self_attn.o_proj"]),
+        "targets", "warning", r"others have none \(model.layers.0.mlp",
+    ),
+    "base weight trains": (with_base_gradient, "frozen", "error", r"1 base param.*layers.1.mlp.down_proj.weight"),
+    "the same, as train says it": (with_base_gradient, "run", "error", r"only adapters may be trainable"),
+    "undeclared bias": (with_undeclared_bias, "frozen", "error", r"o_proj.bias.*bias='none'"),
+    "frozen adapter": (with_frozen_adapter, "frozen", "error", r"1 adapter param.*down_proj.lora_B"),
+    "adapter off": (with_disabled_layer, "frozen", "warning", r"1 of 8 adapters are switched off.*1.self_attn"),
+    "alpha for another r": (lambda: fresh_model(lora_alpha=400), "scaling", "warning", r"by 100.*lora_alpha=400"),
+    "alpha too small": (lambda: fresh_model(r=64, lora_alpha=1), "scaling", "warning", r"r=64"),
+    "small vocabulary": (
+        lambda: adapted_model(changes={"vocab_size": 200}), "run", "error", r"the model's vocabulary has 200",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_a_fault_of_the_model_is_found(tmp_path, fault):
+    make, name, status, text = MODEL_FAULTS[fault]
+    found = examine(tmp_path, make())[name]
+    assert found.status == status
+    assert re.search(text, found.text), found.text
+
+
+DATA_FAULTS = {
+    "end of turn masked": (
+        lambda: relabelled(masks_end_of_turn), "end of turn", "error",
+        r"32 of 32 trained turns of 24 documents do not train <\|end\|>.*rows 1, 2, 3, 4, 5 and 19 more",
+    ),
+    "some of them": (
+        lambda: relabelled(masks_the_first_end_of_turn), "end of turn", "error", r"24 of 32 trained turns",
+    ),
+    "empty answers": (
+        lambda: chats_of("yes", "", "no", ""), "empty answers", "warning", r"2 empty .*\(rows 2, 4\)",
+    ),
+    "all cut": (lambda: chats_of(LONG, LONG, max_length=32), "lengths", "warning", r"32 \| 32 tokens.*2 truncated"),
+    "all cut, so it would not stop": (
+        lambda: chats_of(LONG, LONG, max_length=32), "end of turn", "error", r"none of 2 trained turns.*max_length",
+    ),
+    "rows dropped": (
+        lambda: p3.ChatDataset.load(
+            [{"prompt": LONG, "completion": "yes"}, {"prompt": "Hi", "completion": "yes"}], make_tokenizer(),
+            max_length=32,
+        ),
+        "lengths", "warning", r"1 rows dropped",
+    ),
+    "labels shifted": (lambda: relabelled(shifts_labels), "supervised", "error", r"labels are not their own"),
+    "hardly anything trained": (
+        lambda: relabelled(trains_hardly_anything, chats_of("ok", "no")), "supervised", "warning", r"^0\.\d % of",
+    ),
+    "documents just over half a row": (
+        lambda: token_documents([33] * 20, max_length=64), "packing", "warning", r"20 rows packed.*51.6 % full",
+    ),
+    "empty": (lambda: chat_dataset().select([]), "run", "error", r"train_dataset is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS)
+def test_a_fault_of_the_data_is_found(tmp_path, fault):
+    make, name, status, text = DATA_FAULTS[fault]
+    found = examine(tmp_path, dataset=make())[name]
+    assert found.status == status
+    assert re.search(text, found.text), found.text
+
+
+def test_rows_of_one_document_that_are_mostly_padding_are_found(tmp_path):
+    dataset = token_documents([10] * 19 + [100])
+    settings = {"packing": False, "per_device_train_batch_size": 10}
+    found = examine(tmp_path, dataset=dataset, settings=settings)["packing"]
+    assert found.status == "warning"
+    assert "26.4 % full" in found.text  # 290 of 10 x 100 + 10 x 10
+    assert "packing=True" in found.text
+
+
+def test_a_dataset_without_documents_is_an_error_in_every_layout(tmp_path):
+    for packing in (True, False):
+        report = examine(tmp_path, dataset=chat_dataset().select([]), settings={"packing": packing}, try_steps=True)
+        assert not report.ok
+        assert report["gradient flow"].text == "not tried: mend the run first"
+
+
+CONFIG_FAULTS = {
+    "rate of full tuning": ({"learning_rate": 2e-6}, "learning rate", r"2e-06 is a rate for full fine-tuning"),
+    "no rate": ({"learning_rate": 0}, "learning rate", r"nothing will change"),
+    "huge rate": ({"learning_rate": 0.5}, "learning rate", r"far above"),
+    "all warm-up": ({"warmup_steps": 9}, "schedule", r"9 warm-up steps of 4: the run ends before"),
+    "long and unsaved": ({"max_steps": 501}, "saving", r"'no' in a run of 501 steps"),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_a_setting_that_is_rarely_meant_is_found(tmp_path, fault):
+    settings, name, text = CONFIG_FAULTS[fault]
+    found = examine(tmp_path, settings=settings)[name]
+    assert found.status == "warning"
+    assert re.search(text, found.text), found.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "status"),
+    [
+        (torch.bfloat16, {"fp16": True}, "warning"),
+        (torch.float16, {"bf16": True}, "warning"),
+        (torch.bfloat16, {"bf16": True}, "ok"),
+        (torch.bfloat16, {}, "ok"),
+        (torch.float32, {"fp16": True}, "ok"),
+    ],
+)
+def test_a_precision_that_the_weights_were_not_made_for_is_found(tmp_path, monkeypatch, dtype, settings, status):
+    monkeypatch.setattr("phi3lora.checks.adapters.has_instructions", lambda name: True)
+    model = tiny_model().to(dtype)
+    p3.inject_lora(model)
+    assert examine(tmp_path, model, settings=settings)["precision"].status == status
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_on_a_cpu_that_computes_it_slowly_is_found(tmp_path, monkeypatch, name):
+    def found(settings, **options):
+        return examine(tmp_path, settings=settings, **options)["precision"]
+
+    for units, status in (((), "warning"), ((name,), "ok")):
+        monkeypatch.setattr("phi3lora.checks.adapters.has_instructions", lambda n, units=units: n in units)
+        assert found({name: True}).status == status
+        assert found({}).status == "ok"  # float32
+        assert found({name: True}, device_memory_gib=80).status == "ok"  # a run that is planned for a GPU
+    monkeypatch.setattr("phi3lora.checks.adapters.has_instructions", lambda n: False)
+    assert f"no instructions for {name}" in found({name: True}).text
+    assert f"dtype='float32', without {name}=True" in found({name: True}).text
+
+
+def test_another_tokenizer_than_the_dataset_s_is_found(tmp_path):
+    found = examine(tmp_path, tokenizer=p3.demo.load()[1])["end of turn"]
+    assert found.status == "error"
+    assert "the tokenizer's template ends a turn with <|end|> (6)" in found.text
+
+
+def test_turns_cut_by_max_length_are_counted_and_are_no_fault(tmp_path):
+    found = examine(tmp_path, dataset=chats_of(LONG, "yes", "no", max_length=32))["end of turn"]
+    assert found.status == "ok"
+    assert "but 1 that are cut" in found.text
+
+
+@pytest.mark.parametrize("options", [{"overflow": "split"}, {"train_on": "all"}, {"train_on": "last"}])
+def test_split_documents_and_other_masks_have_their_ends_of_turn_and_no_empty_answers(tmp_path, options):
+    words = " ".join("abcdefghij"[i % 10] for i in range(150))
+    for size in range(100, 112):  # somewhere a part ends just before or after the end of turn
+        chats = chats_of(*(words[: size + i] for i in range(4)), max_length=40, **options)
+        report = examine(tmp_path, dataset=chats)
+        assert report["empty answers"].status == "ok"
+        assert "do not train" not in report["end of turn"].text
+
+
+def test_padding_says_what_pads_and_that_spans_make_it_harmless(tmp_path):
+    text = examine(tmp_path)["padding"].text
+    assert text.startswith("pad <|endoftext|> (3), eos <|endoftext|> (3), end of turn <|end|> (")
+    assert "masks go by span" in text
+
+
+@pytest.mark.parametrize(
+    ("lengths", "status", "text"),
+    [
+        ([20, 30], "ok", "up to 40 tokens: the short"),
+        ([50, 60], "ok", "over 40 tokens: the long"),
+        ([20, 60, 30], "warning", "2 documents of up to 40 tokens train the short rotary factors, 1 longer"),
+    ],
+)
+def test_which_rotary_factors_are_trained(tmp_path, lengths, status, text):
+    found = examine(tmp_path, longrope_model(40), token_documents(lengths, max_length=64))["longrope"]
+    assert found.status == status
+    assert text in found.text
+
+
+def test_spans_are_those_of_a_plain_loop(monkeypatch):
+    monkeypatch.setattr("phi3lora.checks.spans._AT_ONCE", 3)
+    dataset = token_documents([7, 1, 12, 3, 9, 1, 30], seed=3)
+    expected = []
+    for i in range(len(dataset)):
+        labels = [int(label) for label in dataset.document(i)[1]]
+        at = 0
+        while at < len(labels):
+            stop = at
+            while stop < len(labels) and labels[stop] != -100:
+                stop += 1
+            if stop > at:
+                expected.append((i, at, stop - at, labels[stop - 1]))
+            at = max(stop, at + 1)
+    found = trained_spans(dataset)
+    assert list(zip(found.document, found.start, found.length, found.last_token, strict=True)) == expected
+    some = trained_spans(dataset, sample=3)
+    assert some.documents == 3
+    assert set(some.document) == {0, 3, 6}
+
+
+# -- memory, disk, time -----------------------------------------------------------------------------------------------
+
+
+def test_memory_is_held_against_the_card_that_is_asked_about(tmp_path):
+    model = fresh_model()
+    plan = PlannedRun(model, None, chat_dataset(), healthy_config(tmp_path)).memory()
+    none, full = plan.peak_gib["none"], plan.peak_gib["full"]
+    assert full < none
+
+    def memory(gib, **settings):
+        return examine(tmp_path, model, settings=settings, device_memory_gib=gib)["memory"]
+
+    assert memory(None).status == memory(2 * none).status == "ok"
+    assert "no card here" in memory(None).text
+    assert memory(none).status == "warning"  # over 92 %
+    tight = memory((none + full / 0.92) / 2)
+    assert tight.status == "error"
+    assert re.search(r"does not fit; activation_checkpointing='(selective|full|offload)' fits", tight.text)
+    assert memory((none + full / 0.92) / 2, activation_checkpointing="full").status == "ok"
+    assert memory((none + full / 0.92) / 2, activation_checkpointing="auto").status == "ok"
+    assert memory(1e-9).text.endswith("take smaller batches or base_precision='nf4'")
+    rows = tight.details[0][0].splitlines()
+    assert rows[0].split() == ["GiB", "none", "selective", "full", "offload"]
+    assert [row[:10].strip() for row in rows[1:4]] == ["as loaded", "fp8", "nf4"]
+    assert "x" in rows[1]
+    with pytest.raises(p3.TrainingError, match=r"device_memory_gib=0; allowed"):
+        memory(0)
+
+
+def test_another_card_s_prediction_is_that_of_the_fused_passes(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    p3.inject_lora(model)
+    here, there = (
+        PlannedRun(model, None, chat_dataset(), healthy_config(tmp_path), device_memory_gib=gib) for gib in (None, 80)
+    )
+    assert (here.memory_path, there.memory_path) == ("plain", "fused")
+    assert there.memory().peak_gib["none"] < here.memory().peak_gib["none"]
+
+
+def test_the_prediction_for_an_fp8_base_is_that_of_a_model_in_fp8():
+    size = {"hidden_size": 64, "intermediate_size": 128}
+    dense, rounded = tiny_model(**size), tiny_model(**size)
+    for path, layer in list(rounded.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(rounded.model.get_submodule(parent), name, Fp8Linear.of(layer))
+    for model in (dense, rounded):
+        p3.inject_lora(model)
+    predicted, true = plan_memory(dense, 100, base_precision="fp8"), plan_memory(rounded, 100)
+    assert predicted.peak_gib == pytest.approx(true.peak_gib, rel=1e-9)
+
+
+def test_the_prediction_for_an_nf4_base_is_that_of_a_model_in_nf4():
+    require_four_bit()
+    size = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 400}
+    dense, rounded = tiny_model(**size), tiny_model(**size)
+    quantize_base(rounded, "nf4")
+    for model in (dense, rounded):
+        p3.inject_lora(model)
+    predicted, true = plan_memory(dense, 0, base_precision="nf4"), plan_memory(rounded, 0)
+    assert predicted.peak_gib == pytest.approx(true.peak_gib, rel=0.01)  # tables of a KiB a layer
+    assert plan_memory(rounded, 0, base_precision="fp8").peak_gib == pytest.approx(
+        plan_memory(dense, 0, base_precision="fp8").peak_gib
+    )
+
+
+def test_a_folder_that_cannot_be_written_to_is_found(tmp_path):
+    (tmp_path / "file").write_text("")
+    found = examine(tmp_path, settings={"output_dir": str(tmp_path / "file" / "run")})["output"]
+    assert found.status == "error"
+    assert "cannot be written to: Not a directory" in found.text
+
+
+def test_another_run_s_checkpoints_are_found_and_left(tmp_path):
+    kept = tmp_path / "run" / "checkpoint-3" / "file"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("theirs")
+    found = examine(tmp_path)["output"]
+    assert found.status == "error"
+    assert "checkpoint-3 the newest" in found.text
+    assert examine(tmp_path, settings={"overwrite_output_dir": True})["output"].status == "ok"
+    assert kept.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("share", [0.5, 1.1, 3])
+def test_a_full_disk_is_found(tmp_path, monkeypatch, share):
+    planned = PlannedRun(fresh_model(), None, chat_dataset(), healthy_config(tmp_path))
+    each = resources.checkpoint_bytes(planned)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(share * each)))
+    found = examine(tmp_path)["disk"]
+    assert found.status == {0.5: "error", 1.1: "warning", 3: "ok"}[share]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_strategy": "steps", "save_steps": 2},
+        {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1},
+        {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2},
+        {"save_strategy": "steps", "save_steps": 0.5, "optim": "sgd"},
+    ],
+)
+def test_the_checkpoints_take_the_room_that_was_predicted(tmp_path, settings):
+    model, chats = fresh_model(r=16), chat_dataset()
+    config = healthy_config(tmp_path, **{"max_steps": 7, **settings})
+    planned = PlannedRun(model, None, chats, config)
+    predicted = (resources.checkpoints_at_once(planned), resources.checkpoint_bytes(planned))
+    p3.train(model, chats, config)
+    left = list(tmp_path.glob("checkpoint-*"))
+    limited = config.save_total_limit is not None  # the older one goes only when the newer one is there
+    assert predicted[0] == len(left) + limited
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in left]
+    assert predicted[1] == pytest.approx(max(sizes), rel=0.25)
+
+
+def test_the_time_grows_with_the_steps_and_is_unknown_without_one(tmp_path):
+    assert "time unknown" in examine(tmp_path)["time"].text
+    found = examine(tmp_path, settings={"max_steps": 10**7}, try_steps=True)["time"]
+    assert re.match(r"about [\d.]+ h for 10,000,000 steps, [\d,]+ tokens", found.text)
+    assert re.match(r"about \d+ s for 4 steps", examine(tmp_path, try_steps=True)["time"].text)
+
+
+# -- gradient flow ----------------------------------------------------------------------------------------------------
+
+
+def with_detached_layer():
+    model = fresh_model()
+    layer = model.model.layers[0].mlp.down_proj
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight)
+    return model
+
+
+def with_a_dead_segment():
+    """Attention that does not look at v: nothing reaches the third segment of qkv."""
+    model = fresh_model()
+    layer = model.model.layers[1].self_attn.qkv_proj
+    whole, width = layer.forward, layer.segments[2]
+    layer.forward = lambda x: torch.cat([(y := whole(x))[..., :-width], y[..., -width:].detach()], -1)
+    return model
+
+
+def with_nothing_behind_A():
+    model = fresh_model()
+    model.model.layers[1].self_attn.o_proj.lora_A.requires_grad = False
+    return model
+
+
+def with_nan():
+    model = fresh_model()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    return model
+
+
+def with_loud_head():
+    model = fresh_model()
+    model.lm_head.weight.data.mul_(500)
+    return model
+
+
+def all_off():
+    model = fresh_model()
+    for module in model.modules():
+        if hasattr(module, "enabled"):
+            module.enabled = False
+    return model
+
+
+FLOW_FAULTS = {
+    "frozen B": (with_frozen_adapter, "error", r"1 adapter mat.* step 1 of 2 \(model.layers.0.mlp.down_proj.lora_B\)"),
+    "frozen A": (with_nothing_behind_A, "error", r"1 adapter mat.* step 2 of 2 \(.*1.self_attn.o_proj.lora_A\)"),
+    "disabled": (with_disabled_layer, "error", r"3 .* step 1 of 2 \(.*layers.1.self_attn.qkv_proj.lora_B of segment 0"),
+    "detached": (with_detached_layer, "error", r"1 .* step 1 of 2 \(.*layers.0.mlp.down_proj.lora_B\)"),
+    "dead segment": (with_a_dead_segment, "error", r"1 .*step 1 of 2 \(.*1.self_attn.qkv_proj.lora_B of segment 2\)"),
+    "NaN": (with_nan, "error", r"loss nan, it or its gradient is not finite"),
+    "worse than guessing": (with_loud_head, "warning", r"worse than guessing \(6.24\)"),
+    "all off": (all_off, "error", r"every adapter is switched off"),
+    "cannot run": (with_base_gradient, "warning", r"not tried: mend the run first"),
+}
+
+
+@pytest.mark.parametrize("fault", FLOW_FAULTS)
+def test_an_adapter_that_would_not_learn_is_found(tmp_path, fault):
+    make, status, text = FLOW_FAULTS[fault]
+    found = examine(tmp_path, make(), try_steps=True)["gradient flow"]
+    assert found.status == status
+    assert re.search(text, found.text), found.text
+
+
+def test_an_embedding_s_adapter_flows_the_other_way_round(tmp_path):
+    model = fresh_model(target_modules=["embed_tokens", "qkv_proj"])
+    assert examine(tmp_path, model, try_steps=True)["gradient flow"].status == "ok"
+
+
+@pytest.mark.parametrize("settings", [{"fp16": True}, {"bf16": True}, {"activation_checkpointing": "offload"}])
+def test_steps_are_tried_in_the_precision_and_mode_of_the_run(tmp_path, settings):
+    found = examine(tmp_path, settings=settings, try_steps=True)["gradient flow"]
+    assert found.status == "ok", found.text
+
+
+# -- nothing changes --------------------------------------------------------------------------------------------------
+
+
+def with_history():
+    """Adapters that have learned, gradients left over, modules in mixed modes, dropout."""
+    model = fresh_model(lora_dropout=0.1, bias="none")
+    randomize_adapters(model)
+    for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.full_like(parameter, i) if i % 2 else None
+    model.model.layers[0].train()
+    return model
+
+
+def in_sdpa():
+    model = fresh_model()
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def long_and_short():
+    return longrope_model(40)
+
+
+SET_BY_TRAINING = {"gradient_checkpointing", "long_inv_freq"}  # switches of transformers' that keep their values
+
+
+def everything(model):
+    """Whatever the doctor must leave alone."""
+    own = {f"{n} at": (id(p), p.data_ptr(), p.requires_grad) for n, p in model.named_parameters()}
+    own.update({n: p.detach().clone() for n, p in model.named_parameters()})
+    own.update({f"{n} gradient": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+    own.update({f"buffer {n}": b.clone() for n, b in model.named_buffers()})
+    own.update({f"mode {n}": m.training for n, m in model.named_modules()})
+    own.update({f"attributes {n}": sorted(vars(m).keys() - SET_BY_TRAINING) for n, m in model.named_modules()})
+    own["attention"] = model.config._attn_implementation
+    own["torch"], own["python"] = torch.get_rng_state(), random.getstate()
+    name, keys, *rest = np.random.get_state()
+    own["numpy"] = (name, keys.tolist(), rest)
+    own["gradients on"] = torch.is_grad_enabled()
+    return own
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # NaN is NaN
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("make", [fresh_model, with_history, in_sdpa, long_and_short, with_nan, with_disabled_layer])
+def test_weights_gradients_modes_and_generators_are_left_bit_for_bit(tmp_path, make):
+    model = make()
+    chats = token_documents([50, 60], max_length=64) if make is long_and_short else chat_dataset()
+    torch.manual_seed(3), random.seed(4), np.random.seed(5)
+    random.gauss(0, 1), np.random.normal()  # both keep a second number for later
+    before = everything(model)
+    for mode in ("none", "selective", "full"):
+        examine(tmp_path, model, chats, settings={"activation_checkpointing": mode}, try_steps=True)
+        after = everything(model)
+        assert before.keys() == after.keys()
+        assert [name for name in before if not same(before[name], after[name])] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_is_put_back_when_a_step_fails(tmp_path, monkeypatch):
+    model = with_history()
+    before = everything(model)
+
+    def breaks(*args, **kwargs):
+        raise p3.ModelError("the step broke")
+
+    monkeypatch.setattr("phi3lora.training.step.causal_lm_loss", breaks)
+    found = examine(tmp_path, model, try_steps=True)["gradient flow"]
+    assert (found.status, found.text) == ("error", "the step broke")
+    after = everything(model)
+    assert [name for name in before if not same(before[name], after[name])] == []
+
+
+def test_a_run_after_the_doctor_is_the_run_without_it(tmp_path):
+    def adapters(look):
+        model = fresh_model(lora_dropout=0.2)
+        config = healthy_config(tmp_path / f"{look}", max_steps=3)
+        if look:
+            assert p3.doctor(model, make_tokenizer(), chat_dataset(), config).ok
+        p3.train(model, chat_dataset(), config)
+        return p3.lora_state_dict(model)
+
+    with_it, without = adapters(True), adapters(False)
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_the_preview_marks_what_is_trained(tmp_path, monkeypatch):
+    report = examine(tmp_path, dataset=chats_of("Hello\x1b[31m you!"))
+    assert "".join(text for text, trained in report["preview"].details if trained) == "Hello\\x1b[31m you!<|end|>"
+    plain, coloured = report.render(columns=110), report.render(colour=True, columns=110)
+    assert "[[Hello\\x1b[31m you!<|end|>]]" in plain
+    assert "\x1b" not in plain
+    assert "\x1b[32mHello\\x1b[31m you!<|end|>\x1b[0m" in coloured
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "110")
+    assert str(report) == coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert str(report) == plain
+
+
+def test_one_finding_prints_as_its_lines_of_the_report(tmp_path, monkeypatch):
+    report = examine(tmp_path)
+    assert str(report["saving"]) == "ok       saving  checkpoints: none"
+    head, *rows = str(report["preview"]).splitlines()
+    assert head.startswith("ok       preview  row 1, ")
+    assert rows[0].startswith(" " * len("ok       preview  ") + "<|") and "[[" in "".join(rows)
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert str(report["saving"]) == "\x1b[32mok     \x1b[0m  saving  checkpoints: none"
+
+
+@pytest.mark.parametrize("columns", [80, 110])
+def test_lines_are_broken_between_words_and_lose_none(tmp_path, columns):
+    report = examine(tmp_path, dataset=chats_of(LONG * 3, max_length=512))
+    whole, broken = report.render(), report.render(columns=columns)
+    assert broken.split() == whole.split()
+    for name in ("targets", "padding", "preview", "memory"):
+        assert max(map(len, report[name].lines(14, False).splitlines())) > columns
+        assert max(map(len, report[name].lines(14, False, columns).splitlines())) <= columns
+
+
+def test_the_document_is_shown_even_where_it_is_long(tmp_path):
+    found = examine(tmp_path, dataset=chats_of(LONG * 3, max_length=512))["preview"]
+    shown = "".join(text for text, _ in found.details)
+    assert "[...]" in shown
+    assert len(shown) < 600
+
+
+def test_no_tokenizer_is_no_fault(tmp_path):
+    report = p3.doctor(fresh_model(), None, chat_dataset(), healthy_config(tmp_path / "run"), try_steps=False)
+    assert report.ok
+    assert "token 403" in report["end of turn"].text or "token " in report["end of turn"].text
+
+
+def test_train_begins_with_the_problems_a_line_each_and_with_nothing_when_all_is_well(tmp_path, capsys):
+    def shown(chats, **settings):
+        config = healthy_config(tmp_path, max_steps=1, **settings)
+        p3.train(fresh_model(), chats, config, tokenizer=make_tokenizer())
+        return capsys.readouterr().out
+
+    faulty = chats_of("yes", "", "no")
+    lines = shown(faulty, log_level="warning").splitlines()
+    assert len(lines) == 1
+    assert re.match(r"warning  empty answers  1 empty assistant answers \(rows 2\)", lines[0])
+    assert "warning  empty answers" in shown(faulty, log_level="info")
+    assert shown(faulty, log_level="error") == ""
+    assert shown(chat_dataset(), log_level="warning") == ""
+
+
+def test_what_train_begins_with_takes_no_time(tmp_path):
+    import time
+
+    model, tokenizer, train_set, _ = p3.demo.load()
+    p3.inject_lora(model)
+    started = time.perf_counter()
+    assert problems(PlannedRun(model, tokenizer, train_set, healthy_config(tmp_path))) == []
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize(("answer", "status"), [("It is on its way.", 0), (LONG * 20, 1)])
+def test_the_command_s_exit_status_says_whether_there_are_errors(tmp_path, monkeypatch, capsys, answer, status):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "Where is it?", "completion": answer}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    command = ["doctor", "--model", str(p3.demo.BASE), "--data", "chats.jsonl", "--dtype", "float32"]
+    assert main([*command, "--max-length", "64", "--set", "r=2", "max_steps=3"]) == status
+    shown = capsys.readouterr().out
+    assert "gradient flow  every adapter moved" in shown
+    assert shown.splitlines()[-1].startswith("no errors" if status == 0 else "1 error")
+    assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
+    assert main([*command, "--set", "output_dir=chats.jsonl/run"]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_bit_and_its_generator_are_as_before(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = adapted_model(dtype=torch.bfloat16, changes=sizes, lora_dropout=0.1).cuda()
+    generator, before = torch.cuda.get_rng_state(), {n: t.clone() for n, t in model.state_dict().items()}
+    report = examine(tmp_path, model=model, try_steps=True)
+    assert report["gradient flow"].status == "ok", report
+    assert "layers fused" in report["memory"].text and "GiB predicted of " in report["memory"].text
+    assert torch.equal(torch.cuda.get_rng_state(), generator)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())

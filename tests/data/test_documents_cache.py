@@ -1,0 +1,281 @@
+"""Tokenised chats kept by ``datasets``: the same ones once, and what changed is never taken for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, chat_rows, make_tokenizer
+from pyarrow import Table, parquet
+
+from phi3lora.data import documents as cache
+from phi3lora.data.dataset import ChatDataset
+from phi3lora.data.template import ChatEncoder
+from phi3lora.errors import DataError
+
+ROWS = chat_rows(9)
+PAIRS = [{"prompt": f"What is item {i}?", "completion": f"It is {i}.", "short": f"{i}"} for i in range(9)]
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "kept")
+    monkeypatch.setattr(cache, "SMALLEST_BYTES", 0)
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The row numbers that were tokenised, in order."""
+    numbers: list[int] = []
+    encode = ChatEncoder.encode
+    monkeypatch.setattr(ChatEncoder, "encode", lambda self, c, n: numbers.extend(n) or encode(self, c, n))
+    return numbers
+
+
+def written(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(source, tokenizer=None, **options):
+    return ChatDataset.load(source, tokenizer or make_tokenizer(), **{"max_length": 64, **options})
+
+
+def same(a, b):
+    rows = [[d.row_number(i) for i in range(len(d))] for d in (a, b)]
+    facts = [(d.statistics(), d.pad_token_id, d.end_of_turn_id, d.dropped_rows) for d in (a, b)]
+    return a.fingerprint() == b.fingerprint() and rows[0] == rows[1] and facts[0] == facts[1]
+
+
+def hub(monkeypatch, rows=ROWS):
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: datasets.Dataset.from_list(rows))
+    return "someone/chats"
+
+
+SOURCES = {
+    "jsonl": lambda folder, patch: written(folder / "a.jsonl"),
+    "json": lambda folder, patch: written(folder / "a.json"),
+    "parquet": lambda folder, patch: (
+        parquet.write_table(Table.from_pylist(ROWS), folder / "a.parquet") or folder / "a.parquet"
+    ),
+    "Dataset": lambda folder, patch: datasets.Dataset.from_list(ROWS),
+    "selected Dataset": lambda folder, patch: datasets.Dataset.from_list([*chat_rows(2), *ROWS]).select(range(2, 11)),
+    "splits": lambda folder, patch: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
+    "hub name": lambda folder, patch: hub(patch),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_second_load_tokenises_nothing_and_gives_the_same_documents(name, tmp_path, monkeypatch, encoded):
+    first = load(SOURCES[name](tmp_path, monkeypatch))
+    assert encoded == list(range(1, 10))
+    encoded.clear()
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.apply_chat_template", few := Few())
+    second = load(SOURCES[name](tmp_path, monkeypatch))
+    assert encoded == []
+    assert few.calls <= 1, "the end of turn is looked for; no chat is rendered"
+    assert same(first, second)
+    assert same(first, load(ROWS))
+
+
+class Few:
+    """``apply_chat_template`` that counts."""
+
+    def __init__(self):
+        self.calls, self.plain = 0, type(make_tokenizer()).apply_chat_template
+
+    def __get__(self, tokenizer, owner):
+        def call(*arguments, **options):
+            self.calls += 1
+            return self.plain(tokenizer, *arguments, **options)
+
+        return call
+
+
+def test_lists_and_small_files_are_not_kept(tmp_path, monkeypatch, encoded, empty_cache):
+    load(ROWS)
+    monkeypatch.setattr(cache, "SMALLEST_BYTES", 2**20)
+    load(written(tmp_path / "a.jsonl"))
+    load(datasets.Dataset.from_list(ROWS))
+    assert len(encoded) == 27
+    assert not empty_cache.exists()
+
+
+def test_what_comes_after_the_tokens_may_change(tmp_path, encoded):
+    path = written(tmp_path / "a.jsonl")
+    load(path)
+    encoded.clear()
+    for options in ({"max_length": 40}, {"max_length": 20, "overflow": "split"}, {"max_length": 48}):
+        assert same(load(path, **options), load(ROWS, **options))
+        assert encoded == list(range(1, 10)), "only the list is tokenised"
+        encoded.clear()
+
+
+def changed_tokenizer(**changes):
+    tokenizer = make_tokenizer()
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def with_tokens(*tokens):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+CHANGES = {
+    "train_on": lambda: {"train_on": "last"},
+    "columns": lambda: {"columns": {"completion": "short"}},
+    "the format": lambda: {"format": "alpaca", "columns": {"instruction": "prompt", "output": "completion"}},
+    "the template": lambda: {"tokenizer": changed_tokenizer(chat_template=PHI4_MINI_TEMPLATE)},
+    "eos_token": lambda: {"tokenizer": changed_tokenizer(eos_token="</s>")},
+    "a token more": lambda: {"tokenizer": with_tokens("item")},
+    "another family member": lambda: {"tokenizer": make_tokenizer("phi-4")},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_option_tokenizer_or_template_tokenises_again(what, tmp_path, encoded):
+    path, options = written(tmp_path / "a.jsonl", PAIRS), CHANGES[what]()
+    load(path)
+    encoded.clear()
+    found = load(path, **options)
+    assert encoded == list(range(1, 10))
+    assert same(found, load(PAIRS, **options))
+
+
+def test_another_file_content_tokenises_again_and_another_name_does_not(tmp_path, encoded):
+    path = written(tmp_path / "a.jsonl")
+    load(path)
+    encoded.clear()
+    assert same(load(written(tmp_path / "b.jsonl")), load(ROWS))
+    assert encoded == list(range(1, 10)), "only the list is tokenised"
+    encoded.clear()
+    stamps = path.stat()
+    text = path.read_text()
+    path.write_text(text.replace("What is item 3?", "What is item 4?", 1))
+    os.utime(path, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))  # not even the time of change tells
+    assert path.stat().st_size == stamps.st_size
+    load(path)
+    assert encoded == list(range(1, 10))
+
+
+def test_the_same_text_under_another_suffix_is_read_anew(tmp_path, encoded):
+    for name in ("a.jsonl", "a.json"):
+        load(written(tmp_path / name))
+    assert len(encoded) == 18
+
+
+def test_other_code_of_the_library_tokenises_again(tmp_path, monkeypatch, encoded):
+    path = written(tmp_path / "a.jsonl")
+    load(path)
+    newer = tmp_path / "template.py"
+    newer.write_text(Path(cache.template.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(cache, "_MODULES", (*cache._MODULES[:2], str(newer), cache._MODULES[3]))
+    load(path)
+    assert len(encoded) == 18
+
+
+def test_what_a_call_leaves_in_the_tokenizer_changes_nothing(tmp_path, encoded):
+    path, tokenizer = written(tmp_path / "a.jsonl"), make_tokenizer()
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=5)
+    load(path, tokenizer)
+    load(path)
+    assert len(encoded) == 9
+
+
+class OwnTokenizer(type(make_tokenizer())):
+    """A class whose code is not known to the digest."""
+
+
+def own_class():
+    tokenizer = make_tokenizer()
+    tokenizer.__class__ = OwnTokenizer
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [own_class(), changed_tokenizer(chat_template=PHI3_TEMPLATE + "{# strftime_now #}")],
+    ids=["own class", "template that asks for the time"],
+)
+def test_what_a_digest_cannot_tell_apart_is_not_kept(tokenizer, tmp_path, encoded, empty_cache):
+    for _ in range(2):
+        load(written(tmp_path / "a.jsonl"), tokenizer)
+    assert len(encoded) == 18
+    assert not empty_cache.exists()
+
+
+def test_nothing_is_kept_while_caching_is_off(tmp_path, monkeypatch, encoded, empty_cache):
+    monkeypatch.setattr(datasets, "is_caching_enabled", lambda: False)
+    for _ in range(2):
+        load(written(tmp_path / "a.jsonl"))
+    assert len(encoded) == 18
+    assert not empty_cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, caplog):
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a file" / "kept")
+    assert same(load(written(tmp_path / "a.jsonl")), load(ROWS))
+    assert "cannot be kept" in caplog.text
+
+
+BAD = {
+    "roles": ({"messages": [{"role": "assistant", "content": "Hello"}]}, "row 4: roles out of order"),
+    "nothing trained": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]},
+        "row 4: no supervised token",
+    ),
+    "not JSON": ("{", "row 4: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_error_is_the_one_without_a_cache_every_time(name, tmp_path):
+    row, message = BAD[name]
+    path = written(tmp_path / "a.jsonl", ROWS[:3])
+    with path.open("a") as file:
+        file.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
+    for _ in range(2):
+        with pytest.raises(DataError, match=message):
+            load(path)
+    assert same(load(written(path)), load(ROWS)), "the file mended"
+
+
+def test_the_row_of_a_document_that_is_too_long_is_named_also_from_the_cache(tmp_path):
+    path = written(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "Hi", "completion": "long " * 99}])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"row 10: .* max_length=64"):
+            load(path, overflow="error")
+
+
+PROBE = """
+import sys
+from test_documents_cache import keys
+print(keys(sys.argv[1]))
+"""
+
+
+def keys(path) -> list[str | None]:
+    dataset = datasets.Dataset.from_list(PAIRS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SMALLEST_BYTES", 0)
+        return [cache.cache_key(source, make_tokenizer(), train_on="last") for source in (Path(path), dataset)]
+
+
+def test_the_key_is_the_same_in_another_process(tmp_path):
+    path = written(tmp_path / "a.jsonl")
+    folders = [Path(__file__).parent, *Path(__file__).parents[1:3]]
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    command = [sys.executable, "-c", PROBE, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == str(keys(path))
+    assert None not in keys(path)

@@ -1,0 +1,138 @@
+"""On a GPU: fused passes, compiled layers and fp8 against the plain path: loss and each gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import packed_batch, random_documents, randomize_adapters, tiny_model
+from torch.nn.functional import cosine_similarity
+
+import phi3lora as p3
+from phi3lora.kernels.decoder import reason_not_to_fuse
+from phi3lora.lora.base_weight import Fp8Linear, quantize_base
+from phi3lora.lora.inject import remove_lora
+from phi3lora.model.activations import activation_checkpointing
+from phi3lora.model.attention import packed_forward_kwargs, use_packed_attention
+from phi3lora.model.forward import batch_to
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+LAYOUTS = {"chats": [random_documents(100, 20), random_documents(64, 50, 10)], "full rows": [random_documents(128)] * 2}
+MODEL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def adapted(kv_heads: int = 2, sizes=None, **lora):
+    model = tiny_model(**{**MODEL, "num_key_value_heads": kv_heads, **(sizes or {})})
+    p3.inject_lora(model.to("cuda", torch.bfloat16), p3.LoraConfig(**{"r": 8, **lora}))
+    randomize_adapters(model)
+    return model.train()
+
+
+def loss_and_gradients(model, batch, **options) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss, count = p3.causal_lm_loss(model, batch, **options)
+    (loss / count).backward()
+    return loss.item(), {name: p.grad.flatten().double() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(fast, plain, cosine: float = 0.999, relative: float = 1e-3) -> None:
+    assert fast[0] == pytest.approx(plain[0], rel=relative)
+    for name, gradient in plain[1].items():
+        assert cosine_similarity(fast[1][name], gradient, dim=0) >= cosine, name
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", ["fused", "compiled"])
+def test_the_fast_paths_have_the_plain_paths_loss_and_gradients(path, layout, kv_heads):
+    batch = packed_batch(LAYOUTS[layout], 128)
+    model = adapted(kv_heads)
+    model.set_attn_implementation("eager")
+    plain = loss_and_gradients(model, batch)
+    model.set_attn_implementation("sdpa")  # which use_packed_attention replaces by ours
+    use_packed_attention(model)
+    if path == "compiled":
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    assert (reason_not_to_fuse(model) is None) == (path == "fused")
+    assert_close(loss_and_gradients(model, batch), plain)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
+def test_recomputing_changes_no_bit_of_the_fused_gradients(mode):
+    batch, model = packed_batch(LAYOUTS["chats"], 128), adapted()
+    _, kept = loss_and_gradients(model, batch)
+    with activation_checkpointing(model, mode):
+        _, recomputed = loss_and_gradients(model, batch)
+    close = {name: cosine_similarity(kept[name], g, dim=0) > 0.9999 for name, g in recomputed.items()}
+    assert all(close.values())
+    if mode == "selective":
+        assert all(torch.equal(kept[name], g) for name, g in recomputed.items())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj", "up_proj"], ["o_proj"], ["down_proj", "k_proj"]])
+def test_some_targets_alone(targets):
+    batch, model = packed_batch(LAYOUTS["chats"], 128), adapted(target_modules=targets, r=24)
+    assert_close(loss_and_gradients(model, batch), loss_and_gradients(model, batch, fused=False))
+
+
+@pytest.mark.parametrize("hidden", [32, 64, 96, 128])
+@pytest.mark.parametrize("r", [4, 32])
+def test_models_that_are_one_block_wide(hidden, r):
+    """Triton unrolls a loop of one turn, and one of those was compiled into a read of a random address."""
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_attention_heads": 2}
+    batch, model = packed_batch(LAYOUTS["chats"], 128), adapted(2, sizes, r=r)
+    fused, plain = loss_and_gradients(model, batch), loss_and_gradients(model, batch, fused=False)
+    assert reason_not_to_fuse(model) is None
+    assert_close(fused, plain, cosine=0.998)
+    assert_close(loss_and_gradients(model, batch), fused, cosine=0.99999)
+
+
+def test_fp8_gradients_point_where_bf16s_do():
+    batch, model = packed_batch(LAYOUTS["chats"], 128), tiny_model(**MODEL).to("cuda", torch.bfloat16)
+    gradients = []
+    for precision in (None, "fp8"):
+        if precision:
+            remove_lora(model)
+            quantize_base(model, precision)
+            assert type(model.model.layers[0].mlp.down_proj) is Fp8Linear
+        p3.inject_lora(model, p3.LoraConfig(r=8))
+        randomize_adapters(model)
+        gradients.append(loss_and_gradients(model.train(), batch))
+    assert_close(gradients[1], gradients[0], cosine=0.98, relative=0.02)
+    assert_close(loss_and_gradients(model, batch, fused=False), gradients[1], cosine=0.98, relative=0.02)
+
+
+def test_dropout_keeps_the_mean_and_is_another_one_each_time():
+    batch, model = packed_batch(LAYOUTS["chats"], 128), adapted(lora_dropout=0.2, r=16)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    with torch.no_grad():
+        losses = torch.tensor([p3.causal_lm_loss(model, batch)[0] for _ in range(64)])
+        for layer in layers:
+            layer.p = 0.0
+        without = p3.causal_lm_loss(model, batch)[0]
+    assert losses.std() > 0
+    assert losses.mean() == pytest.approx(without.item(), rel=0.02)
+
+
+def test_dropped_gradients_are_those_of_the_same_mask():
+    """The loss is linear in a tiny step along the gradient only if forward and backward dropped the same entries."""
+    batch, model = packed_batch(LAYOUTS["full rows"], 128), adapted(lora_dropout=0.3, r=16)
+    torch.manual_seed(5)
+    _, gradients = loss_and_gradients(model, batch)
+    torch.manual_seed(5)
+    with activation_checkpointing(model, "full"):
+        _, again = loss_and_gradients(model, batch)
+    assert all(cosine_similarity(gradients[n], g, dim=0) > 0.9999 for n, g in again.items())
+    torch.manual_seed(6)
+    _, other = loss_and_gradients(model, batch)
+    assert any(cosine_similarity(gradients[n], g, dim=0) < 0.999 for n, g in other.items())
+
+
+def test_rows_of_one_full_document_take_the_dense_causal_kernel_and_others_do_not():
+    model = adapted(4)
+    use_packed_attention(model)
+    taken = {}
+    for layout, rows in LAYOUTS.items():
+        batch = batch_to(packed_batch(rows, 128), torch.device("cuda"))
+        taken[layout] = packed_forward_kwargs(model, batch, torch.bfloat16).get("full_rows", False)
+    assert taken == {"chats": False, "full rows": True}

@@ -1,0 +1,506 @@
+"""Which layers are swapped, what stays trainable, and what is refused, on any tree and on the whole Phi-3 family."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import loralib as lora
+import pytest
+import torch
+from conftest import randomize_adapters, tiny_config, tiny_model
+from torch import nn
+from transformers import Phi3Config, Phi3ForCausalLM
+
+import phi3lora as p3
+from phi3lora.adapters.adapter_file import adapter_facts
+from phi3lora.errors import ModelError
+from phi3lora.lora.inject import inject_layers, lora_layers
+
+LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Attention(nn.Module):
+    """A user's own block: a fused projection of unequal parts, an output, a router whose name says lora_."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 16)
+        self.out = nn.Linear(8, 8)
+        self.lora_router = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.qkv(x)[..., :8]) + self.lora_router(x).sum()
+
+
+class Net(nn.Module):
+    """Tokens -> blocks -> a convolution and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.blocks = nn.ModuleList([Attention(), Attention()])
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.norm = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 10)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_names(*paths: str) -> set[str]:
+    return {f"{path}.{name}" for path in paths for name in ("lora_A", "lora_B")}
+
+
+# --- Any module tree
+
+
+def test_suffixes_select_layers_of_every_kind_in_any_tree():
+    model = net()
+    report = p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["out", "embed", "conv"]))
+    assert {row.module: row.class_name for row in report} == {
+        "embed": "Embedding",
+        "blocks.0.out": "Linear",
+        "blocks.1.out": "Linear",
+        "conv": "Conv2d",
+    }
+    assert trainable(model) == adapter_names("embed", "blocks.0.out", "blocks.1.out", "conv")
+    assert type(model.blocks[0].qkv) is nn.Linear
+
+
+def test_a_longer_suffix_selects_one_layer():
+    model = net()
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["1.out"]))
+    assert trainable(model) == adapter_names("blocks.1.out")
+
+
+def test_a_suffix_is_whole_names_not_letters():
+    model = net()
+    with pytest.raises(ModelError, match="'ut' matches nothing"):
+        p3.inject_lora(model, p3.LoraConfig(target_modules=["ut"]))
+
+
+def test_config_reaches_every_layer():
+    model = net()
+    config = p3.LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True, target_modules=["out", "qkv", "conv", "embed"],
+        segments={"qkv": (8, 4, 4)},
+    )  # fmt: skip
+    p3.inject_lora(model, config)
+    for layer in (model.blocks[1].out, model.blocks[1].qkv, model.conv):
+        assert (layer.r, layer.scaling, layer.lora_dropout.p) == (4, 3.0, 0.25)
+    assert (model.embed.r, model.embed.scaling) == (4, 3.0)
+    assert model.lora_config is config
+
+
+def test_named_segments_are_targets():
+    model = net()
+    segments = {"qkv": {"query": 8, "key": 4, "value": 4}}
+    report = p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["query", "value"], segments=segments))
+    layer = model.blocks[0].qkv
+    assert isinstance(layer, p3.MergedLinear)
+    assert (layer.segments, layer.enable_lora) == ((8, 4, 4), [True, False, True])
+    assert [row.segments for row in report] == [("query", "value")] * 2
+    assert trainable(model) == adapter_names("blocks.0.qkv", "blocks.1.qkv")
+
+
+@pytest.mark.parametrize("segments", [(8, 4, 4), {"query": 8, "key": 4, "value": 4}])
+def test_the_fused_name_means_all_its_segments(segments):
+    model = net()
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["qkv"], segments={"qkv": segments}))
+    assert model.blocks[1].qkv.segments == (8, 4, 4)
+    assert model.blocks[1].qkv.enable_lora == [True, True, True]
+
+
+def test_segments_belong_to_the_layers_their_suffix_matches():
+    model = net()
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["qkv"], segments={"0.qkv": (8, 4, 4)}))
+    assert isinstance(model.blocks[0].qkv, p3.MergedLinear)
+    assert isinstance(model.blocks[1].qkv, p3.Linear)
+
+
+def test_segments_without_names_are_no_targets():
+    with pytest.raises(ModelError, match=r"'0' matches 'blocks\.0', a Attention"):
+        p3.inject_lora(net(), p3.LoraConfig(target_modules=["0"], segments={"qkv": (8, 4, 4)}))
+
+
+def test_no_weight_is_copied_and_only_adapters_are_trainable():
+    model = tiny_model()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    after = {name: p.data_ptr() for name, p in model.named_parameters() if "lora_" not in name}
+    assert after == before
+    assert trainable(model) == adapter_names(*lora_layers(model))
+
+
+def test_fresh_adapters_leave_the_logits_bit_identical():
+    model, ids = tiny_model(), torch.arange(10, 30)[None]
+    before = model(ids).logits
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_the_adapted_model_is_the_base_with_its_deltas_added():
+    model, ids = tiny_model(), torch.arange(10, 30)[None]
+    plain = copy.deepcopy(model)
+    p3.inject_lora(model, p3.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"]))
+    randomize_adapters(model)
+    with torch.no_grad():
+        for path, layer in lora_layers(model).items():
+            plain.get_submodule(path).weight += layer.delta()
+    assert not torch.allclose(model(ids).logits, tiny_model()(ids).logits, atol=1e-3)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+
+
+# --- Phi-3
+
+
+@pytest.mark.parametrize(
+    ("targets", "qkv", "gate_up"),
+    [
+        (["q_proj"], [True, False, False], None),
+        (["q_proj", "v_proj"], [True, False, True], None),
+        (["self_attn.k_proj", "up_proj"], [False, True, False], [False, True]),
+        (["gate_proj"], None, [True, False]),
+        (["qkv_proj", "gate_up_proj"], [True] * 3, [True] * 2),
+        (["qkv_proj", "q_proj"], [True] * 3, None),
+    ],
+)
+def test_llama_names_select_phi3s_segments(targets, qkv, gate_up):
+    model = tiny_model()
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=targets))
+    for layer in model.model.layers:
+        for module, enable in ((layer.self_attn.qkv_proj, qkv), (layer.mlp.gate_up_proj, gate_up)):
+            assert isinstance(module, p3.MergedLinear) == (enable is not None)
+            assert enable is None or module.enable_lora == enable
+
+
+def test_all_linear_adapts_what_the_llama_names_do_and_never_the_head():
+    everything, named = tiny_model(), tiny_model()
+    p3.inject_lora(everything, p3.LoraConfig(r=2))
+    p3.inject_lora(named, p3.LoraConfig(r=2, target_modules=LLAMA_NAMES))
+    assert trainable(everything) == trainable(named)
+    assert type(everything.lm_head) is nn.Linear
+    own = net()
+    p3.inject_lora(own, p3.LoraConfig(r=2))
+    assert type(own.lm_head) is nn.Linear
+
+
+def test_the_output_head_is_passed_over_whatever_its_name():
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.to_logits = nn.Linear(4, 4), nn.Linear(4, 9)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.to_logits
+
+    model = Renamed()
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    assert type(model.to_logits) is nn.Linear
+    assert isinstance(model.body, p3.Linear)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+MINI = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32064}  # fmt: skip
+MEDIUM = {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
+          "num_key_value_heads": 10, "vocab_size": 32064}  # fmt: skip
+LONG = {"rope_parameters": LONGROPE, "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+FAMILY = {
+    # name: config, (q, kv widths), all parameters of the base (as the model cards say: 3.8 B, 14 B, 14.7 B, 3.8 B)
+    "Phi-3-mini-4k": ({**MINI, "sliding_window": 2047}, (3072, 3072), 3_821_079_552),
+    "Phi-3-mini-128k": ({**MINI, **LONG}, (3072, 3072), 3_821_079_552),
+    "Phi-3-medium-4k": ({**MEDIUM, "sliding_window": 2047}, (5120, 1280), 13_960_238_080),
+    "Phi-3.5-mini": ({**MINI, **LONG}, (3072, 3072), 3_821_079_552),
+    "Phi-4": ({**MEDIUM, "vocab_size": 100352}, (5120, 1280), 14_659_507_200),
+    "Phi-4-mini": (
+        {**MINI, "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064,
+         "tie_word_embeddings": True, "partial_rotary_factor": 0.75},
+        (3072, 1024),
+        3_836_021_760,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_family_member_at_its_real_size(name):
+    values, (q, kv), base_parameters = FAMILY[name]
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(Phi3Config(**values))
+    r, hidden, inner = 16, values["hidden_size"], values["intermediate_size"]
+    report = p3.inject_lora(model, p3.LoraConfig(r=r, lora_alpha=32))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    for layer in model.model.layers:
+        assert layer.self_attn.qkv_proj.segments == (q, kv, kv)
+        assert layer.mlp.gate_up_proj.segments == (inner, inner)
+    each = {  # r * (what goes in + what comes out), one adapter per segment
+        "qkv_proj": r * (hidden + q) + 2 * r * (hidden + kv),
+        "o_proj": r * (q + hidden),
+        "gate_up_proj": 2 * r * (hidden + inner),
+        "down_proj": r * (inner + hidden),
+    }
+    assert len(report) == 4 * values["num_hidden_layers"]
+    for row in report:
+        assert row.trainable_parameters == each[row.module.rpartition(".")[2]], row.module
+    total = sum(each.values()) * values["num_hidden_layers"]
+    assert report.trainable_parameters == total == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.total_parameters == base_parameters + total
+
+
+# --- What is trainable
+
+
+def test_a_users_module_called_lora_router_stays_frozen_and_out_of_the_adapter():
+    model = net()
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["out"]))
+    assert not model.blocks[0].lora_router.weight.requires_grad
+    assert not model.blocks[0].lora_router.bias.requires_grad
+    assert p3.adapters.adapter_file.adapter_state_dict(model).keys() == adapter_names("blocks.0.out", "blocks.1.out")
+    assert "blocks.0.lora_router.weight" in p3.lora_state_dict(model)  # what going by the name would save
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_bias_modes_train_the_biases_that_loralib_trains(bias):
+    """loralib's own rule on a tree without misleading names."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 3))
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["0", "1"], bias=bias))
+    got = trainable(model)
+    lora.mark_only_lora_as_trainable(model, bias)
+    assert got == trainable(model)
+    biases = {"none": set(), "all": {"0.bias", "2.bias", "3.bias"}, "lora_only": {"0.bias"}}
+    assert got == adapter_names("0", "1") | biases[bias]
+
+
+def test_lora_only_biases_are_those_of_adapted_layers_alone():
+    model = net()
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["out"], bias="lora_only"))
+    biases = {"blocks.0.out.bias", "blocks.1.out.bias"}
+    assert trainable(model) == adapter_names("blocks.0.out", "blocks.1.out") | biases
+
+
+def test_lora_only_trains_an_adapted_convolutions_bias():
+    model = net()
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["conv"], bias="lora_only"))
+    assert trainable(model) == adapter_names("conv") | {"conv.conv.bias"}
+
+
+def test_a_weight_whose_name_says_bias_stays_frozen():
+    model = nn.ModuleDict({"bias_gate": nn.Linear(4, 4, bias=False), "up": nn.Linear(4, 4)})
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["up"], bias="all"))
+    assert trainable(model) == adapter_names("up") | {"up.bias"}
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_injection_keeps_every_modules_mode(mode):
+    model = tiny_model().train(mode)
+    p3.inject_lora(model, p3.LoraConfig(r=2, lora_dropout=0.5))
+    assert {module.training for module in model.modules()} == {mode}
+
+
+# --- Refused
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_refused(target):
+    model = tiny_model(tie_word_embeddings=True)
+    with pytest.raises(ModelError, match="tied embeddings"):
+        p3.inject_lora(model, p3.LoraConfig(target_modules=["qkv_proj", target]))
+    assert not lora_layers(model)  # and nothing was swapped
+    p3.inject_lora(tiny_model(), p3.LoraConfig(target_modules=[target]))  # untied: fine
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_that_has_adapters_is_refused(own):
+    model = nn.Sequential(nn.Linear(4, 4))
+    if own:
+        p3.inject_lora(model, p3.LoraConfig(r=2))
+    else:
+        model[0] = lora.Linear(4, 4, r=2)
+    with pytest.raises(ModelError, match=r"already has 1 LoRA layers \(the first is '0'\)"):
+        p3.inject_lora(model, p3.LoraConfig(r=2))
+
+
+def test_a_target_that_matches_nothing_lists_the_candidates():
+    model = tiny_model()
+    with pytest.raises(ModelError) as caught:
+        p3.inject_lora(model, p3.LoraConfig(target_modules=["qkv_proj", "qproj"]))
+    assert "'qproj' matches nothing. Did you mean 'q_proj'?" in str(caught.value)
+    candidates = str(caught.value).partition("Candidates: ")[2].split(", ")
+    assert set(candidates) == {"qkv_proj", "gate_up_proj", "embed_tokens", "lm_head", *LLAMA_NAMES}
+    assert not lora_layers(model)
+
+
+def test_all_linear_without_a_linear_layer_is_an_error():
+    with pytest.raises(ModelError, match=r"Sequential has no nn\.Linear inside"):
+        p3.inject_lora(nn.Sequential(nn.ReLU()), p3.LoraConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": ["norm"]}, "'norm' matches 'norm', a LayerNorm"),
+        ({"target_modules": ["blocks.0"]}, "a Attention"),
+        ({"segments": {"qkv": (8, 4)}}, "add up to 12; .*out_features=16"),
+        ({"segments": {"nowhere": (8, 8)}}, "'nowhere' matches no module; Candidates: embed, qkv"),
+        ({"segments": {"conv": (1, 1)}}, "'conv' is a Conv2d"),
+    ],
+)
+def test_targets_and_segments_that_do_not_fit_are_refused(config, message):
+    model = net()
+    with pytest.raises(ModelError, match=message):
+        p3.inject_lora(model, p3.LoraConfig(**config))
+    assert not lora_layers(model)
+
+
+class Quantized(nn.Linear):
+    """Stands for a subclass that stores or multiplies its weight in its own way."""
+
+
+@pytest.mark.parametrize("target", ["qkv_proj", "q_proj"])
+def test_a_subclass_of_linear_is_refused_by_layer_name_and_by_segment_name(target):
+    model = Phi3ForCausalLM(tiny_config())
+    model.model.layers[0].self_attn.qkv_proj = Quantized(32, 64, bias=False)
+    with pytest.raises(ModelError, match="a Quantized"):
+        p3.inject_lora(model, p3.LoraConfig(target_modules=[target]))
+
+
+# --- torch's own transformer
+
+
+def encoder(layers: int = 0) -> nn.Module:
+    """A TransformerEncoderLayer, or a TransformerEncoder of so many, in eval mode."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return (nn.TransformerEncoder(layer, layers) if layers else layer).eval()
+
+
+def test_the_encoder_layers_fast_path_does_not_bypass_adapters():
+    layer, x = encoder(), torch.randn(2, 5, 16)
+    p3.inject_lora(layer, p3.LoraConfig(r=2))
+    randomize_adapters(layer, std=1)
+    with torch.no_grad():  # where torch takes its fused kernel
+        fast = layer.eval()(x)
+        slow = layer.train()(x)  # where it never does; dropout is 0
+    torch.testing.assert_close(fast, slow)
+
+
+def test_an_encoder_with_padding_runs_in_eval():
+    """torch packs padded rows into a nested tensor there, which only its fused kernel can read."""
+    model, x = encoder(2), torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    randomize_adapters(model, std=1)
+    with torch.no_grad():
+        fast = model.eval()(x, src_key_padding_mask=padding)
+        slow = model.train()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(fast[~padding], slow[~padding])
+
+
+def test_multihead_attentions_out_proj_is_passed_over_and_listed():
+    """nn.MultiheadAttention multiplies with out_proj.weight itself: an adapter there would never run."""
+    layer = encoder()
+    report = p3.inject_lora(layer, p3.LoraConfig(r=2))
+    assert {row.module for row in report} == {"linear1", "linear2"}
+    assert report.skipped.keys() == {"self_attn.out_proj"}
+    assert "passed over self_attn.out_proj: a NonDynamicallyQuantizableLinear" in str(report)
+
+
+def test_multihead_attentions_out_proj_as_a_target_is_refused():
+    with pytest.raises(ModelError, match=re.escape("'self_attn.out_proj', a NonDynamicallyQuantizableLinear")):
+        p3.inject_lora(encoder(), p3.LoraConfig(target_modules=["out_proj"]))
+
+
+# --- The report
+
+
+def test_the_report_is_a_table_of_the_stack_with_totals():
+    model = tiny_model()
+    report = p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"]))
+    qkv, o = 2 * (32 + 32) + 2 * (32 + 16), 2 * (32 + 32)
+    base = sum(p.numel() for p in tiny_model().parameters())
+    assert report.trainable_parameters == 2 * (qkv + o)
+    assert report.total_parameters == base + 2 * (qkv + o)
+    assert len(report) == 4
+    share = 100 * 2 * (qkv + o) / (base + 2 * (qkv + o))
+    assert str(report).splitlines() == [
+        "module                             class         weight  segments        trainable each  layers",
+        "-----------------------------------------------------------------------------------------------",
+        "model.layers.*.self_attn.o_proj    Linear        32x32                   128             2",
+        "model.layers.*.self_attn.qkv_proj  MergedLinear  64x32   q_proj, v_proj  224             2",
+        f"trainable 704 of {base + 704:,} parameters ({share:.3f} %)",
+    ]
+
+
+def test_the_report_counts_trained_biases():
+    model = nn.Sequential(nn.Linear(4, 3))
+    report = p3.inject_lora(model, p3.LoraConfig(r=2, bias="lora_only"))
+    assert report.layers[0].trainable_parameters == report.trainable_parameters == 2 * (4 + 3) + 3
+    assert report.layers[0].shape == (3, 4)
+
+
+# --- Layers described one by one
+
+
+def test_each_layer_gets_its_own_settings():
+    model = tiny_model()
+    facts = {
+        "model.layers.0.self_attn.qkv_proj": {
+            "class": "MergedLinear", "r": 3, "lora_alpha": 6, "use_rslora": True,
+            "segments": [32, 16, 16], "enable_lora": [True, False, True],
+        },
+        "model.layers.1.self_attn.qkv_proj": {"class": "Linear", "r": 5, "lora_alpha": 1, "use_rslora": False},
+        "model.embed_tokens": {"class": "Embedding", "r": 2, "lora_alpha": 4, "use_rslora": False},
+    }  # fmt: skip
+    config = p3.LoraConfig(lora_dropout=0.25)
+    weights = {name: id(p) for name, p in model.named_parameters()}
+    report = inject_layers(model, facts, config)
+    assert adapter_facts(model)["layers"] == facts
+    assert {row.module: row.segments for row in report} == {
+        **dict.fromkeys(facts, ()),
+        next(iter(facts)): ("q_proj", "v_proj"),
+    }
+    assert model.lora_config is config and model.model.layers[0].self_attn.qkv_proj.lora_dropout.p == 0.25
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+    assert all(id(p) == weights[name] for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("model.layers.7.mlp.down_proj", {}, "no layer 'model.layers.7.mlp.down_proj'"),
+        ("", {}, "no layer ''"),
+        ("model.layers.0.mlp.down_proj", {"class": "Conv1d"}, "to adapt as 'Conv1d'"),
+        ("model.layers.0.mlp", {}, "is a Phi3MLP"),
+        ("model.embed_tokens", {}, "takes a plain nn.Linear"),
+        ("model.layers.0.mlp.down_proj", {"r": 0}, "r=0"),
+        ("model.layers.0.mlp.down_proj", {"r": None}, "r=None"),
+        ("model.layers.0.mlp.down_proj", {"lora_alpha": "8"}, "lora_alpha='8'"),
+        ("model.layers.0.mlp.down_proj", {"use_rslora": None}, "use_rslora=None"),
+        ("model.layers.0.mlp.down_proj", {"class": "MergedLinear"}, "segments=None"),
+        (
+            "model.layers.0.mlp.down_proj",
+            {"class": "MergedLinear", "segments": [8], "enable_lora": [True]},
+            "add up to 8",
+        ),
+        (
+            "model.layers.0.mlp.down_proj",
+            {"class": "MergedLinear", "segments": [32], "enable_lora": []},
+            "enable_lora=",
+        ),
+        ("lm_head", {}, "tied embeddings"),
+    ],
+)
+def test_a_description_that_does_not_fit_swaps_nothing(path, changes, message):
+    model = tiny_model(tie_word_embeddings=path == "lm_head")
+    modules = list(model.modules())
+    fitting = {"class": "Linear", "r": 4, "lora_alpha": 8, "use_rslora": False}
+    with pytest.raises(p3.Phi3LoRAError, match=message):
+        inject_layers(model, {"model.layers.1.mlp.down_proj": fitting, path: {**fitting, **changes}}, p3.LoraConfig())
+    assert modules == list(model.modules())

@@ -1,0 +1,171 @@
+"""The loss of a packed batch against Hugging Face's own loss on each document."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import ATTENTION_VARIANTS, lively_model, packed_batch, random_documents, randomize_adapters, tiny_model
+from torch import Tensor, nn
+
+import phi3lora as p3
+from phi3lora.errors import ModelError
+from phi3lora.model.attention import register
+from phi3lora.model.forward import BATCH_KEYS, supervised_hidden_states
+
+DOCUMENTS = random_documents(9, 5, 1, 7, 12)
+ROWS = [DOCUMENTS[:3], DOCUMENTS[3:4], DOCUMENTS[4:]]
+COUNT = sum(len(ids) - 1 for ids in DOCUMENTS)
+
+variants = pytest.mark.parametrize("changes", ATTENTION_VARIANTS.values(), ids=ATTENTION_VARIANTS)
+
+
+def adapted_lively_model(**changes) -> nn.Module:
+    """A model whose adapters do something."""
+    model = lively_model(**changes)
+    p3.inject_lora(model, p3.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"]))
+    randomize_adapters(model)
+    return model
+
+
+def adapter_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def separate_loss(model: nn.Module, documents: list[list[int]]) -> Tensor:
+    """The sum of transformers' own losses, one document at a time."""
+    total = torch.zeros((), device=model.device)
+    for ids in documents:
+        if len(ids) > 1:
+            row = torch.tensor([ids], device=model.device)
+            total = total + model(input_ids=row, labels=row, use_cache=False).loss.float() * (len(ids) - 1)
+    return total
+
+
+def assert_same_loss_and_gradients(model: nn.Module, packed: Tensor, want: Tensor, reference: nn.Module) -> None:
+    torch.testing.assert_close(packed, want, rtol=1e-5, atol=1e-4)
+    got, wanted = adapter_gradients(model, packed), adapter_gradients(reference, want)
+    for name, gradient in wanted.items():
+        assert gradient.abs().max() > 0.01, name
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+@variants
+@pytest.mark.parametrize("implementation", ["phi3lora", "sdpa", "eager"])
+def test_packed_equals_separate_in_loss_and_gradients(implementation, changes):
+    model = adapted_lively_model(**changes)
+    reference = copy.deepcopy(model)
+    register()
+    model.set_attn_implementation(implementation)
+    loss, count = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
+    assert count == COUNT
+    assert_same_loss_and_gradients(model, loss, separate_loss(reference, DOCUMENTS), reference)
+
+
+def test_the_loss_switches_transformers_default_attention_to_the_packed_one():
+    model = tiny_model()
+    assert model.config._attn_implementation == "sdpa"
+    p3.causal_lm_loss(model, packed_batch(ROWS, 15))
+    assert model.config._attn_implementation == "phi3lora"
+
+
+def test_one_batch_equals_its_rows_one_by_one():
+    model = adapted_lively_model()
+    whole, count = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
+    parts = [p3.causal_lm_loss(model, packed_batch([row], 15)) for row in ROWS]
+    assert count == sum(n for _, n in parts)
+    assert_same_loss_and_gradients(model, whole, sum(loss for loss, _ in parts), model)
+
+
+def test_padding_changes_nothing():
+    model = adapted_lively_model()
+    tight, count = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
+    padded, padded_count = p3.causal_lm_loss(model, packed_batch([*ROWS, []], 40))
+    assert padded_count == count
+    assert_same_loss_and_gradients(model, padded, tight, model)
+
+
+def test_a_label_on_a_documents_first_token_is_not_trained():
+    """Nothing of its own document comes before it; the token there is another document's last."""
+    model, batch = adapted_lively_model(), packed_batch(ROWS, 20)
+    loss, count = p3.causal_lm_loss(model, batch)
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, 17)
+    again, again_count = p3.causal_lm_loss(model, batch)
+    assert again_count == count
+    assert torch.equal(again, loss)
+
+
+def test_only_supervised_positions_come_out_each_with_the_token_that_follows():
+    model, batch = lively_model(), packed_batch([DOCUMENTS[:2]], 16)
+    batch["labels"][0, 3:6] = -100
+    hidden, labels = supervised_hidden_states(model, batch)
+    want_positions = [0, 1, 5, 6, 7, 9, 10, 11, 12]  # labels at 1, 2, 6, 7, 8 of the first, 1..4 of the second
+    assert labels.tolist() == [(DOCUMENTS[0] + DOCUMENTS[1])[p + 1] for p in want_positions]
+    alone = [model.model(torch.tensor([ids])).last_hidden_state[0] for ids in DOCUMENTS[:2]]
+    torch.testing.assert_close(hidden, torch.cat(alone)[want_positions], rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_is_float32_and_has_no_gradient_where_none_is_wanted():
+    model = adapted_lively_model().to(torch.bfloat16)
+    with torch.no_grad():
+        loss, _ = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
+    assert loss.dtype == torch.float32
+    assert not loss.requires_grad
+    reference = separate_loss(adapted_lively_model(), DOCUMENTS)
+    torch.testing.assert_close(loss, reference.detach(), rtol=0.02, atol=0)
+
+
+def test_within_autocast_the_loss_is_that_of_the_compute_dtype():
+    model = adapted_lively_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, count = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss / count, separate_loss(model, DOCUMENTS) / COUNT, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("key", BATCH_KEYS)
+def test_a_batch_that_lacks_a_key_is_refused(key):
+    batch = packed_batch(ROWS, 15)
+    del batch[key]
+    with pytest.raises(ModelError, match="a packed batch has input_ids, labels"):
+        p3.causal_lm_loss(tiny_model(), batch)
+
+
+def test_a_batch_with_an_attention_mask_is_refused():
+    batch = packed_batch(ROWS, 15)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with pytest.raises(ModelError, match="no attention_mask"):
+        p3.causal_lm_loss(tiny_model(), batch)
+
+
+def test_an_unsupported_attention_is_refused():
+    model = tiny_model()
+    model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(ModelError, match="flex_attention"):
+        p3.causal_lm_loss(model, packed_batch(ROWS, 15))
+
+
+GPU_CHANGES = {
+    "grouped-query": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "sliding-window": {"sliding_window": 40},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", GPU_CHANGES.values(), ids=GPU_CHANGES)
+def test_varlen_packed_equals_separate_in_loss_and_gradients(changes):
+    """bf16: equal within the error that separate bf16 sequences have themselves, in norm."""
+    model = adapted_lively_model(hidden_size=128, intermediate_size=96, **changes).to("cuda")
+    exact = copy.deepcopy(model)
+    model.to(torch.bfloat16)
+    documents = random_documents(130, 61, 1, 7, 200)
+    loss, count = p3.causal_lm_loss(model, packed_batch([documents[:4], documents[4:]], 210))
+    want = separate_loss(exact, documents)
+    torch.testing.assert_close(loss / count, want / count, rtol=0.01, atol=0)
+    got, wanted = adapter_gradients(model, loss), adapter_gradients(exact, want)
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).norm() < 0.1 * gradient.norm(), name
