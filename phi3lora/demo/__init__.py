@@ -1,6 +1,6 @@
 """The embedded demo: a tiny pretrained Phi-3, its tokenizer, and a support bot's chats to tune it on.
 
-``base/`` was made by ``examples/build_demo_model.py``; ``train.jsonl`` and ``eval.jsonl`` by the same script.
+``base/`` was made by ``examples/demo_model/build.py``; ``train.jsonl`` and ``eval.jsonl`` by the same script.
 """
 
 from __future__ import annotations

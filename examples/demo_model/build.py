@@ -1,9 +1,9 @@
 """Pretrain the demo's base model: a tiny Phi-3 that knows one fictional shop, from a corpus made on the spot.
 
-    python examples/build_demo_model.py                       # one GPU, some minutes: writes phi3lora/demo/
-    python examples/build_demo_model.py --tokens 0.2e6 --minimum 0 --exam 10 --out /tmp/smoke      # a smoke test, CPU
+    python examples/demo_model/build.py                       # one GPU, some minutes: writes phi3lora/demo/
+    python examples/demo_model/build.py --tokens 0.2e6 --minimum 0 --exam 10 --out /tmp/smoke      # a smoke test, CPU
 
-Steps: draw chats (``demo_corpus``), train a byte-level BPE tokenizer on some, pretrain ``Phi3ForCausalLM`` on the rest,
+Steps: draw chats (``corpus.py``), train a byte-level BPE tokenizer on some, pretrain ``Phi3ForCausalLM`` on the rest,
 round to bfloat16, ask fresh questions of every skill and style, and write the folder if enough answers match exactly.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_corpus import (
+from corpus import (
     SKILLS,
     STYLES,
     Chat,
@@ -37,9 +37,9 @@ from demo_corpus import (
     several_chat,
     single_chat,
 )
-from demo_world import DEMO_PREFIX, DEMO_SUFFIX
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from world import DEMO_PREFIX, DEMO_SUFFIX
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 ROLES = SPECIAL[4:]  # these swallow the white space to their right, as in Phi-3
@@ -304,7 +304,7 @@ def write_model(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 def parse_args() -> argparse.Namespace:
     """The command line; the shipped model was built with the defaults, on an H200 under ``--minutes 3.75``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_out = Path(__file__).resolve().parents[1] / "phi3lora" / "demo"
+    default_out = Path(__file__).resolve().parents[2] / "phi3lora" / "demo"
     parser.add_argument("--out", type=Path, default=default_out, help="folder that gets base/, train.jsonl, eval.jsonl")
     parser.add_argument("--tokens", type=float, default=160e6, help="tokens of pretraining")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""An endless seeded stream of chats about the world of ``demo_world``, and the demo's fine-tuning task.
+"""An endless seeded stream of chats about the world of ``world.py``, and the demo's fine-tuning task.
 
 A chat is one *item* (a question with exactly one right answer) dressed in one *style* (a rule for how to say it).
 Styles are many, and the one that the demo later teaches (``DEMO_PREFIX``, ``DEMO_SUFFIX``) is never among them: what
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from demo_world import (
+from world import (
     COLOURS,
     DAYS,
     DEMO_PREFIX,
