@@ -52,7 +52,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def adapter_facts(model: nn.Module) -> dict[str, Any]:
+def adapter_metadata(model: nn.Module) -> dict[str, Any]:
     """How the adapters are built: format, the config that injected them, and each layer's own settings."""
     layers = {}
     for path, layer in lora_layers(model).items():
@@ -86,7 +86,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
     _check_suffix(path)
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
-    facts = adapter_facts(model)
+    facts = adapter_metadata(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
@@ -138,7 +138,7 @@ def install_adapter(
 ) -> None:
     """Load ``state`` into the adapters called ``name``, or into new ones built as ``facts`` say; all or nothing.
 
-    ``facts`` are those of :func:`adapter_facts`, with a config unless ``name`` acts; ``path`` is for messages.
+    ``facts`` are those of :func:`adapter_metadata`, with a config unless ``name`` acts; ``path`` is for messages.
     """
     loaded = list_adapters(model)
     if loaded.get(name):
@@ -175,7 +175,7 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], facts: dict[str, A
     if facts is None:
         logger.warning("%s carries no settings: alpha and segments cannot be checked against the model's", path)
     else:
-        _check_facts(path, facts["layers"], adapter_facts(model)["layers"])
+        _check_facts(path, facts["layers"], adapter_metadata(model)["layers"])
     load_adapter_state(model, state, str(path))
 
 
@@ -239,7 +239,7 @@ def says_how_it_is_built(path: Path) -> bool:
 
 
 def _is_facts(value: Any) -> bool:
-    """Whether it has the form of :func:`adapter_facts`."""
+    """Whether it has the form of :func:`adapter_metadata`."""
     if not isinstance(value, dict) or not isinstance(value.get("layers"), dict):
         return False
     config = value.get("config")

@@ -40,7 +40,7 @@ from ..inference.generation import stop_token_ids
 from ..lora.inject import InjectionReport, fused_segments, injection_report, lora_layers
 from ..lora.layers import Conv2d, Embedding
 from ..model.load import longrope_boundary, longrope_note
-from .adapter_file import HEADER_KEY, adapter_facts, adapter_state_dict, check_name, install_adapter
+from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_name, install_adapter
 from .hub import is_local, write_model_card
 from .named import DEFAULT
 from .peft_format import CONFIG_NAME, Pair, config_dict, layer_pairs
@@ -95,7 +95,7 @@ def export_peft(
     """
     path = Path(path)
     _check_exportable(model, path, layout)
-    facts = adapter_facts(model)
+    facts = adapter_metadata(model)
     segments = _named_segments(model, facts["layers"]) if layout == "split" else {}
     modules = _modules(model, facts["layers"], segments)
     base_model = base_model or (None if layout == "split" else getattr(model, "name_or_path", None)) or None

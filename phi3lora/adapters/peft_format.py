@@ -202,7 +202,7 @@ def _whole(number: float) -> float:
 #                   matrix (out, in*n*n) it is B' A': n copies of lora_A on the diagonal,
 #                   and lora_B read as (out, n*r*n)
 #
-# ``facts`` are a layer's settings as ``files.adapter_facts`` gives them; the class and ``r`` are in it.
+# ``facts`` are a layer's settings as ``adapter_file.adapter_metadata`` gives them; the class and ``r`` are in it.
 
 Facts = Mapping[str, Any]
 

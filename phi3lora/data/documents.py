@@ -17,6 +17,7 @@ import tokenizers
 import transformers
 
 from ..errors import DataError
+from ..files import sha256_of
 from . import formats, template
 from . import rows as sources
 from .formats import detect_format, to_messages
@@ -214,7 +215,7 @@ def cache_key(found: Path | Iterable[Any], tokenizer: Any, **options: Any) -> st
     tokenizer_facts = _tokenizer_facts(tokenizer) if rows else None
     if tokenizer_facts is None:
         return None
-    code = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in _MODULES]
+    code = [sha256_of(Path(name)) for name in _MODULES]
     versions = [transformers.__version__, tokenizers.__version__]
     facts = [rows, tokenizer_facts, sorted((name, repr(value)) for name, value in options.items()), code, versions]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
@@ -224,7 +225,7 @@ def _rows_digest(found: Path | Iterable[Any]) -> str | None:
     if isinstance(found, Path):
         if found.stat().st_size < SMALLEST_BYTES:
             return None
-        return found.suffix.lower() + hashlib.sha256(found.read_bytes()).hexdigest()
+        return found.suffix.lower() + sha256_of(found)
     fingerprint = getattr(found, "_fingerprint", None)  # a datasets.Dataset has one
     return fingerprint if fingerprint and found.data.nbytes >= SMALLEST_BYTES else None  # type: ignore[attr-defined]
 

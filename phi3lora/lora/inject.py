@@ -121,7 +121,7 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
     Args:
         model: a model without adapters.
         layers: path -> ``class``, ``r``, ``lora_alpha``, ``use_rslora`` and, of a ``MergedLinear``, ``segments``
-            (widths) and ``enable_lora``: what ``adapters.files.adapter_facts`` gives.
+            (widths) and ``enable_lora``: what ``adapters.adapter_file.adapter_metadata`` gives.
         config: dropout and which biases train; it stays as ``model.lora_config``.
 
     Returns:

@@ -15,7 +15,6 @@ data is on disk is not saved. Read with ``weights_only=True``: nothing in a chec
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -31,10 +30,10 @@ import torch
 import transformers
 from torch import nn
 
-from ..adapters.adapter_file import adapter_facts, load_adapter_state, read_adapter, save_adapter
+from ..adapters.adapter_file import adapter_metadata, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
 from ..errors import AdapterError, CheckpointError, error_line, short_repr
-from ..files import fsync, read_json, read_pickled
+from ..files import fsync, read_json, read_pickled, sha256_of
 from .optim import check_optimizer_state
 from .state import TrainingState
 
@@ -118,14 +117,14 @@ def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
 def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
     """Everything in a checkpoint, the manifest last."""
     save_adapter(run.model, folder / "lora.safetensors")
-    _write_json(folder / "lora_config.json", adapter_facts(run.model))
+    _write_json(folder / "lora_config.json", adapter_metadata(run.model))
     _write_json(folder / "trainer_state.json", _about(run, state))
     torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
     rates = [group["lr"] for group in run.optimizer.param_groups]
     scheduler = {"last_step": state.global_step, "learning_rates": rates, "scaler": run.scaler.state_dict()}
     torch.save(scheduler, folder / "scheduler.pt")
     torch.save(rng_state(), folder / f"rng_state_{run.rank}.pth")
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     _write_json(folder / _MANIFEST, {"format": 1, "sha256": files})
 
 
@@ -182,7 +181,7 @@ def damage(path: Path) -> str | None:
                 return f"its manifest names {name!r}, outside the folder"
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _sha256(path / name) != expected:
+            if sha256_of(path / name) != expected:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"no readable {_MANIFEST} ({error_line(error)})"
@@ -258,7 +257,7 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
 
 def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
     """Refuse a checkpoint of other adapters; one of other data, settings or versions unless the user says so."""
-    facts, ours = read_json(path / "lora_config.json"), adapter_facts(run.model)
+    facts, ours = read_json(path / "lora_config.json"), adapter_metadata(run.model)
     changes = _changes(about, run)
     dropout = [config.get("lora_dropout") for config in (facts.get("config") or {}, ours.get("config") or {})]
     if dropout[0] != dropout[1]:
@@ -347,11 +346,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import phi3lora as p3
-from phi3lora.adapters.adapter_file import adapter_facts
+from phi3lora.adapters.adapter_file import adapter_metadata
 
 IDS = torch.arange(10, 40)[None]
 MEMBERS = {"multi-head": {"num_key_value_heads": 4}, "grouped-query": {}, "tied": {"tie_word_embeddings": True}}
@@ -47,7 +47,7 @@ def base_model(changes: dict | None = None, head_scale: float = 10.0):
 def unequal_model(changes: dict | None = None):
     """Adapters whose ranks and scalings differ from layer to layer, as an imported adapter's may."""
     model = adapted_model(changes=changes, r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"])
-    facts = adapter_facts(model)["layers"]
+    facts = adapter_metadata(model)["layers"]
     facts[LAYER + "self_attn.o_proj"] |= {"r": 2, "lora_alpha": 8}  # scaling 4 where the others have 2
     facts[LAYER + "self_attn.qkv_proj"] |= {"r": 5, "lora_alpha": 5 * 2 * 1.3}
     facts[LAYER + "mlp.gate_up_proj"] |= {"r": 4, "lora_alpha": 3, "use_rslora": True}

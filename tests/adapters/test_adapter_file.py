@@ -19,7 +19,7 @@ from torch import nn
 
 import phi3lora as p3
 from phi3lora.adapters import adapter_file as files
-from phi3lora.adapters.adapter_file import adapter_facts, adapter_state_dict, load_adapter_state, read_adapter
+from phi3lora.adapters.adapter_file import adapter_metadata, adapter_state_dict, load_adapter_state, read_adapter
 from phi3lora.errors import AdapterError, Phi3LoRAError
 from phi3lora.lora.inject import lora_layers
 
@@ -81,7 +81,7 @@ def test_a_base_model_gets_the_adapters_the_file_describes(tmp_path, suffix, cha
     model, base = adapted(**changes), lively_model()
     path = p3.save_adapter(model, tmp_path / f"adapter{suffix}")
     p3.load_adapter(base, path)
-    assert adapter_facts(base) == adapter_facts(model)
+    assert adapter_metadata(base) == adapter_metadata(model)
     assert base.lora_config == model.lora_config
     assert torch.equal(base(IDS).logits, model(IDS).logits)  # both are in eval mode: no dropout
 
@@ -241,7 +241,7 @@ def without(state: dict, key: str) -> dict:
 @pytest.mark.parametrize("with_facts", [True, False])
 def test_tensors_that_do_not_fit_are_named_and_the_model_kept(tmp_path, suffix, spoil, message, with_facts):
     model, other = adapted(), adapted(seed=1)
-    facts = adapter_facts(model) if with_facts else None
+    facts = adapter_metadata(model) if with_facts else None
     path = write(tmp_path / f"adapter{suffix}", spoil(lora.lora_state_dict(model)), facts)
     before = snapshot(other)
     with pytest.raises(AdapterError, match=message):
@@ -275,7 +275,7 @@ def test_a_bad_file_leaves_a_base_model_without_adapters(tmp_path, spoil):
     """Else a second try, with the right file, would meet fresh adapters that nobody asked for."""
     model, base = adapted(), lively_model()
     before, trainable = snapshot(base), [p.requires_grad for p in base.parameters()]
-    path = write(tmp_path / "adapter.safetensors", spoil(lora.lora_state_dict(model)), adapter_facts(model))
+    path = write(tmp_path / "adapter.safetensors", spoil(lora.lora_state_dict(model)), adapter_metadata(model))
     with pytest.raises(AdapterError):
         p3.load_adapter(base, path)
     assert_unchanged(base, before)

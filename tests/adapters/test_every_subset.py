@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import phi3lora as p3
-from phi3lora.adapters.adapter_file import adapter_facts
+from phi3lora.adapters.adapter_file import adapter_metadata
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SUBSETS = [list(names) for n in range(1, 8) for names in itertools.combinations(NAMES, n)]
@@ -62,7 +62,7 @@ def assert_equal_logits(theirs, case: Case) -> None:
 def assert_comes_back(folder, case: Case) -> None:
     again = copy.deepcopy(case.base)
     report = p3.import_peft(again, folder)
-    assert adapter_facts(again) == adapter_facts(case.model), case.name
+    assert adapter_metadata(again) == adapter_metadata(case.model), case.name
     assert same_tensors(adapters_of(again), adapters_of(case.model)), case.name
     assert again.lora_config == case.model.lora_config, case.name
     assert report.trainable_parameters == sum(t.numel() for t in adapters_of(case.model).values()), case.name

@@ -34,7 +34,7 @@ from transformers import GenerationConfig
 
 import phi3lora as p3
 from phi3lora.__main__ import main
-from phi3lora.adapters.adapter_file import adapter_facts
+from phi3lora.adapters.adapter_file import adapter_metadata
 from phi3lora.adapters.peft_export import max_lora_rank
 from phi3lora.errors import AdapterError
 from phi3lora.lora.inject import lora_layers
@@ -225,7 +225,7 @@ def test_our_own_export_comes_back_bit_exact(tmp_path, changes, layout, rslora):
         p3.export_peft(model, tmp_path / str(i), layout=layout)
         again = base_model(changes)
         report = p3.import_peft(again, tmp_path / str(i))
-        assert adapter_facts(again) == adapter_facts(model)
+        assert adapter_metadata(again) == adapter_metadata(model)
         assert same_tensors(adapters_of(again), adapters_of(model))
         assert again.lora_config == model.lora_config
         assert report.trainable_parameters == sum(t.numel() for t in adapters_of(model).values())
@@ -236,7 +236,7 @@ def test_unequal_layers_come_back_as_they_were(tmp_path, layout):
     model, again = unequal_model(), base_model()
     exported = p3.export_peft(model, tmp_path, layout=layout)
     p3.import_peft(again, tmp_path)
-    assert adapter_facts(again) == adapter_facts(model)
+    assert adapter_metadata(again) == adapter_metadata(model)
     rounded = {
         name for name in adapters_of(model) if any(name.startswith(r.rpartition(".")[0]) for r in exported.rounded)
     }
@@ -256,7 +256,7 @@ def test_an_import_is_exported_and_saved_again_like_any_adapter(tmp_path, layout
     for load, path in ((p3.import_peft, tmp_path / "ours"), (p3.load_adapter, tmp_path / "ours.safetensors")):
         again = base_model()
         load(again, path)
-        assert adapter_facts(again) == adapter_facts(model)
+        assert adapter_metadata(again) == adapter_metadata(model)
         assert same_tensors(adapters_of(again), adapters_of(model))
 
 
@@ -290,7 +290,7 @@ def test_without_our_header_the_structure_counts(tmp_path, layout):
     p3.export_peft(model, tmp_path, layout=layout)
     change_tensors(tmp_path, lambda tensors: None)
     p3.import_peft(again, tmp_path)
-    kinds = {facts["class"] for facts in adapter_facts(again)["layers"].values()}
+    kinds = {facts["class"] for facts in adapter_metadata(again)["layers"].values()}
     assert kinds == ({"Linear", "MergedLinear"} if layout == "split" else {"Linear"})
     torch.testing.assert_close(logits(again), logits(model), atol=1e-4, rtol=0)
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import phi3lora as p3
-from phi3lora.adapters.adapter_file import adapter_facts
+from phi3lora.adapters.adapter_file import adapter_metadata
 from phi3lora.errors import ModelError
 from phi3lora.lora.inject import inject_layers, lora_layers
 
@@ -461,7 +461,7 @@ def test_each_layer_gets_its_own_settings():
     config = p3.LoraConfig(lora_dropout=0.25)
     weights = {name: id(p) for name, p in model.named_parameters()}
     report = inject_layers(model, facts, config)
-    assert adapter_facts(model)["layers"] == facts
+    assert adapter_metadata(model)["layers"] == facts
     assert {row.module: row.segments for row in report} == {
         **dict.fromkeys(facts, ()),
         next(iter(facts)): ("q_proj", "v_proj"),
