@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 
 import numpy as np
 import pytest
@@ -38,6 +39,19 @@ TEMPLATES = {
     "phi-4-mini": (PHI4_MINI_TEMPLATE, [], ["<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|tool|>"],
                    "<|endoftext|>"),
 }  # fmt: skip
+
+_STARTED_S = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--limit-s", type=float, help="skip the tests that have not begun after so many seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit_s = item.config.getoption("--limit-s")
+    if limit_s is not None and time.monotonic() - _STARTED_S > limit_s:
+        pytest.skip("out of time")
+
 
 CORPUS = ["The quick brown fox says hello to the user and waits for an answer. " * 4, "What is the price? 42 dollars."]
 
