@@ -1,6 +1,7 @@
-"""Other libraries' names for settings: PEFT's ``LoraConfig``, transformers' ``TrainingArguments`` (4 and 5), TRL's.
+"""Argument names of other libraries: PEFT's ``LoraConfig``, transformers' ``TrainingArguments`` (4 and 5), TRL's.
 
-One table, so that dicts written for them work as they are. A name is ours, an alias, without effect here, or off.
+With these tables, dicts written for those libraries work unchanged. A foreign name is an alias of a field, ignored, or
+unsupported: accepted only at a value that changes nothing.
 """
 
 from __future__ import annotations
@@ -14,38 +15,36 @@ ALIASES = {
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
 }
-"""Another name for a field of ours."""
+"""Foreign name -> the field that it sets."""
 
-INERT_TRAINING = frozenset(
+IGNORED_TRAINING_ARGUMENTS = frozenset(
     """
     accelerator_config activation_checkpointing_kwargs average_tokens_across_devices batch_eval_metrics
-    bf16_full_eval dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataset_kwargs dataset_num_proc dataset_text_field ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug do_eval do_predict do_train
-    eval_accumulation_steps eval_do_concat_batches eval_packing eval_use_gather_object fp16_backend fp16_full_eval
-    fp16_opt_level full_determinism gradient_checkpointing_kwargs group_by_length half_precision_backend
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
-    include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names
-    length_column_name liger_kernel_config local_rank log_level_replica log_on_each_node logging_dir
-    logging_nan_inf_filter no_cuda past_index prediction_loss_only project ray_scope remove_unused_columns
-    restore_callback_states_from_checkpoint save_on_each_node save_safetensors skip_memory_metrics split_batches
-    tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps torchdynamo trackio_bucket_id
-    trackio_space_id trackio_static_space_id use_cache use_cpu use_ipex use_legacy_prediction_loop use_liger_kernel
-    use_mps_device
+    bf16_full_eval dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_kwargs dataset_num_proc
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug
+    do_eval do_predict do_train eval_accumulation_steps eval_do_concat_batches eval_packing eval_use_gather_object
+    fp16_backend fp16_full_eval fp16_opt_level gradient_checkpointing_kwargs half_precision_backend hub_always_push
+    hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics include_inputs_for_metrics
+    include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names length_column_name
+    liger_kernel_config local_rank log_level_replica log_on_each_node logging_dir logging_nan_inf_filter past_index
+    prediction_loss_only project ray_scope remove_unused_columns restore_callback_states_from_checkpoint
+    save_on_each_node save_safetensors skip_memory_metrics split_batches tf32 torch_compile_backend torch_compile_mode
+    torch_empty_cache_steps torchdynamo trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_ipex
+    use_legacy_prediction_loop use_liger_kernel use_mps_device
     """.split()
 )
-"""Names that say nothing to this library, whatever their value."""
+"""Training arguments that have no effect here, whatever their value."""
 
-INERT_LORA = frozenset(
+IGNORED_LORA_ARGUMENTS = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config eva_config inference_mode layers_pattern loftq_config
     megatron_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
-"""The same, of PEFT's."""
+"""Arguments of PEFT's ``LoraConfig`` that have no effect here, whatever their value."""
 
-SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "label_smoothing_factor": (0, 0.0, None),
     "neftune_noise_alpha": (None,),
     "deepspeed": (None,),
@@ -62,6 +61,12 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "ignore_data_skip": (False, None),
     "eval_delay": (0, None),
     "train_sampling_strategy": ("random", None),
+    "group_by_length": (False, None),
+    "dataloader_drop_last": (False, None),
+    "dataset_text_field": ("text", None),
+    "use_cpu": (False, None),
+    "no_cuda": (False, None),
+    "full_determinism": (False, None),
     "use_dora": (False, None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
@@ -84,4 +89,16 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "modules_to_save": (None,),
 }
-"""Names that would change the result: accepted only at the values that switch them off."""
+"""Argument that would change the result -> its accepted values, which change nothing."""
+
+INSTEAD = {
+    "push_to_hub": "call phi3lora.push_to_hub(folder, name) after training",
+    "train_sampling_strategy": "packing=True needs no grouping by length",
+    "group_by_length": "packing=True wastes less on padding than grouping by length",
+    "dataloader_drop_last": "every document is trained in every epoch",
+    "dataset_text_field": "ChatDataset.load(..., columns={'text': 'your_column'}) names the column",
+    "use_cpu": "load_model(..., device='cpu') trains on the CPU",
+    "no_cuda": "load_model(..., device='cpu') trains on the CPU",
+    "full_determinism": "call torch.use_deterministic_algorithms(True) before train",
+}
+"""Unsupported argument -> the way to get what it asks for."""

@@ -1,8 +1,8 @@
-"""The two dicts of a run as dataclasses: ``LoraConfig(**peft_config)`` and ``TrainingConfig(**training_config)``.
+"""``LoraConfig`` and ``TrainingConfig``: the settings of a run, under the names that PEFT and transformers give them.
 
-``LoraConfig`` keeps PEFT's and loralib's names, ``TrainingConfig`` keeps transformers' (4 and 5), so dicts written for
-those work as they are. A name without meaning here is accepted and kept in ``.inert`` (the run's banner lists it); a
-name that exists nowhere, or a value that would have to be ignored although it matters, is a :class:`ConfigError`.
+Dicts written for those libraries work unchanged: ``LoraConfig(**peft_config)``, ``TrainingConfig(**training_config)``.
+An argument without effect here is accepted and listed in ``.inert``, which ``train`` prints. An unknown argument, a
+value out of range and an unsupported feature are a :class:`ConfigError` (compat.py has the tables).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import functools
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from .compat import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
+from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, INSTEAD, UNSUPPORTED
 from .errors import (
     SEED_END,
     ConfigError,
@@ -34,147 +35,248 @@ from .errors import (
 T = TypeVar("T")
 
 
-def _translated(cls: type, given: Mapping[str, Any], inert_names: frozenset[str]) -> tuple[dict[str, Any], list[str]]:
-    """``given`` in our own names, and the names that have no effect here."""
-    known = {f.name for f in dataclasses.fields(cls) if f.init}
+def _translate_arguments(
+    cls: type[Any], given: Mapping[str, Any], ignored: frozenset[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return ``given`` under the names of ``cls``'s fields, and the names that have no effect here."""
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
     values: dict[str, Any] = {}
-    said_as: dict[str, str] = {}
-    inert: list[str] = []
+    given_as: dict[str, str] = {}
+    without_effect: list[str] = []
     for name, value in given.items():
         own = ALIASES.get(name, name)
-        if own in known:
+        if own in fields:
             if own in values and not equals(values[own], value):
-                pair = f"{said_as[own]!r} ({short_repr(values[own])}) and {name!r} ({short_repr(value)})"
+                pair = f"{given_as[own]!r} ({short_repr(values[own])}) and {name!r} ({short_repr(value)})"
                 raise ConfigError(f"{cls.__name__}: {pair} are one setting with two values; give one of them")
-            values[own], said_as[own] = value, name
-        elif name in SWITCHED_OFF:
-            if not is_one_of(value, SWITCHED_OFF[name]):
-                allowed = " or ".join(repr(v) for v in SWITCHED_OFF[name])
+            values[own], given_as[own] = value, name
+        elif name in UNSUPPORTED:
+            if not is_one_of(value, UNSUPPORTED[name]):
+                allowed = " or ".join(map(repr, UNSUPPORTED[name]))
                 raise ConfigError(
-                    f"{cls.__name__}: {name}={short_repr(value)} is not supported; allowed: {allowed}. Leave it out."
+                    f"{cls.__name__}: {name}={short_repr(value)} is not supported; allowed: {allowed}. Leave it out"
+                    + (f"; {INSTEAD[name]}" if name in INSTEAD else "")
                 )
-            inert.append(name)
-        elif name in inert_names:
-            inert.append(name)
+            without_effect.append(name)
+        elif name in ignored:
+            without_effect.append(name)
         else:
             raise ConfigError(
                 f"{cls.__name__} has no field {short_repr(name)} (value {short_repr(value)})."
-                f"{did_you_mean(name, known | set(ALIASES))} Allowed: {', '.join(sorted(known))}"
+                f"{did_you_mean(name, fields | set(ALIASES))} Allowed: {', '.join(sorted(fields))}"
             )
-    return values, sorted(inert)
+    return values, tuple(sorted(without_effect))
 
 
-def _takes_foreign_names(inert_names: frozenset[str]):
-    """Class decorator: the dataclass constructor also takes aliases and inert names, and refuses the rest nicely."""
+def _accept_foreign_arguments(ignored: frozenset[str]) -> Callable[[type[T]], type[T]]:
+    """Decorate a dataclass so that its constructor also accepts the names in compat.py."""
 
     def decorate(cls: type[T]) -> type[T]:
-        generated = cls.__init__
+        generated: Callable[..., None] = cls.__init__
 
         @functools.wraps(generated)
-        def __init__(self, /, *args: Any, **given: Any) -> None:
-            values, inert = _translated(cls, given, inert_names)
+        def __init__(self: Any, /, *args: Any, **given: Any) -> None:
+            values, without_effect = _translate_arguments(cls, given, ignored)
             generated(self, *args, **values)
-            self.inert = tuple(inert)
+            self.inert = without_effect
 
-        cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+        cast(Any, cls).__init__ = __init__
         return cls
 
     return decorate
 
 
-_OPTIMIZERS = (
-    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
-)  # fmt: skip
-_LONGEST_ROW = 2**24
-_MOST_EPOCHS = 10_000
-_MOST_NAMES = 100_000
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "log_level": ("passive", "detail", "debug", "info", "warning", "error", "critical"),
-    "logging_strategy": ("no", "steps", "epoch"),
-    "eval_strategy": ("no", "steps", "epoch"),
-    "save_strategy": ("no", "steps", "epoch"),
-    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
-    "optim": _OPTIMIZERS,
+# ----------------------------------------------------------------------------------------------------
+# Rules: a test of a value, and the allowed values in words.
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _optional(rule: Rule) -> Rule:
+    accepts, allowed = rule
+    return (lambda value: value is None or accepts(value)), f"None or {allowed}"
+
+
+def _choice(*allowed: Any) -> Rule:
+    return (lambda value: is_one_of(value, allowed)), ", ".join(map(repr, allowed))
+
+
+_COUNT: Rule = (lambda value: is_int(value, 1)), "a whole number >= 1"
+_POSITIVE: Rule = (lambda value: is_number(value) and value > 0), "a number > 0"
+_NOT_NEGATIVE: Rule = (lambda value: is_number(value) and value >= 0), "a number >= 0"
+_SHARE: Rule = (lambda value: is_number(value) and 0 <= value < 1), "0 <= x < 1"
+_SEED: Rule = (lambda value: is_int(value, 0, SEED_END)), "a whole number >= 0, below 2**63"
+_NAME: Rule = _optional((is_text, "a name"))
+_SWITCH: Rule = (lambda value: isinstance(value, bool)), "True, False"
+_STRATEGY: Rule = _choice("no", "steps", "epoch")
+_INTERVAL: Rule = (
+    lambda value: is_number(value) and value > 0 and (value < 1 or float(value).is_integer()),
+    "a whole number >= 1, or a share of all steps in (0, 1)",
+)
+_CHECKPOINTING_MODES = ("none", "selective", "full", "offload", "auto")
+_MAX_EPOCHS = 10_000
+
+_LORA_RULES: dict[str, Rule] = {
+    "r": _COUNT,
+    "lora_alpha": _POSITIVE,
+    "lora_dropout": _SHARE,
+    "bias": _choice("none", "all", "lora_only"),
+    "target_modules": (
+        lambda value: bool(value) and all(is_text(name) and name for name in value),
+        "'all-linear' or a list of module-name suffixes that is not empty",
+    ),
+    "modules_to_save": (lambda value: value is None, "None (training whole modules is not supported)"),
+    "use_rslora": _SWITCH,
+    "task_type": _NAME,
+    "segments": (
+        lambda value: value is None or _are_segments(value),
+        "None, or a dict of suffix -> positive widths (a list, or a dict of names)",
+    ),
 }
+_TRAINING_RULES: dict[str, Rule] = {
+    "output_dir": (is_path, "a path"),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"),
+    "learning_rate": _NOT_NEGATIVE,
+    "lora_plus_lr_ratio": _optional((lambda value: is_number(value) and value >= 1, "a number >= 1")),
+    "lr_scheduler_type": _choice("linear", "cosine", "constant", "constant_with_warmup"),
+    "warmup_steps": _NOT_NEGATIVE,
+    "warmup_ratio": _SHARE,
+    "optim": _choice(
+        "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+        "sgd",
+    ),
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": (is_number, "a number; 0 for no clipping"),
+    "max_nonfinite_steps": _COUNT,
+    "seed": _SEED,
+    "data_seed": _optional(_SEED),
+    "max_length": _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole")),
+    "activation_checkpointing": _choice(None, True, False, *_CHECKPOINTING_MODES),
+    "gradient_checkpointing": _choice(None, True, False),
+    "compile": _choice(None, True, False),
+    "parallel": (lambda value: value is None, "None (one process, one device)"),
+    "logging_strategy": _STRATEGY,
+    "logging_steps": _INTERVAL,
+    "log_level": _choice("passive", "detail", "debug", "info", "warning", "error", "critical"),
+    "disable_tqdm": _choice(None, True, False),
+    "report_to": (
+        lambda value: all(is_one_of(name, ("none", "tensorboard", "wandb")) for name in value),
+        "'none', 'tensorboard', 'wandb', or a list of them",
+    ),
+    "run_name": _NAME,
+    "eval_strategy": _STRATEGY,
+    "eval_steps": _optional(_INTERVAL),
+    "save_strategy": _STRATEGY,
+    "save_steps": _INTERVAL,
+    "save_total_limit": _optional(_COUNT),
+    "metric_for_best_model": _NAME,
+    "greater_is_better": _choice(None, True, False),
+    "early_stopping_patience": _optional(_COUNT),
+    "early_stopping_threshold": _NOT_NEGATIVE,
+    "resume_from_checkpoint": (
+        lambda value: value is None or isinstance(value, bool) or is_path(value),
+        "False, True, 'auto', a path",
+    ),
+}  # fmt: skip
+"""Field -> its rule; the other fields are switches."""
 
 
-def _require(ok: bool, cls: str, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{cls}: {name}={short_repr(value)}; allowed: {allowed}")
+def _check(config: Any, name: str, rule: Rule, value: Any) -> None:
+    """Raise if ``value``, the normalised form of the field ``name``, breaks the rule."""
+    accepts, allowed = rule
+    if not accepts(value):
+        raise ConfigError(f"{type(config).__name__}: {name}={short_repr(getattr(config, name))}; allowed: {allowed}")
 
 
-def _plain_name(value: object) -> object:
-    """The name of an enum's member (transformers has enums for its choices), else the value."""
-    name = getattr(value, "value", value)
-    return str(name) if isinstance(name, str) else name
+def _plain(value: Any) -> Any:
+    """Return the text of an enum's member (transformers has enums for its choices) and of a path."""
+    if isinstance(value, Enum) and isinstance(value.value, str):
+        return str(value.value)
+    return os.fspath(value) if isinstance(value, os.PathLike) and is_path(value) else value
+
+
+def _names(value: Any, most: int = 100_000) -> list[Any]:
+    """Return a list of names: of one name, or of any iterable. ``[None]``, which no rule allows, of anything else."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        return [None]
+    return (
+        sorted(value) if isinstance(value, (set, frozenset)) and all(map(is_text, value)) else list(islice(value, most))
+    )
 
 
 def _are_segments(value: object) -> bool:
-    """The form of ``LoraConfig.segments``; whether the widths add up is seen at the layer."""
+    """Tell whether a value has the form of ``LoraConfig.segments``. Injection checks that the widths add up."""
     if not isinstance(value, Mapping):
         return False
     for suffix, widths in value.items():
-        named = isinstance(widths, Mapping) and all(is_text(name) for name in widths)
+        names = list(widths) if isinstance(widths, Mapping) else []
         numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
-        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0 and all(is_int(n, 1) for n in numbers)
-        if not (is_text(suffix) and listed and (named or not isinstance(widths, Mapping))):
+        if not (isinstance(numbers, (list, tuple)) and numbers and all(is_int(n, 1) for n in numbers)):
+            return False
+        if not all(map(is_text, [suffix, *names])):
             return False
     return True
 
 
-@_takes_foreign_names(INERT_LORA)
+def _to_dict(config: Any) -> dict[str, Any]:
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=list))
+    return plain
+
+
+# ----------------------------------------------------------------------------------------------------
+# The two configs
+
+
+@_accept_foreign_arguments(IGNORED_LORA_ARGUMENTS)
 @dataclass
 class LoraConfig:
-    """What to adapt and how; PEFT's names. ``LoraConfig(**peft_config)`` takes the seed's dict as it is.
+    """Which layers to adapt and how, under PEFT's names. ``LoraConfig(**peft_config)`` accepts a dict made for PEFT.
 
     Raises:
         ConfigError: an unknown name (the nearest one is suggested) or a value outside its range.
     """
 
     r: int = 8
-    """Rank of each adapter, > 0."""
+    """Rank of each adapter, >= 1."""
     lora_alpha: float = 8
-    """The adapter's output is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``)."""
+    """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``."""
     lora_dropout: float = 0.0
     """Probability of dropping an entry of the adapter's input, in [0, 1)."""
     bias: str = "none"
-    """Which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers)."""
+    """Biases to train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers)."""
     target_modules: str | Sequence[str] = "all-linear"
-    """``"all-linear"`` (every linear layer but the output head) or a list of module-name suffixes. On Phi-3's fused
-    projections ``q_proj, k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
+    """Layers to adapt: ``"all-linear"`` (every linear layer but the output head) or a list of module-name suffixes.
+    On Phi-3's fused projections ``q_proj, k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
     task_type: str | None = "CAUSAL_LM"
-    """Recorded for other tools."""
+    """PEFT's task type, recorded for other tools."""
     modules_to_save: None = None
-    """Only None: whole modules are not trained here."""
+    """Modules to train whole; only None, as this is not supported."""
     use_rslora: bool = False
     """Rank-stabilised scaling, https://arxiv.org/abs/2312.03732."""
     segments: Mapping[str, Mapping[str, int] | Sequence[int]] | None = None
     """Fused layers of your own model: suffix -> widths of its segments along the output, named
     (``{"qkv": {"q": 64, "k": 16, "v": 16}}``, each name then a valid target) or not (``{"qkv": (64, 16, 16)}``)."""
     inert: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
-    """Names that were given and have no effect here."""
+    """Arguments that were given and have no effect here."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, allowed: str) -> None:
-            _require(ok, "LoraConfig", name, getattr(self, name), allowed)
-
-        check(is_int(self.r, 1), "r", "a whole number >= 1")
-        check(is_number(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "a number > 0")
-        check(is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "lora_dropout", "0 <= p < 1")
-        check(is_one_of(self.bias, ("none", "all", "lora_only")), "bias", "'none', 'all', 'lora_only'")
-        check(self.modules_to_save is None, "modules_to_save", "None (whole modules are not trained here)")
-        check(isinstance(self.use_rslora, bool), "use_rslora", "True or False")
-        given = self.target_modules
-        listed = isinstance(given, Iterable) and not isinstance(given, Mapping)
-        targets = [given] if isinstance(given, str) else list(islice(given, _MOST_NAMES)) if listed else []
-        named = bool(targets) and all(is_text(t) and t for t in targets)
-        check(named, "target_modules", "'all-linear' or a list of module-name suffixes that is not empty")
-        if not isinstance(given, str):
-            self.target_modules = sorted(targets) if isinstance(given, (set, frozenset)) else targets
-        self.task_type = _plain_name(self.task_type)  # type: ignore[assignment]
-        check(self.task_type is None or is_text(self.task_type), "task_type", "None or a name")
+        for name, rule in _LORA_RULES.items():
+            value = _plain(getattr(self, name))
+            if name == "target_modules" and not isinstance(value, str):
+                value = _names(value)
+            _check(self, name, rule, value)
+            setattr(self, name, value)
         if self.segments is not None:
-            check(_are_segments(self.segments), "segments", "suffix -> positive widths, a list or a dict of names")
             self.segments = {
                 suffix: dict(widths) if isinstance(widths, Mapping) else list(widths)
                 for suffix, widths in self.segments.items()
@@ -182,227 +284,173 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What the adapter's output is multiplied by."""
+        """Factor of the adapter's output."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, in field order; ``LoraConfig(**config.to_dict())`` is an equal config."""
-        return _plain(self)
+        """Return plain JSON types, in field order; ``LoraConfig(**config.to_dict())`` is an equal config."""
+        return _to_dict(self)
 
 
-@_takes_foreign_names(INERT_TRAINING)
+@_accept_foreign_arguments(IGNORED_TRAINING_ARGUMENTS)
 @dataclass
 class TrainingConfig:
-    """How to train; transformers' names and defaults. ``TrainingConfig(**training_config)`` takes the seed's dict.
+    """How to train, under transformers' names. ``TrainingConfig(**training_config)`` accepts a dict made for it.
 
-    "steps" are optimizer steps; ``logging_steps, eval_steps, save_steps`` in (0, 1) are shares of all steps.
+    Defaults are transformers', too. A step is an optimizer step; ``logging_steps``, ``eval_steps`` and ``save_steps``
+    in (0, 1) are shares of all steps.
 
     Raises:
         ConfigError: an unknown name (the nearest one is suggested), a value outside its range, a contradiction.
     """
 
     output_dir: str = "phi3lora_output"
-    """Where checkpoints, ``metrics.jsonl`` and the loss picture go."""
+    """Folder for checkpoints, ``metrics.jsonl`` and the loss picture."""
     overwrite_output_dir: bool = False
-    """Start afresh in a folder that holds another run's checkpoints (they are deleted)."""
+    """Permission to delete another run's checkpoints in ``output_dir`` and start afresh."""
     per_device_train_batch_size: int = 8
     """Rows in a micro-batch: packed rows of ``max_length`` tokens, or documents with ``packing=False``."""
     per_device_eval_batch_size: int = 8
-    """The same, in evaluation."""
+    """Rows in an evaluation micro-batch."""
     gradient_accumulation_steps: int = 1
     """Micro-batches in one optimizer step; the loss is the mean over all their supervised tokens together."""
     num_train_epochs: float = 3.0
     """Passes over the data, unless ``max_steps`` > 0."""
     max_steps: int = -1
-    """Optimizer steps; > 0 overrides ``num_train_epochs``."""
+    """Optimizer steps of the run; > 0 overrides ``num_train_epochs``."""
     learning_rate: float = 5e-5
-    """The peak learning rate."""
+    """Peak learning rate."""
     lora_plus_lr_ratio: float | None = None
-    """LoRA+, https://arxiv.org/abs/2402.12354: each B learns at ``learning_rate`` times this (16, say), A at
-    ``learning_rate``. None: all at ``learning_rate``."""
+    """Factor of the learning rate of every B (LoRA+, https://arxiv.org/abs/2402.12354; 16, say). None: A and B both
+    learn at ``learning_rate``."""
     lr_scheduler_type: str = "linear"
-    """``"linear"``, ``"cosine"``, ``"constant"``, ``"constant_with_warmup"``."""
+    """Schedule after the warm-up: ``"linear"``, ``"cosine"``, ``"constant"``; ``"constant"`` has no warm-up,
+    ``"constant_with_warmup"`` has one."""
     warmup_steps: float = 0
     """Steps of linear warm-up; a float in (0, 1) is a share of all steps."""
     warmup_ratio: float = 0.0
-    """The same as a share of all steps; ``warmup_steps`` > 0 takes precedence."""
+    """Warm-up as a share of all steps; ``warmup_steps`` > 0 takes precedence."""
     optim: str = "adamw_torch"
-    """``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch has it), ``"sgd"``. Through bitsandbytes
-    (extra ``qlora``): ``"adamw_bnb_8bit"`` or ``"adamw_8bit"``, moments of 8 bits; ``"paged_adamw_32bit"`` and
-    ``"paged_adamw_8bit"``, moments that make room on a full GPU."""
+    """Optimizer: ``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch supports it), ``"sgd"``. With
+    bitsandbytes (extra ``qlora``): ``"adamw_bnb_8bit"`` or ``"adamw_8bit"``, with moments of 8 bits;
+    ``"paged_adamw_32bit"`` and ``"paged_adamw_8bit"``, with moments that move to host memory when the GPU is full."""
     weight_decay: float = 0.0
-    """Decoupled decay of the LoRA matrices; biases have none."""
+    """Decoupled weight decay of the LoRA matrices; biases have none."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's running mean of the gradient."""
     adam_beta2: float = 0.999
+    """Decay of AdamW's running mean of the squared gradient."""
     adam_epsilon: float = 1e-8
+    """Constant in AdamW's denominator."""
     max_grad_norm: float = 1.0
-    """Clip the gradient's global 2-norm to this; 0 or less: no clipping."""
+    """Largest global 2-norm of the gradient, clipped beyond it; 0 or less: no clipping."""
     max_nonfinite_steps: int = 5
-    """Stop after this many steps in a row whose loss or gradient is NaN or infinite; each is skipped."""
+    """Steps in a row with a NaN or infinite loss or gradient that end the run; each is skipped."""
     bf16: bool = False
     """bfloat16 autocast. With neither ``bf16`` nor ``fp16`` the model's own dtype decides."""
     fp16: bool = False
     """float16 autocast with a gradient scaler."""
     seed: int = 42
-    """Of dropout and, without ``data_seed``, of the order of the documents."""
+    """Seed of dropout and, without ``data_seed``, of the order of the documents."""
     data_seed: int | None = None
-    """Of the order of the documents."""
+    """Seed of the order of the documents; None: ``seed``."""
     packing: bool = True
-    """Fill rows of ``max_length`` with whole documents that do not see each other; False: one document a row."""
+    """Rows of ``max_length`` tokens filled with whole documents that do not see each other; False: one document a
+    row."""
     max_length: int | None = None
-    """Tokens in a row; None: the dataset's."""
+    """Tokens in a row; None: the dataset's ``max_length``."""
     activation_checkpointing: str | bool | None = None
-    """What the backward recomputes to save memory: ``"none"``, ``"selective"`` (the feed-forward parts), ``"full"``
-    (whole decoder layers), ``"offload"`` (the same, and their inputs wait in host memory), or ``"auto"``: the fastest
-    of them that the GPU has memory for."""
+    """Activations that the backward recomputes to save memory: ``"none"``, ``"selective"`` (the feed-forward parts),
+    ``"full"`` (whole decoder layers), ``"offload"`` (whole layers, whose inputs wait in host memory), or ``"auto"``:
+    the fastest of these that fits the GPU."""
     gradient_checkpointing: bool | None = None
-    """transformers' name for the same: True means ``activation_checkpointing="full"``."""
+    """transformers' switch for ``activation_checkpointing``: True means ``"full"``, False ``"none"``."""
     compile: bool | None = None
-    """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: the fastest there is,
-    which on a GPU are the fused passes of model/fused_decoder.py."""
+    """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: the fastest available
+    way, which on a GPU is the fused kernels."""
     parallel: str | None = None
-    """Only None so far: one process, one device."""
+    """Parallelism; only None, as a run is one process on one device."""
     logging_strategy: str = "steps"
+    """Times of a log line: ``"no"``, every ``"steps"``, every ``"epoch"``."""
     logging_steps: float = 500
+    """Steps between two log lines."""
     logging_first_step: bool = False
+    """A log line after the first step, too."""
     log_level: str = "passive"
-    """``"warning"`` silences the banner; ``"error"`` and ``"critical"`` also the lines of :func:`phi3lora.doctor` that
-    the run starts with."""
+    """Verbosity: ``"warning"`` silences the banner; ``"error"`` and ``"critical"`` also silence the findings of
+    :func:`phi3lora.doctor` that a run starts with."""
     disable_tqdm: bool | None = None
     """No progress bar."""
     report_to: str | Sequence[str] = "none"
-    """``"none"``, ``"tensorboard"``, ``"wandb"`` or a list of them (extra ``tracking``)."""
+    """Trackers: ``"none"``, ``"tensorboard"``, ``"wandb"`` or a list of them (extra ``tracking``)."""
     run_name: str | None = None
-    """The run's name in the tracker."""
+    """Name of the run in the tracker."""
     eval_strategy: str = "no"
+    """Times of an evaluation: ``"no"``, every ``"steps"``, every ``"epoch"``."""
     eval_steps: float | None = None
-    """None: ``logging_steps``."""
+    """Steps between two evaluations; None: ``logging_steps``."""
     eval_on_start: bool = False
+    """An evaluation before the first step."""
     save_strategy: str = "steps"
+    """Times of a checkpoint: ``"no"``, every ``"steps"``, every ``"epoch"``."""
     save_steps: float = 500
+    """Steps between two checkpoints."""
     save_total_limit: int | None = None
     """Checkpoints kept, the best one always among them; None: all."""
     load_best_model_at_end: bool = False
-    """Each new best is saved, and the best one's adapters are put back at the end."""
+    """Save each new best adapter, and restore the best one at the end."""
     metric_for_best_model: str | None = None
-    """A metric of the evaluation, with or without ``eval_``; None: ``loss``."""
+    """Metric of the evaluation, with or without ``eval_``; None: ``loss``."""
     greater_is_better: bool | None = None
-    """None: False for ``loss`` and ``perplexity``, True for the others."""
+    """Direction of the metric; None: False for ``loss`` and ``perplexity``, True for the others."""
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations in a row without a better metric."""
+    """Evaluations in a row without a better metric that end the run; None: no early stopping."""
     early_stopping_threshold: float = 0.0
-    """How much better counts as better."""
+    """Smallest improvement of the metric that counts as better."""
     continue_on_save_error: bool = False
-    """A checkpoint that cannot be written (a full disk) is told and the run goes on; False: it ends the run."""
+    """Report a checkpoint that cannot be written (a full disk) and go on; False: the error ends the run."""
     resume_from_checkpoint: bool | str | None = False
-    """False; a path; True (there must be a good checkpoint); ``"auto"`` (the newest good one, or a fresh start)."""
+    """Start: False (a new run), a checkpoint's path, True (the newest good checkpoint, which must exist), ``"auto"``
+    (the newest good one, or a new run)."""
     resume_with_changes: bool = False
-    """Resume although the data, the settings or the versions of torch and transformers are others than the
-    checkpoint's; what differs is told. The run is then no longer the one that was cut, bit for bit."""
+    """Permission to resume although the data, the settings or the versions of torch and transformers differ from the
+    checkpoint's. The differences are reported, and the run is no longer bit for bit the one that was interrupted."""
     inert: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
-    """Names that were given and have no effect here."""
+    """Arguments that were given and have no effect here."""
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_choices()
+        for name in (f.name for f in dataclasses.fields(self) if f.init):
+            value = _plain(getattr(self, name))
+            if name == "report_to":
+                value = [] if value is None else _names(value)
+            _check(self, name, _TRAINING_RULES.get(name, _SWITCH), value)
+            setattr(self, name, value)
+        self.report_to = [name for name in self.report_to if name != "none"]
+        if self.max_steps <= 0:
+            rule = (lambda epochs: epochs <= _MAX_EPOCHS), f"at most {_MAX_EPOCHS:,}; set max_steps for a longer run"
+            _check(self, "num_train_epochs", rule, self.num_train_epochs)
         self._resolve_activation_checkpointing()
         if self.bf16 and self.fp16:
             raise ConfigError("TrainingConfig: bf16=True and fp16=True exclude each other; set one of them to False")
-
-    def _check(self, ok: bool, name: str, allowed: str) -> None:
-        _require(ok, "TrainingConfig", name, getattr(self, name), allowed)
-
-    def _check_numbers(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            self._check(is_int(getattr(self, name), 1), name, "a whole number >= 1")
-        self._check(is_int(self.max_nonfinite_steps, 1), "max_nonfinite_steps", "a whole number >= 1")
-        self._check(is_int(self.max_steps, -1), "max_steps", "a whole number; -1 to count in epochs")
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            optional = value is None and name == "data_seed"
-            self._check(optional or is_int(value, 0, SEED_END), name, "a whole number >= 0, below 2**63")
-        for name in ("max_length", "save_total_limit", "early_stopping_patience"):
-            value = getattr(self, name)
-            self._check(value is None or is_int(value, 1), name, "None or a whole number >= 1")
-        longest = self.max_length or 1
-        self._check(longest <= _LONGEST_ROW, "max_length", f"at most {_LONGEST_ROW:,}: a row is made whole")
-        epochs = self.num_train_epochs  # each of which is planned before the first step
-        ok = is_number(epochs) and epochs > 0 and (epochs <= _MOST_EPOCHS or self.max_steps > 0)
-        self._check(ok, "num_train_epochs", f"a number > 0, at most {_MOST_EPOCHS:,}; max_steps says how long beyond")
-        self._check(is_number(self.adam_epsilon) and self.adam_epsilon > 0, "adam_epsilon", "a number > 0")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"):
-            value = getattr(self, name)
-            self._check(is_number(value) and value >= 0, name, "a number >= 0")
-        ratio = self.lora_plus_lr_ratio
-        at_least_1 = ratio is None or (is_number(ratio) and ratio >= 1)
-        self._check(at_least_1, "lora_plus_lr_ratio", "None or a number >= 1")
-        for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
-            value = getattr(self, name)
-            self._check(is_number(value) and 0 <= value < 1, name, "0 <= x < 1")
-        for name in ("logging_steps", "eval_steps", "save_steps"):
-            value = getattr(self, name)
-            optional = value is None and name == "eval_steps"
-            whole = is_number(value) and (float(value).is_integer() or value < 1) and value > 0
-            self._check(optional or whole, name, "a whole number >= 1, or a share of all steps in (0, 1)")
-        self._check(is_number(self.max_grad_norm), "max_grad_norm", "a number; 0 for no clipping")
-
-    def _check_choices(self) -> None:
-        for f in dataclasses.fields(self):
-            if isinstance(f.default, bool) and f.name != "resume_from_checkpoint":
-                self._check(isinstance(getattr(self, f.name), bool), f.name, "True, False")
-        for name in ("compile", "disable_tqdm", "gradient_checkpointing", "greater_is_better"):
-            self._check(is_one_of(getattr(self, name), (None, True, False)), name, "None, True, False")
-        for name, allowed in _CHOICES.items():
-            value = _plain_name(getattr(self, name))
-            self._check(is_one_of(value, allowed), name, ", ".join(map(repr, allowed)))
-            setattr(self, name, value)
-        for name in ("run_name", "metric_for_best_model"):
-            value = getattr(self, name)
-            self._check(value is None or is_text(value), name, "None or a name")
-        self._check(self.parallel is None, "parallel", "None (one process, one device)")
-        self._check(is_path(self.output_dir), "output_dir", "a path")
-        self.output_dir = os.fspath(self.output_dir)
-        given = self.resume_from_checkpoint
-        self._check(
-            given is None or isinstance(given, bool) or is_path(given),
-            "resume_from_checkpoint",
-            "False, True, 'auto', a path",
-        )
-        self.resume_from_checkpoint = os.fspath(given) if isinstance(given, os.PathLike) else given
-        self._check_reports()
         if (self.load_best_model_at_end or self.early_stopping_patience) and self.eval_strategy == "no":
             raise ConfigError(
                 "TrainingConfig: load_best_model_at_end and early_stopping_patience need evaluations; "
                 "set eval_strategy to 'steps' or 'epoch'"
             )
 
-    def _check_reports(self) -> None:
-        given = () if self.report_to is None else self.report_to
-        reports = [given] if isinstance(given, str) else list(given) if isinstance(given, Collection) else [None]
-        names = all(is_one_of(r, ("none", "tensorboard", "wandb")) for r in reports)
-        self._check(names, "report_to", "'none', 'tensorboard', 'wandb', or a list of them")
-        self.report_to = [r for r in reports if r != "none"]
-
     def _resolve_activation_checkpointing(self) -> None:
+        """Make ``activation_checkpointing`` and ``gradient_checkpointing``, two names of one setting, agree."""
         modes: dict[Any, str | None] = {None: None, True: "full", False: "none"}
-        modes.update((mode, mode) for mode in ("none", "selective", "full", "offload", "auto"))
-        given = self.activation_checkpointing
-        known = isinstance(given, (str, bool, type(None))) and given in modes
-        self._check(known, "activation_checkpointing", "'none', 'selective', 'full', 'offload', 'auto'")
-        mode, other = modes[given], modes[self.gradient_checkpointing]
+        modes.update({mode: mode for mode in _CHECKPOINTING_MODES})
+        mode, other = modes[self.activation_checkpointing], modes[self.gradient_checkpointing]
         if mode is not None and other is not None and mode != other:
             raise ConfigError(
-                f"TrainingConfig: activation_checkpointing={given!r} and gradient_checkpointing="
-                f"{self.gradient_checkpointing!r} disagree; set one of them"
+                f"TrainingConfig: activation_checkpointing={self.activation_checkpointing!r} and "
+                f"gradient_checkpointing={self.gradient_checkpointing!r} disagree; set one of them"
             )
         self.activation_checkpointing = mode or other or "none"
         self.gradient_checkpointing = self.activation_checkpointing != "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, in field order; ``TrainingConfig(**config.to_dict())`` is an equal config."""
-        return _plain(self)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-    return json.loads(json.dumps(values, default=list))
+        """Return plain JSON types, in field order; ``TrainingConfig(**config.to_dict())`` is an equal config."""
+        return _to_dict(self)

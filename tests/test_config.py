@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
-from phi3lora.compat import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
+from phi3lora.compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED
 from phi3lora.config import LoraConfig, TrainingConfig
 from phi3lora.errors import ConfigError
 
@@ -155,7 +155,9 @@ def test_an_alias_sets_its_field_and_may_stand_beside_it_only_in_agreement(alias
 
 
 @pytest.mark.parametrize(
-    ("cls", "names"), [(TrainingConfig, INERT_TRAINING), (LoraConfig, INERT_LORA)], ids=["training", "lora"]
+    ("cls", "names"),
+    [(TrainingConfig, IGNORED_TRAINING_ARGUMENTS), (LoraConfig, IGNORED_LORA_ARGUMENTS)],
+    ids=["training", "lora"],
 )
 def test_an_inert_name_is_taken_at_any_value_listed_and_changes_nothing(cls, names):
     for name in names:
@@ -182,17 +184,17 @@ SWITCHED_ON = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in SWITCHED_OFF if n not in fields_of(LoraConfig)])
+@pytest.mark.parametrize("name", [n for n in UNSUPPORTED if n not in fields_of(LoraConfig)])
 def test_a_name_that_would_change_the_result_is_taken_only_switched_off(name):
     for cls in (LoraConfig, TrainingConfig):
-        for value in SWITCHED_OFF[name]:
+        for value in UNSUPPORTED[name]:
             config = cls(**{name: value})
             assert config.inert == (name,)
             assert config == cls()
         on = SWITCHED_ON.get(name, "switched on")
         message = refusal(cls, **{name: on})
         assert f"{name}={on!r} is not supported" in message
-        assert all(repr(value) in message for value in SWITCHED_OFF[name])
+        assert all(repr(value) in message for value in UNSUPPORTED[name])
 
 
 def test_whole_modules_are_not_trained_and_modules_to_save_is_refused():
@@ -202,7 +204,13 @@ def test_whole_modules_are_not_trained_and_modules_to_save_is_refused():
 
 def test_no_name_stands_in_two_tables():
     own = fields_of(LoraConfig).keys() | fields_of(TrainingConfig).keys()
-    tables = [INERT_TRAINING, INERT_LORA, SWITCHED_OFF.keys() - {"modules_to_save"}, ALIASES.keys(), own]
+    tables = [
+        IGNORED_TRAINING_ARGUMENTS,
+        IGNORED_LORA_ARGUMENTS,
+        UNSUPPORTED.keys() - {"modules_to_save"},
+        ALIASES.keys(),
+        own,
+    ]
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert set(ALIASES.values()) <= own
 
@@ -449,7 +457,7 @@ ANYTHING = {
 @pytest.mark.parametrize("make", ANYTHING.values(), ids=ANYTHING)
 @pytest.mark.parametrize("cls", [LoraConfig, TrainingConfig])
 def test_any_value_of_any_name_is_taken_or_refused_by_name(cls, make):
-    for name in [*fields_of(cls), *ALIASES, *SWITCHED_OFF, "no_such_name", "self"]:
+    for name in [*fields_of(cls), *ALIASES, *UNSUPPORTED, "no_such_name", "self"]:
         message = refusal(cls, **{name: make()})
         message.encode()
         assert name in message or ALIASES.get(name, "?") in message or "no field" in message

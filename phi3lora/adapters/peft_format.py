@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..compat import INERT_LORA, SWITCHED_OFF
+from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
 from ..config import LoraConfig
 from ..errors import AdapterError, equals, is_int, is_number, short_repr
 from ..files import read_json
@@ -29,7 +29,7 @@ CONFIG_NAME = "adapter_config.json"
 _NAMES_DECIDE = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 _READ = {"alpha_pattern", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "task_type", "use_rslora"}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    **SWITCHED_OFF,
+    **UNSUPPORTED,
     "bias": ("none", None),
     "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -122,7 +122,7 @@ def _refuse_unless_neutral(path: Path, name: str, value: Any) -> None:
             why = f" ({_WHY[name]})" if name in _WHY else ""
             allowed = ", ".join(map(repr, _ALLOWED[name]))
             raise AdapterError(f"{str(path)!r}: {name}={short_repr(value)} cannot be imported{why}; allowed: {allowed}")
-    elif name not in INERT_LORA and value:
+    elif name not in IGNORED_LORA_ARGUMENTS and value:
         raise AdapterError(
             f"{str(path)!r}: unknown setting {short_repr(name)[1:-1]}={short_repr(value)}; take it out of the file if it does "
             f"not change what the adapter computes"

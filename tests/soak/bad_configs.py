@@ -12,7 +12,7 @@ from conftest import adapted_model, chat_dataset, quiet_config, tiny_model
 from damage import wild_value
 
 import phi3lora as p3
-from phi3lora.compat import ALIASES, INERT_LORA, INERT_TRAINING, SWITCHED_OFF
+from phi3lora.compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED
 
 _NUMBERS = (1, 2, 3, 0.1, 0.5, 0.999999, 1e-9, 1e9, 10**6, 10**12, 2**31, 2**63, 1e300, 10**30, 65536, -1, 0, 1.0, 1e18)
 _WORDS = (
@@ -32,7 +32,7 @@ def _given(cls: type, foreign: frozenset[str], random: Random) -> dict[Any, Any]
     given: dict[Any, Any] = {}
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         odd = ("", "\x00", "\ud800", "lerning_rate", "x" * 100_000, "__init__", "self", "inert")
-        others = (*ALIASES, *SWITCHED_OFF, *random.sample(sorted(foreign), 5), *odd)
+        others = (*ALIASES, *UNSUPPORTED, *random.sample(sorted(foreign), 5), *odd)
         given[random.choice(names if random.random() < 0.8 else others)] = _value(random)
     return given
 
@@ -54,7 +54,7 @@ def prepare_lora(good: Path) -> Callable[[], None]:
 
 def make_lora(random: Random, good: Path, own: Path) -> tuple[str, Callable[[], None]]:
     """One to three settings; then into a model."""
-    given = _given(p3.LoraConfig, INERT_LORA, random)
+    given = _given(p3.LoraConfig, IGNORED_LORA_ARGUMENTS, random)
     if random.random() < 0.2:
         widths = random.choice(([16, 16], [1, -1], {"a": 32}, {"a": "b"}, [], _value(random), {"a": _value(random)}))
         given["segments"] = random.choice(({"o_proj": widths}, {"down_proj": widths}, {_word(random): widths}))
@@ -79,7 +79,7 @@ def prepare_training(good: Path) -> Callable[[], None]:
 
 def make_training(random: Random, good: Path, own: Path) -> tuple[str, Callable[[], None]]:
     """One to three settings; then, now and then, a step."""
-    given = _given(p3.TrainingConfig, INERT_TRAINING, random)
+    given = _given(p3.TrainingConfig, IGNORED_TRAINING_ARGUMENTS, random)
     runs = random.random() < 0.35
     return f"{_said(given)}{', a step' if runs else ''}", lambda: _step(given, own / "run", runs)
 
