@@ -1,4 +1,9 @@
-"""The one exception family. A message names the thing, the value got, what is allowed, and the way out."""
+"""The exceptions, validators of values from users and files, and their words in messages.
+
+A message names the thing, the value, the allowed values and the way out. The value may be anything: an integer of
+5,000 digits, a list nested 100,000 deep, an array that is neither true nor false, text that is not Unicode. The
+functions below answer for all of them, so that the caller can always raise an error that names the value.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+SEED_END = 2**63
+"""Upper bound of seeds, exclusive: every generator and every file format here takes a seed below it."""
+_MAX_CHARACTERS = 300  # of a value in a message
+_MAX_NAME_BYTES = 255  # of a file's name on every usual system; even asking whether a longer one exists is an error
+
 
 class Phi3LoRAError(ValueError):
-    """Something the caller can put right: a setting, a file, a dataset, a model. Catch this one for all of ours."""
+    """Base of all errors that the caller can fix: a setting, a file, a dataset, a model."""
 
 
 class ConfigError(Phi3LoRAError):
-    """A field of ``LoraConfig`` or ``TrainingConfig`` that does not exist or cannot have the value given."""
+    """A field of ``LoraConfig`` or ``TrainingConfig`` that does not exist or cannot have the given value."""
 
 
 class ModelError(Phi3LoRAError):
@@ -27,60 +37,54 @@ class DataError(Phi3LoRAError):
 
 
 class AdapterError(Phi3LoRAError):
-    """An adapter file that is unreadable or does not belong to the model at hand."""
+    """An adapter file that cannot be read or does not fit the model."""
 
 
 class CheckpointError(Phi3LoRAError):
-    """A training checkpoint that is missing, damaged or of another run."""
+    """A training checkpoint that is missing, damaged or from another run."""
 
 
 class TrainingError(Phi3LoRAError):
-    """A run that cannot go on: a loss that stays NaN, nothing to train."""
+    """A run that cannot start or go on: nothing to train, a loss that stays NaN."""
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """``" Did you mean 'q_proj'?"`` for the candidate closest to ``name``, or ``""`` when none is close."""
+    """Return ``" Did you mean 'q_proj'?"`` for the candidate closest to ``name``, or ``""`` if none is close."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-# ----------------------------------------------------------------------------------------------------
-# Plain values as users and files give them: questions that every value answers, and words for any value.
-#
-# A value may be anything: an integer of 5,000 digits, a list nested 100,000 deep, an array that is neither true nor
-# false, text that is not Unicode. What asks here gets an answer, so that the reader can refuse by name.
-
-SEED_END = 2**63
-"""Seeds are below: what every generator here takes, and a signed number in any file."""
-_SHOWN = 300
-_LONGEST_NAME = 255  # bytes, of a file on every usual system; of a longer one even "is it there" is an error
-
-
-def short_repr(value: object, most: int = _SHOWN) -> str:
-    """``repr`` for a message: of any value, never long, always printable."""
+def short_repr(value: object, most: int = _MAX_CHARACTERS) -> str:
+    """Return the ``repr`` of any value for a message: at most ``most`` characters, always printable."""
     try:
         text = repr(value)
-    except Exception:  # RecursionError, ValueError (too many digits), and whatever an object of the user's raises
+    except Exception:  # RecursionError, ValueError (too many digits), or anything from a user's own class
         text = f"<{type(value).__name__}>"
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def error_line(error: BaseException) -> str:
+    """Return an error's first line, after its type if the text alone says little (``KeyError: 'state'``)."""
+    text = str(error).strip().partition("\n")[0][:_MAX_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+    return text if isinstance(error, (Phi3LoRAError, OSError)) else f"{type(error).__name__}: {text}"
+
+
 def equals(a: object, b: object) -> bool:
-    """Whether ``a == b``; what cannot say so (an array, a tensor) is another value."""
+    """Tell whether ``a == b``; False where the comparison has no single answer, as for arrays and tensors."""
     try:
         return bool(a == b)
-    except Exception:  # as many kinds as there are classes: numpy's ValueError, torch's RuntimeError, RecursionError
+    except Exception:  # numpy raises ValueError, torch RuntimeError, deep lists RecursionError
         return False
 
 
 def is_one_of(value: object, allowed: Iterable[object]) -> bool:
-    """``value in allowed``, for any value."""
+    """Tell whether ``value in allowed``, for any value."""
     return any(equals(value, one) for one in allowed)
 
 
 def is_number(value: object) -> bool:
-    """A finite number that float arithmetic takes."""
+    """Tell whether a value is a finite int or float that fits a float; a bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -90,12 +94,12 @@ def is_number(value: object) -> bool:
 
 
 def is_int(value: object, least: int, end: int = 2**63) -> bool:
-    """A whole number from ``least`` up to, not including, ``end``."""
+    """Tell whether a value is an int with ``least <= value < end``; a bool is not an int."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < end
 
 
 def is_text(value: object) -> bool:
-    """A string that can be written to a file."""
+    """Tell whether a value is a string that can be encoded as UTF-8."""
     if not isinstance(value, str):
         return False
     try:
@@ -106,7 +110,7 @@ def is_text(value: object) -> bool:
 
 
 def is_path(value: object) -> bool:
-    """Something that a file system can be asked about."""
+    """Tell whether a value is a path that a file system can look up."""
     if not isinstance(value, (str, os.PathLike)):
         return False
     try:
@@ -114,17 +118,11 @@ def is_path(value: object) -> bool:
         parts = os.fsencode(name).split(b"/")
     except (TypeError, UnicodeEncodeError):
         return False
-    return isinstance(name, str) and "\0" not in name and all(len(part) <= _LONGEST_NAME for part in parts)
+    return isinstance(name, str) and "\0" not in name and all(len(part) <= _MAX_NAME_BYTES for part in parts)
 
 
 def as_path(value: Any, what: str, error: type[Phi3LoRAError]) -> Path:
-    """``value`` as a path, or an ``error`` that names ``what``."""
+    """Return ``value`` as a path, or raise an ``error`` that names ``what``."""
     if not is_path(value):
-        raise error(f"{what} cannot be {short_repr(value)}; allowed: a path, names of at most {_LONGEST_NAME} bytes")
+        raise error(f"{what} cannot be {short_repr(value)}; allowed: a path, names of at most {_MAX_NAME_BYTES} bytes")
     return Path(value)
-
-
-def error_line(error: BaseException) -> str:
-    """An error in a line: its text, and its kind where the text alone says little (``KeyError: 'state'``)."""
-    text = str(error).strip().partition("\n")[0][:_SHOWN].encode("utf-8", "backslashreplace").decode()
-    return text if isinstance(error, (Phi3LoRAError, OSError)) else f"{type(error).__name__}: {text}"
