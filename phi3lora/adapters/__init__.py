@@ -1,1 +1,1 @@
-"""Adapters as files."""
+"""Save, load, switch, merge, export and publish adapters."""

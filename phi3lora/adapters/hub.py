@@ -22,7 +22,7 @@ from ..data.dataset import ChatDataset
 from ..data.streaming import ChatStream
 from ..errors import AdapterError, is_path
 from ..files import read_json
-from .adapter_file import says_how_it_is_built
+from .adapter_file import is_adapter_file
 
 PUBLISHED = (
     "README.md", "LICENSE*", "NOTICE*", "*.safetensors", "*.safetensors.index.json", "adapter_config.json",
@@ -172,7 +172,7 @@ def adapter_files(folder: Path) -> list[str]:
         raise AdapterError(f"no such folder: {str(folder)!r}")
     found = [PEFT_FILES[0]] if all((folder / name).is_file() for name in PEFT_FILES) else []
     others = [file for file in sorted(folder.glob("*.safetensors")) if file.name != PEFT_FILES[0]]
-    return found + [file.name for file in others if says_how_it_is_built(file)]
+    return found + [file.name for file in others if is_adapter_file(file)]
 
 
 def _holds_model(folder: Path) -> bool:

@@ -1,10 +1,11 @@
-"""Adapters added into the weights: for the time of a block, or for good into a plain Hugging Face directory.
+"""Merge adapters into the weights: inside a ``with`` block, or permanently into a plain Hugging Face directory.
 
     W' = round(float32(W) + scaling * B A)        one rounding, to the base's dtype
 
-In bf16 that rounding is not nothing: an adapter's change is often smaller than the last bit of a weight. So
-:func:`save_merged` measures what it did: the merged model's logits against the adapted one's. From a quantised base
-(fp8, nf4) W is what the products multiplied by; the tuned adapter fits the dense weights better, ``base=`` takes those.
+In bf16 that rounding matters: an adapter's change is often smaller than the last bit of a weight. So
+:func:`save_merged` measures its effect and compares the merged model's logits with the adapted model's. For a quantised
+base (fp8, nf4) W is the dequantised weight that the forward multiplied by; ``base=`` merges into the dense weights
+instead.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from ..errors import AdapterError
 from ..inference.generation import eval_mode, stop_token_ids
 from ..lora.base_weight import Dense, base_weight_of
 from ..lora.inject import lora_layers
-from ..lora.layers import Conv2d
 from ..model.load import load_model
 from .named import disabled
 
@@ -36,24 +36,26 @@ PROMPTS = (
     "List three prime numbers larger than 50.",
     "Translate to German: the weather is fine today.",
 )
-"""What the merged model is compared on."""
+"""Default prompts on which :func:`save_merged` compares the merged model with the adapted one."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How far a merged model is from the adapted one, over all positions of the prompts."""
+    """Differences between a merged model and the adapted one, over all positions of the prompts."""
 
     max_logit_difference: float
+    """Largest absolute difference of two logits."""
     mean_kl: float
     """Kullback-Leibler divergence of the merged model's next-token distribution from the adapted one's, in nats."""
     greedy_agreement: float
-    """Share of positions where both find the same token likeliest."""
+    """Share of positions where both have the same most likely token."""
     positions: int
+    """Number of tokens in all prompts."""
     dtype: str
-    """What the merged weights were rounded to."""
+    """Dtype of the merged weights."""
 
     def __str__(self) -> str:
-        """One line."""
+        """Return a summary in one line."""
         return (
             f"merged in float32, rounded once to {self.dtype}; {self.positions} positions against the adapted model: "
             f"largest logit difference {self.max_logit_difference:.2e}, mean KL {self.mean_kl:.2e} nats, "
@@ -63,29 +65,29 @@ class MergeReport:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """The adapters in the weights for the time of the block; bit for bit the weights from before after it.
+    """Merge the active adapter into the weights inside the block; restore the weights bit for bit after it.
 
-    Inside, a forward costs what the base model's does, and the state dict has the merged weights. A copy of each
-    adapted weight is kept meanwhile.
+    Inside, a forward costs as much as the base model's, and the state dict has the merged weights. A copy of each
+    adapted weight is kept until the block ends.
 
     Raises:
-        AdapterError: a quantised base, whose weights cannot take an adapter; a model that is merged already.
+        AdapterError: a quantised base, whose weights cannot be changed in place; a model that is merged already.
 
     Example:
         >>> with p3.merged(model):
         ...     answer = p3.generate(model, tokenizer, "Hello!", max_new_tokens=4)
     """
-    layers = {path: layer for path, layer in lora_layers(model).items() if layer.r > 0}
+    layers = lora_layers(model)
     for path, layer in layers.items():
         if layer.merged:
             raise AdapterError(f"{path!r} is merged already; leave the first merged(model) block before the next")
-        if not isinstance(layer, Conv2d) and not _is_dense(layer):
-            raise AdapterError(f"{path!r} has a quantised weight, which cannot take its adapter; use save_merged")
-    acting = [layer for layer in layers.values() if layer.enabled]
-    before = {layer: layer.frozen_weight().detach().clone() for layer in acting}
+        if isinstance(layer, nn.Linear) and not isinstance(base_weight_of(layer), Dense):
+            raise AdapterError(f"{path!r} has a quantised weight, which cannot be merged in place; use save_merged")
+    enabled = [layer for layer in layers.values() if layer.enabled]
+    before = {layer: layer.frozen_weight().detach().clone() for layer in enabled}
     try:
         with torch.no_grad():
-            for layer in acting:
+            for layer in enabled:
                 layer.frozen_weight().copy_(_merged_weight(layer, layer.frozen_weight()))
                 layer.merged = True
         with disabled(model):
@@ -108,15 +110,15 @@ def save_merged(
     """Write a plain ``Phi3ForCausalLM`` directory that ``AutoModelForCausalLM.from_pretrained`` loads.
 
     Args:
-        model: a Phi-3 causal LM with adapters; it is left as it is.
+        model: a Phi-3 causal LM with adapters; it is not changed.
         tokenizer: saved beside the weights, and the source of the stop tokens in ``generation_config.json``; None: the
             directory has no tokenizer and keeps the model's own stop tokens.
-        path: the directory; ``merge_report.json`` goes into it too.
-        base: the checkpoint that a quantised base was made from: the adapters are added to its dense weights instead.
-        prompts: what the merged model is compared with the adapted one on; without a tokenizer, random tokens.
+        path: the directory; ``merge_report.json`` is written into it too.
+        base: the checkpoint that a quantised base was made from: the adapters are merged into its dense weights.
+        prompts: texts on which both models are compared; without a tokenizer as many rows of random tokens are used.
 
     Returns:
-        How far the merged model is from the adapted one.
+        The differences between the merged model and the adapted one.
 
     Raises:
         AdapterError: a model without adapters.
@@ -135,25 +137,21 @@ def save_merged(
     return report
 
 
-def _is_dense(layer: Any) -> bool:
-    return isinstance(layer, nn.Embedding) or isinstance(base_weight_of(layer), Dense)
-
-
 def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
-    """``weight`` with the layer's adapter: added in float32, rounded to weight's dtype."""
-    return (weight.float() + layer.delta().to(weight.device)).to(weight.dtype)
+    """Return ``weight`` plus the layer's delta: added in float32, rounded to the weight's dtype."""
+    merged_weight: Tensor = weight.float() + layer.delta().to(weight.device)
+    return merged_weight.to(weight.dtype)
 
 
 def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
-    """The same model without adapters, their sum in its weights; parameters that nothing changed are shared."""
+    """Return a model without adapters whose weights have them merged; parameters without an adapter are shared."""
     dtype = model.get_input_embeddings().weight.dtype
     if base is not None:
         plain, _ = load_model(base, dtype=dtype, device=model.get_input_embeddings().weight.device)
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
-                if layer.r > 0:
-                    weight = plain.get_submodule(path).weight
-                    weight.copy_(_merged_weight(layer, weight))
+                weight = plain.get_submodule(path).weight
+                weight.copy_(_merged_weight(layer, weight))
         return plain
     state = dict(model.state_dict())
     for path, module in model.named_modules():
@@ -178,24 +176,23 @@ def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
 
 @torch.no_grad()
 def _compare(model: Any, plain: Any, tokenizer: Any, prompts: Sequence[str]) -> MergeReport:
-    """Logits of both models, prompt by prompt."""
+    """Compare the logits of both models, prompt by prompt."""
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(model.config.vocab_size, (len(prompts), 32), generator=generator).tolist()
+        token_ids = torch.randint(model.config.vocab_size, (len(prompts), 32), generator=generator).tolist()
     else:
         encoder = ChatEncoder(tokenizer)
-        rows = [encoder.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
+        token_ids = [encoder.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
     device = model.get_input_embeddings().weight.device
     largest, kl, agreed, positions = 0.0, 0.0, 0, 0
     with eval_mode(model), eval_mode(plain):
-        for row in rows:
-            input_ids = torch.tensor([row], device=device)
-            adapted, found = (
-                m(input_ids=input_ids, use_cache=False).logits[0].float() for m in (model, plain)
-            )  # (S, V)
-            largest = max(largest, (adapted - found).abs().max().item())
-            kl += F.kl_div(found.log_softmax(-1), adapted.log_softmax(-1), log_target=True, reduction="sum").item()
-            agreed += int((adapted.argmax(-1) == found.argmax(-1)).sum())
-            positions += len(row)
+        for prompt_ids in token_ids:
+            input_ids = torch.tensor([prompt_ids], device=device)  # (1, S)
+            want = model(input_ids=input_ids, use_cache=False).logits[0].float()  # (S, V)
+            got = plain(input_ids=input_ids, use_cache=False).logits[0].float()  # (S, V)
+            largest = max(largest, (want - got).abs().max().item())
+            kl += F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="sum").item()
+            agreed += int((want.argmax(-1) == got.argmax(-1)).sum())
+            positions += len(prompt_ids)
     dtype = str(plain.dtype).removeprefix("torch.")
     return MergeReport(largest, max(0.0, kl / positions), agreed / positions, positions, dtype)

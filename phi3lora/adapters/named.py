@@ -1,15 +1,15 @@
-"""Several adapters on one base: which of them acts, which wait, and none of them for a while.
+"""Several adapters on one base: one is active, the others are kept beside the model, and all can be disabled.
 
-The acting adapter is the model's own: its layers are in the tree and its ``lora_A``, ``lora_B`` are Parameters under
-loralib's names, so the state dict, an optimizer, ``train`` and ``save_adapter`` see it and no other. The others wait in
-``model.lora_adapters``, outside the tree: their layers, without the base's parameters. To switch, layers change places;
-no number is copied or computed, so switching back is exact:
+The active adapter is part of the model: its layers are in the module tree and its ``lora_A``, ``lora_B`` are Parameters
+under loralib's names, so the state dict, an optimizer, ``train`` and ``save_adapter`` see it and no other. The inactive
+ones are in ``model.lora_adapters``, outside the tree: their LoRA layers, without the base's parameters. Switching
+exchanges layer objects. No number is copied or computed, so switching back gives the same logits bit for bit:
 
-    "support" acts    o_proj = Linear(r=8: weight, lora_A, lora_B)     down_proj = nn.Linear(weight)
-    "poems" waits     {down_proj: Linear(r=4: lora_A, lora_B)}
+    "support" is active      o_proj = Linear(r=8: weight, lora_A, lora_B)     down_proj = nn.Linear(weight)
+    "poems" is inactive      {down_proj: Linear(r=4: lora_A, lora_B)}
 
-    "poems" acts      o_proj = nn.Linear(weight)     down_proj = Linear(r=4: weight, lora_A, lora_B)
-    "support" waits   {o_proj: Linear(r=8: lora_A, lora_B)}
+    "poems" is active        o_proj = nn.Linear(weight)     down_proj = Linear(r=4: weight, lora_A, lora_B)
+    "support" is inactive    {o_proj: Linear(r=8: lora_A, lora_B)}
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from ..errors import AdapterError, did_you_mean
 from ..lora.inject import lora_layers, remove_lora, swap_layer
 
 DEFAULT = "default"
-"""What an adapter is called that was not given a name."""
+"""Default adapter name."""
 
 
 @dataclass
-class _Waiting:
-    """An adapter that does not act."""
+class _Inactive:
+    """A loaded adapter that is not in the module tree."""
 
     config: LoraConfig | None
     layers: dict[str, Any]
-    """Path -> LoRA layer with its adapters alone."""
+    """Path -> LoRA layer without the base's parameters."""
 
 
 @dataclass
 class _Adapters:
-    """``model.lora_adapters``."""
+    """The value of ``model.lora_adapters``."""
 
-    acting: str = DEFAULT
-    waiting: dict[str, _Waiting] = field(default_factory=dict)
+    active: str = DEFAULT
+    inactive: dict[str, _Inactive] = field(default_factory=dict)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model, exactly, for the time of the block: every adapter is passed by, no weight is touched.
+    """Disable every adapter inside the block: the model computes exactly what its base does. No weight is changed.
 
     Example:
         >>> with p3.disabled(model):
@@ -65,7 +65,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def list_adapters(model: nn.Module) -> dict[str, bool]:
-    """Name -> whether it acts, of every adapter that is loaded, the acting one first.
+    """Return name -> whether it is active, for every loaded adapter, the active one first.
 
     Example:
         >>> p3.list_adapters(model)
@@ -74,17 +74,17 @@ def list_adapters(model: nn.Module) -> dict[str, bool]:
     if not lora_layers(model):
         return {}
     adapters = _adapters(model)
-    return {adapters.acting: True, **dict.fromkeys(adapters.waiting, False)}
+    return {adapters.active: True, **dict.fromkeys(adapters.inactive, False)}
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Let another loaded adapter act; the one that acted waits, with whatever training made of it.
+    """Activate another loaded adapter; the one that was active keeps its numbers and becomes inactive.
 
-    Adapters may differ in rank, alpha, dropout, targets and segments. The layers that are adapted are other objects
-    afterwards; A and B of an adapter stay the same Parameters, so an optimizer made for it goes on when it acts again.
+    Adapters may differ in rank, alpha, dropout, targets and segments. The adapted layers are other objects afterwards.
+    A and B of an adapter stay the same Parameters, so an optimizer made for it is valid again when it is active again.
 
     Raises:
-        AdapterError: no adapter of that name (the loaded ones are listed); inside ``disabled`` or ``merged``.
+        AdapterError: no adapter of that name (the message lists those loaded); inside ``disabled`` or ``merged``.
 
     Example:
         >>> path = p3.save_adapter(model, "support.safetensors")
@@ -93,110 +93,111 @@ def set_adapter(model: nn.Module, name: str) -> None:
         >>> p3.list_adapters(model)
         {'support': True, 'default': False}
     """
-    known = list_adapters(model)
-    _refuse_unknown(known, name)
-    if known[name]:
+    if _is_active(model, name):
         return
-    _refuse_inside_blocks(model)
+    _check_outside_blocks(model)
     adapters = _adapters(model)
-    adapters.waiting[adapters.acting] = _take_off(model)
-    _put_on(model, adapters.waiting.pop(name))
-    adapters.acting = name
+    adapters.inactive[adapters.active] = _detach_active(model)
+    _attach(model, adapters.inactive.pop(name))
+    adapters.active = name
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Drop a loaded adapter. Of the last one the base model stays, its layers plain and frozen.
+    """Delete a loaded adapter. Deleting the last one leaves the base model, with plain, frozen layers.
 
     Raises:
-        AdapterError: no adapter of that name; it acts while others wait; the last one inside ``disabled`` or
-            ``merged``.
+        AdapterError: no adapter of that name; it is active while others are loaded; it is the last one, inside
+            ``disabled`` or ``merged``.
 
     Example:
         >>> p3.delete_adapter(model, "default")
         >>> p3.list_adapters(model)
         {}
     """
-    known = list_adapters(model)
-    _refuse_unknown(known, name)
-    adapters = _adapters(model)
-    if not known[name]:
-        del adapters.waiting[name]
-    elif adapters.waiting:
-        others = ", ".join(map(repr, adapters.waiting))
-        raise AdapterError(f"the adapter {name!r} acts; call set_adapter with another first, one of {others}")
+    is_active, adapters = _is_active(model, name), _adapters(model)
+    if not is_active:
+        del adapters.inactive[name]
+    elif adapters.inactive:
+        others = ", ".join(map(repr, adapters.inactive))
+        raise AdapterError(f"the adapter {name!r} is active; first call set_adapter with another one: {others}")
     else:
-        _refuse_inside_blocks(model)
+        _check_outside_blocks(model)
         remove_lora(model)
         del model.lora_adapters
 
 
-def call_acting(model: nn.Module, name: str) -> None:
-    """Give the acting adapter its name."""
-    _adapters(model).acting = name
+def rename_active(model: nn.Module, name: str) -> None:
+    """Give the active adapter another name."""
+    _adapters(model).active = name
 
 
 @contextmanager
-def apart(model: nn.Module, name: str) -> Iterator[None]:
-    """The plain base for the time of the block; the adapter that the block puts into it waits as ``name`` afterwards.
+def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
+    """Make the model a plain base inside the block, and keep the adapter that the block injects as inactive ``name``.
 
-    What acted acts again, and what trained trains; also after an error, when nothing new waits.
+    Afterwards the active adapter is active again and ``requires_grad`` is as before; so it is after an error, when
+    nothing is added.
 
     Raises:
-        AdapterError: inside ``disabled`` or ``merged``; the acting adapter trains biases, which are the base's own.
+        AdapterError: inside ``disabled`` or ``merged``; the active adapter trains biases, which belong to the base.
     """
-    _refuse_inside_blocks(model)
-    adapters = _adapters(model)
-    config = getattr(model, "lora_config", None)
-    all_biases = [p for path, p in model.named_parameters() if path.endswith("bias")]
-    if any(p.requires_grad or (config and config.bias != "none") for p in all_biases):
+    _check_outside_blocks(model)
+    adapters, config = _adapters(model), getattr(model, "lora_config", None)
+    biases = [p for path, p in model.named_parameters() if path.endswith("bias")]
+    if any(p.requires_grad or (config and config.bias != "none") for p in biases):
         raise AdapterError(
-            f"the adapter {adapters.acting!r} trains biases of the base, which others would share; "
+            f"the adapter {adapters.active!r} trains biases of the base, which other adapters would share; "
             f"allowed beside others: bias='none'"
         )
-    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    acting = _take_off(model)
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = _detach_active(model)
     try:
         yield
-        adapters.waiting[name] = _take_off(model)
+        adapters.inactive[name] = _detach_active(model)
     finally:
-        _put_on(model, acting)
-        for parameter, state in trains.items():
-            parameter.requires_grad = state
+        _attach(model, active)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad = requires_grad
 
 
-def _adapters(model: nn.Module) -> _Adapters:
+def _adapters(model: Any) -> _Adapters:
     if not hasattr(model, "lora_adapters"):
-        model.lora_adapters = _Adapters()  # type: ignore[assignment]
-    return model.lora_adapters  # type: ignore[return-value]
+        model.lora_adapters = _Adapters()
+    adapters: _Adapters = model.lora_adapters
+    return adapters
 
 
-def _take_off(model: nn.Module) -> _Waiting:
-    """Plain layers in the tree; the acting adapter's, out of it."""
-    waiting = _Waiting(getattr(model, "lora_config", None), lora_layers(model))
-    for path, layer in waiting.layers.items():
+def _detach_active(model: Any) -> _Inactive:
+    """Put plain layers into the tree and return the active adapter."""
+    adapter = _Inactive(getattr(model, "lora_config", None), lora_layers(model))
+    for path, layer in adapter.layers.items():
         swap_layer(model, path, layer.take_off())
     if hasattr(model, "lora_config"):
         del model.lora_config
-    return waiting
+    return adapter
 
 
-def _put_on(model: nn.Module, adapter: _Waiting) -> None:
-    """The adapter's layers over the plain ones."""
+def _attach(model: Any, adapter: _Inactive) -> None:
+    """Put the adapter's layers into the tree, around the plain ones."""
     for path, layer in adapter.layers.items():
         layer.put_on(model.get_submodule(path))
         swap_layer(model, path, layer)
     if adapter.config is not None:
-        model.lora_config = adapter.config  # type: ignore[assignment]
+        model.lora_config = adapter.config
 
 
-def _refuse_unknown(known: dict[str, bool], name: str) -> None:
-    if name not in known:
-        loaded = ", ".join(map(repr, known)) or "none; load_adapter(model, path, name) loads one"
-        raise AdapterError(f"no adapter is called {name!r}.{did_you_mean(str(name), known)} Loaded: {loaded}")
+def _is_active(model: nn.Module, name: str) -> bool:
+    """Return whether the loaded adapter ``name`` is active; raise AdapterError if there is none."""
+    loaded = list_adapters(model)
+    if name not in loaded:
+        names = ", ".join(map(repr, loaded)) or "none; load_adapter(model, path, name) loads one"
+        raise AdapterError(f"there is no adapter {name!r}.{did_you_mean(str(name), loaded)} Loaded: {names}")
+    return loaded[name]
 
 
-def _refuse_inside_blocks(model: nn.Module) -> None:
+def _check_outside_blocks(model: nn.Module) -> None:
+    """Raise AdapterError inside a ``disabled`` or ``merged`` block."""
     for layer in lora_layers(model).values():
         if layer.merged or not layer.enabled:
             block = "merged(model)" if layer.merged else "disabled(model)"
-            raise AdapterError(f"adapters cannot change places inside a {block} block; leave it first")
+            raise AdapterError(f"adapters cannot be switched or loaded inside a {block} block; leave the block first")
