@@ -18,7 +18,7 @@ from .adapters.merge import MergeReport, merged, save_merged
 from .adapters.named import delete_adapter, disabled, list_adapters, set_adapter
 from .adapters.peft_export import PeftExport, export_peft, import_peft
 from .checks.doctor import doctor
-from .checks.findings import DoctorReport, Finding
+from .checks.report import DoctorReport, Finding
 from .config import LoraConfig, TrainingConfig
 from .data.batches import batches
 from .data.dataset import ChatDataset

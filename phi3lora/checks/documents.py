@@ -1,4 +1,4 @@
-"""What the documents teach, how long they are, and how they fill the rows."""
+"""Checks of the documents: what they train, how long they are, and how well they fill the rows."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ import numpy as np
 from ..data.dataset import IGNORE
 from ..data.template import ChatEncoder
 from ..model.load import longrope_boundary
-from .findings import Verdict, error, listed, ok, warning
 from .planned_run import PlannedRun, token_text
+from .report import Verdict, error, first_of, ok, warning
 
-_LONGEST_PIECE = 240  # characters of a stretch of one document that are shown
+_PREVIEW_CHARACTERS = 240  # of one piece of the previewed document
 
 
-def supervised(planned: PlannedRun) -> Verdict:
-    """How many tokens are trained."""
+# ----------------------------------------------------------------------------------------------------
+# What is trained
+
+
+def check_supervised_share(planned: PlannedRun) -> Verdict:
+    """Check that labels are their own token's id and that at least 1 % of the tokens are trained."""
     facts = planned.statistics
     text = f"{100 * facts['supervised_share']:.1f} % of {facts['tokens']:,} tokens are trained"
-    if planned.spans.other_labels:
+    if planned.spans.wrong_labels:
         return error(
-            f"{planned.spans.other_labels:,} labels are not their own token's id: labels are unshifted here, -100 or "
-            f"the token at the same place"
+            f"{planned.spans.wrong_labels:,} labels are not their own token's id; labels are unshifted here: each is "
+            f"-100 or the id of the token at the same position"
         )
     if facts["supervised_share"] < 0.01:
-        return warning(f"{text}: most of the computing goes into prompts; look at train_on and the chats")
+        return warning(f"{text}: most of the computation goes into prompts; check train_on and the chats")
     return ok(text)
 
 
-def preview(planned: PlannedRun) -> Verdict:
-    """The first document in words; what is trained stands out."""
+def preview_first_document(planned: PlannedRun) -> Verdict:
+    """Show the first document as text, with the trained tokens highlighted."""
     if planned.tokenizer is None:
         return ok("no tokenizer given: nothing to show")
     if len(planned.dataset) == 0:
@@ -42,20 +46,20 @@ def preview(planned: PlannedRun) -> Verdict:
     pieces: list[tuple[str, bool]] = []
     for start, stop in pairwise(edges):
         text = planned.tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
-        pieces.append((_shown(text), bool(trained[start])))
+        pieces.append((_printable(text), bool(trained[start])))
     return ok(f"row {planned.dataset.row_number(0)}, {len(ids)} tokens; what is trained is marked", tuple(pieces))
 
 
-def _shown(text: str) -> str:
-    """``text`` in one harmless piece: the middle left out, control characters spelt."""
-    if len(text) > _LONGEST_PIECE:
-        half = _LONGEST_PIECE // 2
+def _printable(text: str) -> str:
+    """Shorten a text in the middle and escape its control characters."""
+    if len(text) > _PREVIEW_CHARACTERS:
+        half = _PREVIEW_CHARACTERS // 2
         text = f"{text[:half]} [...] {text[-half:]}"
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def end_of_turn(planned: PlannedRun) -> Verdict:
-    """Every trained turn ends in the token that ends generation, and trains it."""
+def check_end_of_turn(planned: PlannedRun) -> Verdict:
+    """Check that every trained turn ends in the token that ends generation, and trains it."""
     dataset, spans, name = planned.dataset, planned.spans, planned.end_of_turn
     if planned.tokenizer is not None:
         expected = ChatEncoder(planned.tokenizer).end_of_turn_id
@@ -68,74 +72,79 @@ def end_of_turn(planned: PlannedRun) -> Verdict:
     missing = ~ends & ~spans.cut
     turns = f"{len(ends):,} trained turns of {spans.documents:,} documents"
     if missing.any():
-        rows = listed(spans.rows(dataset, missing))
+        rows = first_of(spans.rows(dataset, missing))
         return error(f"{missing.sum():,} of {turns} do not train {name} (rows {rows}): the model would not stop")
     if not ends.any():
         return error(f"none of {turns} trains {name}, all are cut: the model would not stop; raise max_length")
     cut = int((~ends).sum())
-    return ok(f"{name} is trained at the end of all {turns}" + (f" but {cut:,} that are cut before it" if cut else ""))
+    exception = f", except {cut:,} that max_length cuts before it" if cut else ""
+    return ok(f"{name} is trained at the end of all {turns}{exception}")
 
 
-def empty_answers(planned: PlannedRun) -> Verdict:
-    """Answers of which only the end-of-turn token is left."""
+def check_empty_answers(planned: PlannedRun) -> Verdict:
+    """Check that no answer consists of the end-of-turn token alone."""
     spans = planned.spans
     ends = spans.last_token == planned.dataset.end_of_turn_id
     empty = (spans.length == 1) & ends & (spans.start > 0)
     if empty.any():
-        rows = listed(spans.rows(planned.dataset, empty))
+        rows = first_of(spans.rows(planned.dataset, empty))
         return warning(f"{empty.sum():,} empty assistant answers (rows {rows}): they train the model to say nothing")
     return ok("no assistant answer is empty")
 
 
-def padding(planned: PlannedRun) -> Verdict:
-    """Which token pads and which ends, and what that does here."""
+def check_padding(planned: PlannedRun) -> Verdict:
+    """Report the padding, eos and end-of-turn tokens; that two of them are one token does no harm here."""
     tokenizer, pad = planned.tokenizer, planned.dataset.pad_token_id
     if tokenizer is None:
         return ok(f"token {pad}; masks go by span, not by token")
     eos = tokenizer.eos_token_id
     text = f"pad {token_text(tokenizer, pad)}, eos {token_text(tokenizer, eos)}, end of turn {planned.end_of_turn}"
     if pad in (eos, planned.dataset.end_of_turn_id):
-        return ok(f"{text}: pad is one of the others, harmless here because masks go by span, not by token")
+        text += ": pad is one of the others, harmless here because masks go by span, not by token"
     return ok(text)
 
 
-def lengths(planned: PlannedRun) -> Verdict:
-    """Documents against ``max_length``."""
-    facts, found = planned.statistics, planned.dataset.lengths
-    middle, most, nearly = (int(x) for x in np.percentile(found, [50, 90, 99], method="higher"))
+# ----------------------------------------------------------------------------------------------------
+# Lengths and rows
+
+
+def check_lengths(planned: PlannedRun) -> Verdict:
+    """Check that ``max_length`` cuts fewer than 1 % of the documents and drops no row."""
+    facts, lengths = planned.statistics, planned.dataset.lengths
+    p50, p90, p99 = (int(x) for x in np.percentile(lengths, [50, 90, 99], method="higher"))
     text = (
-        f"{len(found):,} documents of {middle:,} | {most:,} | {nearly:,} | {facts['longest']:,} tokens "
+        f"{len(lengths):,} documents of {p50:,} | {p90:,} | {p99:,} | {facts['longest']:,} tokens "
         f"(50 | 90 | 99 | 100 %), max_length {facts['max_length']:,}, {facts['truncated']:,} truncated"
     )
     if facts["dropped"]:
-        text += f", {facts['dropped']:,} rows dropped: cut there, nothing trained was left of them"
-    if facts["dropped"] or facts["truncated"] >= 0.01 * len(found):
+        text += f", {facts['dropped']:,} rows dropped because truncation left nothing to train"
+    if facts["dropped"] or facts["truncated"] >= 0.01 * len(lengths):
         return warning(f"{text}. Raise max_length, or load with overflow='split'")
     return ok(text)
 
 
-def packing(planned: PlannedRun) -> Verdict:
-    """How full the rows are, and how many steps there are."""
+def check_packing(planned: PlannedRun) -> Verdict:
+    """Check how full the rows are, and report the number of steps."""
     steps, plan = planned.steps, planned.steps.plan
     micro_batches = plan.micro_batches(0)
-    documents = plan.dataset.lengths
-    widths = [
-        plan.max_length if plan.packing else max(int(documents[i]) for row in micro for i in row)
-        for micro in micro_batches
-    ]
+    lengths = plan.dataset.lengths
     rows = sum(map(len, micro_batches))
-    fill = int(documents.sum()) / sum(width * len(micro) for width, micro in zip(widths, micro_batches, strict=True))
+    capacity = sum(
+        len(micro) * (plan.max_length if plan.packing else max(int(lengths[i]) for row in micro for i in row))
+        for micro in micro_batches
+    )
+    fill = int(lengths.sum()) / capacity
     kind = f"rows packed to {plan.max_length:,} tokens" if plan.packing else "rows of one document, padded"
-    each = -(-len(micro_batches) // planned.config.gradient_accumulation_steps)
-    text = f"{rows:,} {kind}, {100 * fill:.1f} % full; {each:,} steps an epoch, {steps.total:,} in all"
+    per_epoch = -(-len(micro_batches) // planned.config.gradient_accumulation_steps)
+    text = f"{rows:,} {kind}, {100 * fill:.1f} % full; {per_epoch:,} steps an epoch, {steps.total:,} in all"
     if fill < (0.7 if plan.packing else 0.5) and rows > planned.config.per_device_train_batch_size:
-        remedy = "choose a max_length that documents divide better" if plan.packing else "packing=True fills them"
+        remedy = "choose a max_length that the documents fill better" if plan.packing else "set packing=True"
         return warning(f"{text}: the rest is padding; {remedy}")
     return ok(text)
 
 
-def longrope(planned: PlannedRun) -> Verdict:
-    """Which rotary factors are trained."""
+def check_longrope(planned: PlannedRun) -> Verdict:
+    """Check that all documents train the same rotary factors of a longrope model."""
     config: Any = planned.model.config
     boundary = longrope_boundary(config)
     if boundary is None:
@@ -145,7 +154,7 @@ def longrope(planned: PlannedRun) -> Verdict:
     if long and short:
         return warning(
             f"{short:,} documents of up to {boundary:,} tokens train the short rotary factors, {long:,} longer ones "
-            f"the long ones (never in one batch): one adapter for two models; keep to one side if you can"
+            f"the long ones (never in one batch): the adapter serves two models; keep to one side if you can"
         )
     side, lengths = ("long", "over") if long else ("short", "up to")
     return ok(f"all documents are of {lengths} {boundary:,} tokens: the {side} rotary factors; use the adapter there")

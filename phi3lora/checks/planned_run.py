@@ -1,4 +1,4 @@
-"""A run as it would start: model, data, settings and what follows from them, worked out when first asked for."""
+"""``PlannedRun``: a run before it starts, its settings resolved as ``train`` resolves them, each on first use."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from .spans import TrainedSpans, trained_spans
 
 
 class PlannedRun:
-    """What the checks look at. A property that cannot be worked out raises the ``Phi3LoRAError`` that ``train`` would.
+    """The subject of all checks. A property that cannot be resolved raises the ``Phi3LoRAError`` of ``train``.
 
     Args:
-        model, tokenizer, dataset, config, eval_dataset: as for ``train``; of a stream the first window is looked at.
-        device_memory_gib: of a card that the run is planned for; None: the one that the model is on.
-        known: properties of the below that the caller has worked out already.
+        model, tokenizer, dataset, config, eval_dataset: the arguments of ``train``; of a stream, the first window is
+            checked.
+        device_memory_gib: memory of the card that the run is planned for; None: the card that the model is on.
+        known: properties that the caller has resolved already.
     """
 
     def __init__(
@@ -46,42 +47,46 @@ class PlannedRun:
 
     @cached_property
     def precision(self) -> Precision:
+        """Precision of the forward."""
         return resolve_precision(self.config, self.model, model_device(self.model))
 
     @cached_property
     def path(self) -> tuple[str, str]:
-        """How the layers are computed, and why."""
+        """Way the decoder layers are computed, and the reason for it."""
         return layer_path(self.model, self.config, self.precision)
 
     @cached_property
     def steps(self) -> StepPlan:
+        """Order of documents, rows, batches and steps."""
         self._require_documents()
         return resolve_plans(self.model, self.train_dataset, self.config, self.path[0])
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
-        """Of the dataset."""
+        """Statistics of the dataset."""
         self._require_documents()
         return self.dataset.statistics()
+
+    @cached_property
+    def spans(self) -> TrainedSpans:
+        """Spans of trained tokens."""
+        self._require_documents()
+        return trained_spans(self.dataset)
 
     def _require_documents(self) -> None:
         if len(self.dataset) == 0:
             raise DataError("the dataset is empty: it has no documents")
 
     @cached_property
-    def spans(self) -> TrainedSpans:
-        return trained_spans(self.dataset)
-
-    @cached_property
     def memory_path(self) -> str:
-        """How the layers will be computed on the card that memory is predicted for."""
+        """Way the layers will be computed on the card that memory is predicted for."""
         elsewhere = self.device_memory_gib is not None and model_device(self.model).type != "cuda"
         if elsewhere and self.config.compile is None and self.precision.name != "fp32":
             return "fused"
         return self.path[0]
 
     def memory(self, base_precision: str | None = None) -> MemoryPlan:
-        """Predicted peaks with the base as it is loaded, or in ``"fp8"`` or ``"nf4"``."""
+        """Predict the peaks with the base as it is loaded, or in ``"fp8"`` or ``"nf4"``."""
         run = (self.model, self.train_dataset, self.config, self.memory_path, self.precision)
         plan = plan_step_memory(*run, base_precision)
         if self.device_memory_gib is not None:
@@ -90,17 +95,17 @@ class PlannedRun:
 
     @cached_property
     def checkpointing(self) -> str:
-        """The activation checkpointing mode, ``"auto"`` resolved."""
+        """Activation checkpointing mode, with ``"auto"`` resolved."""
         return checkpointing_mode(self.config, self.memory(), self.memory_path)
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The end-of-turn token in words."""
+        """End-of-turn token, for messages."""
         return token_text(self.tokenizer, self.dataset.end_of_turn_id)
 
 
 def token_text(tokenizer: Any, token_id: int | None) -> str:
-    """``<|end|> (32007)``, or the number alone."""
+    """Return a token for messages: ``<|end|> (32007)``, or ``token 32007`` without a tokenizer."""
     if token_id is None:
         return "none"
     return f"token {token_id}" if tokenizer is None else f"{tokenizer.convert_ids_to_tokens(token_id)} ({token_id})"

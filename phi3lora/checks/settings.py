@@ -1,4 +1,4 @@
-"""Settings that are allowed and rarely meant."""
+"""Checks of the settings, and of the memory, the disk space and the time that they need."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from ..model.estimate import GIB, MemoryPlan, flops_per_token, mean_context_toke
 from ..model.load import model_device
 from ..training.optim import optimizer_bytes, warmup_steps
 from ..training.setup import check_output_dir
-from .findings import Details, Verdict, error, ok, warning
 from .planned_run import PlannedRun
+from .report import Details, Verdict, error, ok, warning
 from .trial import Trial
 
-LONG_RUN_STEPS = 500
-"""transformers' default distance of two checkpoints."""
+_LONG_RUN_STEPS = 500  # transformers' default interval of checkpoints
 
 
-def scaling(planned: PlannedRun) -> Verdict:
-    """``lora_alpha / r``: 1 or 2 are usual."""
+def check_scaling(planned: PlannedRun) -> Verdict:
+    """Check that the adapters' scale is between 0.1 and 8."""
     layers = list(lora_layers(planned.model).values())
     factors = sorted({layer.scaling for layer in layers})
     text = f"adapters are scaled by {', '.join(f'{factor:g}' for factor in factors) or 'nothing'}"
-    odd = [layer for layer in layers if not 0.1 <= layer.scaling <= 8]
-    if odd:
-        root = "sqrt(r)" if odd[0].use_rslora else "r"
+    unusual = next((layer for layer in layers if not 0.1 <= layer.scaling <= 8), None)
+    if unusual is not None:
+        root = "sqrt(r)" if unusual.use_rslora else "r"
         return warning(
-            f"{text} (lora_alpha={odd[0].lora_alpha:g}, r={odd[0].r}, alpha / {root}); usual are 0.25 to 4, "
+            f"{text} (lora_alpha={unusual.lora_alpha:g}, r={unusual.r}, alpha / {root}); usual are 0.25 to 4, "
             f"and the learning rate is chosen for those"
         )
     return ok(text)
 
 
-def learning_rate(planned: PlannedRun) -> Verdict:
-    """Adapters want about ten times the rate of full fine-tuning."""
+def check_learning_rate(planned: PlannedRun) -> Verdict:
+    """Check that the learning rate is one for adapters: about ten times that of full fine-tuning."""
     rate, optim = planned.config.learning_rate, planned.config.optim
     text = f"{optim}, learning rate {rate:g}"
     if rate == 0:
@@ -49,43 +48,46 @@ def learning_rate(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def schedule(planned: PlannedRun) -> Verdict:
-    """Whether the learning rate gets to its peak."""
+def check_schedule(planned: PlannedRun) -> Verdict:
+    """Check that the learning rate reaches its peak before the run ends."""
     config, total = planned.config, planned.steps.total
     warmup = 0 if config.lr_scheduler_type == "constant" else warmup_steps(config, total)
     text = f"{config.lr_scheduler_type}, {warmup:,} warm-up steps of {total:,}"
     if warmup and warmup >= total:
-        return warning(f"{text}: the run ends before the learning rate gets to {config.learning_rate:g}")
+        return warning(f"{text}: the run ends before the learning rate reaches {config.learning_rate:g}")
     return ok(text)
 
 
-def saving(planned: PlannedRun) -> Verdict:
-    """Whether a cut run could go on."""
+def check_saving(planned: PlannedRun) -> Verdict:
+    """Check that a long run saves checkpoints to resume from."""
     config, total = planned.config, planned.steps.total
-    if config.save_strategy == "no" and total > LONG_RUN_STEPS:
-        return warning(f"save_strategy='no' in a run of {total:,} steps: if it is killed, all is lost")
-    every = {"no": "none", "epoch": "one an epoch", "steps": f"one every {config.save_steps:g} steps"}
+    if config.save_strategy == "no" and total > _LONG_RUN_STEPS:
+        return warning(f"save_strategy='no' in a run of {total:,} steps: if the run is killed, everything is lost")
+    interval = {"no": "none", "epoch": "one an epoch", "steps": f"one every {config.save_steps:g} steps"}
     kept = f", {config.save_total_limit} kept" if config.save_total_limit and config.save_strategy != "no" else ""
-    return ok(f"checkpoints: {every[config.save_strategy]}{kept}")
+    return ok(f"checkpoints: {interval[config.save_strategy]}{kept}")
 
 
 # ----------------------------------------------------------------------------------------------------
-# Memory, disk and time: what the run will take of each, and what is there.
+# Memory
 
 
-def memory(planned: PlannedRun) -> Verdict:
-    """Whether the mode at hand fits the card, and which others would: a table by mode and base precision."""
+def check_memory(planned: PlannedRun) -> Verdict:
+    """Check that the run fits the card, with a table of the other modes and base precisions."""
     plan, mode = planned.memory(), planned.checkpointing
     table = _memory_table(planned, plan)
-    how = f"activation checkpointing {mode}, layers {planned.memory_path}: {_gib(plan.peak_gib[mode])} GiB predicted"
+    text = (
+        f"activation checkpointing {mode}, layers {planned.memory_path}: {_format_gib(plan.peak_gib[mode])} GiB "
+        f"predicted"
+    )
     if plan.available_gib is None:
-        return ok(f"{how}; no card here to hold it against (device_memory_gib= asks about one)", table)
-    text = f"{how} of {plan.available_gib:.1f}"
+        return ok(f"{text}; no GPU here to compare with (set device_memory_gib to ask about one)", table)
+    text += f" of {plan.available_gib:.1f}"
     if plan.fits(mode):
         return ok(text, table)
     fitting = [other for other in plan.peak_gib if plan.fits(other)]
     remedy = (
-        f"activation_checkpointing={fitting[0]!r} fits" if fitting else "take smaller batches or base_precision='nf4'"
+        f"activation_checkpointing={fitting[0]!r} fits" if fitting else "use smaller batches or base_precision='nf4'"
     )
     if plan.peak_gib[mode] > plan.available_gib:
         return error(f"{text}, does not fit; {remedy}", table)
@@ -93,7 +95,7 @@ def memory(planned: PlannedRun) -> Verdict:
 
 
 def _memory_table(planned: PlannedRun, as_loaded: MemoryPlan) -> Details:
-    """Predicted peaks in GiB; what does not fit has a cross."""
+    """Return the predicted peaks in GiB, by base precision and mode; ``x`` marks what does not fit."""
     device = model_device(planned.model)
     formats = ["fp8", "nf4"] if device.type != "cuda" or reason_against_fp8(device) is None else ["nf4"]
     loaded = base_format(planned.model) or "as loaded"
@@ -101,37 +103,48 @@ def _memory_table(planned: PlannedRun, as_loaded: MemoryPlan) -> Details:
     modes = list(as_loaded.peak_gib)
     lines = ["GiB".ljust(10) + "".join(f"{mode:>12} " for mode in modes).rstrip()]
     for name, plan in plans.items():
-        cells = (f"{_gib(plan.peak_gib[mode]):>12}{' ' if plan.fits(mode) else 'x'}" for mode in modes)
+        cells = (f"{_format_gib(plan.peak_gib[mode]):>12}{' ' if plan.fits(mode) else 'x'}" for mode in modes)
         lines.append(name.ljust(10) + "".join(cells).rstrip())
     if as_loaded.available_gib is not None:
         lines.append(f"x: over 92 % of {as_loaded.available_gib:.1f} GiB, does not fit")
     return (("\n".join(lines), False),)
 
 
-def output(planned: PlannedRun) -> Verdict:
-    """The output folder: nobody else's, and writable. Nothing is left in it."""
+def _format_gib(gib: float) -> str:
+    return f"{gib:.1f}" if gib >= 1 else f"{gib:.2f}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Disk
+
+
+def check_output(planned: PlannedRun) -> Verdict:
+    """Check that the output folder is writable and holds no other run's checkpoints. No file is left in it."""
     check_output_dir(planned.config)
-    folder = _existing(Path(planned.config.output_dir))
+    path = Path(planned.config.output_dir).absolute()
+    nearest = next(part for part in (path, *path.parents) if part.exists())  # a folder, or a file in its place
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as why:
         return error(f"output_dir={planned.config.output_dir!r} cannot be written to: {why.strerror}")
     return ok(f"{planned.config.output_dir} can be written to")
 
 
-def disk(planned: PlannedRun) -> Verdict:
-    """Room for the checkpoints that will be there at one time."""
+def check_disk(planned: PlannedRun) -> Verdict:
+    """Check that the disk has room for all checkpoints that exist at the same time."""
+    path = Path(planned.config.output_dir).absolute()
+    folder = next(part for part in (path, *path.parents) if part.is_dir())
     each, count = checkpoint_bytes(planned), checkpoints_at_once(planned)
-    needed, free = each * count, shutil.disk_usage(_folder(Path(planned.config.output_dir))).free
-    text = f"{count} checkpoint{'s' * (count != 1)} of {_size(each)}, {_size(free)} free"
+    needed, free = each * count, shutil.disk_usage(folder).free
+    text = f"{count} checkpoint{'s' * (count != 1)} of {_format_bytes(each)}, {_format_bytes(free)} free"
     if needed > free:
-        return error(f"{text}: set save_total_limit, or take another output_dir")
+        return error(f"{text}: set save_total_limit, or choose another output_dir")
     return warning(f"{text}: that is most of it") if needed > 0.8 * free else ok(text)
 
 
 def checkpoint_bytes(planned: PlannedRun) -> int:
-    """Of one checkpoint: adapters, optimizer state, a KiB or two of names and headers a tensor, generators."""
+    """Predict a checkpoint's size: adapters, optimizer state, names and headers of 1 or 2 KiB a tensor, generators."""
     trained = [p for p in planned.model.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
     state = optimizer_bytes(planned.config.optim)
@@ -139,55 +152,47 @@ def checkpoint_bytes(planned: PlannedRun) -> int:
 
 
 def checkpoints_at_once(planned: PlannedRun) -> int:
-    """How many are on disk when the most are: an older one goes after the newer one is there."""
+    """Predict the largest number of checkpoints on disk; an old one is deleted only after the new one is complete."""
     config, total = planned.config, planned.steps.total
-    counts = {"no": 1, "epoch": math.ceil(config.num_train_epochs)}  # an interrupted run saves one in any case
-    if config.max_steps > 0:
-        counts["epoch"] = math.ceil(total / max(len(planned.steps.steps_of_epoch(0)), 1))
-    count = counts.get(config.save_strategy) or math.ceil(total / _interval(config.save_steps, total))
+
+    def due(every: float) -> int:
+        return math.ceil(total / max(1, math.ceil(every * total) if every < 1 else int(every)))
+
+    if config.save_strategy == "steps":
+        count = due(config.save_steps)
+    elif config.save_strategy == "no":
+        count = 1  # an interrupted run saves one in any case
+    elif config.max_steps > 0:
+        count = math.ceil(total / max(len(planned.steps.steps_of_epoch(0)), 1))
+    else:
+        count = math.ceil(config.num_train_epochs)
     if config.load_best_model_at_end:
-        count += math.ceil(total / _interval(config.eval_steps or config.logging_steps, total))
+        count += due(config.eval_steps or config.logging_steps)
     limit = config.save_total_limit
     return count if limit is None else min(count, limit + 1 + config.load_best_model_at_end)
 
 
-def _interval(every: float, total: int) -> int:
-    return max(1, math.ceil(every * total) if every < 1 else int(every))
-
-
-def duration(planned: PlannedRun, trial: Trial | None) -> Verdict:
-    """How long the steps will take, by operations, from a step that was measured."""
-    steps = planned.steps
-    per_epoch = max(len(steps.steps_of_epoch(0)), 1)
-    lengths = planned.dataset.lengths
-    tokens = int(lengths.sum()) * steps.total / per_epoch
-    work = tokens * flops_per_token(planned.model, mean_context_tokens(lengths))
-    text = f"{steps.total:,} steps, {tokens:,.0f} tokens, {work:.2g} operations"
-    if trial is None:
-        return ok(f"{text}; time unknown: no step was measured")
-    seconds = trial.seconds * work / trial.flops
-    return ok(f"about {_time(seconds)} for {text}, at the speed of one step of {trial.tokens:,} tokens")
-
-
-def _folder(path: Path) -> Path:
-    """The nearest folder of a path that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-
-
-def _existing(path: Path) -> Path:
-    """The nearest part of a path that exists, a folder or not."""
-    return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
-
-
-def _gib(number: float) -> str:
-    return f"{number:.1f}" if number >= 1 else f"{number:.2f}"
-
-
-def _size(count: float) -> str:
+def _format_bytes(count: float) -> str:
     return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"
 
 
-def _time(seconds: float) -> str:
+# ----------------------------------------------------------------------------------------------------
+# Time
+
+
+def estimate_time(planned: PlannedRun, trial: Trial | None) -> Verdict:
+    """Estimate the run's duration from a measured step, by the number of operations."""
+    steps, lengths = planned.steps, planned.dataset.lengths
+    tokens = int(lengths.sum()) * steps.total / max(len(steps.steps_of_epoch(0)), 1)
+    flops = tokens * flops_per_token(planned.model, mean_context_tokens(lengths))
+    text = f"{steps.total:,} steps, {tokens:,.0f} tokens, {flops:.2g} operations"
+    if trial is None:
+        return ok(f"{text}; time unknown: no step was measured")
+    duration = _format_seconds(trial.seconds * flops / trial.flops)
+    return ok(f"about {duration} for {text}, at the speed of one step of {trial.tokens:,} tokens")
+
+
+def _format_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

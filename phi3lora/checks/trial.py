@@ -1,8 +1,8 @@
-"""Two real optimizer steps on copies of the adapters: do they all learn?
+"""Two real optimizer steps on copies of the adapters, to see whether every adapter learns.
 
-``lora_B`` starts at zero, so the first step moves every ``lora_B`` and, having no gradient through it, no ``lora_A``;
-the second moves every ``lora_A`` (an embedding's the other way round). In a fused layer each segment counts by itself.
-The originals are put aside and put back, so not one bit of them changes.
+``lora_B`` starts at zero. So the first step moves every ``lora_B`` and no ``lora_A``, whose gradient passes through
+``lora_B``; the second step moves every ``lora_A``. (For an embedding it is the other way round.) Each segment of a
+fused layer is checked by itself. The original tensors are set aside and restored, so not one of their bits changes.
 """
 
 from __future__ import annotations
@@ -24,93 +24,92 @@ from ..model.activations import activation_checkpointing
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from ..training.step import OptimizerStep, resolve_precision, training_mode
-from .findings import Verdict, error, listed, ok, warning
 from .planned_run import PlannedRun
+from .report import Verdict, error, first_of, ok, warning
 
-_LARGEST_FLOPS = {"cpu": 1e11, "cuda": 3e14}  # of a step: seconds, on either
-_RATE = 1e-3
-_ATTEMPTS = 24  # of a step in fp16: each halves the scale that overflowed
+_MAX_FLOPS = {"cpu": 1e11, "cuda": 3e14}  # of a step: it takes seconds on either device
+_LEARNING_RATE = 1e-3
+_MAX_ATTEMPTS = 24  # at the two steps in fp16: each overflow halves the gradient scale
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Two steps that were run."""
+    """Outcome of the two steps."""
 
     losses: tuple[float, ...]
-    """Mean loss before each step; shorter where a step could not be done."""
-    still: tuple[list[str], list[str]]
-    """What should have moved and did not, after the first step and after the second."""
+    """Mean loss before each step; fewer than two if a step could not be taken."""
+    unmoved: tuple[list[str], list[str]]
+    """Adapter matrices that should have moved by the first step, and by the second, and did not."""
     tokens: int
+    """Tokens in a step."""
     flops: float
+    """Operations in a step."""
     seconds: float
-    """Of the faster step: the other may have waited for a kernel to be compiled, or for another process."""
+    """Duration of the faster step; the other may have waited for a kernel's compilation or for another process."""
 
 
-def gradient_flow(planned: PlannedRun) -> tuple[Verdict, Trial | None]:
-    """Whether the loss is finite and every adapter learns."""
+def check_gradient_flow(planned: PlannedRun) -> tuple[Verdict, Trial | None]:
+    """Check that the loss is finite and that every adapter learns."""
     if not any(layer.enabled for layer in lora_layers(planned.model).values()):
         return error("every adapter is switched off: nothing would learn"), None
     try:
         trial = run_trial(planned)
     except torch.OutOfMemoryError:
-        return error("out of memory in the first step; see the memory line for what fits"), None
+        return error("out of memory in the first step; the 'memory' finding shows what fits"), None
     losses = " -> ".join(f"{loss:.3g}" for loss in trial.losses)
     if len(trial.losses) < 2 or not all(map(math.isfinite, trial.losses)):
-        return error(
-            f"loss {losses or 'of no step'}, it or its gradient is not finite: look at weights, precision"
-        ), None
-    for step, still in enumerate(trial.still, start=1):
-        if still:
-            text = f"{len(still)} adapter matrices have not moved after step {step} of 2 ({listed(still, 2)})"
-            return error(f"{text}: switched off, detached, or nothing reaches them"), trial
+        return error(f"loss {losses or 'unknown'}: it or its gradient is not finite; check weights and precision"), None
+    for step, unmoved in enumerate(trial.unmoved, start=1):
+        if unmoved:
+            text = f"{len(unmoved)} adapter matrices have not moved after step {step} of 2 ({first_of(unmoved, 2)})"
+            return error(f"{text}: they are switched off, detached, or no gradient reaches them"), trial
     text = f"every adapter moved in 2 steps of {trial.tokens:,} tokens, loss {losses}"
-    guessing = math.log(planned.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    model_config: Any = planned.model.config
+    guessing = math.log(model_config.vocab_size)
     if trial.losses[0] > guessing + 1:
-        return warning(f"{text}: worse than guessing ({guessing:.3g}); are tokenizer and model each other's?"), trial
+        return warning(f"{text}: worse than guessing ({guessing:.3g}); does the tokenizer belong to the model?"), trial
     return ok(text), trial
 
 
 def run_trial(planned: PlannedRun) -> Trial:
-    """The two steps; the adapters and every gradient are as before when it returns."""
+    """Run the two steps; the adapters and every gradient are restored before it returns."""
     model: Any = planned.model
     rows = _trial_rows(planned)
-    documents = [i for row in rows for i in row]
-    lengths = planned.dataset.lengths[documents]
+    lengths = planned.dataset.lengths[[i for row in rows for i in row]]
     batch = collate(planned.dataset, rows, max(int(planned.dataset.lengths[list(row)].sum()) for row in rows))
     flops = int(lengths.sum()) * flops_per_token(model, mean_context_tokens(lengths))
     losses: list[float] = []
-    still: list[list[str]] = []
+    unmoved: list[list[str]] = []
     seconds = math.inf
-    precision = resolve_precision(planned.config, model, model_device(model))  # with a scaler of its own
+    precision = resolve_precision(planned.config, model, model_device(model))  # with its own gradient scaler
     with _copied_adapters(model) as trained, training_mode(model), torch.enable_grad():
-        optimizer = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
         fused = planned.path[0] == "fused"
         step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm, fused=fused)
-        before = _parts(model)
+        before = {name: part.detach().clone() for name, part, _ in _adapter_parts(model)}
         with activation_checkpointing(model, planned.checkpointing):
-            for _ in range(_ATTEMPTS):
+            for _ in range(_MAX_ATTEMPTS):
                 started = time.perf_counter()
-                outcome = step([batch], _RATE)
+                outcome = step([batch], _LEARNING_RATE)
                 loss, _, skipped = outcome.values.tolist()
                 seconds = min(seconds, time.perf_counter() - started)
                 if skipped and math.isfinite(loss) and precision.can_scale_down():
                     continue
+                losses.append(math.nan if skipped else loss / outcome.count)
                 if skipped:
-                    losses.append(math.nan)
                     break
-                losses.append(loss / outcome.count)
-                still.append(_unmoved(model, before, first=not still))
+                unmoved.append(_unmoved_parts(model, before, first_step=not unmoved))
                 if len(losses) == 2:
                     break
-    still += [[], []]
-    return Trial(tuple(losses), (still[0], still[1]), int(lengths.sum()), flops, seconds)
+    unmoved += [[], []]
+    return Trial(tuple(losses), (unmoved[0], unmoved[1]), int(lengths.sum()), flops, seconds)
 
 
 def _trial_rows(planned: PlannedRun) -> list[Row]:
-    """Of the first micro-batch as much as takes seconds, one document at least."""
+    """Return as much of the first micro-batch as takes seconds, and at least one document."""
     device = model_device(planned.model).type
     lengths = planned.dataset.lengths
-    room = _LARGEST_FLOPS.get(device, 1e11) / flops_per_token(planned.model, mean_context_tokens(lengths))
+    room = _MAX_FLOPS.get(device, 1e11) / flops_per_token(planned.model, mean_context_tokens(lengths))  # tokens
     rows: list[Row] = []
     for row in planned.steps.steps_of_epoch(0)[0][0]:
         taken: list[int] = []
@@ -124,13 +123,11 @@ def _trial_rows(planned: PlannedRun) -> list[Row]:
     return rows
 
 
-def _parts(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of each adapter matrix, by segment in a fused layer: ``"...qkv_proj.lora_B of segment 0"`` -> values."""
-    return {name: part.detach().clone() for name, part, _ in _live_parts(model)}
+def _adapter_parts(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield each adapter matrix, or its part for each segment: name, values, and whether it starts at zero.
 
-
-def _live_parts(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, values, and whether it is the one of its pair that starts at zero."""
+    A part is named ``"...qkv_proj.lora_B of segment 0"``.
+    """
     for path, layer in lora_layers(model).items():
         zero = "lora_A" if isinstance(layer, Embedding) else "lora_B"
         for name in ("lora_A", "lora_B"):
@@ -144,23 +141,22 @@ def _live_parts(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
                 yield f"{path}.{name} of segment {segment}", part, name == zero
 
 
-def _unmoved(model: nn.Module, before: dict[str, Tensor], first: bool) -> list[str]:
-    """What is as it was: of the matrices that start at zero after the first step, of all after the second."""
-    parts = [(name, part) for name, part, zero in _live_parts(model) if zero or not first]
+def _unmoved_parts(model: nn.Module, before: dict[str, Tensor], first_step: bool) -> list[str]:
+    """Name the parts that have not changed: after the first step, only of those that start at zero."""
+    parts = [(name, part) for name, part, zero in _adapter_parts(model) if zero or not first_step]
     moved = torch.stack([(part.detach() != before[name]).any() for name, part in parts]).tolist()
-    return [name for (name, _), has in zip(parts, moved, strict=True) if not has]
+    return [name for (name, _), has_moved in zip(parts, moved, strict=True) if not has_moved]
 
 
 @contextmanager
 def _copied_adapters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """What trains, with copies for values for the time of the block; then its own tensors and gradients again."""
+    """Give what trains copies of its values inside the block; restore its own tensors and gradients afterwards."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    aside = [(p, p.data, p.grad) for p in trained]
+    originals = [(p, p.data, p.grad) for p in trained]
     try:
-        for parameter, values, _ in aside:
+        for parameter, values, _ in originals:
             parameter.data, parameter.grad = values.clone(), None
         yield trained
     finally:
-        for parameter, values, gradient in aside:
-            parameter.data = values
-            parameter.grad = gradient
+        for parameter, values, gradient in originals:
+            parameter.data, parameter.grad = values, gradient

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks.findings import Finding
+from ..checks.report import Finding
 from ..config import TrainingConfig
 from ..errors import TrainingError
 from .state import TrainingState

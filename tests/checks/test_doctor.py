@@ -141,7 +141,7 @@ MODEL_FAULTS = {
     ),
     "a part of the stack": (
         lambda: fresh_model(target_modules=["qkv_proj", "0.self_attn.o_proj"]),
-        "targets", "warning", r"others have none \(model.layers.0.mlp",
+        "targets", "warning", r"not in others \(model.layers.0.mlp",
     ),
     "base weight trains": (with_base_gradient, "frozen", "error", r"1 base param.*layers.1.mlp.down_proj.weight"),
     "the same, as train says it": (with_base_gradient, "run", "error", r"only adapters may be trainable"),
@@ -218,7 +218,7 @@ def test_a_dataset_without_documents_is_an_error_in_every_layout(tmp_path):
     for packing in (True, False):
         report = examine(tmp_path, dataset=chat_dataset().select([]), settings={"packing": packing}, try_steps=True)
         assert not report.ok
-        assert report["gradient flow"].text == "not tried: mend the run first"
+        assert report["gradient flow"].text == "not tried: fix the error of 'run' first"
 
 
 CONFIG_FAULTS = {
@@ -249,7 +249,7 @@ def test_a_setting_that_is_rarely_meant_is_found(tmp_path, fault):
     ],
 )
 def test_a_precision_that_the_weights_were_not_made_for_is_found(tmp_path, monkeypatch, dtype, settings, status):
-    monkeypatch.setattr("phi3lora.checks.adapters.has_instructions", lambda name: True)
+    monkeypatch.setattr("phi3lora.checks.model.has_instructions", lambda name: True)
     model = tiny_model().to(dtype)
     p3.inject_lora(model)
     assert examine(tmp_path, model, settings=settings)["precision"].status == status
@@ -261,11 +261,11 @@ def test_half_precision_on_a_cpu_that_computes_it_slowly_is_found(tmp_path, monk
         return examine(tmp_path, settings=settings, **options)["precision"]
 
     for units, status in (((), "warning"), ((name,), "ok")):
-        monkeypatch.setattr("phi3lora.checks.adapters.has_instructions", lambda n, units=units: n in units)
+        monkeypatch.setattr("phi3lora.checks.model.has_instructions", lambda n, units=units: n in units)
         assert found({name: True}).status == status
         assert found({}).status == "ok"  # float32
         assert found({name: True}, device_memory_gib=80).status == "ok"  # a run that is planned for a GPU
-    monkeypatch.setattr("phi3lora.checks.adapters.has_instructions", lambda n: False)
+    monkeypatch.setattr("phi3lora.checks.model.has_instructions", lambda n: False)
     assert f"no instructions for {name}" in found({name: True}).text
     assert f"dtype='float32', without {name}=True" in found({name: True}).text
 
@@ -279,7 +279,7 @@ def test_another_tokenizer_than_the_dataset_s_is_found(tmp_path):
 def test_turns_cut_by_max_length_are_counted_and_are_no_fault(tmp_path):
     found = examine(tmp_path, dataset=chats_of(LONG, "yes", "no", max_length=32))["end of turn"]
     assert found.status == "ok"
-    assert "but 1 that are cut" in found.text
+    assert "except 1 that max_length cuts" in found.text
 
 
 @pytest.mark.parametrize("options", [{"overflow": "split"}, {"train_on": "all"}, {"train_on": "last"}])
@@ -313,7 +313,7 @@ def test_which_rotary_factors_are_trained(tmp_path, lengths, status, text):
 
 
 def test_spans_are_those_of_a_plain_loop(monkeypatch):
-    monkeypatch.setattr("phi3lora.checks.spans._AT_ONCE", 3)
+    monkeypatch.setattr("phi3lora.checks.spans._CHUNK", 3)
     dataset = token_documents([7, 1, 12, 3, 9, 1, 30], seed=3)
     expected = []
     for i in range(len(dataset)):
@@ -346,14 +346,14 @@ def test_memory_is_held_against_the_card_that_is_asked_about(tmp_path):
         return examine(tmp_path, model, settings=settings, device_memory_gib=gib)["memory"]
 
     assert memory(None).status == memory(2 * none).status == "ok"
-    assert "no card here" in memory(None).text
+    assert "no GPU here" in memory(None).text
     assert memory(none).status == "warning"  # over 92 %
     tight = memory((none + full / 0.92) / 2)
     assert tight.status == "error"
     assert re.search(r"does not fit; activation_checkpointing='(selective|full|offload)' fits", tight.text)
     assert memory((none + full / 0.92) / 2, activation_checkpointing="full").status == "ok"
     assert memory((none + full / 0.92) / 2, activation_checkpointing="auto").status == "ok"
-    assert memory(1e-9).text.endswith("take smaller batches or base_precision='nf4'")
+    assert memory(1e-9).text.endswith("use smaller batches or base_precision='nf4'")
     rows = tight.details[0][0].splitlines()
     assert rows[0].split() == ["GiB", "none", "selective", "full", "offload"]
     assert [row[:10].strip() for row in rows[1:4]] == ["as loaded", "fp8", "nf4"]
@@ -506,10 +506,10 @@ FLOW_FAULTS = {
     "disabled": (with_disabled_layer, "error", r"3 .* step 1 of 2 \(.*layers.1.self_attn.qkv_proj.lora_B of segment 0"),
     "detached": (with_detached_layer, "error", r"1 .* step 1 of 2 \(.*layers.0.mlp.down_proj.lora_B\)"),
     "dead segment": (with_a_dead_segment, "error", r"1 .*step 1 of 2 \(.*1.self_attn.qkv_proj.lora_B of segment 2\)"),
-    "NaN": (with_nan, "error", r"loss nan, it or its gradient is not finite"),
+    "NaN": (with_nan, "error", r"loss nan: it or its gradient is not finite"),
     "worse than guessing": (with_loud_head, "warning", r"worse than guessing \(6.24\)"),
     "all off": (all_off, "error", r"every adapter is switched off"),
-    "cannot run": (with_base_gradient, "warning", r"not tried: mend the run first"),
+    "cannot run": (with_base_gradient, "warning", r"not tried: fix the error of 'run' first"),
 }
 
 

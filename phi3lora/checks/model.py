@@ -1,0 +1,125 @@
+"""Checks of the model: which layers are adapted, what trains, and how it is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..data.streaming import ChatStream
+from ..lora.base_weight import base_format, count_parameters, weight_shape
+from ..lora.inject import fused_segments, lora_layers
+from ..lora.layers import MergedLinear
+from ..model.load import model_device
+from ..training.setup import check_run
+from ..training.step import has_instructions
+from .planned_run import PlannedRun
+from .report import Verdict, error, first_of, ok, warning
+
+
+def check_run_is_accepted(planned: PlannedRun) -> Verdict:
+    """Check that ``train`` would accept the model, the data and the configuration."""
+    check_run(planned.model, planned.train_dataset, planned.eval_dataset, planned.config)
+    text = "train() takes this model, data and configuration"
+    if isinstance(planned.train_dataset, ChatStream):
+        text += "; only the stream's first window was checked"
+    return ok(text)
+
+
+def check_targets(planned: PlannedRun) -> Verdict:
+    """Check that the decoder's linear layers are adapted, the same ones in every layer of the stack."""
+    model: Any = planned.model
+    adapted = lora_layers(model)
+    if not adapted:
+        return error("no layer is adapted; call inject_lora(model, LoraConfig(...)) first")
+    linear = {id(m): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    decoder = [linear[id(m)] for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    not_adapted = [path for path in decoder if path not in adapted]
+    weights = {path: weight_shape(model.get_submodule(path).weight).numel() for path in decoder}
+    share = sum(weights[path] for path in decoder if path in adapted) / max(sum(weights.values()), 1)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = (
+        f"{', '.join(_target_names(planned, adapted))} in {len(adapted)} layers, {100 * share:.0f} % of the decoder's "
+        f"linear weights; {trainable:,} parameters train, {100 * trainable / count_parameters(model):.3f} %"
+    )
+    names = {path.rpartition(".")[2] for path in adapted}
+    missing = list(dict.fromkeys(path.rpartition(".")[2] for path in not_adapted))
+    if missing:
+        text += f"; not adapted: {', '.join(missing)}"
+    if names <= {"o_proj", "down_proj"}:
+        return warning(
+            f"{text}. In Phi-3, Llama's target names match only these two; "
+            f"inject_lora(target_modules='all-linear') adapts all"
+        )
+    if names & set(missing):
+        return warning(f"{text}: adapted in some layers of the stack, not in others ({first_of(not_adapted, 2)})")
+    return ok(text)
+
+
+def _target_names(planned: PlannedRun, adapted: dict[str, Any]) -> list[str]:
+    """Return the last part of each adapted path, with its segments if only some are: ``qkv_proj (q_proj, v_proj)``."""
+    config = getattr(planned.model, "lora_config", None)
+    fused = fused_segments(planned.model, config) if config is not None else {}
+    names: dict[str, None] = {}
+    for path, layer in adapted.items():
+        name = path.rpartition(".")[2]
+        if isinstance(layer, MergedLinear) and not all(layer.enable_lora):
+            segments = list(fused.get(path, ())) or list(map(str, range(len(layer.segments))))
+            name += f" ({', '.join(s for s, on in zip(segments, layer.enable_lora, strict=True) if on)})"
+        names[name] = None
+    return list(names)
+
+
+def check_trainable_parameters(planned: PlannedRun) -> Verdict:
+    """Check that every adapter requires a gradient, and nothing else but the biases that were asked for."""
+    model, layers = planned.model, lora_layers(planned.model)
+    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    bias = getattr(getattr(model, "lora_config", None), "bias", "all")
+    biases: set[int] = set()
+    if bias == "lora_only":
+        biases = {id(layer.frozen_bias()) for layer in layers.values()}
+    elif bias == "all":
+        biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+    unexpected = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters | biases]
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad and id(p) in adapters]
+    off = [path for path, layer in layers.items() if not layer.enabled]
+    if unexpected:
+        return error(
+            f"{len(unexpected)} base parameters require a gradient ({first_of(unexpected, 2)}) with bias={bias!r}; "
+            f"set requires_grad=False on them"
+        )
+    if frozen:
+        return error(f"{len(frozen)} adapter parameters do not require a gradient ({first_of(frozen, 2)})")
+    if off:
+        return warning(f"{len(off)} of {len(layers)} adapters are switched off ({first_of(off, 2)}) and will not learn")
+    return ok("nothing but adapters requires a gradient" + (f", and biases ({bias!r})" if biases else ""))
+
+
+def check_layers(planned: PlannedRun) -> Verdict:
+    """Report how attention and the decoder layers are computed, and why not faster."""
+    path, why = planned.path
+    device, config = model_device(planned.model), planned.config
+    model_config: Any = planned.model.config
+    text = f"{device}, attention {model_config._attn_implementation}, layers {path}" + (f" ({why})" if why else "")
+    if device.type == "cuda" and path != "fused" and config.compile is None:
+        return warning(f"{text}: the fused kernels would be faster")
+    return ok(text)
+
+
+def check_precision(planned: PlannedRun) -> Verdict:
+    """Check that the base weights suit the precision of the forward, and that a CPU has instructions for it."""
+    weight = planned.model.get_input_embeddings().weight  # type: ignore[operator]
+    name, dtype = planned.precision.name, str(weight.dtype).removeprefix("torch.")
+    base = base_format(planned.model)
+    text = f"{name} forward, base weights {dtype}" + (f" and {base}" if base else "") + ", adapters and moments float32"
+    if (name, dtype) == ("fp16", "bfloat16"):
+        return warning(f"{text}: weights made in bfloat16 overflow in float16; set bf16=True, fp16=False")
+    if (name, dtype) == ("bf16", "float16"):
+        return warning(f"{text}: float16 weights lose 3 of their bits in bfloat16; load with dtype='bfloat16'")
+    on_cpu = model_device(planned.model).type == "cpu" and planned.device_memory_gib is None
+    if on_cpu and name != "fp32" and not has_instructions(name):
+        return warning(
+            f"{text}: this CPU has no instructions for {name}, which makes it at least 8 times slower than float32; "
+            f"load with dtype='float32', without {name}=True"
+        )
+    return ok(text)
