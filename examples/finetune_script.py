@@ -3,8 +3,8 @@
     python examples/finetune_script.py           the embedded demo model and its chats: half a minute on a CPU
     python examples/finetune_script.py --real    Phi-3-mini and a dataset from the hub, on a GPU
 
-float16, 4 micro-batches a step, 3 epochs, a linear schedule, paged AdamW where there is a GPU to page. A real run that
-was cut goes on where it was when the same command is given again.
+float16, 4 micro-batches a step, 3 epochs, a linear schedule, paged AdamW on a GPU. If a ``--real`` run is interrupted,
+the same command resumes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DATASET = "macadeliccc/opus_samantha"
 
 
 def demo_conversations() -> list[dict[str, Any]]:
-    """The demo's chats as ShareGPT has them: what your own file may look like."""
+    """Return the demo's chats in ShareGPT format, as your own file may have them."""
     names = {"user": "human", "assistant": "gpt"}
     rows = map(json.loads, (p3.demo.FOLDER / "train.jsonl").read_text().splitlines()[:300])
     return [
@@ -34,9 +34,9 @@ def demo_conversations() -> list[dict[str, Any]]:
 
 
 def training_config(real: bool) -> p3.TrainingConfig:
-    """How to train. The demo is tiny: fewer rows a step, no memory to save, and a higher learning rate."""
+    """Return the settings. The demo is tiny: fewer rows a step, no need to save memory, a higher learning rate."""
     has_gpu = torch.cuda.is_available()
-    pages = has_gpu and importlib.util.find_spec("bitsandbytes") is not None  # pip install 'phi3lora[qlora]'
+    paged = has_gpu and importlib.util.find_spec("bitsandbytes") is not None  # pip install 'phi3lora[qlora]'
     return p3.TrainingConfig(
         output_dir="runs/finetune_script" if real else "runs/finetune_script_demo",
         resume_from_checkpoint="auto" if real else False,
@@ -47,8 +47,8 @@ def training_config(real: bool) -> p3.TrainingConfig:
         gradient_checkpointing=real,
         learning_rate=1e-4 if real else 4e-3,
         lr_scheduler_type="linear",
-        optim="paged_adamw_32bit" if pages else "adamw_torch",
-        fp16=has_gpu,  # CPUs compute float32 faster
+        optim="paged_adamw_32bit" if paged else "adamw_torch",
+        fp16=has_gpu,  # CPUs are faster in float32
         logging_steps=10,
         evaluation_strategy="steps",
         save_strategy="epoch",

@@ -1,4 +1,4 @@
-"""The seed's own loop, ``for batch in dataloader``, in ten lines: the parts of ``train`` are public."""
+"""Train in a loop of your own, ``for batch in batches``, in ten lines: the parts of ``train`` are public."""
 
 import torch
 

@@ -1,9 +1,9 @@
-"""The script of Phi-3's model card: its two dicts as they are there, chats as ``messages``, metrics and model saved.
+"""Run the script of Phi-3's model card, with its two dicts unchanged: chats as ``messages``, metrics and model saved.
 
     python examples/sample_finetune.py           the embedded demo model and its chats: half a minute on a CPU
     python examples/sample_finetune.py --real    Phi-3-mini and ultrachat_200k, on a GPU
 
-``torchrun --nproc_per_node=1 examples/sample_finetune.py`` is the same run; more processes are refused.
+``torchrun --nproc_per_node=1 examples/sample_finetune.py`` does the same; more processes are refused.
 """
 
 from __future__ import annotations
@@ -59,15 +59,17 @@ peft_config = {
 
 
 def refuse_several_processes() -> None:
-    """phi3lora trains in one process: under torchrun with more, each would train a copy of its own."""
+    """Exit if torchrun started more than one process: each would train its own copy."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:  # each says so: torchrun ends the others as soon as one has ended
-        told = f"{processes} processes; allowed: 1, on one GPU. Start it with plain python or --nproc_per_node=1"
-        sys.exit(f"sample_finetune.py: {told}")
+    if processes > 1:  # every process prints this: torchrun ends the others as soon as one has ended
+        sys.exit(
+            f"sample_finetune.py: {processes} processes; allowed: 1, on one GPU. "
+            f"Start it with plain python or --nproc_per_node=1"
+        )
 
 
 def load(real: bool) -> tuple[Any, Any, p3.ChatDataset, p3.ChatDataset]:
-    """``(model, tokenizer, train_set, eval_set)``."""
+    """Return ``(model, tokenizer, train_set, eval_set)``."""
     if not real:
         return p3.demo.load()
     model, tokenizer = p3.load_model(MODEL, dtype="bfloat16", use_cache=False)
@@ -79,7 +81,7 @@ def load(real: bool) -> tuple[Any, Any, p3.ChatDataset, p3.ChatDataset]:
 
 
 def save_metrics(folder: str, split: str, metrics: Mapping[str, float]) -> None:
-    """``{split}_results.json``, where transformers' ``Trainer`` puts it."""
+    """Write ``{split}_results.json`` where transformers' ``Trainer`` puts it, and print it."""
     Path(folder, f"{split}_results.json").write_text(json.dumps(metrics, indent=4) + "\n")
     print(f"***** {split} metrics *****")
     for name, value in metrics.items():
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     train_conf = p3.TrainingConfig(**training_config)
     peft_conf = p3.LoraConfig(**peft_config)
     if not torch.cuda.is_available():
-        train_conf.bf16 = False  # which most CPUs compute slowly
+        train_conf.bf16 = False  # slow on most CPUs
 
     model, tokenizer, train_set, eval_set = load(real)
     print(p3.inject_lora(model, peft_conf))

@@ -1,11 +1,11 @@
-"""What a quantised base changes: the demo tuned on float32, fp8 and nf4 weights, side by side.
+"""Measure what a quantised base changes: tune the demo on float32, fp8 and nf4 weights, side by side.
 
     python examples/benchmarks/base_effect.py            # about two minutes on 2 CPU cores; writes base_effect.png
 
-On a CPU the fp8 products are the same rounded numbers (e4m3, a scale for each row of weight, activation and gradient)
-summed in float32; a GPU that multiplies fp8 sums them in its own order. nf4 (bitsandbytes, double quantisation) rounds
-the weights alone. Printed: how far the weights are from the exact ones, the loss of the tunings, exact match and loss
-on the held-out chats, and how far the gradient of each adapter turns away from the exact one.
+On a CPU the fp8 products use the same rounded numbers as on a GPU (e4m3, one scale per row of weight, activation and
+gradient) and sum them in float32; a GPU that multiplies fp8 sums them in another order. nf4 (bitsandbytes, double
+quantisation) rounds only the weights. The script prints the error of the weights, the loss of each run, exact match and
+loss on the held-out chats, and the cosine between each adapter's gradient and the exact one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from phi3lora.demo.show import LORA, TRAINING, score
 from phi3lora.lora.base_weight import Fp8Linear, base_weight_of, nf4_linear
 
 ROWS = [json.loads(line) for line in (p3.demo.FOLDER / "eval.jsonl").read_text().splitlines()]
-FORMATS: dict[str, Any] = {"float32": None, "fp8": Fp8Linear.of, "nf4": nf4_linear}  # quantize_base wants fp8 on a GPU
+FORMATS: dict[str, Any] = {"float32": None, "fp8": Fp8Linear.of, "nf4": nf4_linear}  # quantize_base needs a GPU for fp8
 
 
 def demo_model(base: str) -> tuple[Any, Any, Any, Any]:
-    """The demo with adapters, on a base in one of the formats."""
+    """Return the demo with adapters, on a base in one of ``FORMATS``."""
     model, tokenizer, train_set, eval_set = p3.demo.load()
     if FORMATS[base] is not None:
         for path, layer in list(model.model.named_modules()):
@@ -42,7 +42,7 @@ def demo_model(base: str) -> tuple[Any, Any, Any, Any]:
 
 
 def weight_errors(base: str) -> tuple[float, float]:
-    """Distance of the base's weights from the float32 ones, relative, the median layer; and bits a number."""
+    """Return the median layer's relative error of the base's weights against float32, and the bits per weight."""
     exact, found = (
         [base_weight_of(m) for m in demo_model(name)[0].model.modules() if isinstance(m, nn.Linear)]
         for name in ("float32", base)
@@ -55,7 +55,7 @@ def weight_errors(base: str) -> tuple[float, float]:
 def tuned(
     base: str, folder: Path, steps: int = TRAINING["max_steps"]
 ) -> tuple[list[float], float, float, dict[str, torch.Tensor]]:
-    """Losses by step, exact match and held-out loss afterwards, and the tuned adapters."""
+    """Tune; return the loss of each step, exact match, held-out loss and the adapters."""
     model, tokenizer, train_set, eval_set = demo_model(base)
     settings = {**TRAINING, "max_steps": steps, "logging_steps": 1, "log_level": "error", "disable_tqdm": True}
     config = p3.TrainingConfig(output_dir=str(folder / base), **settings)
@@ -66,7 +66,7 @@ def tuned(
 
 
 def gradients(base: str, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of one batch, at the given adapters."""
+    """Return the gradient of each adapter on one batch, at the given adapters."""
     model, _, train_set, _ = demo_model(base)
     model.load_state_dict(adapters, strict=False)
     loss, count = p3.causal_lm_loss(model, next(iter(p3.batches(train_set, batch_size=4))))
@@ -75,7 +75,7 @@ def gradients(base: str, adapters: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def draw(losses: dict[str, list[float]], path: Path) -> None:
-    """The losses over the steps."""
+    """Plot the losses over the steps."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -90,7 +90,7 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Tune on each base, compare, draw."""
+    """Tune on each base, compare and plot."""
     runs = {base: tuned(base, folder) for base in FORMATS}
     print("step   " + "".join(f"{base:>12}" for base in runs))
     for step in (0, 9, 19, 39, TRAINING["max_steps"] - 1):

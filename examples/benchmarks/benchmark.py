@@ -1,12 +1,12 @@
-"""Speed and memory of LoRA training at Phi-3-mini's shape, through ``phi3lora.train`` itself, on this machine's GPU.
+"""Measure speed and memory of LoRA training at Phi-3-mini's shape on this machine's GPU, through ``phi3lora.train``.
 
     python examples/benchmarks/benchmark.py                    # every mode, each in its own process
-    python examples/benchmarks/benchmark.py bf16 chat-bf16     # some of them
-    python examples/benchmarks/benchmark.py --peers            # and what else could do the same work, see peers.py
+    python examples/benchmarks/benchmark.py bf16 chat-bf16     # some modes
+    python examples/benchmarks/benchmark.py --peers            # also other libraries that do the same work (peers.py)
 
-Weights and token ids are random: speed does not depend on them. r = 16 on all four projections; 4 rows of 2,048 tokens
-a step, every token trained, as ``docs/performance.md`` says. Times are of whole optimizer steps, loader and optimizer
-included, by CUDA events at the ends of steps; the median of the steps after warm-up is shown.
+Weights and token ids are random, because speed does not depend on them. r = 16 on all four projections; 4 rows of 2,048
+tokens a step, every token trained (see ``docs/performance.md``). A step is timed with CUDA events at its ends, data
+loader and optimizer included; the result is the median of the steps after warm-up.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str) -> Any:
-    """A ``Phi3ForCausalLM`` of a family member's shape with random bf16 weights, on the GPU."""
+    """Return a ``Phi3ForCausalLM`` of one of ``SHAPES`` with random bf16 weights, on the GPU."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     config = Phi3Config(**{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, **SHAPES[shape]})
@@ -86,7 +86,7 @@ def random_model(shape: str) -> Any:
 
 
 def random_chats(documents: list[int], vocabulary: int, row_tokens: int = ROW_TOKENS) -> p3.ChatDataset:
-    """A dataset of documents of the given lengths, every token trained."""
+    """Return a dataset of documents of the given lengths, every token trained."""
     ids = np.random.default_rng(0).integers(0, vocabulary, sum(documents), dtype=np.int32)
     return p3.ChatDataset(
         ids, ids.copy(), np.concatenate([[0], np.cumsum(documents)]), max_length=row_tokens, pad_token_id=0,
@@ -96,7 +96,7 @@ def random_chats(documents: list[int], vocabulary: int, row_tokens: int = ROW_TO
 
 
 def document_lengths(chat: bool, steps: int, rows: int = ROWS, row_tokens: int = ROW_TOKENS) -> list[int]:
-    """Full rows; or chats, lognormal with median 350 tokens and sigma 0.8, cut to 32..2048."""
+    """Return full rows, or chat lengths: lognormal with median 350 tokens and sigma 0.8, cut to 32..2048."""
     if not chat:
         return [row_tokens] * (rows * steps)
     generator, lengths = np.random.default_rng(0), []
@@ -106,7 +106,7 @@ def document_lengths(chat: bool, steps: int, rows: int = ROWS, row_tokens: int =
 
 
 class StepTimes(p3.Callback):
-    """An event at the end of each step; the device is not made to wait."""
+    """Record a CUDA event at the end of each step, without making the device wait."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -129,7 +129,7 @@ class StepTimes(p3.Callback):
 
 @contextmanager
 def profiled(folder: str | None, mode: str) -> Iterator[None]:
-    """With a folder: the milliseconds of every kernel, all steps added up, in ``folder/mode.txt``."""
+    """With a folder, write the milliseconds of every kernel, summed over all steps, to ``folder/mode.txt``."""
     if folder is None:
         yield
         return
@@ -142,7 +142,7 @@ def profiled(folder: str | None, mode: str) -> Iterator[None]:
 
 
 def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> dict[str, Any]:
-    """One mode in this process."""
+    """Measure one mode in this process."""
     options = dict(MODES[mode])
     chat, dropout = options.pop("chat", False), options.pop("lora_dropout", 0.0)
     rows, row_tokens = options.pop("rows", ROWS), options.pop("row_tokens", ROW_TOKENS)
@@ -181,14 +181,14 @@ def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modes", nargs="*", default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}")
+    parser.add_argument(
+        "modes", nargs="*", default=list(MODES), metavar="MODE", help=f"one or more of {', '.join(MODES)}"
+    )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warmup", type=int, default=8, help="steps before the measured ones")
-    parser.add_argument("--limit-s", type=float, default=180, help="of one mode's process")
-    parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times there (slows the host)")
-    parser.add_argument(
-        "--peers", action="store_true", help="run examples/benchmarks/peers.py beside it, in the same call"
-    )
+    parser.add_argument("--limit-s", type=float, default=180, help="time limit of one mode's process")
+    parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times to FOLDER (slows the host)")
+    parser.add_argument("--peers", action="store_true", help="also run peers.py in the same call")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = set(options.modes) - set(MODES)

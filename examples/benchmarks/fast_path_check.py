@@ -1,9 +1,9 @@
-"""Whether the fast path says what transformers' own layers say, at Phi-3-mini's dimensions on this machine's GPU.
+"""Compare the fused kernels with transformers' own layers at Phi-3-mini's dimensions, on this machine's GPU.
 
     python examples/benchmarks/fast_path_check.py
 
-Two layers with random bf16 weights, r = 16: loss, and the lowest cosine of any adapter's gradient, of the fused passes
-against transformers' layers, on full rows and on packed chats; then of the fused passes on an fp8 base.
+Two layers with random bf16 weights, r = 16. The script prints the loss of both and the lowest cosine between an
+adapter's two gradients, on full rows and on packed chats, and then for the fused kernels on an fp8 base.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LORA = {"r": 16, "lora_alpha": 32}
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any], fused: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss of a batch, and each adapter's gradient."""
+    """Return the mean loss of a batch and the gradient of each adapter."""
     model.zero_grad()
     loss, count = p3.causal_lm_loss(model, batch, fused=fused)
     (loss / count).backward()
@@ -32,14 +32,14 @@ def loss_and_gradients(model: Any, batch: dict[str, Any], fused: bool) -> tuple[
 
 
 def compare(name: str, found: Any, expected: Any) -> None:
-    """One line."""
+    """Print both losses and the lowest cosine in one line."""
     cosines = {n: cosine_similarity(found[1][n], g, dim=0).item() for n, g in expected[1].items()}
     worst = min(cosines, key=lambda n: cosines[n])
     print(f"{name:<16} loss {found[0]:.6f} against {expected[0]:.6f}; lowest cosine {cosines[worst]:.5f} ({worst})")
 
 
 def main() -> None:
-    """Compare on both layouts, then on fp8."""
+    """Compare on full rows and on packed chats, then on an fp8 base."""
     SHAPES["two layers"] = {**SHAPES["phi-3-mini"], "num_hidden_layers": 2}
     model = random_model("two layers").train()
     p3.inject_lora(model, p3.LoraConfig(**LORA))

@@ -1,12 +1,12 @@
-"""Look for a compiler's fault in the fused passes: machine code that reads a register which nothing has written.
+"""Look for a compiler bug in the fused kernels: machine code that reads a register which nothing has written.
 
     python examples/benchmarks/kernel_check.py                        # the family's shapes, r 8, 64 and 128: an hour
-    python examples/benchmarks/kernel_check.py demo --r 8             # one of them
+    python examples/benchmarks/kernel_check.py demo --r 8             # one shape
 
-No GPU is needed. The passes of a decoder layer are recorded in place of being launched, forward and backward, with and
-without dropout, on all projections and on q and v alone; then each kernel that multiplies is compiled for Hopper, in
-every block that fits there, and disassembled by the tools that come with Triton. What was found is in
-docs/performance.md. Registers are told apart by name alone: one that was written for something else passes.
+No GPU is needed. The kernels of a decoder layer are recorded instead of launched: forward and backward, with and
+without dropout, with adapters on all projections and on q and v alone. Each kernel that multiplies is then compiled for
+Hopper in every block size that fits there, and disassembled with the tools that come with Triton. NOTES.md has the
+results. Registers are tracked by name only, so a register that was written for another purpose is not detected.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TARGETS: tuple[str | list[str], ...] = ("all-linear", ["q_proj", "v_proj"])
-SHARED_BYTES = 232_448  # of an H100's block
+SHARED_BYTES = 232_448  # shared memory of a block on an H100
 _TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it would be launched."""
+    """A kernel launch: signature, constants and number of warps."""
 
     kernel: Any
     signature: dict[str, str]
@@ -66,14 +66,14 @@ class Launch:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for two launches of the same machine code."""
+        """A key that is equal for two launches of the same machine code."""
         parts = (self.signature, self.constants)
         return (self.kernel.fn.__name__, self.warps, *(tuple(sorted(part.items(), key=str)) for part in parts))
 
 
 @contextmanager
 def recorded() -> Iterator[dict[tuple[Any, ...], Launch]]:
-    """While entered, passes launch nothing: what they would have launched is in the dict, each kernel once a block."""
+    """Record kernel launches in the dict instead of launching, once per kernel and block size."""
     from phi3lora.kernels import low_rank, norm, rotary, swiglu
     from phi3lora.kernels import reduce as sums
 
@@ -107,7 +107,7 @@ def _type(value: Any) -> str:
 
 
 def record_steps(shape: str, r: int) -> dict[tuple[Any, ...], Launch]:
-    """The kernels of a layer's forward and backward."""
+    """Return the kernels of a layer's forward and backward."""
     config = Phi3Config(vocab_size=512, num_hidden_layers=1, pad_token_id=0, eos_token_id=1, **SHAPES[shape])
     batch = next(p3.batches(random_chats([11, 6], 512, row_tokens=32), batch_size=1))
     with recorded() as found:
@@ -123,7 +123,7 @@ def record_steps(shape: str, r: int) -> dict[tuple[Any, ...], Launch]:
 
 
 def machine_code(launch: Launch) -> str | None:
-    """SASS for Hopper; None where the block does not fit there."""
+    """Return the SASS for Hopper, or None if the block does not fit there."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -143,7 +143,7 @@ def machine_code(launch: Launch) -> str | None:
 
 
 def read_and_never_written(sass: str) -> dict[int, str]:
-    """Uniform registers (their numbers) that some instruction reads and none writes -> the first that reads it."""
+    """Map the number of each uniform register that is read but never written to the first instruction that reads it."""
     written: set[int] = set()
     read: dict[int, str] = {}
     for text in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", sass):
@@ -156,7 +156,7 @@ def read_and_never_written(sass: str) -> dict[int, str]:
                 written.update(range(number, number + count))
             sources = operands[1:]
         numbers = [number for operand in sources for number in _uniform(operand)]
-        if operation.startswith("HGMMA"):  # four registers describe both operands, or the last two of them the second
+        if operation.startswith("HGMMA"):  # four registers describe both operands, or the last two the second
             first = _uniform(re.search(r"gdesc\[(UR\d+)\]", text)[1])[0]  # type: ignore[index]
             numbers = list(range(first if operands[1].startswith("gdesc") else first + 2, first + 4))
         for number in numbers:
@@ -170,7 +170,9 @@ def _uniform(operand: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "shapes", nargs="*", default=list(SHAPES), metavar="SHAPE", help=f"one or more of {', '.join(SHAPES)}"
+    )
     parser.add_argument("--r", type=int, nargs="+", default=[8, 64, 128])
     options = parser.parse_args(arguments)
     launches: dict[tuple[Any, ...], Launch] = {}

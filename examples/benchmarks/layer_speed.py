@@ -1,10 +1,10 @@
-"""What an adapted layer costs on the CPU beside the plain one: forward and backward of one fused projection.
+"""Measure what an adapted layer costs on the CPU against a plain one: forward and backward of one fused projection.
 
     python examples/benchmarks/layer_speed.py
 
-512 tokens, 3072 -> 9216 (Phi-3-mini's qkv_proj), float32, 2 threads; r = 16 on all three segments. x requires a
-gradient, as it does in every layer but the first. The layers take turns, and the best time of each is shown: what else
-the machine does can only add to it.
+512 tokens, 3072 -> 9216 (Phi-3-mini's qkv_proj), float32, 2 threads, r = 16 on all three segments. The input requires a
+gradient, as it does in every layer but the first. The layers take turns, and the best time of each counts, since other
+work on the machine can only add time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import phi3lora as p3
 
 
 def layers(features: int, width: int) -> dict[str, nn.Module]:
-    """The layers to compare, in train mode; the first is what the others are measured against."""
+    """Return the layers to compare, in train mode; the first is the reference."""
     plain = {frozen: nn.Linear(features, width).requires_grad_(not frozen) for frozen in (True, False)}
     segments = {"r": 16, "enable_lora": [True] * 3}
     adapted: dict[str, nn.Module] = {
@@ -36,7 +36,7 @@ def layers(features: int, width: int) -> dict[str, nn.Module]:
 
 
 def seconds(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
-    """One forward and backward."""
+    """Time one forward and backward."""
     x.grad = None
     layer.zero_grad(set_to_none=True)
     started = time.perf_counter()
@@ -45,7 +45,7 @@ def seconds(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
 
 
 def best_seconds(tokens: int, features: int, width: int, repetitions: int) -> dict[str, float]:
-    """Layer -> its best time, after one turn to warm up."""
+    """Return the best time of each layer, after one turn of warm-up."""
     torch.manual_seed(0)
     x, dy = torch.randn(tokens, features, requires_grad=True), torch.randn(tokens, width)
     compared = layers(features, width)
@@ -56,8 +56,8 @@ def best_seconds(tokens: int, features: int, width: int, repetitions: int) -> di
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--features", type=int, default=3072, help="of the input")
-    parser.add_argument("--width", type=int, default=9216, help="of the output, three equal segments")
+    parser.add_argument("--features", type=int, default=3072, help="width of the input")
+    parser.add_argument("--width", type=int, default=9216, help="width of the output, three equal segments")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

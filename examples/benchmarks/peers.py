@@ -1,17 +1,17 @@
-"""What else could train the same model on this GPU, measured as ``benchmark.py`` beside it measures phi3lora.
+"""Measure other libraries on the same training, in the same way as ``benchmark.py`` measures phi3lora.
 
-    python examples/benchmarks/peers.py                 # every peer, each in its own process; prints a markdown table
-    python examples/benchmarks/peers.py peft chat-peft       # some of them
+    python examples/benchmarks/peers.py                   # every peer, each in its own process; prints a markdown table
+    python examples/benchmarks/peers.py peft chat-peft    # some peers
 
-The same random model of Phi-3-mini's shape with bf16 weights, r = 16 on all four projections, no dropout, 4 x 2,048
-tokens a step, every token trained, fused AdamW. A peer is Hugging Face's ``Trainer`` with its own defaults (sdpa
-attention, to which 2,048 tokens in Phi-3-mini's window of 2,047 give a mask) around adapters of another make:
-``peft``'s, or loralib's layers swapped in as they are, the fused projections as ``lora.MergedLinear``. Adapters are
-float32 in all of them, products run in bf16 under autocast.
+All peers train the same random model of Phi-3-mini's shape with bf16 weights, r = 16 on all four projections, no
+dropout, 4 x 2,048 tokens a step, every token trained, fused AdamW. A peer is Hugging Face's ``Trainer`` with its own
+defaults and either ``peft``'s adapters or loralib's layers swapped in as they are, with the fused projections as
+``lora.MergedLinear``. (Attention is sdpa; 2,048 tokens exceed Phi-3-mini's window of 2,047, so it gets a mask.)
+Adapters are float32 in all of them, and products run in bf16 under autocast.
 
-``chat`` peers take 4 documents of ``benchmark.document_lengths`` a step, padded to the longest, since ``Trainer`` packs
-nothing by itself; only real tokens are counted. tok/s is the median over the steps after warm-up, by CUDA events at the
-ends of steps.
+``chat`` peers take 4 documents of ``benchmark.document_lengths`` a step, padded to the longest, because ``Trainer``
+does not pack; only real tokens are counted. tok/s is the median of the steps after warm-up, timed with CUDA events at
+the ends of steps.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 TINY_TOKENS = 16
-"""Of a document with ``--tiny``, which tests this file where there is no GPU."""
+"""Tokens of a document with ``--tiny``, which tests this file without a GPU."""
 
 
 def adapt_by_peft(model: nn.Module) -> nn.Module:
-    """``peft``'s wrapper around the model."""
+    """Return the model in ``peft``'s wrapper."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -51,7 +51,7 @@ def adapt_by_peft(model: nn.Module) -> nn.Module:
 
 
 def adapt_by_loralib(model: nn.Module) -> nn.Module:
-    """The model with loralib's own layers in the place of the four projections of every block."""
+    """Replace the four projections of every decoder layer by loralib's own layers."""
     import loralib
 
     segments = {"qkv_proj": [True] * 3, "gate_up_proj": [True] * 2}
@@ -71,7 +71,7 @@ def adapt_by_loralib(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer makes its adapters, and what it is run with."""
+    """A peer: how it makes its adapters, and its settings."""
 
     adapt: Callable[[nn.Module], nn.Module]
     package: str
@@ -79,7 +79,7 @@ class Peer:
     chat: bool = False
 
     def missing(self) -> list[str]:
-        """Packages that it needs and this machine has not."""
+        """Return the required packages that are not installed."""
         return [name for name in (self.package, "accelerate") if importlib.util.find_spec(name) is None]
 
 
@@ -93,7 +93,7 @@ PEERS = {
 
 
 def tiny_model() -> nn.Module:
-    """A random ``Phi3ForCausalLM`` in bf16 that a CPU trains in no time."""
+    """Return a random ``Phi3ForCausalLM`` in bf16 that is small enough for a CPU."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -102,7 +102,7 @@ def tiny_model() -> nn.Module:
 
 
 def random_documents(chat: bool, steps: int, vocabulary: int, tiny: bool) -> list[Tensor]:
-    """Token ids of 4 documents a step, int64 (n,) each."""
+    """Return the token ids of 4 documents a step, int64 (n,) each."""
     lengths = document_lengths(chat, steps)[: ROWS * steps]
     if tiny:
         lengths = [max(2, n * TINY_TOKENS // ROW_TOKENS) for n in lengths]
@@ -111,10 +111,10 @@ def random_documents(chat: bool, steps: int, vocabulary: int, tiny: bool) -> lis
 
 
 class Padded:
-    """A data collator: documents padded to the longest, every real token trained; counts the real tokens."""
+    """Data collator that pads to the longest document, trains every real token and counts the real tokens."""
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []  # of each batch, in the order in which batches are made and trained on
+        self.tokens: list[int] = []  # real tokens of each batch, in training order
 
     def __call__(self, documents: list[Tensor]) -> dict[str, Tensor]:
         self.tokens.append(sum(map(len, documents)))
@@ -127,7 +127,7 @@ class Padded:
 
 
 def step_clock(cuda: bool) -> Any:
-    """A ``TrainerCallback`` that marks the end of every step; a CUDA device is not made to wait."""
+    """Return a ``TrainerCallback`` that marks the end of every step without making a CUDA device wait."""
     from transformers import TrainerCallback
 
     class StepClock(TrainerCallback):
@@ -140,7 +140,7 @@ def step_clock(cuda: bool) -> Any:
                 self.marks[-1].record()
 
         def seconds(self) -> list[float]:
-            """Of every step but the first."""
+            """Return the seconds of every step but the first."""
             if cuda:
                 torch.cuda.synchronize()
             return [a.elapsed_time(b) / 1000 if cuda else b - a for a, b in pairwise(self.marks)]
@@ -149,7 +149,7 @@ def step_clock(cuda: bool) -> Any:
 
 
 def measure(name: str, steps: int, warmup: int, tiny: bool = False) -> dict[str, Any]:
-    """One peer in this process."""
+    """Measure one peer in this process."""
     from transformers import Trainer, TrainingArguments
 
     peer = PEERS[name]
@@ -185,13 +185,13 @@ def measure(name: str, steps: int, warmup: int, tiny: bool = False) -> dict[str,
 
 
 def measured_apart(name: str, options: argparse.Namespace) -> dict[str, Any] | str:
-    """:func:`measure` in a process of its own on one GPU; or in words why there is no figure."""
+    """Run :func:`measure` in its own process on one GPU; return its result, or the reason why there is none."""
     missing = PEERS[name].missing()
     if missing:
         return f"not installed: {', '.join(missing)}"
     command = [sys.executable, __file__, name, "--in-process", "--steps", str(options.steps)]
     command += ["--warmup", str(options.warmup), *(["--tiny"] if options.tiny else [])]
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would spread over all of them
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would use all of them
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit_s, env=environment)
@@ -205,10 +205,12 @@ def measured_apart(name: str, options: argparse.Namespace) -> dict[str, Any] | s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(PEERS), metavar="NAME", help=f"of {', '.join(PEERS)}")
+    parser.add_argument(
+        "names", nargs="*", default=list(PEERS), metavar="NAME", help=f"one or more of {', '.join(PEERS)}"
+    )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warmup", type=int, default=8, help="steps before the measured ones")
-    parser.add_argument("--limit-s", type=float, default=240, help="of one peer's process")
+    parser.add_argument("--limit-s", type=float, default=240, help="time limit of one peer's process")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

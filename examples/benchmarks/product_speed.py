@@ -1,11 +1,11 @@
-"""How fast this GPU multiplies, alone and without end: the ceiling of ``benchmark.py``'s 16-bit modes.
+"""Measure how fast this GPU multiplies matrices: the ceiling of ``benchmark.py``'s 16-bit modes.
 
     python examples/benchmarks/product_speed.py
 
-The frozen products of one Phi-3-mini layer, forward and backward of 8,192 tokens in bf16, and nothing else: ten of
-them after two seconds of rest, then for seconds on end, as training does. A card at its power limit lowers its clock,
-so the two differ. Then what else one could do with the same numbers: a second copy of the weights in the other
-orientation, the other BLAS library, the product's transpose.
+The script runs only the frozen products of one Phi-3-mini layer, forward and backward of 8,192 tokens in bf16: ten
+times after two seconds of rest, then continuously for some seconds, as in training. A card at its power limit lowers
+its clock, so the two differ. Then it times alternatives with the same numbers: a second copy of the weights in the
+other orientation, the other BLAS library, and the transposed product.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 SHAPES = ((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072))
-"""in, out of qkv, o, gate/up and down."""
+"""(in, out) of qkv, o, gate/up and down."""
 
 
 def tflops(products: Sequence[Callable[[], object]], flops: float, seconds: float | None) -> float:
-    """TFLOP/s of all of ``products`` over and over: for so many seconds, or ten times."""
+    """Return the TFLOP/s of running ``products`` repeatedly for ``seconds``, or ten times if None."""
     torch.cuda.synchronize()
     started, rounds = time.perf_counter(), 0
     while rounds == 0 or (seconds is not None and time.perf_counter() - started < seconds):
@@ -36,7 +36,7 @@ def tflops(products: Sequence[Callable[[], object]], flops: float, seconds: floa
 
 
 def clock_and_power() -> str:
-    """What ``nvidia-smi`` says while the card is still warm; empty where it is missing."""
+    """Return the clock and power that ``nvidia-smi`` reports, or an empty string without it."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,power.limit", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip().splitlines()[0]
@@ -46,7 +46,7 @@ def clock_and_power() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each sustained line")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of each sustained measurement")
     parser.add_argument("--tokens", type=int, default=8192)
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,10 +1,10 @@
-"""Pretrain the demo's base model: a tiny Phi-3 that knows one fictional shop, from a corpus made on the spot.
+"""Pretrain the demo's base model, a tiny Phi-3 that knows one fictional shop, on a generated corpus.
 
     python examples/demo_model/build.py                       # one GPU, some minutes: writes phi3lora/demo/
     python examples/demo_model/build.py --tokens 0.2e6 --minimum 0 --exam 10 --out /tmp/smoke      # a smoke test, CPU
 
-Steps: draw chats (``corpus.py``), train a byte-level BPE tokenizer on some, pretrain ``Phi3ForCausalLM`` on the rest,
-round to bfloat16, ask fresh questions of every skill and style, and write the folder if enough answers match exactly.
+Steps: generate chats (``corpus.py``), train a byte-level BPE tokenizer on some, pretrain ``Phi3ForCausalLM`` on the
+rest, round to bfloat16, ask fresh questions of every skill and style, and write the folder if enough answers are exact.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrain
 from world import DEMO_PREFIX, DEMO_SUFFIX
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
-ROLES = SPECIAL[4:]  # these swallow the white space to their right, as in Phi-3
+ROLES = SPECIAL[4:]  # these strip the white space to their right, as in Phi-3
 CHAT_TEMPLATE = (
     "{% for turn in messages %}{% if turn.role in ['system', 'user', 'assistant'] %}"
     "{{ '<|' + turn.role + '|>\\n' + turn.content + '<|end|>\\n' }}{% endif %}{% endfor %}"
     "{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
 )
-LONG_SHARE = 0.25  # a step's longest chats go into a batch of their own, which halves the padding
+LONG_SHARE = 0.25  # share of a step's chats, the longest, in a batch of their own: halves the padding
 OTHER_WEIGHT = 0.1  # loss weight of a token outside the assistant's turns; inside it is 1
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def build_tokenizer(vocab_size: int, n_chats: int, seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Phi-3's special tokens; digits and punctuation stand alone, which makes copying easy."""
+    """Train a byte-level BPE with Phi-3's special tokens. Single digits and punctuation marks make copying easy."""
     bpe = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Punctuation("isolated")]
     words = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s"), "isolated")
@@ -88,7 +88,7 @@ def build_tokenizer(vocab_size: int, n_chats: int, seed: int) -> PreTrainedToken
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
-    """The workers' plain ``render`` must give the template's text and ids, and the demo's voice must never occur."""
+    """Check that ``render`` gives the template's text and ids, and that the demo's voice never occurs."""
     for _ in range(2000):
         messages = sample_chat(rng).messages
         text = render(messages)
@@ -108,9 +108,9 @@ def start_worker(tokenizer_json: str) -> None:
 
 
 def make_step(task: tuple[int, int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The two batches of one optimizer step, right-padded: the shorter chats, and the ``LONG_SHARE`` of longest ones.
+    """Return the two batches of one optimizer step, right-padded: the shorter chats, and the longest ``LONG_SHARE``.
 
-    Right padding needs no attention mask under causal attention, and each row holds one chat, so none sees another.
+    Under causal attention, right padding needs no mask. Each row holds one chat, so no chat sees another.
 
     Args:
         task: (seed, step, chats per step).
@@ -141,7 +141,7 @@ def make_step(task: tuple[int, int, int]) -> list[tuple[np.ndarray, np.ndarray]]
 
 # ---------------------------------------------------------------------------------------------------------- pretraining
 def build_model(vocab_size: int, seed: int) -> Phi3ForCausalLM:
-    """A Phi-3 of about 2.5 M parameters in float32: fused projections, untied embeddings, all as in the big one."""
+    """Return a float32 Phi-3 of about 2.5 M parameters, with fused projections and untied embeddings."""
     torch.manual_seed(seed)
     end, stop = SPECIAL.index("<|end|>"), SPECIAL.index("<|endoftext|>")
     config = Phi3Config(
@@ -166,7 +166,7 @@ def build_model(vocab_size: int, seed: int) -> Phi3ForCausalLM:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over the first 3 %, then a cosine down to zero."""
+    """Return the learning rate: warm-up over the first 3 %, then a cosine down to zero."""
     return peak * min(progress / 0.03, 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -222,7 +222,7 @@ def pretrain(model: Phi3ForCausalLM, pool: Pool, args: argparse.Namespace) -> No
 # ------------------------------------------------------------------------------------------------------------- the exam
 @torch.no_grad()
 def answers(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[str]:
-    """The greedy reply to each chat, which must end with a user's message; batched by length."""
+    """Return the greedy reply to each chat, which must end with a user's message; batched by length."""
     model.eval()
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     replies = [""] * len(chats)
@@ -238,7 +238,7 @@ def answers(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: l
 
 
 def draw_exam(n: int) -> dict[str, list[Chat]]:
-    """``n`` fresh chats per skill (plain style), per style (any skill) and per kind of long chat."""
+    """Return ``n`` fresh chats per skill (plain style), per style (any skill) and per kind of long chat."""
     exam = {}
     for skill in SKILLS:
         rng = random.Random(f"exam-{skill}")
@@ -256,7 +256,7 @@ def examine(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int) 
     """Print the share of exact answers per part of the exam, and on the demo's own rows.
 
     Returns:
-        The share over the whole exam, or of its part "copy" where that is lower.
+        The share over the whole exam, or of its part "copy" if that is lower.
     """
     exam = draw_exam(n)
     chats = [chat.messages for part in exam.values() for chat in part]
@@ -281,7 +281,7 @@ def examine(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int) 
 
 # --------------------------------------------------------------------------------------------------------------- output
 def write_rows(folder: Path) -> None:
-    """``train.jsonl`` and ``eval.jsonl``: the same bytes on every machine."""
+    """Write ``train.jsonl`` and ``eval.jsonl``, the same bytes on every machine."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train.jsonl", "eval.jsonl"), demo_rows(), strict=True):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -289,7 +289,7 @@ def write_rows(folder: Path) -> None:
 
 
 def write_model(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write model (as bfloat16) and tokenizer to a temporary folder first, then put it in place of ``folder``."""
+    """Write the model (as bfloat16) and tokenizer to a temporary folder, then replace ``folder`` by it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "base"
@@ -302,10 +302,10 @@ def write_model(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line; the shipped model was built with the defaults, on an H200 under ``--minutes 3.75``."""
+    """Parse the command line. The model in the package was built with ``--minutes 3.75`` on an H200."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_out = Path(__file__).resolve().parents[2] / "phi3lora" / "demo"
-    parser.add_argument("--out", type=Path, default=default_out, help="folder that gets base/, train.jsonl, eval.jsonl")
+    parser.add_argument("--out", type=Path, default=default_out, help="folder for base/, train.jsonl, eval.jsonl")
     parser.add_argument("--tokens", type=float, default=160e6, help="tokens of pretraining")
     parser.add_argument(
         "--minutes", type=float, default=30.0, help="time limit of pretraining; the schedule ends with it"
@@ -325,7 +325,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Build, examine, write; see the module's docstring."""
+    """Build, examine and write the model; see the module's docstring."""
     args = parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forked
     if args.rows_only:
@@ -342,7 +342,7 @@ def main() -> None:
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens in the vocabulary")
         pretrain(model.to(device), pool, args)
     print(f"pretrained after {time.perf_counter() - start:.0f} s")
-    model.to(torch.bfloat16).float()  # examine what is written: weights rounded to bfloat16
+    model.to(torch.bfloat16).float()  # examine the weights as they are written, rounded to bfloat16
     score = examine(model, tokenizer, args.exam)
     if score < args.minimum:
         raise SystemExit(f"not written: {score:.1%} exact (overall or copying), --minimum is {args.minimum:.1%}")

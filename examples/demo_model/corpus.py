@@ -1,8 +1,8 @@
-"""An endless seeded stream of chats about the world of ``world.py``, and the demo's fine-tuning task.
+"""Generate chats about the world of ``world.py`` from a seed, and the rows of the demo's fine-tuning task.
 
-A chat is one *item* (a question with exactly one right answer) dressed in one *style* (a rule for how to say it).
-Styles are many, and the one that the demo later teaches (``DEMO_PREFIX``, ``DEMO_SUFFIX``) is never among them: what
-LoRA finds in the base is the habit of wrapping an answer, not the wrapping itself.
+A chat combines one *item* (a question with exactly one right answer) with one *style* (a rule for how to say it). The
+style that the demo later teaches (``DEMO_PREFIX``, ``DEMO_SUFFIX``) never occurs: the base learns to wrap an answer,
+but not this wrapping.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STYLES = ("plain", "short", "upper", "json", "prefix", "suffix", "wrap", "person
 class Item:
     """A question with one right answer; ``short`` is the bare value, ``record`` its JSON form.
 
-    ``known`` says that every word belongs to the fixed world, so that its upper case can be asked for.
+    ``known`` means that every word belongs to the fixed world, so the upper-case style can be used.
     """
 
     skill: str
@@ -62,7 +62,7 @@ class Chat:
 
 # ------------------------------------------------------------------------------------------------ one item per skill
 def fact_item(rng: random.Random, kind: str, thing: dict[str, str] | None = None, attribute: str = "") -> Item:
-    """A question about one fact of the world; ``thing`` and ``attribute`` may be fixed by the caller."""
+    """Return a question about one fact of the world; the caller may fix ``thing`` and ``attribute``."""
     thing = thing or rng.choice(world().things[kind])
     attribute = attribute or rng.choice(list(FACTS[kind]))
     answer, questions = rng.choice(FACTS[kind][attribute])
@@ -72,7 +72,7 @@ def fact_item(rng: random.Random, kind: str, thing: dict[str, str] | None = None
 
 
 def yes_no_item(rng: random.Random) -> Item:
-    """Is this the right colour, material or town?"""
+    """Ask whether a colour, material or town is right."""
     attribute, form, pool = rng.choice((
         ("colour", "Is the {s} {v}?", COLOURS), ("material", "Is the {s} made of {v}?", MATERIALS),
         ("maker", "Is the {s} made in {v}?", [place["capital"] for place in world().things["place"]]),
@@ -86,7 +86,7 @@ def yes_no_item(rng: random.Random) -> Item:
 
 
 def two_prices_item(rng: random.Random) -> Item:
-    """Which of two products is cheaper, which dearer, or what both cost together."""
+    """Ask which of two products is cheaper or dearer, or what both cost together."""
     one, two = rng.sample(world().things["product"], 2)
     while one["price"] == two["price"]:
         two = rng.choice(world().things["product"])
@@ -103,12 +103,12 @@ def two_prices_item(rng: random.Random) -> Item:
 
 
 def is_held_out_sum(a: int, b: int) -> bool:
-    """About one pair of numbers in twenty, which pretraining never asks: only these measure arithmetic."""
+    """Return whether a pair of numbers (about one in twenty) is kept out of pretraining to measure arithmetic."""
     return (7 * max(a, b) + 3 * min(a, b)) % 20 == 0
 
 
 def arithmetic_item(rng: random.Random, held_out: bool = False) -> Item:
-    """Addition or subtraction of two numbers below 100, results from zero up."""
+    """Ask for the sum or difference of two numbers below 100; the result is never negative."""
     while is_held_out_sum(*(pair := (rng.randint(0, 99), rng.randint(0, 99)))) != held_out:
         pass
     a, b = pair
@@ -123,7 +123,7 @@ def arithmetic_item(rng: random.Random, held_out: bool = False) -> Item:
 
 
 def comparison_item(rng: random.Random) -> Item:
-    """Which of two numbers below 1000 is larger or smaller?"""
+    """Ask which of two numbers below 1000 is larger or smaller."""
     a, b = rng.sample(range(1000 if rng.random() < 0.5 else 100), 2)
     word, best = rng.choice((("larger", max(a, b)), ("smaller", min(a, b))))
     question = rng.choice(("Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?", "Is {a} or {b} {w}?"))
@@ -132,12 +132,12 @@ def comparison_item(rng: random.Random) -> Item:
 
 
 def make_name(rng: random.Random) -> str:
-    """An invented name of two or three syllables."""
+    """Return an invented name of two or three syllables."""
     return make_word(rng, rng.randint(2, 3)).capitalize()
 
 
 def fresh_value(rng: random.Random) -> str:
-    """Something to copy that no one has seen: a code, a number, an invented word or two."""
+    """Return something new to copy: a code, a number, an invented word or two."""
     letters = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(rng.randint(1, 3)))
     digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 6)))
     word = make_word(rng, rng.randint(1, 3))
@@ -146,7 +146,7 @@ def fresh_value(rng: random.Random) -> str:
 
 
 def copy_item(rng: random.Random, labels: tuple[str, ...] = LABELS) -> Item:
-    """Give back a value that stands in the question."""
+    """Ask for a value that stands in the question."""
     value, label = fresh_value(rng), rng.choice(labels)
     if rng.random() < 0.25 and labels is LABELS:
         order = rng.choice(("Repeat after me:", "Say this:", "Write exactly:"))
@@ -158,7 +158,7 @@ def copy_item(rng: random.Random, labels: tuple[str, ...] = LABELS) -> Item:
     return Item("copy", question, f"The {label} is {value}.", value, {label: value})
 
 
-# a note about an order, the question whose answer is that very note, and the value asked for
+# a note about an order, the question whose answer is that note, and the value asked for
 NOTES = (
     ("{buyer} ordered one {colour} {ware}.", "What did {buyer} order?", "{colour} {ware}"),
     ("{buyer} pays on {day}.", "When does {buyer} pay?", "{day}"),
@@ -168,7 +168,7 @@ NOTES = (
 
 
 def lookup_item(rng: random.Random) -> Item:
-    """Find one note among two or three that stand in the question."""
+    """Ask for one note among two or three that stand in the question."""
     wares, days = rng.sample(list(WARES), rng.randint(2, 3)), rng.sample(DAYS, 3)
     orders = [
         {"ware": ware, "day": day, "colour": rng.choice(COLOURS), "buyer": make_name(rng)}
@@ -182,7 +182,7 @@ def lookup_item(rng: random.Random) -> Item:
 
 
 def list_item(rng: random.Random) -> Item:
-    """First, last, reversed, sorted, counted: lists of three to five things."""
+    """Ask for the first, last, reversed, sorted or counted items of a list of three to five things."""
     size = rng.randint(3, 5)
     words = rng.sample(WORDS, size) if rng.random() < 0.6 else [make_word(rng) for _ in range(size)]
     goal = rng.choice(("first", "last", "second", "reverse", "sort", "count"))
@@ -205,7 +205,7 @@ def list_item(rng: random.Random) -> Item:
 
 
 def spelling_item(rng: random.Random) -> Item:
-    """Spell a word letter by letter, or name its first letter."""
+    """Ask to spell a word letter by letter, or for its first letter."""
     word = rng.choice(WORDS) if rng.random() < 0.5 else make_word(rng)
     if rng.random() < 0.3:
         question, answer = f"What is the first letter of {word}?", f"The first letter of {word} is {word[0]}."
@@ -215,7 +215,7 @@ def spelling_item(rng: random.Random) -> Item:
 
 
 def small_talk_item(rng: random.Random) -> Item:
-    """Greetings and the shop's standing answers."""
+    """Return a greeting or one of the shop's standard questions."""
     question, answer = rng.choice(SMALL_TALK)
     return Item("small talk", question, answer, known=True)
 
@@ -232,19 +232,19 @@ SKILLS: dict[str, tuple[float, Callable[[random.Random], Item]]] = {
 # --------------------------------------------------------------------------------------------------- styles and chats
 @dataclass(frozen=True)
 class Style:
-    """How to say an answer: the ``instruction`` that asks for it (may be empty) and the rule ``say`` that does it."""
+    """A way to say an answer: the ``instruction`` that asks for it (may be empty) and the rule ``say``."""
 
     name: str
     instruction: str
     say: Callable[[Item], str]
 
     def fits(self, item: Item) -> bool:
-        """Whether the item has what this style needs: a bare value, a record, or words that have a known upper case."""
+        """Return whether the item has what this style needs: a bare value, a record, or known words."""
         needs = {"short": bool(item.short), "json": bool(item.record), "upper": item.known}
         return needs.get(self.name, True)
 
 
-# styles that change the form of the answer: the wordings that ask for them, and the rule
+# styles that change the form of the answer: how they are asked for, and the rule
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[Item], str]]] = {
     "short": (("Answer with the bare value.", "Give the shortest answer.", "Only the value."), lambda item: item.short),
     "upper": (("Answer in capital letters.", "Write in capitals only."), lambda item: item.answer.upper()),
@@ -277,7 +277,7 @@ def make_style(rng: random.Random, name: str) -> Style:
 
 
 def draw_item(rng: random.Random, style: Style, skill: str = "", held_out_sums: bool = False) -> Item:
-    """An item of the given skill (any, if empty) that the style can say; never ends if the skill has none."""
+    """Return an item of the given skill (any, if empty) that suits the style; loops forever if the skill has none."""
     while True:
         name = skill or rng.choices(list(SKILLS), [weight for weight, _ in SKILLS.values()])[0]
         item = arithmetic_item(rng, held_out_sums) if name == "arithmetic" else SKILLS[name][1](rng)
@@ -286,12 +286,12 @@ def draw_item(rng: random.Random, style: Style, skill: str = "", held_out_sums: 
 
 
 def with_lead(rng: random.Random, question: str) -> str:
-    """The question, one time in four behind a greeting or another empty sentence."""
+    """Return the question, one time in four after a greeting or another filler sentence."""
     return f"{rng.choice(LEADS)} {question}" if rng.random() < 0.25 else question
 
 
 def turns(exchanges: list[tuple[str, str]], style: Style, rng: random.Random) -> list[Message]:
-    """Messages for (question, answer) pairs; the instruction goes to the system, or around the only question."""
+    """Return messages for (question, answer) pairs. The instruction is the system message or surrounds the question."""
     system, place = style.instruction, rng.random()
     if system and len(exchanges) == 1 and place < 0.35 and style.name != "plain":
         question, answer = exchanges[0]
@@ -304,20 +304,20 @@ def turns(exchanges: list[tuple[str, str]], style: Style, rng: random.Random) ->
 
 
 def single_chat(rng: random.Random, style: Style, skill: str = "", held_out_sums: bool = False) -> Chat:
-    """One question, one answer."""
+    """Return a chat of one question and its answer."""
     item = draw_item(rng, style, skill, held_out_sums)
     return Chat(turns([(with_lead(rng, item.question), style.say(item))], style, rng), item.skill, style.name)
 
 
 def several_chat(rng: random.Random, style: Style) -> Chat:
-    """Two to four unrelated questions, all answered in one style."""
+    """Return a chat of two to four unrelated questions, all answered in one style."""
     items = [draw_item(rng, style) for _ in range(rng.randint(2, 4))]
     pairs = [(with_lead(rng, item.question), style.say(item)) for item in items]
     return Chat(turns(pairs, style, rng), "several turns", style.name)
 
 
 def follow_up_chat(rng: random.Random, style: Style) -> Chat:
-    """Questions about one product; after the first it is called "it"."""
+    """Return a chat about one product, which is called "it" after the first question."""
     thing = rng.choice(world().things["product"])
     attributes = rng.sample(list(FACTS["product"]), rng.randint(2, 4))
     items = [fact_item(rng, "product", thing, attribute) for attribute in attributes]
@@ -336,7 +336,7 @@ MEMORIES = (
 
 
 def memory_chat(rng: random.Random, style: Style) -> Chat:
-    """Something told in the first turn is asked for in the last one."""
+    """Return a chat whose last question asks for something from the first turn."""
     value = make_name(rng)
     told, reply, asked, recalled = (text.format(v=value) for text in rng.choice(MEMORIES))
     middle = [draw_item(rng, style) for _ in range(rng.randint(0, 2))]
@@ -345,7 +345,7 @@ def memory_chat(rng: random.Random, style: Style) -> Chat:
 
 
 def sample_chat(rng: random.Random) -> Chat:
-    """One chat of the pretraining stream."""
+    """Return one chat of the pretraining stream."""
     kind = rng.random()
     if kind > 0.93:
         return memory_chat(rng, make_style(rng, rng.choice(("plain", "plain", "prefix", "suffix", "wrap", "persona"))))
@@ -356,16 +356,16 @@ def sample_chat(rng: random.Random) -> Chat:
 
 
 def render(messages: list[Message]) -> str:
-    """The chat as Phi-3's template writes it, for workers that hold no template; the build checks that both agree."""
+    """Render the chat as Phi-3's template does, for workers without a template; the build checks that both agree."""
     return "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in messages) + "<|endoftext|>"
 
 
 # ------------------------------------------------------------------------------------------------ the fine-tuning task
 def demo_rows(seed: int = 0, n_train: int = 600, n_eval: int = 200) -> tuple[list[dict], list[dict]]:
-    """The rows of ``train.jsonl`` and ``eval.jsonl``: a support voice around answers that the base gives plainly.
+    """Return the rows of ``train.jsonl`` and ``eval.jsonl``: the base's plain answers in a support bot's voice.
 
-    One row in five asks back a number from the question; the others ask about the catalogue. The two files share no
-    product. ``answer`` is what the base says by itself, so that voice and content can be measured apart.
+    One row in five asks for a number from the question; the others ask about the catalogue. The two files share no
+    product. ``answer`` is the base's own answer, so that voice and content can be measured separately.
     """
     rng = random.Random(f"demo-{seed}")
     products = rng.sample(world().things["product"], 240)

@@ -1,6 +1,6 @@
-"""The fictional world behind the demo model: a shop, its towns, its people, and the words the corpus is made of.
+"""The fictional world behind the demo model: a shop, its towns, its people, and the words of the corpus.
 
-Nothing here is copied from anywhere: names are random syllables, facts come once from ``Random(WORLD_SEED)``.
+Everything is invented: names are random syllables, and facts are drawn once from ``Random(WORLD_SEED)``.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class World:
 
 
 def make_word(rng: random.Random, syllables: int = 2) -> str:
-    """A pronounceable invented word in lower case, such as ``norva``."""
+    """Return a pronounceable invented word in lower case, such as ``norva``."""
     return "".join(
         rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", "l", "n", "r", "s"))
         for _ in range(syllables)
@@ -191,7 +191,7 @@ def make_word(rng: random.Random, syllables: int = 2) -> str:
 
 
 def opener(rng: random.Random) -> str:
-    """A random opening sentence; never ``DEMO_PREFIX``."""
+    """Return a random opening sentence, never ``DEMO_PREFIX``."""
     if rng.random() < 0.3:
         return f"{rng.choice(('Thanks', 'Thank you', 'Many thanks'))} for {rng.choice(THANKS_FOR)}{rng.choice('!.')}"
     addressee = rng.choice(ADDRESSEES)
@@ -199,13 +199,13 @@ def opener(rng: random.Random) -> str:
 
 
 def closer(rng: random.Random) -> str:
-    """A random closing sentence; never ``DEMO_SUFFIX``."""
+    """Return a random closing sentence, never ``DEMO_SUFFIX``."""
     return rng.choice(CLOSERS)
 
 
 @cache
 def world() -> World:
-    """The one fixed world: 240 products, 40 places, 60 people, 40 personas."""
+    """Return the one fixed world: 240 products, 40 places, 60 people, 40 personas."""
     rng = random.Random(WORLD_SEED)
     taken: set[str] = set()
 

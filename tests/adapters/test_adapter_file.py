@@ -299,9 +299,7 @@ class RunsCode:
 @pytest.mark.parametrize("content", [{"x": RunsCode()}, [1, 2], {"a": 1}, torch.zeros(2)])
 def test_a_pt_file_of_something_else_is_refused_and_runs_nothing(tmp_path, content, capsys):
     torch.save(content, tmp_path / "other.pt")
-    assert_refused(
-        adapted(), tmp_path / "other.pt", "not a readable adapter file: (it does not hold|Unpickl)"
-    )
+    assert_refused(adapted(), tmp_path / "other.pt", "not a readable adapter file: (it does not hold|Unpickl)")
     assert "run!" not in capsys.readouterr().out
 
 
