@@ -1,7 +1,7 @@
-"""How far a reader of one training run has to travel: functions, files, and calls that cross from file to file.
+"""Count what a reader of one training run has to visit: functions, files, and calls from one file to another.
 
     python examples/benchmarks/jumps.py              # a quiet run of two steps
-    python examples/benchmarks/jumps.py --files      # and how often each file is entered from another
+    python examples/benchmarks/jumps.py --files      # also how often each file is entered from another
 
 A profile hook counts the package's own functions during ``train()`` on the demo, in every thread. A call counts as a
 jump if the nearest caller inside the package is in another file. The numbers depend on the code alone.
@@ -24,7 +24,7 @@ PACKAGE = Path(p3.__file__).parent
 
 
 class Travel:
-    """Functions met and jumps between files, recorded by :meth:`profile`."""
+    """Functions called and jumps between files, recorded by :meth:`profile`."""
 
     def __init__(self) -> None:
         self.functions: set[tuple[str, str, int]] = set()
