@@ -1,14 +1,14 @@
-"""Kill a training run at every write, rename and deletion it makes, go on, and ask for the same bits.
+"""Kill a training run at every write, rename and deletion it makes, resume it, and require the same bits.
 
     python tests/soak/kill_points.py                  # every point of four runs
     python tests/soak/kill_points.py --most 40        # a seeded choice of them
 
 A point is a moment before an operation on the run's folder (Python's audit events: open for writing, rename, mkdir,
-remove), before and after an fsync, or in the middle of a file (written, cut to a random length). A forked child of this
-process, which has paid for the imports, runs until its point and kills itself with SIGKILL. Before anything else the
-folder is looked at: no checkpoint that was saved may be lost, beyond those that rotation takes. Then another child
-resumes with ``resume_from_checkpoint="auto"``: its adapters, optimizer state and history must be the uncut run's, bit
-for bit. ``--random N`` kills at N random moments instead of at points.
+remove), before and after an fsync, or in the middle of a file (written, then cut to a random length). A forked child of
+this process, which has done the imports, runs until its point and kills itself with SIGKILL. Then the folder is
+checked: no saved checkpoint may be lost, beyond those that rotation removes. Last, another child resumes with
+``resume_from_checkpoint="auto"``: its adapters, optimizer state and history must equal the uncut run's bit for bit.
+``--random N`` also kills at N random moments.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,9 +50,9 @@ _EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 @dataclass
 class Report:
-    """What was tried, and what went wrong."""
+    """Numbers of deaths tried by run, and descriptions of those after which something was lost."""
 
-    tried: dict[str, int] = field(default_factory=dict)
+    tried: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -62,14 +63,14 @@ class Report:
 
 
 class Points:
-    """Counts the points of this process under a folder; dies at one of them."""
+    """Counts the points of this process under a folder and dies at one of them."""
 
     def __init__(self, folder: Path, die_at: int | None, seed: int = 0) -> None:
         self.folder, self.die_at, self.passed = str(folder), die_at, 0
         self.random = random.Random(seed)
 
     def install(self) -> None:
-        """For the rest of this process: an audit hook cannot be taken off."""
+        """Count from now until this process ends: an audit hook cannot be removed."""
         sys.addaudithook(self._audit)
         torch.save = self._torn(torch.save, at=1)
         files.save_file = self._torn(files.save_file, at=1)
@@ -77,14 +78,14 @@ class Points:
         real = os.fsync
 
         def fsync(descriptor: int) -> None:
-            self.passing()
+            self.count()
             real(descriptor)
-            self.passing()
+            self.count()
 
         os.fsync = fsync
 
-    def passing(self, cut: Path | None = None) -> None:
-        """One point; ``cut``: the file that is to be half there."""
+    def count(self, cut: Path | None = None) -> None:
+        """Count a point, or die there, leaving the file ``cut`` partly written."""
         self.passed += 1
         if self.passed == self.die_at:
             if cut is not None:
@@ -97,13 +98,13 @@ class Points:
         at = os.fsdecode(arguments[0])
         writes = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if writes and (at.startswith(self.folder) or not os.path.isabs(at)):  # rmtree has names relative to a folder
-            self.passing()
+            self.count()
 
     def _torn(self, real: Callable[..., Any], at: int) -> Callable[..., Any]:
         def write(*arguments: Any, **options: Any) -> Any:
             result = real(*arguments, **options)
             if str(arguments[at]).startswith(self.folder):
-                self.passing(Path(arguments[at]))
+                self.count(Path(arguments[at]))
             return result
 
         return write
@@ -112,7 +113,7 @@ class Points:
 def train(
     folder: Path, saved: Path | None = None, stop_at: int | None = None, streamed: bool = False, **changes: Any
 ) -> dict[str, str]:
-    """The run, or the rest of it; digests of all that must be equal. Each save is noted in the file ``saved``."""
+    """Train, or resume, and return digests of all that must be equal. Each save is noted in the file ``saved``."""
 
     class Note(p3.Callback):
         def on_save(self, state: Any, path: Path) -> None:
@@ -141,33 +142,38 @@ def train(
 
 
 def chat_stream() -> p3.ChatStream:
-    """The same chats in three windows, of which the run trains more than one pass."""
+    """Return the chats as a stream of three windows; the run makes more than one pass over it."""
     return p3.ChatDataset.load(chat_rows(), make_tokenizer(), max_length=64, streaming=True, buffer_size=9)
 
 
 def whole_run(folder: Path, saved: Path) -> None:
-    """From nothing."""
+    """Train from nothing."""
     train(folder, saved)
 
 
 def stream(folder: Path, saved: Path) -> None:
-    """From nothing, on a stream."""
+    """Train from nothing, on a stream."""
     train(folder, saved, streamed=True)
 
 
 def rerun(folder: Path, saved: Path) -> None:
-    """Over its own checkpoints: each is replaced by one of the same step."""
+    """Train over checkpoints of the same steps: each is replaced."""
     train(folder, saved, resume_from_checkpoint=str(folder / "checkpoint-4"), save_total_limit=None)
 
 
 def adapter_files(folder: Path, saved: Path) -> None:
-    """Adapter files over older ones."""
+    """Write adapter files over older ones."""
     for name in ("adapter.safetensors", "adapter.pt"):
         p3.save_adapter(adapted_model(seed=1), folder / name)
 
 
+RUNS: dict[str, Callable[[Path, Path], None]] = {
+    "whole run": whole_run, "stream": stream, "rerun": rerun, "adapter files": adapter_files,
+}  # fmt: skip
+
+
 def prepare(name: str, folder: Path) -> None:
-    """What is there before the run that is killed."""
+    """Write what is in the folder before the run that is killed."""
     folder.mkdir()
     if name == "rerun":
         train(folder, stop_at=6, save_total_limit=None)
@@ -176,36 +182,31 @@ def prepare(name: str, folder: Path) -> None:
             p3.save_adapter(adapted_model(seed=0), folder / file)
 
 
-RUNS: dict[str, Callable[[Path, Path], None]] = {
-    "whole run": whole_run, "stream": stream, "rerun": rerun, "adapter files": adapter_files,
-}  # fmt: skip
-
-
 def check_checkpoints(name: str, folder: Path, saved: Path) -> None:
-    """No checkpoint is lost that was there and that rotation did not take."""
+    """Check that no saved checkpoint is lost, beyond those that rotation removes."""
     noted = saved.read_text().split() if saved.exists() else []
-    newest_good_checkpoint(folder)  # which gives a cut replacement its name back
+    newest_good_checkpoint(folder)  # restores the name of a checkpoint whose replacement was cut short
     good = [path for path in checkpoints(folder) if damage(path) is None]
     expected = 3 + ("8" in noted) if name == "rerun" else min(len(noted), LIMIT)
     assert len(good) >= expected, f"{len(good)} good checkpoints where {expected} were saved"
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Each is the old one or the new one, and says how it is built or nothing at all."""
+    """Check that each file is the old one or the new one, with its own settings or none, and can be replaced."""
     sides = [_digest(adapters_of(adapted_model(seed=seed))) for seed in (0, 1)]
     for name in ("adapter.safetensors", "adapter.pt"):
         state, facts = files.read_adapter(folder / name)
         assert _digest(state) in sides, f"{name} is neither the old nor the new one"
         assert facts is not None or name == "adapter.pt"
-    p3.save_adapter(adapted_model(seed=1), folder / "adapter.pt")  # and it can be written again
+    p3.save_adapter(adapted_model(seed=1), folder / "adapter.pt")
     assert files.read_adapter(folder / "adapter.pt")[1] is not None
 
 
-def count_points(name: str) -> int:
-    """How many points a run has."""
+def count_points(name: str, prepared: Path) -> int:
+    """Return the number of points of a run."""
     with tempfile.TemporaryDirectory() as place:
         folder, out = Path(place) / "run", Path(place) / "count"
-        prepare(name, folder)
+        shutil.copytree(prepared, folder)
 
         def child() -> None:
             points = Points(folder, None)
@@ -217,39 +218,45 @@ def count_points(name: str) -> int:
         return int(out.read_text())
 
 
-def try_point(name: str, point: int, expected: dict[str, str], delay_s: float | None = None) -> str | None:
-    """Die at a point (or after ``delay_s``), look, go on; what is wrong, or None."""
+@dataclass(frozen=True, order=True)
+class Job:
+    """One death: of which run, and at which point or after how many seconds."""
+
+    name: str
+    point: int
+    delay_s: float | None = None
+
+
+def try_job(job: Job, prepared: Path, expected: dict[str, str]) -> str | None:
+    """Let a child die, check its folder, and resume in another child; return what is wrong, or None."""
     with tempfile.TemporaryDirectory() as place:
         folder, saved, log = Path(place) / "run", Path(place) / "saved", Path(place) / "log"
+        shutil.copytree(prepared, folder)
+
+        def die() -> None:
+            if job.delay_s is None:
+                Points(folder, job.point, seed=job.point).install()
+            RUNS[job.name](folder, saved)
+
+        def resume() -> None:
+            if job.name == "adapter files":
+                return check_adapter_files(folder)
+            check_checkpoints(job.name, folder, saved)
+            found = train(folder, streamed=job.name == "stream")
+            wrong = [what for what in expected if found[what] != expected[what]]
+            assert not wrong, f"{', '.join(wrong)} differ from the uncut run's"
+
         try:
-            _prepared(name, folder)
-
-            def dies() -> None:
-                if delay_s is None:
-                    Points(folder, point, seed=point).install()
-                RUNS[name](folder, saved)
-
-            child = _fork(dies, log)
-            if delay_s is not None:
-                time.sleep(delay_s)
+            child = _fork(die, log)
+            if job.delay_s is not None:
+                time.sleep(job.delay_s)
                 os.kill(child, signal.SIGKILL)
             status = _wait(child, 120)
-            if status != -signal.SIGKILL and delay_s is None:
-                return f"{name}, point {point}: the run ended with {status} and not at its point: {_tail(log)}"
-
-            def goes_on() -> None:
-                if name == "adapter files":
-                    check_adapter_files(folder)
-                    return
-                check_checkpoints(name, folder, saved)
-                found = train(folder, streamed=name == "stream")
-                wrong = [what for what in expected if found[what] != expected[what]]
-                assert not wrong, f"{', '.join(wrong)} are not the uncut run's"
-
-            status = _wait(_fork(goes_on, log), 120)
-            return None if status == 0 else f"{name}, point {point} (delay {delay_s}): {_tail(log)}"
+            if status != -signal.SIGKILL and job.delay_s is None:
+                return f"{job}: the run ended with {status}, not at its point: {_tail(log)}"
+            return None if _wait(_fork(resume, log), 120) == 0 else f"{job}: {_tail(log)}"
         except TimeoutError:
-            return f"{name}, point {point} (delay {delay_s}): hangs"
+            return f"{job}: hangs"
 
 
 def run(most: int | None = None, randomly: int = 0, seed: int = 0, workers: int = 2) -> Report:
@@ -258,44 +265,31 @@ def run(most: int | None = None, randomly: int = 0, seed: int = 0, workers: int 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         whole, streamed = train(Path(place) / "run"), train(Path(place) / "stream", streamed=True)
-        expected = {name: streamed if name == "stream" else whole for name in RUNS}
-        jobs: list[tuple[str, int, float | None]] = []
+        prepared = {name: Path(place) / f"prepared {name}" for name in RUNS}
         for name in RUNS:
-            jobs += [(name, point, None) for point in range(1, count_points(name) + 1)]
+            prepare(name, prepared[name])
+        jobs = [Job(name, i) for name in RUNS for i in range(1, count_points(name, prepared[name]) + 1)]
         if most is not None and most < len(jobs):
             jobs = sorted(choose.sample(jobs, most))
         begun = time.perf_counter()
         train(Path(place) / "again")
-        longest = 1.2 * (time.perf_counter() - begun)
-        jobs += [("whole run", i, choose.uniform(0, longest)) for i in range(randomly)]
-        _PREPARED.clear()
-        for name in RUNS:
-            _PREPARED[name] = Path(place) / f"prepared {name}"
-            prepare(name, _PREPARED[name])
+        longest_s = 1.2 * (time.perf_counter() - begun)
+        jobs += [Job("whole run", i, choose.uniform(0, longest_s)) for i in range(randomly)]
+
+        def work(job: Job) -> str | None:
+            return try_job(job, prepared[job.name], streamed if job.name == "stream" else whole)
+
         with ThreadPoolExecutor(workers) as pool:
-            for job, wrong in zip(jobs, pool.map(lambda job: try_point(*_arguments(job, expected)), jobs), strict=True):
-                kind = job[0] if job[2] is None else "random moments"
-                report.tried[kind] = report.tried.get(kind, 0) + 1
+            for job, wrong in zip(jobs, pool.map(work, jobs), strict=True):
+                report.tried[job.name if job.delay_s is None else "random moments"] += 1
                 if wrong:
                     report.lost.append(wrong)
     report.seconds = time.perf_counter() - started
     return report
 
 
-_PREPARED: dict[str, Path] = {}
-
-
-def _arguments(job: tuple[str, int, float | None], expected: dict[str, dict[str, str]]) -> tuple[Any, ...]:
-    name, point, delay = job
-    return name, point, expected[name], delay
-
-
-def _prepared(name: str, folder: Path) -> None:
-    shutil.copytree(_PREPARED[name], folder)
-
-
 def _fork(work: Callable[[], object], log: Path | None = None) -> int:
-    """A child that does ``work`` and ends, its errors in ``log``."""
+    """Start a child that does ``work`` and ends, its errors in ``log``."""
     child = os.fork()
     if child:
         return child
@@ -313,7 +307,7 @@ def _fork(work: Callable[[], object], log: Path | None = None) -> int:
 
 
 def _wait(child: int, limit_s: float) -> int:
-    """The exit status, negative for a signal."""
+    """Return the exit status, negative for a signal; kill a child that runs past ``limit_s``."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""A few of the kill points in the normal suite, and a look at the harness itself."""
+"""A few of the kill points, and tests of the harness itself."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_a_seeded_choice_of_kill_points_loses_nothing():
     report = kill_points.run(most=10, randomly=1, seed=1, workers=1)
     assert report.lost == [], str(report)
     assert sum(report.tried.values()) == 11 and len(report.tried) >= 3
 
 
+@pytest.mark.slow
 def test_a_library_that_replaces_in_place_is_caught(monkeypatch, tmp_path):
     """A planted fault: the old checkpoint is deleted before the new one has its name."""
 
@@ -36,9 +38,9 @@ def test_a_library_that_replaces_in_place_is_caught(monkeypatch, tmp_path):
         source.rename(target)
 
     monkeypatch.setattr(checkpoint, "_rename_over", careless)
-    monkeypatch.setitem(kill_points._PREPARED, "rerun", tmp_path / "prepared")
     kill_points.prepare("rerun", tmp_path / "prepared")
-    lost = [kill_points.try_point("rerun", point, {}) for point in range(38, 60, 5)]
+    jobs = [kill_points.Job("rerun", point) for point in range(38, 60, 5)]
+    lost = [kill_points.try_job(job, tmp_path / "prepared", {}) for job in jobs]
     assert any(wrong and "good checkpoints where 3 were saved" in wrong for wrong in lost)
 
 
