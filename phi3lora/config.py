@@ -366,8 +366,8 @@ class TrainingConfig:
     gradient_checkpointing: bool | None = None
     """transformers' switch for ``activation_checkpointing``: True means ``"full"``, False ``"none"``."""
     compile: bool | None = None
-    """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: the fastest available
-    way, which on a GPU is the fused kernels."""
+    """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: on a GPU the
+    fused kernels where they can compute the model, else transformers' layers as they are."""
     parallel: str | None = None
     """Parallelism; only None, as a run is one process on one device."""
     logging_strategy: str = "steps"

@@ -97,11 +97,11 @@ def check_trainable_parameters(planned: PlannedRun) -> Verdict:
 
 def check_layers(planned: PlannedRun) -> Verdict:
     """Report how attention and the decoder layers are computed, and why not faster."""
-    path, why = planned.path
+    backend = planned.backend
     device, config = model_device(planned.model), planned.config
     model_config: Any = planned.model.config
-    text = f"{device}, attention {model_config._attn_implementation}, layers {path}" + (f" ({why})" if why else "")
-    if device.type == "cuda" and path != "fused" and config.compile is None:
+    text = f"{device}, attention {model_config._attn_implementation}, layers {backend}"
+    if device.type == "cuda" and backend.kind != "fused" and config.compile is None:
         return warning(f"{text}: the fused kernels would be faster")
     return ok(text)
 

@@ -12,10 +12,11 @@ from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..data.streaming import ChatStream, documents_at_hand
 from ..errors import DataError
+from ..model.backend import Backend
 from ..model.estimate import MemoryPlan
 from ..model.load import model_device
 from ..training.plan import StepPlan
-from ..training.setup import checkpointing_mode, layer_path, plan_step_memory, resolve_plans
+from ..training.setup import checkpointing_mode, plan_step_memory, resolve_backend, resolve_plans
 from ..training.step import Precision, resolve_precision
 from .spans import TrainedSpans, trained_spans
 
@@ -51,15 +52,15 @@ class PlannedRun:
         return resolve_precision(self.config, self.model, model_device(self.model))
 
     @cached_property
-    def path(self) -> tuple[str, str]:
-        """Way the decoder layers are computed, and the reason for it."""
-        return layer_path(self.model, self.config, self.precision)
+    def backend(self) -> Backend:
+        """How the decoder layers are computed."""
+        return resolve_backend(self.model, self.config, self.precision)
 
     @cached_property
     def steps(self) -> StepPlan:
         """Order of documents, rows, batches and steps."""
         self._require_documents()
-        return resolve_plans(self.model, self.train_dataset, self.config, self.path[0])
+        return resolve_plans(self.model, self.train_dataset, self.config, self.backend)
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
@@ -78,16 +79,16 @@ class PlannedRun:
             raise DataError("the dataset is empty: it has no documents")
 
     @cached_property
-    def memory_path(self) -> str:
+    def memory_backend(self) -> Backend:
         """Way the layers will be computed on the card that memory is predicted for."""
         elsewhere = self.device_memory_gib is not None and model_device(self.model).type != "cuda"
         if elsewhere and self.config.compile is None and self.precision.name != "fp32":
-            return "fused"
-        return self.path[0]
+            return Backend("fused")
+        return self.backend
 
     def memory(self, base_precision: str | None = None) -> MemoryPlan:
         """Predict the peaks with the base as it is loaded, or in ``"fp8"`` or ``"nf4"``."""
-        run = (self.model, self.train_dataset, self.config, self.memory_path, self.precision)
+        run = (self.model, self.train_dataset, self.config, self.memory_backend, self.precision)
         plan = plan_step_memory(*run, base_precision)
         if self.device_memory_gib is not None:
             plan = dataclasses.replace(plan, available_gib=self.device_memory_gib)
@@ -96,7 +97,7 @@ class PlannedRun:
     @cached_property
     def checkpointing(self) -> str:
         """Activation checkpointing mode, with ``"auto"`` resolved."""
-        return checkpointing_mode(self.config, self.memory(), self.memory_path)
+        return checkpointing_mode(self.config, self.memory(), self.memory_backend)
 
     @cached_property
     def end_of_turn(self) -> str:

@@ -77,7 +77,7 @@ def check_memory(planned: PlannedRun) -> Verdict:
     plan, mode = planned.memory(), planned.checkpointing
     table = _memory_table(planned, plan)
     text = (
-        f"activation checkpointing {mode}, layers {planned.memory_path}: {_format_gib(plan.peak_gib[mode])} GiB "
+        f"activation checkpointing {mode}, layers {planned.memory_backend.kind}: {_format_gib(plan.peak_gib[mode])} GiB "
         f"predicted"
     )
     if plan.available_gib is None:

@@ -21,6 +21,7 @@ from ..data.batches import Row, collate
 from ..lora.inject import lora_layers
 from ..lora.layers import Embedding, MergedLinear
 from ..model.activations import activation_checkpointing
+from ..model.backend import PLAIN, use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from ..training.step import OptimizerStep, resolve_precision, training_mode
@@ -84,10 +85,10 @@ def run_trial(planned: PlannedRun) -> Trial:
     precision = resolve_precision(planned.config, model, model_device(model))  # with its own gradient scaler
     with _copied_adapters(model) as trained, training_mode(model), torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
-        fused = planned.path[0] == "fused"
-        step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm, fused=fused)
+        step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm)
+        backend = planned.backend if planned.backend.kind == "fused" else PLAIN  # compiling takes longer than two steps
         before = {name: part.detach().clone() for name, part, _ in _adapter_parts(model)}
-        with activation_checkpointing(model, planned.checkpointing):
+        with activation_checkpointing(model, planned.checkpointing), use_backend(model, backend):
             for _ in range(_MAX_ATTEMPTS):
                 started = time.perf_counter()
                 outcome = step([batch], _LEARNING_RATE)

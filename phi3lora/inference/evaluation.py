@@ -15,6 +15,7 @@ from ..data.batches import batches
 from ..data.dataset import IGNORE, ChatDataset
 from ..data.streaming import ChatStream
 from ..errors import DataError, Phi3LoRAError
+from ..model.backend import PLAIN, use_backend
 from ..model.forward import supervised_hidden_states
 from ..model.load import longrope_boundary
 from ..model.loss import token_losses
@@ -45,7 +46,7 @@ def evaluate(
         batch_size: rows at a time.
         max_length: tokens in a row; None: the dataset's.
         packing: several documents a row; the figures do not depend on it.
-        fused: let the fused passes compute the layers where they can; False: always transformers' own layers.
+        fused: let the fused kernels compute the layers where they can; False: always transformers' own layers.
         rouge: also let the model answer, greedily, and hold each answer against the chat's last trained turn
             (package ``rouge-score``, extra ``eval``; its words are ASCII letters and digits).
         tokenizer: the dataset's, for ``rouge``.
@@ -72,7 +73,7 @@ def evaluate(
     if rouge and tokenizer is None:
         raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
     loss_sum, correct, count = 0.0, 0, 0
-    with eval_mode(model):
+    with eval_mode(model), use_backend(model, None if fused else PLAIN) as backend:
         for batch in batches(
             dataset,
             batch_size=batch_size,
@@ -81,7 +82,7 @@ def evaluate(
             shuffle=False,
             boundary=longrope_boundary(model.config),
         ):
-            hidden, labels = supervised_hidden_states(model, batch, fused=fused)
+            hidden, labels = supervised_hidden_states(model, batch, backend)
             losses, right = token_losses(hidden, model.get_output_embeddings(), labels)  # type: ignore[operator]
             loss_sum += losses.double().sum().item()
             correct += int(right.sum())

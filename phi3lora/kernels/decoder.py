@@ -1,39 +1,50 @@
-"""The decoder of a Phi-3 on a GPU, in few passes: frozen products, attention, and three fused kernels a layer.
+"""The decoder of a Phi-3 on a GPU, with few passes over memory: frozen products, attention, and three kernels a layer.
 
-transformers' ``Phi3DecoderLayer`` says what is computed; this file computes the same with its modules' own parameters:
+transformers' ``Phi3DecoderLayer`` says what is computed; this file computes the same from its modules' parameters:
 
-    h, x, z = add_norm(h, down product of the layer before)          passes/norm.py
-    q, k, v = rotate(x W_qkv', z)                                    passes/rotary.py
-    y, z    = attend(q, k, v) W_o', ... A_o'                         attention.py, passes/product.py
-    h, x, z = add_norm(h, y, z)
-    x, z    = swiglu(x W_gate_up', z)                                passes/swiglu.py
-    y, z    = x W_down', z                                           added by the next layer's add_norm
+    h, x, z = add_norm(h, pending)                                   norm.py
+    q, k, v = rotate(x W_qkv', z)                                    rotary.py
+    y, z    = attend(q, k, v) W_o', ... A_o'                         model/attention.py, o_proj.py
+    h, x, z = add_norm(h, (y, z))
+    x, z    = swiglu(x W_gate_up', z)                                swiglu.py
+    pending = x W_down', z                                           what the next layer's add_norm adds to h
 
-Everything an adapter adds rides in those passes. What a layer keeps for the backward: h twice, q, k, v, attention's
+The kernels do all that an adapter adds on their way. For the backward a layer keeps h twice, q, k, v, attention's
 output, the gate/up product and the low-rank activations; with ``"selective"`` checkpointing not the product, with
 ``"full"`` only h, with ``"offload"`` h on the host.
 
-:func:`reason_not_to_fuse` says why a model must go through transformers' own layers instead.
+How it is plugged in. Inside :func:`fused_layers` each decoder layer's ``forward`` is :func:`_layer_forward`, and
+:func:`fused_decoder` calls the layers one after the other, so that whatever hangs on the call of a layer works: hooks,
+recomputation, FSDP2's gathering of parameters. Between two layers goes either
 
-Shapes: B rows, S tokens a row, N = B*S, D hidden size, H heads, n rotary components.
+    h (N, D), pending       the last product is still to be added to h: the next layer's first kernel does it
+    h (B, S, D)             as in transformers: where a hook sees it, or where the backward recomputes the layer
+
+:func:`unsupported_reason` says why a model must go through transformers' own layers instead.
+
+Shapes: B rows, S tokens a row, N = B*S, D hidden size, I intermediate size, H heads, n rotary components.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3Model, Phi3RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3Model, Phi3RMSNorm
 
 from ..lora.base_weight import base_linear, base_weight_of, compute_dtype, plain_classes
 from ..lora.layers import Linear, MergedLinear
-from ..model.activations import recompute_layer, recomputes_feed_forward
+from ..model.activations import recomputes_feed_forward, recomputes_layer
 from ..model.attention import NAME, packed_attention, packed_layout
 
 _LARGEST_R = 128  # beyond it no block of the kernels fits in shared memory everywhere
@@ -41,10 +52,195 @@ _NOTHING: Any = (None, None, None)  # y, z and adapter of a projection whose out
 _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
-def reason_not_to_fuse(model: nn.Module, training: bool | None = None) -> str | None:
-    """Why the passes cannot compute this model's layers as they are; None: they can.
+# --- Plugging in
 
-    ``training``: whether dropout will act; None: as the model's mode says.
+
+@contextmanager
+def fused_layers(model: nn.Module) -> Iterator[None]:
+    """Make the kernels each decoder layer's ``forward`` for the block; :func:`fused_decoder` needs it.
+
+    A forward of the model by any other way (``generate``, a call of your own) goes through transformers' code.
+    """
+    layers = list(model.get_decoder().layers)  # type: ignore[operator]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_layer_forward, layer)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
+def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the decoder's last hidden state, after its norm: (N, D).
+
+    Args:
+        model: a Phi-3 for which :func:`unsupported_reason` is None, inside :func:`fused_layers`.
+        batch: what ``phi3lora.batches`` yields, on the model's device.
+    """
+    from .adapter import compute_copies, make_adapter
+    from .norm import add, add_norm
+
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    dtype = compute_dtype(decoder.embed_tokens.weight, decoder.embed_tokens.weight)
+    h = decoder.embed_tokens(batch["input_ids"]).to(dtype)  # (B, S, D)
+    rows = h.shape[:2]
+    rope = decoder.rotary_emb(h, position_ids=batch["position_ids"])
+    cos, sin = (t.expand(rows[0], -1, -1).flatten(0, 1).to(dtype).contiguous() for t in rope)  # (N, n)
+    tokens = _Tokens(rows, cos, sin, packed_layout(model.config, batch))
+    projections = decoder_projections(decoder)
+    adapted = [p for p in projections if getattr(p, "r", 0)]
+    seeds = _dropout_seeds(projections)
+    copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
+    adapters = [make_adapter(p, copies, seed) for p, seed in zip(projections, seeds, strict=True)]
+    h, pending = h.flatten(0, 1), _NOTHING  # (N, D)
+    for i, layer in enumerate(decoder.layers):
+        inputs = (tokens, adapters[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)])
+        # nn.Module's own call: in older releases of transformers, GradientCheckpointingLayer's would recompute the
+        # hooks too, where newer ones and _layer_forward recompute the forward alone.
+        if recomputes_layer(layer) or _has_hooks(layer):
+            h = nn.Module.__call__(layer, add(h, pending).unflatten(0, rows), fused_inputs=inputs).flatten(0, 1)
+            pending = _NOTHING
+        else:
+            h, pending = nn.Module.__call__(layer, h, pending=pending, fused_inputs=inputs)
+    return add_norm(h, pending, decoder.norm.weight, decoder.norm.variance_epsilon, None)[1]
+
+
+def decoder_projections(decoder: Any) -> list[Any]:
+    """The four projections of each layer, in order."""
+    return [
+        projection
+        for layer in decoder.layers
+        for projection in (
+            layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
+        )
+    ]  # fmt: skip
+
+
+def _dropout_seeds(projections: Sequence[Any]) -> list[int]:
+    """Return a seed for each projection: its mask is made anew from it wherever it is needed.
+
+    torch's own generator draws them, and only where there is dropout: an evaluation must not move the training's masks.
+    """
+    if not any(getattr(p, "r", 0) and p.lora_dropout.p and p.lora_dropout.training for p in projections):
+        return [0] * len(projections)
+    return torch.randint(2**31 - 1, (len(projections),)).tolist()
+
+
+# --- One layer
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A micro-batch but for its hidden states."""
+
+    rows: tuple[int, int]
+    """B and S."""
+    cos: Tensor
+    """(N, n), of each token's position, in the compute dtype."""
+    sin: Tensor
+    layout: dict[str, Any]
+    """Where documents end, as :func:`packed_attention` takes it."""
+
+
+def _layer_forward(
+    layer: Any,
+    hidden_states: Tensor,
+    *args: Any,
+    pending: Any = None,
+    fused_inputs: tuple[_Tokens, Sequence[Any]] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A decoder layer's ``forward`` inside :func:`fused_layers`.
+
+    h (N, D), pending -> h (N, D), pending;  or, without pending, h (B, S, D) -> h (B, S, D).
+    """
+    if fused_inputs is None:  # not called by fused_decoder
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    if pending is not None:
+        h, x, z = _up_to_down_proj(layer, *fused_inputs, hidden_states, pending, False)
+        return h, (base_linear(x, base_weight_of(layer.mlp.down_proj)), z, fused_inputs[1][-1])
+    if not recomputes_layer(layer):
+        return _WholeLayer(layer, fused_inputs, recomputed=False)(hidden_states)
+    whole = _WholeLayer(layer, fused_inputs, recomputed=True)
+    return layer._gradient_checkpointing_func(whole, hidden_states, preserve_rng_state=False)  # the seeds are drawn
+
+
+class _WholeLayer:
+    """A layer from hidden states to hidden states, (B, S, D) both: what a hook sees and what is recomputed.
+
+    Where it is recomputed, the second call, in the backward, is made for the graph: nobody reads the layer's output any
+    more, so its last product, a seventh of the layer's work, and the sum after it are left out.
+    """
+
+    def __init__(self, layer: Any, fused_inputs: tuple[_Tokens, Sequence[Any]], recomputed: bool) -> None:
+        self.layer, self.fused_inputs, self.recomputed = layer, fused_inputs, recomputed
+        self.called = False
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        from .norm import add
+
+        h = hidden_states.flatten(0, 1)  # (N, D)
+        h, x, z = _up_to_down_proj(self.layer, *self.fused_inputs, h, _NOTHING, self.recomputed)
+        again, self.called = self.called, True
+        y = base_linear(x, base_weight_of(self.layer.mlp.down_proj), h.shape[1] if again else 0)
+        return add(h, (y, z, self.fused_inputs[1][-1]), needed=not again).view(hidden_states.shape)
+
+
+def _up_to_down_proj(
+    layer: Any, tokens: _Tokens, adapters: Sequence[Any], h: Tensor, pending: Any, recomputed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer but for its last product.
+
+    h (N, D) and what has still to be added to it -> h (N, D), the down projection's input x (N, I) and its low-rank
+    activations z (N, R).
+    """
+    from .norm import add_norm
+    from .o_proj import linear_and_lora_a
+    from .rotary import rotate
+    from .swiglu import swiglu
+
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, o, gate_up, down = adapters
+    norm = layer.input_layernorm
+    h, x, z = add_norm(h, pending, norm.weight, norm.variance_epsilon, qkv)
+    y = base_linear(x, base_weight_of(attention.qkv_proj))
+    config = attention.config
+    heads = rotate(y, z, qkv, tokens.cos, tokens.sin, config.num_attention_heads, config.num_key_value_heads)
+    q, k, v = (t.unflatten(0, tokens.rows).transpose(1, 2) for t in heads)  # (B, H, S, head_dim)
+    window = getattr(config, "sliding_window", None)
+    attended, _ = packed_attention(
+        attention, q, k, v, scaling=attention.scaling, sliding_window=window, **tokens.layout
+    )
+    y, z = linear_and_lora_a(attended.flatten(0, 1).flatten(1), base_weight_of(attention.o_proj), o)
+    norm = layer.post_attention_layernorm
+    h, x, z = add_norm(h, (y, z, o), norm.weight, norm.variance_epsilon, gate_up)
+
+    selective = torch.is_grad_enabled() and layer.training and recomputes_feed_forward(layer)
+
+    def feed_forward(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = base_linear(x, base_weight_of(mlp.gate_up_proj))
+        return swiglu(y, z, gate_up, down, y_is_free=recomputed or selective)
+
+    if selective:
+        x, z = checkpoint(feed_forward, x, z, use_reentrant=False, preserve_rng_state=False)
+    else:
+        x, z = feed_forward(x, z)
+    return h, x, z
+
+
+# --- Which models
+
+
+def unsupported_reason(model: nn.Module, training: bool | None = None) -> str | None:
+    """Return why the kernels cannot compute this model's layers as they are; None: they can.
+
+    Args:
+        model: a causal LM of transformers.
+        training: whether dropout will be on; None: as the modules' modes say.
     """
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     decoder: Any = model.get_decoder()  # type: ignore[operator]
@@ -65,41 +261,73 @@ def reason_not_to_fuse(model: nn.Module, training: bool | None = None) -> str | 
     attention_dropout = getattr(config, "attention_dropout", 0.0)
     if attention_dropout and (model.training if training is None else training):
         return f"attention_dropout={attention_dropout}"
-    return decoder_reason(decoder, training)
+    return decoder_unsupported_reason(decoder, training)
 
 
-def decoder_reason(decoder: Any, training: bool | None = None) -> str | None:
-    """The same of the modules: they must be transformers' own, frozen but for adapters, with nothing hooked in."""
-    if type(decoder) is not Phi3Model or type(decoder.norm) is not Phi3RMSNorm:
+def decoder_unsupported_reason(decoder: Any, training: bool | None = None) -> str | None:
+    """Return what in the modules is not as the kernels need it; None: nothing.
+
+    They must be transformers' own, frozen but for adapters, with no hook below the layers.
+    """
+    if not _runs_forward_of(Phi3Model, decoder) or not _runs_forward_of(Phi3RMSNorm, decoder.norm):
         return f"a {type(decoder).__name__} that is not transformers' Phi-3"
     if decoder.config.hidden_size < 32:
         return f"hidden_size={decoder.config.hidden_size} is under 32"
     if len(decoder.layers) != decoder.config.num_hidden_layers:
         return f"num_hidden_layers={decoder.config.num_hidden_layers} with {len(decoder.layers)} layers"
+    if _has_any_global_hook():
+        return "a hook on all modules"
     for module in (decoder, decoder.norm):
-        if _is_changed(module):
+        if _has_hooks(module) or "forward" in vars(module):
             return f"a hook on a {type(module).__name__}, or its forward was replaced"
     if torch.is_grad_enabled() and decoder.norm.weight.requires_grad:
         return "base weights that train"
     return next(filter(None, (_layer_reason(layer, training) for layer in decoder.layers)), None)
 
 
-def _is_changed(module: Any) -> bool:
-    """Whether calling the module would do something beside its class's forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+def _runs_forward_of(cls: type[nn.Module], module: Any) -> bool:
+    """Whether the module's class is ``cls`` or a subclass with the same forward, such as FSDP2's ``FSDPPhi3...``.
+
+    transformers wraps the forward of each subclass of a decoder layer once more, always in the same code.
+    """
+    kind = type(module)
+    if kind is cls:
+        return True
+    wrapper = cls.forward.__code__
+
+    def unwrapped(forward: Any) -> Any:
+        return inspect.unwrap(forward, stop=lambda f: getattr(f, "__code__", None) is not wrapper)
+
+    same_call = isinstance(module, cls) and kind.__call__ is cls.__call__
+    return same_call and unwrapped(kind.forward) is unwrapped(cls.forward)
+
+
+def _has_hooks(module: Any) -> bool:
+    """Whether something besides the forward runs when the module is called, or in its backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _layer_reason(layer: Any, training: bool | None) -> str | None:
-    """The same of one layer."""
-    norms = {type(getattr(layer, name, None)) for name in ("input_layernorm", "post_attention_layernorm")}
-    if type(layer) is not Phi3DecoderLayer or norms != {Phi3RMSNorm}:
+    """As :func:`decoder_unsupported_reason`, of one layer."""
+    parts = {
+        "input_layernorm": Phi3RMSNorm, "post_attention_layernorm": Phi3RMSNorm, "self_attn": Phi3Attention,
+        "mlp": Phi3MLP,
+    }  # fmt: skip
+    if not _runs_forward_of(Phi3DecoderLayer, layer) or not all(
+        _runs_forward_of(cls, getattr(layer, name, None)) for name, cls in parts.items()
+    ):
         return f"a {type(layer).__name__} that is not transformers' Phi-3 layer"
     if layer._compiled_call_impl is not None:
         return "compiled layers"
+    own = vars(layer).get("forward")
+    if own is not None and getattr(own, "func", None) is not _layer_forward:
+        return f"the forward of a {type(layer).__name__} was replaced"
     learning = torch.is_grad_enabled()
     for module in layer.modules():
-        if _is_changed(module) and not (module is layer.mlp and recomputes_feed_forward(layer)):
+        replaced = "forward" in vars(module) and not (module is layer.mlp and recomputes_feed_forward(layer))
+        if module is not layer and (replaced or _has_hooks(module)):
             return f"a hook on a {type(module).__name__}, or its forward was replaced"
         for name, parameter in module._parameters.items() if learning else ():
             if name not in ("lora_A", "lora_B") and parameter is not None and parameter.requires_grad:
@@ -132,111 +360,3 @@ def _layer_reason(layer: Any, training: bool | None) -> str | None:
         if isinstance(projection, MergedLinear) and list(projection.segments) != edges.get(path):
             return f"{path} has segments of its own"
     return None
-
-
-def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The decoder's last hidden state, after its norm: (N, D).
-
-    Args:
-        model: a Phi-3 for which :func:`reason_not_to_fuse` is None. What its layers recompute in the backward is for
-            their own switches to say (activations.py).
-        batch: what ``phi3lora.batches`` yields, on the model's device.
-    """
-    from .adapter import compute_copies, make_adapter
-    from .norm import add, add_norm
-
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
-    dtype = compute_dtype(decoder.embed_tokens.weight, decoder.embed_tokens.weight)
-    embedded = decoder.embed_tokens(batch["input_ids"]).to(dtype)  # (B, S, D)
-    rope = decoder.rotary_emb(embedded, position_ids=batch["position_ids"])
-    cos, sin = (t.expand(embedded.shape[0], -1, -1).flatten(0, 1).to(dtype).contiguous() for t in rope)  # (N, n)
-    h, before = embedded.flatten(0, 1), _NOTHING
-    layout = packed_layout(model.config, batch)
-    projections = [layer.get_submodule(path) for layer in decoder.layers for path in _PROJECTIONS]
-    adapted = [p for p in projections if getattr(p, "r", 0)]
-    seeds = _dropout_seeds(projections)
-    copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
-    adapters = [make_adapter(p, copies, seed) for p, seed in zip(projections, seeds, strict=True)]
-    for i, layer in enumerate(decoder.layers):
-        own = adapters[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)]
-        whole = torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing
-        run = partial(_layer, layer, own, embedded.shape[:2], layout, whole)
-        if whole:
-            h = recompute_layer(layer, _WholeLayer(layer, run, cos, sin), add(h, before))
-            before = _NOTHING
-        else:
-            h, x, z, down = run(h, before, cos, sin)
-            before = (base_linear(x, base_weight_of(layer.mlp.down_proj)), z, down)
-    return add_norm(h, before, decoder.norm.weight, decoder.norm.variance_epsilon, None)[1]
-
-
-def _dropout_seeds(projections: Sequence[Any]) -> list[int]:
-    """A seed for each projection: its mask is made anew from it wherever it is needed.
-
-    torch's own generator draws them, and only where a dropout acts: an evaluation must not move the training's masks.
-    """
-    if not any(getattr(p, "r", 0) and p.lora_dropout.p and p.lora_dropout.training for p in projections):
-        return [0] * len(projections)
-    return torch.randint(2**31 - 1, (len(projections),)).tolist()
-
-
-class _WholeLayer:
-    """A layer from residual stream to residual stream: what is recomputed in the backward.
-
-    The second call, there, is made for the graph: nobody reads the layer's output any more, so its last product, a
-    seventh of the layer's work, and the sum after it are left out.
-    """
-
-    def __init__(self, layer: Any, run: Any, cos: Tensor, sin: Tensor) -> None:
-        self.layer, self.run, self.cos, self.sin = layer, run, cos, sin
-        self.called = False
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """h (N, D) -> h (N, D) of the layer after it."""
-        from .norm import add
-
-        h, x, z, down = self.run(h, _NOTHING, self.cos, self.sin)
-        again, self.called = self.called, True
-        y = base_linear(x, base_weight_of(self.layer.mlp.down_proj), h.shape[1] if again else 0)
-        return add(h, (y, z, down), needed=not again)
-
-
-def _layer(
-    layer: Any, adapters: Sequence[Any], rows: tuple[int, int], layout: dict[str, Any], recomputed: bool, h: Tensor,
-    before: Any, cos: Tensor, sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None, Any]:  # fmt: skip
-    """One layer but for its last product.
-
-    h (N, D) and what its predecessor has still to add -> h, the down projection's input (N, I), its low-rank
-    activations and its adapter.
-    """
-    from .norm import add_norm
-    from .o_proj import product_and_projection
-    from .rotary import rotate
-    from .swiglu import swiglu
-
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv, o, gate_up, down = adapters
-    norm = layer.input_layernorm
-    h, x, z = add_norm(h, before, norm.weight, norm.variance_epsilon, qkv)
-    y = base_linear(x, base_weight_of(attention.qkv_proj))
-    config = attention.config
-    heads = rotate(y, z, qkv, cos, sin, config.num_attention_heads, config.num_key_value_heads)
-    q, k, v = (t.unflatten(0, rows).transpose(1, 2) for t in heads)  # (B, H, S, head_dim)
-    window = getattr(config, "sliding_window", None)
-    attended, _ = packed_attention(attention, q, k, v, scaling=attention.scaling, sliding_window=window, **layout)
-    y, z = product_and_projection(attended.flatten(0, 1).flatten(1), base_weight_of(attention.o_proj), o)
-    norm = layer.post_attention_layernorm
-    h, x, z = add_norm(h, (y, z, o), norm.weight, norm.variance_epsilon, gate_up)
-
-    selective = torch.is_grad_enabled() and layer.training and recomputes_feed_forward(layer)
-
-    def feed_forward(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y = base_linear(x, base_weight_of(mlp.gate_up_proj))
-        return swiglu(y, z, gate_up, down, y_is_free=recomputed or selective)
-
-    if selective:
-        x, z = checkpoint(feed_forward, x, z, use_reentrant=False, preserve_rng_state=False)
-    else:
-        x, z = feed_forward(x, z)
-    return h, x, z, down

@@ -1,4 +1,4 @@
-"""A frozen product whose input no pass of ours makes (attention's output): with it the adapter's first half.
+"""The frozen product of attention's output, which no kernel of ours makes, and the adapter's low-rank activations.
 
     y, z = x W', dropout(x) A'          dx = dy W + mask(dz A)
 
@@ -19,7 +19,7 @@ from .low_rank import add_back_projection_, column_sums, project
 from .reduce import Sums
 
 
-class _ProductAndProjection(torch.autograd.Function):
+class _LinearAndLoraA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, lora_A, frozen, adapter):  # type: ignore[override]
         ctx.save_for_backward(x)
@@ -37,8 +37,8 @@ class _ProductAndProjection(torch.autograd.Function):
         return dx, adapter.gradient_of_A(dA), None, None
 
 
-def product_and_projection(x: Tensor, frozen: BaseWeight, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
-    """``x W'`` (N, out) and, where there is an adapter, ``dropout(x) A'`` (N, k*R)."""
+def linear_and_lora_a(x: Tensor, frozen: BaseWeight, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``x W'`` (N, out) and, where there is an adapter, ``dropout(x) A'`` (N, k*R)."""
     if adapter is None:
         return base_linear(x, frozen), None
-    return _ProductAndProjection.apply(x, adapter.lora_A, frozen, adapter)
+    return _LinearAndLoraA.apply(x, adapter.lora_A, frozen, adapter)

@@ -140,17 +140,14 @@ def _given_back(kept: _HostInput | Tensor) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept.take()
 
 
+def recomputes_layer(layer: Any) -> bool:
+    """Whether a decoder layer called now is recomputed as a whole in the backward (``"full"``, ``"offload"``)."""
+    return bool(torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing)
+
+
 def recomputes_feed_forward(layer: Any) -> bool:
-    """Whether ``"selective"`` is on for a decoder layer."""
-    return getattr(vars(layer.mlp).get("forward"), "func", None) is checkpoint
-
-
-def recompute_layer(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, recomputed in the backward in the way that is switched on for a decoder layer.
-
-    ``function`` draws no random numbers.
-    """
-    recompute = layer._gradient_checkpointing_func
-    if isinstance(getattr(getattr(recompute, "func", None), "__self__", None), HostInputs):
-        return recompute(function, x, preserve_rng_state=False)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    """Whether ``"selective"`` is on for a decoder layer, around its feed-forward part's own forward."""
+    forward = vars(layer.mlp).get("forward")
+    if getattr(forward, "func", None) is not checkpoint:
+        return False
+    return getattr(forward.args[0], "__func__", None) is type(layer.mlp).forward  # type: ignore[union-attr]

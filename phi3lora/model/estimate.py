@@ -33,7 +33,7 @@ from .loss import CHUNK_TOKENS
 
 GIB = 2**30
 FACTORS = {"fused": 1.0, "compiled": 1.6, "plain": 2.0}
-"""What a layer keeps beside the fused passes' (training/setup.py says which path a run takes)."""
+"""How much more than the fused kernels a layer keeps, by the kind of a :class:`Backend`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class MemoryPlan:
 def plan_memory(
     model: nn.Module,
     tokens: int,
-    path: str = "fused",
+    kind: str = "fused",
     optimizer_bytes: float = 8.0,
     base_precision: str | None = None,
 ) -> MemoryPlan:
@@ -71,7 +71,7 @@ def plan_memory(
 
     Args:
         model: with its adapters, where it will train.
-        path: how the layers are computed, a key of :data:`FACTORS`.
+        kind: how the layers are computed, a key of :data:`FACTORS`.
         optimizer_bytes: of state, for each number that trains (AdamW in float32: 8).
         base_precision: ``"fp8"`` or ``"nf4"``: as if the model had been loaded so; None: as it is.
     """
@@ -110,7 +110,7 @@ def plan_memory(
     recomputed["offload"] = recomputed["full"]
     widest = {mode: max(gradients + extra, logits) for mode, extra in recomputed.items()}
     widest["offload"] += tokens * 3 * D * size  # an input going out, one coming back, one in use
-    factor = FACTORS[path]
+    factor = FACTORS[kind]
     peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
     return MemoryPlan(peak, _available_gib(model, weight.device))
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..kernels.decoder import fused_decoder, reason_not_to_fuse
+from ..kernels.decoder import fused_decoder
 from ..lora.base_weight import compute_dtype
 from .attention import packed_forward_kwargs, use_packed_attention
+from .backend import PLAIN, Backend, use_backend
 from .load import longrope_boundary
 from .loss import linear_cross_entropy
 
@@ -20,7 +21,7 @@ BATCH_KEYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen")
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = True) -> tuple[Tensor, int]:
-    """The loss that ``train`` uses: ``(sum, count)`` over the batch's supervised tokens.
+    """Return the loss that ``train`` uses: ``(sum, count)`` over the batch's supervised tokens.
 
     Divide the sum by the count (of all micro-batches and ranks of a step) before ``backward``::
 
@@ -31,7 +32,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = 
     Args:
         model: a ``Phi3ForCausalLM`` (any transformers causal LM with a decoder and an output head).
         batch: what :func:`phi3lora.batches` yields; it is moved to the model's device.
-        fused: let the fused passes compute the layers where they can; False: always transformers' own layers.
+        fused: let the fused kernels compute layers and loss where they can; False: transformers' own layers.
 
     Returns:
         The sum of cross-entropies, float32 () with gradient, and how many tokens it is over.
@@ -39,18 +40,21 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = 
     Raises:
         ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart.
     """
-    hidden, labels = supervised_hidden_states(model, batch, fused=fused)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return linear_cross_entropy(hidden, head, labels, fused=fused), labels.numel()
+    with use_backend(model, None if fused else PLAIN) as backend:
+        hidden, labels = supervised_hidden_states(model, batch, backend)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        return linear_cross_entropy(hidden, head, labels, fused=backend.kind == "fused"), labels.numel()
 
 
-def supervised_hidden_states(
-    model: nn.Module, batch: Mapping[str, Any], *, fused: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The decoder's output where a label follows: hidden (N, H), and those labels (N,).
+def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend: Backend) -> tuple[Tensor, Tensor]:
+    """Return the decoder's output where a label follows, (N, H), and those labels, (N,).
 
     Only these positions reach the output head. ``labels[t]`` is token t's own id, as transformers has it, so the
     position that predicts it is t - 1; the first token of each document carries -100.
+
+    Args:
+        model, batch: as in :func:`causal_lm_loss`.
+        backend: what :func:`use_backend` gave for the block that this is called in.
     """
     missing = [key for key in BATCH_KEYS if key not in batch]
     if missing or "attention_mask" in batch:
@@ -63,12 +67,12 @@ def supervised_hidden_states(
     positions, labels = _supervised(batch["labels"], batch["position_ids"])
     _refuse_mixed_regimes(model, batch, positions)
     batch = batch_to(batch, weight.device)
-    dtype = compute_dtype(weight, weight)
-    if fused and reason_not_to_fuse(model) is None:
+    if backend.kind == "fused":
         hidden = fused_decoder(model, batch)  # (B*S, H)
     else:
         decoder = model.get_decoder()  # type: ignore[operator]
-        output = decoder(input_ids=batch["input_ids"], **packed_forward_kwargs(model, batch, dtype))
+        kwargs = packed_forward_kwargs(model, batch, compute_dtype(weight, weight))
+        output = decoder(input_ids=batch["input_ids"], **kwargs)
         hidden = output.last_hidden_state.flatten(0, 1)
     device = weight.device
     return hidden.index_select(0, _moved(positions - 1, device)), _moved(labels, device)

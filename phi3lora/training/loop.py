@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..data.dataset import ChatDataset
 from ..data.streaming import ChatStream, documents_at_hand
 from ..lora.base_weight import base_format
 from ..model.activations import activation_checkpointing
+from ..model.backend import use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from .checkpoint import Resumable, find_checkpoint, load_checkpoint
@@ -33,8 +34,8 @@ from .setup import (
     check_run,
     claim_output_dir,
     explained,
-    layer_path,
     locked,
+    resolve_backend,
     resolve_checkpointing,
     resolve_plans,
 )
@@ -98,12 +99,12 @@ def train(
         stack.enter_context(explained(config, *run.checkpointing))
         stack.enter_context(training_mode(model))
         stack.enter_context(activation_checkpointing(model, run.checkpointing[0]))
-        stack.enter_context(_compiled_layers(model, run.path[0] == "compiled"))
+        stack.enter_context(use_backend(model, run.backend))
         run.report.banner(
-            banner_facts(model, run.steps, config, state, run.precision, eval_dataset, run.path, run.checkpointing)
+            banner_facts(model, run.steps, config, state, run.precision, eval_dataset, run.backend, run.checkpointing)
         )
         if run.report.warns:
-            known: dict[str, Any] = {"steps": run.steps, "path": run.path, "precision": run.precision}
+            known: dict[str, Any] = {"steps": run.steps, "backend": run.backend, "precision": run.precision}
             run.report.problems(problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, **known)))
         stack.enter_context(run.report)  # from here on there is a bar, which print would write into
         run.tell("on_train_begin")
@@ -150,8 +151,8 @@ def _prepare(
     torch.manual_seed(config.seed)
     precision = resolve_precision(config, model, device)
     optimizer = build_optimizer(model, config)
-    path = layer_path(model, config, precision)
-    steps = resolve_plans(model, train_dataset, config, path[0])
+    backend = resolve_backend(model, config, precision)
+    steps = resolve_plans(model, train_dataset, config, backend)
     base_dtype = f"{model.get_input_embeddings().weight.dtype} {base_format(model)}".rstrip()  # type: ignore[operator]
     resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), base_dtype, world.rank)
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
@@ -160,22 +161,9 @@ def _prepare(
     context = mean_context_tokens(documents_at_hand(train_dataset).lengths)
     return Run(
         interrupts=Interrupts(), model=model, config=config, steps=steps, precision=precision, state=state, world=world,
-        step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world, fused=path[0] == "fused"),
+        step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world),
         report=Reporter(config, state, world.is_main), resumable=resumable, eval_dataset=eval_dataset,
         tokenizer=tokenizer, callbacks=callbacks, flops_per_token=flops_per_token(model, context),
-        resumed_from=checkpoint, path=path,
-        checkpointing=resolve_checkpointing(model, train_dataset, config, path[0], precision),
+        resumed_from=checkpoint, backend=backend,
+        checkpointing=resolve_checkpointing(model, train_dataset, config, backend, precision),
     )  # fmt: skip
-
-
-@contextmanager
-def _compiled_layers(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Each decoder layer through ``torch.compile`` for the time of the block."""
-    layers = list(model.get_decoder().layers) if enabled else []  # type: ignore[operator]
-    for layer in layers:
-        layer.compile(dynamic=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._compiled_call_impl = None

@@ -18,6 +18,7 @@ from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..errors import CheckpointError, TrainingError
 from ..inference.evaluation import evaluate
+from ..model.backend import Backend
 from ..model.estimate import MemoryPlan, peak_flops
 from ..model.load import model_device
 from .checkpoint import Resumable, rotate, save_checkpoint
@@ -63,7 +64,7 @@ class Run:
     callbacks: Sequence[Any]
     flops_per_token: float
     resumed_from: Path | None
-    path: tuple[str, str]
+    backend: Backend
     checkpointing: tuple[str, MemoryPlan]
     late: LateValues[_Note] = field(default_factory=LateValues)
     last_eval: dict[str, float] = field(default_factory=dict)
@@ -179,8 +180,7 @@ class Run:
         config, state = self.config, self.state
         self.read_arrived(wait=True)
         with self.precision.autocast():
-            fused, size = self.path[0] == "fused", config.per_device_eval_batch_size
-            found = evaluate(self.model, self.eval_dataset, batch_size=size, fused=fused)
+            found = evaluate(self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size)
         self.last_eval = {f"eval_{name}": value for name, value in found.items()}
         self.evaluated_at = state.global_step
         self.report.line({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})

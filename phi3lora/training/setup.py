@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
@@ -22,10 +21,10 @@ from ..data.dataset import ChatDataset
 from ..data.streaming import ChatStream, documents_at_hand
 from ..errors import CheckpointError, DataError, TrainingError
 from ..inference.evaluation import METRICS
-from ..kernels.decoder import reason_not_to_fuse
 from ..lora.base_weight import base_format, count_parameters
 from ..lora.inject import lora_layers
 from ..model.attention import use_packed_attention
+from ..model.backend import Backend, choose_backend
 from ..model.estimate import MemoryPlan, plan_memory
 from ..model.load import longrope_boundary, longrope_note, model_device
 from .checkpoint import checkpoints
@@ -101,41 +100,26 @@ def check_documents(model: nn.Module, dataset: ChatDataset, name: str, row_lengt
         )
 
 
-def layer_path(model: nn.Module, config: TrainingConfig, precision: Precision) -> tuple[str, str]:
-    """How the decoder layers are computed, and why: ``"fused"``, ``"compiled"`` or ``"plain"``.
-
-    ``compile=None`` takes the fastest there is: the fused passes (model/fused_decoder.py), else ``torch.compile`` on a
-    GPU with packing, where shapes are fixed.
-    """
-    offloads = config.activation_checkpointing == "offload"  # which torch.compile cannot trace
-    if config.compile is not None:
-        if config.compile and offloads:
-            return "plain", "offload cannot be compiled"
-        return ("compiled" if config.compile else "plain"), f"compile={config.compile}"
-    use_packed_attention(model)
+def resolve_backend(model: nn.Module, config: TrainingConfig, precision: Precision) -> Backend:
+    """Choose how the decoder layers of a run are computed."""
     with precision.autocast():
-        reason = reason_not_to_fuse(model, training=True)
-    if reason is None:
-        return "fused", ""
-    device = model_device(model)
-    if device.type != "cuda" or not config.packing or offloads or importlib.util.find_spec("triton") is None:
-        return "plain", reason
-    return ("compiled" if torch.cuda.get_device_capability(device) >= (7, 0) else "plain"), reason
+        offload = config.activation_checkpointing == "offload"
+        return choose_backend(model, compile=config.compile, offload=offload, training=True)
 
 
 def resolve_checkpointing(
-    model: nn.Module, dataset: ChatDataset | ChatStream, config: TrainingConfig, path: str, precision: Precision
+    model: nn.Module, dataset: ChatDataset | ChatStream, config: TrainingConfig, backend: Backend, precision: Precision
 ) -> tuple[str, MemoryPlan]:
     """The activation checkpointing mode, ``"auto"`` resolved to the fastest that fits, and the prediction behind it."""
-    plan = plan_step_memory(model, dataset, config, path, precision)
-    return checkpointing_mode(config, plan, path), plan
+    plan = plan_step_memory(model, dataset, config, backend, precision)
+    return checkpointing_mode(config, plan, backend), plan
 
 
 def plan_step_memory(
     model: nn.Module,
     dataset: ChatDataset | ChatStream,
     config: TrainingConfig,
-    path: str,
+    backend: Backend,
     precision: Precision,
     base_precision: str | None = None,
 ) -> MemoryPlan:
@@ -146,21 +130,21 @@ def plan_step_memory(
         width = int(dataset.lengths.max(initial=0))
     tokens = config.per_device_train_batch_size * width
     with precision.autocast():
-        return plan_memory(model, tokens, path, optimizer_bytes(config.optim), base_precision)
+        return plan_memory(model, tokens, backend.kind, optimizer_bytes(config.optim), base_precision)
 
 
-def checkpointing_mode(config: TrainingConfig, plan: MemoryPlan, path: str) -> str:
+def checkpointing_mode(config: TrainingConfig, plan: MemoryPlan, backend: Backend) -> str:
     """The mode that is configured, ``"auto"`` resolved."""
     mode = str(config.activation_checkpointing)
     if mode == "auto":
         mode = plan.fastest_that_fits()
-        if mode == "offload" and path == "compiled":
+        if mode == "offload" and backend.kind == "compiled":
             mode = "full"
     return mode
 
 
 def resolve_plans(
-    model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, path: str
+    model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, backend: Backend
 ) -> StepPlan:
     """The order of documents, rows, batches and steps."""
     dataset = documents_at_hand(train_dataset)
@@ -171,7 +155,7 @@ def resolve_plans(
         packing=config.packing,
         seed=config.seed if config.data_seed is None else config.data_seed,
         boundary=longrope_boundary(model.config),
-        fixed_shape=config.packing and path == "compiled",
+        fixed_shape=config.packing and backend.kind == "compiled",
     )
     if not isinstance(train_dataset, ChatStream):
         return StepPlan(plan, config)
@@ -186,7 +170,7 @@ def banner_facts(
     state: TrainingState,
     precision: Precision,
     eval_dataset: ChatDataset | None,
-    path: tuple[str, str],
+    backend: Backend,
     checkpointing: tuple[str, MemoryPlan],
 ) -> dict[str, Any]:
     """Name -> value of everything that was resolved or inherited."""
@@ -202,7 +186,7 @@ def banner_facts(
         "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else ""),
         "device": f"{model_device(model)}, {precision.name}, attention {model_config._attn_implementation}, "  # type: ignore[union-attr]
-        f"layers {path[0]}" + (f" ({path[1]})" if path[1] else ""),
+        f"layers {backend}",
         "memory": f"activation checkpointing {checkpointing[0]}"
         + (f"; predicted peak by mode: {checkpointing[1]}" if checkpointing[1].available_gib is not None else ""),
         "train data": steps.stream or plan.dataset,

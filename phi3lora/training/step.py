@@ -56,10 +56,9 @@ class OptimizerStep:
         precision: Precision,
         max_grad_norm: float,
         world: World | None = None,
-        fused: bool = True,
     ) -> None:
         self.model, self.optimizer, self.precision = model, optimizer, precision
-        self.max_grad_norm, self.world, self.fused = max_grad_norm, world or World(), fused
+        self.max_grad_norm, self.world = max_grad_norm, world or World()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def __call__(self, micro_batches: Sequence[dict[str, Any]], learning_rate: float) -> StepOutcome:
@@ -71,7 +70,7 @@ class OptimizerStep:
         total = torch.zeros((), device=self.parameters[0].device)
         for batch in micro_batches:
             with self.precision.autocast():
-                loss_sum, _ = causal_lm_loss(self.model, batch, fused=self.fused)
+                loss_sum, _ = causal_lm_loss(self.model, batch)
             scaler.scale(loss_sum * (self.world.size / count)).backward()
             total += loss_sum.detach()
         scaler.unscale_(self.optimizer)

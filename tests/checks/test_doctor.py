@@ -362,13 +362,13 @@ def test_memory_is_held_against_the_card_that_is_asked_about(tmp_path):
         memory(0)
 
 
-def test_another_card_s_prediction_is_that_of_the_fused_passes(tmp_path):
+def test_another_card_s_prediction_is_that_of_the_fused_kernels(tmp_path):
     model = tiny_model().to(torch.bfloat16)
     p3.inject_lora(model)
     here, there = (
         PlannedRun(model, None, chat_dataset(), healthy_config(tmp_path), device_memory_gib=gib) for gib in (None, 80)
     )
-    assert (here.memory_path, there.memory_path) == ("plain", "fused")
+    assert (here.memory_backend.kind, there.memory_backend.kind) == ("plain", "fused")
     assert there.memory().peak_gib["none"] < here.memory().peak_gib["none"]
 
 

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from conftest import adapted_model, packed_batch, random_documents, randomize_adapters, require_four_bit, tiny_model
 from torch import nn
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import phi3lora as p3
-from phi3lora.kernels.decoder import decoder_reason, fused_decoder, reason_not_to_fuse
+from phi3lora.kernels.decoder import decoder_unsupported_reason, fused_decoder
 from phi3lora.lora.base_weight import Dense, quantize_base
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import NAME, packed_forward_kwargs, use_packed_attention
+from phi3lora.model.backend import PLAIN, Backend, choose_backend, use_backend
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -51,14 +53,23 @@ def adapted(r: int = 4, targets="all-linear", dropout: float = 0.0, **changes):
     return model.train()
 
 
+FUSED = Backend("fused")
+
+
+def fused_hidden(model) -> torch.Tensor:
+    with use_backend(model, FUSED):
+        return fused_decoder(model, BATCH)
+
+
+def plain_hidden(model) -> torch.Tensor:
+    kwargs = packed_forward_kwargs(model, BATCH, torch.float32)
+    return model.get_decoder()(input_ids=BATCH["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
+
+
 def hidden_and_gradients(model, fused: bool, mode: str = "none"):
     model.zero_grad()
     with activation_checkpointing(model, mode):
-        if fused:
-            hidden = fused_decoder(model, BATCH)
-        else:
-            kwargs = packed_forward_kwargs(model, BATCH, torch.float32)
-            hidden = model.get_decoder()(input_ids=BATCH["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
+        hidden = fused_hidden(model) if fused else plain_hidden(model)
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
         (hidden * weights).sum().backward()
     return hidden.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -113,7 +124,7 @@ def test_a_base_in_four_bits():
     p3.inject_lora(model, p3.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"]))
     randomize_adapters(model)
     use_packed_attention(model)
-    assert decoder_reason(model.train().model) is None  # adapted layers and plain ones in nf4
+    assert decoder_unsupported_reason(model.train().model) is None  # adapted layers and plain ones in nf4
     assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
 
 
@@ -122,12 +133,11 @@ def test_adapters_switched_off_are_left_out():
     from phi3lora.adapters.named import disabled
 
     with torch.no_grad(), disabled(model):
-        off = fused_decoder(model, BATCH)
+        off = fused_hidden(model)
     with torch.no_grad():
-        on = fused_decoder(model, BATCH)
-        kwargs = packed_forward_kwargs(model, BATCH, torch.float32)
+        on = fused_hidden(model)
         with disabled(model):
-            plain = model.get_decoder()(input_ids=BATCH["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
+            plain = plain_hidden(model)
     torch.testing.assert_close(off, plain, rtol=1e-4, atol=1e-4)
     assert (on - off).abs().max() > 1e-3
 
@@ -141,12 +151,97 @@ def test_recomputing_changes_the_gradients_by_rounding_alone(mode):
     assert_equal_to_rounding(hidden_and_gradients(model, True, mode), kept)
 
 
+class Wrapped(Phi3DecoderLayer):
+    """As FSDP2 wraps a layer: another class, the same forward, hooks around it."""
+
+
+class Changed(Phi3DecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs) + 1
+
+
+def test_a_hook_on_a_layer_sees_the_hidden_states_of_transformers_layer():
+    """Inputs, outputs and the gradients of both, in number, shape and value; with them training is as before."""
+    seen: dict[bool, list[torch.Tensor]] = {}
+    results = []
+    for fused in (True, False):
+        model, found = adapted(), seen.setdefault(fused, [])
+        first, second = model.model.layers
+        first.register_forward_hook(lambda _, args, out, found=found: found.extend([args[0], out]))
+        second.register_forward_pre_hook(lambda _, args, found=found: found.extend(args))
+        second.register_full_backward_hook(lambda _, d_in, d_out, found=found: found.extend([*d_in, *d_out]))
+        first.register_forward_hook(lambda _, args, out: out * 2)
+        assert decoder_unsupported_reason(model.model) is None
+        results.append(hidden_and_gradients(model, fused))
+    assert_equal_to_rounding(*results)
+    assert [t.shape for t in seen[True]] == [t.shape for t in seen[False]] == 5 * [torch.Size([2, 18, 64])]
+    for found, expected in zip(seen[True], seen[False], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "offload"])
+def test_a_hook_on_a_recomputed_layer_runs_once(mode):
+    model, calls = adapted(), []
+    expected = hidden_and_gradients(model, True)
+    model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    assert_equal_to_rounding(hidden_and_gradients(model, True, mode), expected)
+    assert len(calls) == 1
+
+
+def test_a_wrapper_s_subclass_is_computed_and_a_subclass_with_a_forward_of_its_own_is_not():
+    model = adapted()
+    expected = hidden_and_gradients(model, True)
+    for layer in model.model.layers:
+        layer.__class__ = Wrapped
+    assert decoder_unsupported_reason(model.model) is None
+    assert_equal_to_rounding(hidden_and_gradients(model, True, "full"), expected)
+    model.model.layers[1].__class__ = Changed
+    assert "a Changed that is not transformers' Phi-3 layer" in decoder_unsupported_reason(model.model)
+
+
+def test_the_layers_forward_is_replaced_inside_the_block_alone():
+    model = adapted()
+    first, second = model.model.layers
+    second.forward = own = second.forward
+    with torch.no_grad():
+        expected = plain_hidden(model)
+        with pytest.raises(KeyboardInterrupt), use_backend(model, FUSED):
+            assert "forward" in vars(first) and second.forward is not own
+            assert torch.equal(plain_hidden(model), expected)  # any other call is transformers' own
+            raise KeyboardInterrupt
+    assert "forward" not in vars(first) and second.forward is own
+
+
+def test_what_happens_to_the_model_inside_the_block_is_noticed(monkeypatch):
+    monkeypatch.setattr("phi3lora.model.backend.unsupported_reason", lambda m, _: decoder_unsupported_reason(m.model))
+    model = adapted()
+    with use_backend(model) as outer:
+        assert outer == FUSED
+        with use_backend(model) as inner:
+            assert inner == FUSED
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        with use_backend(model) as inner:
+            assert inner.kind == "plain" and "a hook on a Phi3MLP" in inner.reason
+        hook.remove()
+        model.model.layers[0].register_forward_hook(lambda *_: None)
+        with use_backend(model) as inner:
+            assert inner == FUSED
+        attention = model.model.layers[1].self_attn
+        attention.qkv_proj = p3.MergedLinear.adapt(
+            attention.qkv_proj.base_layer(), 4, segments=(64, 64), enable_lora=[True, True]
+        )
+        with use_backend(model) as inner:
+            assert "segments of its own" in inner.reason
+        with use_backend(model, PLAIN) as inner:
+            assert inner == PLAIN
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 def test_a_second_backward_through_a_kept_graph_gives_the_same_gradients(mode):
     model = adapted()
     model.zero_grad()
     with activation_checkpointing(model, mode):
-        loss = fused_decoder(model, BATCH).square().sum()
+        loss = fused_hidden(model).square().sum()
         loss.backward(retain_graph=True)
         once = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         loss.backward()
@@ -170,7 +265,7 @@ def test_dropout_has_one_mask_in_forward_and_backward():
 
     def loss() -> torch.Tensor:
         torch.manual_seed(9)
-        hidden = fused_decoder(model, BATCH)
+        hidden = fused_hidden(model)
         return (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).double().sum()
 
     model.zero_grad()
@@ -245,9 +340,9 @@ def test_a_row_of_logits_that_is_not_finite_has_a_loss_that_is_not():
 )
 def test_layers_that_are_not_quite_transformers_own_are_left_to_it(change, reason):
     decoder = adapted().model
-    assert decoder_reason(decoder) is None
+    assert decoder_unsupported_reason(decoder) is None
     change(decoder)
-    assert reason in (decoder_reason(decoder) or "")
+    assert reason in (decoder_unsupported_reason(decoder) or "")
 
 
 @pytest.mark.parametrize("hidden", [32, 48, 64, 192, 3072])
@@ -258,26 +353,26 @@ def test_no_loop_of_the_norm_s_backward_turns_only_once(hidden):
 
 
 def test_a_model_narrower_than_the_blocks_is_left_to_transformers_layers():
-    assert "hidden_size=16" in decoder_reason(
+    assert "hidden_size=16" in decoder_unsupported_reason(
         adapted(hidden_size=16, num_attention_heads=1, num_key_value_heads=1).model
     )
 
 
 def test_segments_and_ranks_the_kernels_do_not_know():
-    assert "r=129" in decoder_reason(adapted(r=129).model)
+    assert "r=129" in decoder_unsupported_reason(adapted(r=129).model)
     model = adapted()
     attention = model.model.layers[0].self_attn
     attention.qkv_proj = p3.MergedLinear.adapt(
         attention.qkv_proj.base_layer(), 4, segments=(64, 64), enable_lora=[True, True]
     )
-    assert "segments of its own" in decoder_reason(model.model)
+    assert "segments of its own" in decoder_unsupported_reason(model.model)
 
 
 def test_a_forward_without_dropout_draws_no_random_numbers():
     model = adapted(dropout=0.5).eval()
     state = torch.get_rng_state()
     with torch.no_grad():
-        fused_decoder(model, BATCH)
+        fused_hidden(model)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -290,4 +385,4 @@ def test_a_label_outside_the_vocabulary_has_no_loss():
 def test_on_a_cpu_transformers_layers_are_used():
     model = adapted_model()
     model.set_attn_implementation(NAME)
-    assert reason_not_to_fuse(model) == "not on a CUDA device"
+    assert choose_backend(model) == Backend("plain", "not on a CUDA device")

@@ -8,11 +8,11 @@ from conftest import packed_batch, random_documents, randomize_adapters, tiny_mo
 from torch.nn.functional import cosine_similarity
 
 import phi3lora as p3
-from phi3lora.kernels.decoder import reason_not_to_fuse
 from phi3lora.lora.base_weight import Fp8Linear, quantize_base
 from phi3lora.lora.inject import remove_lora
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import packed_forward_kwargs, use_packed_attention
+from phi3lora.model.backend import choose_backend
 from phi3lora.model.forward import batch_to
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -53,7 +53,7 @@ def test_the_fast_paths_have_the_plain_paths_loss_and_gradients(path, layout, kv
     if path == "compiled":
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    assert (reason_not_to_fuse(model) is None) == (path == "fused")
+    assert (choose_backend(model).kind == "fused") == (path == "fused")
     assert_close(loss_and_gradients(model, batch), plain)
 
 
@@ -82,7 +82,7 @@ def test_models_that_are_one_block_wide(hidden, r):
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_attention_heads": 2}
     batch, model = packed_batch(LAYOUTS["chats"], 128), adapted(2, sizes, r=r)
     fused, plain = loss_and_gradients(model, batch), loss_and_gradients(model, batch, fused=False)
-    assert reason_not_to_fuse(model) is None
+    assert choose_backend(model).kind == "fused"
     assert_close(fused, plain, cosine=0.998)
     assert_close(loss_and_gradients(model, batch), fused, cosine=0.99999)
 

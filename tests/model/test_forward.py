@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import phi3lora as p3
 from phi3lora.errors import ModelError
 from phi3lora.model.attention import register
+from phi3lora.model.backend import PLAIN
 from phi3lora.model.forward import BATCH_KEYS, supervised_hidden_states
 
 DOCUMENTS = random_documents(9, 5, 1, 7, 12)
@@ -100,7 +101,7 @@ def test_a_label_on_a_documents_first_token_is_not_trained():
 def test_only_supervised_positions_come_out_each_with_the_token_that_follows():
     model, batch = lively_model(), packed_batch([DOCUMENTS[:2]], 16)
     batch["labels"][0, 3:6] = -100
-    hidden, labels = supervised_hidden_states(model, batch)
+    hidden, labels = supervised_hidden_states(model, batch, PLAIN)
     want_positions = [0, 1, 5, 6, 7, 9, 10, 11, 12]  # labels at 1, 2, 6, 7, 8 of the first, 1..4 of the second
     assert labels.tolist() == [(DOCUMENTS[0] + DOCUMENTS[1])[p + 1] for p in want_positions]
     alone = [model.model(torch.tensor([ids])).last_hidden_state[0] for ids in DOCUMENTS[:2]]

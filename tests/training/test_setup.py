@@ -7,11 +7,12 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
 
 import phi3lora as p3
+from phi3lora.model.backend import PLAIN, Backend
 from phi3lora.training.setup import (
     banner_facts,
     check_run,
     claim_output_dir,
-    layer_path,
+    resolve_backend,
     resolve_checkpointing,
     resolve_plans,
 )
@@ -149,7 +150,7 @@ def test_the_memory_plan_counts_the_state_of_the_optimizer_at_hand():
 
     def planned_bytes(optim):
         config = quiet_config("there", optim=optim)
-        _, plan = resolve_checkpointing(model, chat_dataset(), config, "plain", precision)
+        _, plan = resolve_checkpointing(model, chat_dataset(), config, PLAIN, precision)
         return plan.peak_gib["full"] * 2**30
 
     for optim, each in {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2 + 8 / 256}.items():
@@ -159,11 +160,11 @@ def test_the_memory_plan_counts_the_state_of_the_optimizer_at_hand():
 def facts(**settings):
     model, dataset, config = adapted_model(), chat_dataset(), quiet_config("there", **settings)
     precision = p3.training.step.resolve_precision(config, model, torch.device("cpu"))
-    path = layer_path(model, config, precision)
-    steps = resolve_plans(model, dataset, config, path[0])
-    memory = resolve_checkpointing(model, dataset, config, path[0], precision)
+    backend = resolve_backend(model, config, precision)
+    steps = resolve_plans(model, dataset, config, backend)
+    memory = resolve_checkpointing(model, dataset, config, backend, precision)
     state = TrainingState(total_steps=steps.total, global_step=3)
-    told = banner_facts(model, steps, config, state, precision, None, path, memory)
+    told = banner_facts(model, steps, config, state, precision, None, backend, memory)
     return {name: str(value) for name, value in told.items()}
 
 
@@ -188,7 +189,7 @@ def test_the_banner_says_what_was_resolved():
 
 
 @pytest.mark.parametrize(
-    ("settings", "path"),
+    ("settings", "backend"),
     [
         ({}, ("plain", "not on a CUDA device")),
         ({"compile": True}, ("compiled", "compile=True")),
@@ -196,10 +197,10 @@ def test_the_banner_says_what_was_resolved():
         ({"compile": True, "activation_checkpointing": "offload"}, ("plain", "offload cannot be compiled")),
     ],
 )
-def test_how_the_layers_are_computed_and_why(settings, path):
+def test_how_the_layers_are_computed_and_why(settings, backend):
     model, config = adapted_model(), quiet_config("unused", **settings)
     precision = p3.training.step.resolve_precision(config, model, torch.device("cpu"))
-    assert layer_path(model, config, precision) == path
+    assert resolve_backend(model, config, precision) == Backend(*backend)
 
 
 def test_the_banner_lists_the_names_without_effect():
@@ -210,9 +211,7 @@ def test_the_banner_lists_the_names_without_effect():
 
 def test_the_order_of_documents_follows_data_seed_and_without_it_the_seed():
     def order(**seeds):
-        return resolve_plans(adapted_model(), chat_dataset(), quiet_config("unused", **seeds), "plain").steps_of_epoch(
-            0
-        )
+        return resolve_plans(adapted_model(), chat_dataset(), quiet_config("unused", **seeds), PLAIN).steps_of_epoch(0)
 
     assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7)
     assert order(seed=7, data_seed=1) != order(seed=7)

@@ -12,6 +12,7 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config, same_tensors
 
 import phi3lora as p3
+from phi3lora.model.backend import PLAIN
 from phi3lora.training.setup import plan_step_memory
 from phi3lora.training.state import Callback
 from phi3lora.training.step import resolve_precision
@@ -137,7 +138,7 @@ def test_a_run_that_is_done_waits_for_no_further_window(tmp_path):
 def test_memory_is_planned_for_the_longest_document_there_may_be():
     model, config = adapted_model(), quiet_config("unused", packing=False, max_steps=1)
     precision = resolve_precision(config, model, torch.device("cpu"))
-    plans = [plan_step_memory(model, data, config, "plain", precision) for data in (stream(), stream().first)]
+    plans = [plan_step_memory(model, data, config, PLAIN, precision) for data in (stream(), stream().first)]
     assert plans[0].peak_gib["none"] > plans[1].peak_gib["none"]
 
 

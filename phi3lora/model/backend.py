@@ -1,0 +1,151 @@
+"""Which code computes the decoder layers: chosen once, installed for a block.
+
+    fused       each layer's ``forward`` is replaced by the fused Triton kernels (kernels/decoder.py)
+    compiled    transformers' layers, each through ``torch.compile``
+    plain       transformers' layers as they are
+
+``train`` chooses before its first step and installs the choice for the whole run. ``causal_lm_loss`` and ``evaluate``
+use what is installed; in a loop of your own, where nothing is, they choose and install for each call, so they notice
+whatever has happened to the model in between. Inside a block of fused layers a change is noticed too where it matters:
+when another adapter was set or a hook was registered, the choice between fused and plain is made again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..kernels.decoder import decoder_projections, fused_layers, unsupported_reason
+from .attention import use_packed_attention
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How the decoder layers are computed."""
+
+    kind: Literal["fused", "compiled", "plain"]
+    """Fused kernels, compiled layers or transformers' plain layers."""
+    reason: str = ""
+    """Why not a faster one; empty for ``"fused"``."""
+
+    def __str__(self) -> str:
+        """``plain (not on a CUDA device)``"""
+        return self.kind + (f" ({self.reason})" if self.reason else "")
+
+
+PLAIN = Backend("plain", "fused=False")
+"""What ``fused=False`` means."""
+
+
+def choose_backend(
+    model: nn.Module, *, compile: bool | None = None, offload: bool = False, training: bool | None = None
+) -> Backend:
+    """Choose how the layers of ``model`` are computed, as it is now and under the autocast that is on.
+
+    transformers' default attention (sdpa) is replaced by the packed one first, as every packed forward does.
+
+    Args:
+        model: a causal LM of transformers.
+        compile: True: compiled layers. False: plain ones. None: the kernels where they can run, else plain layers.
+        offload: whether inputs of recomputed layers go to the host, which ``torch.compile`` cannot trace.
+        training: whether dropout will be on; None: as the modules' modes say.
+    """
+    use_packed_attention(model)
+    if compile and offload:
+        return Backend("plain", "offload cannot be compiled")
+    if compile is not None:
+        return Backend("compiled" if compile else "plain", f"compile={compile}")
+    reason = unsupported_reason(model, training)
+    if reason is None:
+        return Backend("fused")
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    if not offload and reason != "compiled layers" and _compiles_on(device):
+        reason += "; compile=True is faster than plain"
+    return Backend("plain", reason)
+
+
+def _compiles_on(device: torch.device) -> bool:
+    """Whether ``torch.compile`` makes kernels for this device."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+@dataclass
+class _Installed:
+    """A backend in use, with the marks by which a change of the model is noticed."""
+
+    backend: Backend
+    marks: tuple[Any, ...]
+
+
+_INSTALLED: WeakKeyDictionary[nn.Module, _Installed] = WeakKeyDictionary()  # by decoder
+
+
+@contextmanager
+def use_backend(model: nn.Module, backend: Backend | None = None) -> Iterator[Backend]:
+    """Compute the layers of ``model`` with a backend for the block; they are left as they were.
+
+    Args:
+        model: a causal LM of transformers.
+        backend: what :func:`choose_backend` returned; None: the one that is installed, or where there is none a new
+            choice.
+
+    Yields:
+        The backend that computes the layers.
+    """
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    outer = _INSTALLED.get(decoder)
+    if backend is None and outer is not None:
+        yield _current(model, decoder, outer)
+        return
+    backend = backend or choose_backend(model)
+    _INSTALLED[decoder] = _Installed(backend, _marks(decoder) if backend.kind == "fused" else ())
+    try:
+        if backend.kind == "fused":
+            with fused_layers(model):
+                yield backend
+        elif backend.kind == "compiled":
+            with _compiled_layers(decoder):
+                yield backend
+        else:
+            yield backend
+    finally:
+        if outer is None:
+            del _INSTALLED[decoder]
+        else:
+            _INSTALLED[decoder] = outer
+
+
+def _current(model: nn.Module, decoder: Any, installed: _Installed) -> Backend:
+    """The installed backend; in a block of fused layers plain ones where the model has changed and needs them."""
+    if installed.marks:
+        marks = _marks(decoder)
+        if marks != installed.marks:
+            installed.backend, installed.marks = choose_backend(model), marks
+    return installed.backend
+
+
+def _marks(decoder: Any) -> tuple[Any, ...]:
+    """What differs after a hook was registered anywhere or another adapter was set: microseconds, each micro-batch."""
+    return RemovableHandle.next_id, decoder_projections(decoder)
+
+
+@contextmanager
+def _compiled_layers(decoder: Any) -> Iterator[None]:
+    """Each decoder layer through ``torch.compile`` for the block."""
+    for layer in decoder.layers:
+        layer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in decoder.layers:
+            layer._compiled_call_impl = None
