@@ -31,6 +31,7 @@ import phi3lora as p3
 from phi3lora.kernels.decoder import fused_decoder
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import use_packed_attention
+from phi3lora.model.backend import Backend, use_backend
 
 SHAPES: dict[str, dict[str, Any]] = {
     "phi-3-mini": {
@@ -117,7 +118,7 @@ def record_steps(shape: str, r: int) -> dict[tuple[Any, ...], Launch]:
                 p3.inject_lora(model, p3.LoraConfig(r=r, lora_dropout=dropout, target_modules=targets))
                 use_packed_attention(model)
                 for mode in ("none", "full"):
-                    with activation_checkpointing(model.train(), mode):
+                    with activation_checkpointing(model.train(), mode), use_backend(model, Backend("fused")):
                         fused_decoder(model, batch).float().sum().backward()
     return found
 

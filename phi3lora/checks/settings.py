@@ -77,8 +77,8 @@ def check_memory(planned: PlannedRun) -> Verdict:
     plan, mode = planned.memory(), planned.checkpointing
     table = _memory_table(planned, plan)
     text = (
-        f"activation checkpointing {mode}, layers {planned.memory_backend.kind}: {_format_gib(plan.peak_gib[mode])} GiB "
-        f"predicted"
+        f"activation checkpointing {mode}, layers {planned.memory_backend.kind}: "
+        f"{_format_gib(plan.peak_gib[mode])} GiB predicted"
     )
     if plan.available_gib is None:
         return ok(f"{text}; no GPU here to compare with (set device_memory_gib to ask about one)", table)
