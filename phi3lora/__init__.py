@@ -16,7 +16,8 @@ from .adapters.adapter_file import load_adapter, save_adapter
 from .adapters.hub import push_to_hub, write_model_card
 from .adapters.merge import MergeReport, merged, save_merged
 from .adapters.named import delete_adapter, disabled, list_adapters, set_adapter
-from .adapters.peft_export import PeftExport, export_peft, import_peft
+from .adapters.peft_export import PeftExport, export_peft
+from .adapters.peft_import import import_peft
 from .checks.doctor import doctor
 from .checks.report import DoctorReport, Finding
 from .config import LoraConfig, TrainingConfig

@@ -1,17 +1,36 @@
-"""PEFT's ``adapter_config.json``: written, and read with everything refused that would change the arithmetic.
+"""PEFT's format: ``adapter_config.json``, and one pair of tensors (A, B) per module.
 
-A module's rank and alpha are the first entry of ``rank_pattern`` and ``alpha_pattern`` whose key, a regular expression,
-matches the end of its path, else ``r`` and ``lora_alpha``; its scaling is ``alpha / r``, or ``alpha / sqrt(r)`` with
-``use_rslora``, so rank-stabilised scaling goes by each module's own rank.
+The config. A module's rank and alpha are the first entry of ``rank_pattern`` and ``alpha_pattern`` whose key, a regular
+expression, matches the end of its path, else ``r`` and ``lora_alpha``. Its scaling is ``alpha / r``, or ``alpha /
+sqrt(r)`` with ``use_rslora``, where r is the module's own rank.
 https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py (``_create_and_replace``)
+
+The tensors. A module computes y += scaling * B (A x). loralib's layers hold the same numbers in another arrangement;
+the conversion only moves them, so it is exact in both directions:
+
+    Linear        A (r, in)     B (out, r)      the same
+    Embedding     A (r, num)    B (dim, r)      the same, under the names lora_embedding_A and lora_embedding_B
+    MergedLinear  A' (k r, in) = lora_A         B' (out, k r): lora_B's segments on the diagonal, zeros elsewhere
+
+                  segments 2 | 1 | 1, enable_lora (True, False, True), r 1
+                      lora_B  [1]      B'  [1 0]
+                              [2]          [2 0]
+                              [3]          [0 0]    the segment without an adapter
+                                           [0 3]
+
+    Conv2d        loralib's delta is B A of shape (out*n, in*n), viewed as (out, in, n, n) for an n x n kernel. As a
+                  matrix (out, in*n*n) it is B' A': A' has n copies of lora_A on its diagonal, B' is lora_B viewed as
+                  (out, n*r*n)
+
+``settings`` are those of one layer in ``adapter_file.adapter_metadata``: its class, ``r``, segments and so on.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +39,20 @@ from torch import Tensor
 
 from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
 from ..config import LoraConfig
-from ..errors import AdapterError, equals, is_int, is_number, short_repr
+from ..errors import is_int, is_number, short_repr
 from ..files import read_json
 
 CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Start of every tensor's name."""
 
-# Whatever they say, the tensors' names decide.
-_NAMES_DECIDE = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
-_READ = {"alpha_pattern", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "task_type", "use_rslora"}
+Settings = Mapping[str, Any]
+
+_READ = {
+    "alpha_pattern", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "task_type", "use_rslora",
+    "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules",  # the tensors' names replace these
+}  # fmt: skip
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     **UNSUPPORTED,
     "bias": ("none", None),
@@ -47,274 +72,176 @@ _WHY = {
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of ``adapter_config.json`` the import needs."""
+    """The fields of ``adapter_config.json`` that determine what an adapter computes."""
 
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    lora_dropout: float
-    task_type: str | None
+    common: LoraConfig
+    """Settings of every module that no pattern matches; its target modules are not those of the folder."""
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
-        """Of the module at ``path`` (as PEFT names it, without prefix)."""
-        return _first(self.rank_pattern, path, self.r), _first(self.alpha_pattern, path, self.lora_alpha)
+        """Return the rank and alpha of the module at ``path`` (without prefix), as PEFT's ``get_pattern_key`` does."""
+
+        def first(pattern: Mapping[str, Any], default: Any) -> Any:
+            return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+        return first(self.rank_pattern, self.common.r), first(self.alpha_pattern, self.common.lora_alpha)
 
     def scaling(self, path: str) -> float:
-        """What PEFT multiplies this module's adapter by."""
+        """Return the factor by which PEFT multiplies the adapter of the module at ``path``."""
         rank, alpha = self.rank_and_alpha(path)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return alpha / (math.sqrt(rank) if self.common.use_rslora else rank)
 
-    def lora_config(self, target_modules: list[str]) -> LoraConfig:
-        """The settings that all layers share, as a config of ours."""
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            target_modules=target_modules,
-            task_type=self.task_type,
-        )
-
-
-def _first(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's ``get_pattern_key``."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    def lora_config(self, paths: Iterable[str]) -> LoraConfig:
+        """Return the common settings as a config of ours, with the last parts of ``paths`` as target modules."""
+        return replace(self.common, target_modules=sorted({path.rpartition(".")[2] for path in paths}))
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """``adapter_config.json`` of a folder.
+    """Read ``adapter_config.json``.
 
     Raises:
-        AdapterError: no such file, not JSON, another method than LoRA, or a setting that cannot be represented here.
+        ValueError: no such file, not JSON, another method than LoRA, or a setting that has no counterpart here.
     """
-    path = folder / CONFIG_NAME
     try:
-        found = read_json(path)
+        found = read_json(folder / CONFIG_NAME)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{str(path)!r} is not a readable PEFT config: {error}") from error
+        raise ValueError(f"{CONFIG_NAME} is not a readable PEFT config: {error}") from error
     if not isinstance(found, dict):
-        raise AdapterError(f"{str(path)!r} holds a {type(found).__name__}; allowed: a JSON object")
+        raise ValueError(f"{CONFIG_NAME} holds a {type(found).__name__}; allowed: a JSON object")
     if found.get("peft_type") != "LORA":
-        raise AdapterError(f"{str(path)!r}: peft_type={short_repr(found.get('peft_type'))}; allowed: 'LORA'")
+        raise ValueError(f"{CONFIG_NAME}: peft_type={short_repr(found.get('peft_type'))}; allowed: 'LORA'")
     for name, value in found.items():
-        _refuse_unless_neutral(path, name, value)
-    config = PeftConfig(
+        _check_setting(name, value)
+    _check_pattern(found, "rank_pattern", "whole numbers >= 1", lambda rank: is_int(rank, 1))
+    _check_pattern(found, "alpha_pattern", "numbers > 0", lambda alpha: is_number(alpha) and alpha > 0)
+    common = LoraConfig(
         r=found.get("r", 8),
         lora_alpha=found.get("lora_alpha", 8),
         use_rslora=found.get("use_rslora") or False,
         lora_dropout=found.get("lora_dropout") or 0.0,
         task_type=found.get("task_type"),
-        rank_pattern=found.get("rank_pattern") or {},
-        alpha_pattern=found.get("alpha_pattern") or {},
+        target_modules=["any"],
     )
-    _check_patterns(path, config)
-    config.lora_config(["any"])  # the other values' ranges
-    return config
+    return PeftConfig(common, found.get("rank_pattern") or {}, found.get("alpha_pattern") or {})
 
 
-def _refuse_unless_neutral(path: Path, name: str, value: Any) -> None:
-    if name in _READ or name in _NAMES_DECIDE:
-        return
-    if name in _ALLOWED:
-        if not any(equals(value, allowed) and type(value) is type(allowed) for allowed in _ALLOWED[name]):
+def _check_setting(name: str, value: Any) -> None:
+    """Raise ValueError for a setting that would change what the adapter computes and has no counterpart here."""
+    if name in _ALLOWED and name not in _READ:
+        if not any(value == allowed and type(value) is type(allowed) for allowed in _ALLOWED[name]):
             why = f" ({_WHY[name]})" if name in _WHY else ""
             allowed = ", ".join(map(repr, _ALLOWED[name]))
-            raise AdapterError(f"{str(path)!r}: {name}={short_repr(value)} cannot be imported{why}; allowed: {allowed}")
-    elif name not in IGNORED_LORA_ARGUMENTS and value:
-        raise AdapterError(
-            f"{str(path)!r}: unknown setting {short_repr(name)[1:-1]}={short_repr(value)}; take it out of the file if it does "
-            f"not change what the adapter computes"
+            raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(value)} cannot be imported{why}; allowed: {allowed}")
+    elif name not in _READ and name not in IGNORED_LORA_ARGUMENTS and value:
+        raise ValueError(
+            f"{CONFIG_NAME}: unknown setting {short_repr(name)[1:-1]}={short_repr(value)}; take it out of the file if "
+            f"it does not change what the adapter computes"
         )
 
 
-def _check_patterns(path: Path, config: PeftConfig) -> None:
-    for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        whole = name == "rank_pattern"
-        allowed = "a dict of regular expressions to " + ("whole numbers >= 1" if whole else "numbers > 0")
-        if not isinstance(pattern, dict):
-            raise AdapterError(f"{str(path)!r}: {name}={short_repr(pattern)}; allowed: {allowed}")
-        for key, value in pattern.items():
-            allows = is_int(value, 1) if whole else is_number(value) and value > 0
-            try:
-                re.compile(rf"(.*\.)?({key})$")
-            except re.error as error:
-                raise AdapterError(f"{str(path)!r}: {name}: {key!r} is no regular expression ({error})") from error
-            if not allows:
-                raise AdapterError(f"{str(path)!r}: {name}: {key!r}: {short_repr(value)}; allowed: {allowed}")
-
-
-def config_dict(
-    *,
-    r: int,
-    lora_alpha: float,
-    target_modules: list[str],
-    base_model: str | None,
-    task_type: str | None,
-    lora_dropout: float,
-    rank_pattern: Mapping[str, int],
-    alpha_pattern: Mapping[str, float],
-) -> dict[str, Any]:
-    """The contents of ``adapter_config.json``: what PEFT, transformers, vLLM and llama.cpp read, and no more."""
-    return {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": _whole(lora_alpha),
-        "lora_dropout": lora_dropout,
-        "use_rslora": False,
-        "target_modules": target_modules,
-        "rank_pattern": dict(rank_pattern),
-        "alpha_pattern": {key: _whole(alpha) for key, alpha in alpha_pattern.items()},
-        "bias": "none",
-        "modules_to_save": None,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_dora": False,
-        "auto_mapping": None,
-        "revision": None,
-    }
-
-
-def _whole(number: float) -> float:
-    """32.0 as 32: some readers declare alpha an int."""
-    return int(number) if float(number).is_integer() else number
-
-
-# ----------------------------------------------------------------------------------------------------
-# One layer's adapter as loralib's classes hold it and as PEFT does: the same numbers, only moved. Exact both ways.
-#
-# PEFT knows one pair a module, and so does what reads its files: y += scaling * B (A x).
-#
-#     Linear        A (r, in)     B (out, r)      the same
-#     Embedding     A (r, num)    B (dim, r)      the same, under the names lora_embedding_A and lora_embedding_B
-#     MergedLinear  A' (k r, in) = lora_A         B' (out, k r): lora_B's segments on the diagonal, zeros elsewhere
-#
-#                   segments 2 | 1 | 1, enable_lora (True, False, True), r 1
-#                       lora_B  [1]      B'  [1 0]
-#                               [2]          [2 0]
-#                               [3]          [0 0]    the segment that is off
-#                                            [0 3]
-#     Conv2d        loralib's delta is B A of shape (out*n, in*n), read as (out, in, n, n) for a kernel of n x n. As a
-#                   matrix (out, in*n*n) it is B' A': n copies of lora_A on the diagonal,
-#                   and lora_B read as (out, n*r*n)
-#
-# ``facts`` are a layer's settings as ``adapter_file.adapter_metadata`` gives them; the class and ``r`` are in it.
-
-Facts = Mapping[str, Any]
+def _check_pattern(found: dict[str, Any], name: str, values: str, is_allowed: Any) -> None:
+    pattern, allowed = found.get(name) or {}, f"allowed: a dict of regular expressions to {values}"
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(pattern)}; {allowed}")
+    for key, value in pattern.items():
+        try:
+            re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            raise ValueError(f"{CONFIG_NAME}: {name}: {key!r} is no regular expression ({error})") from error
+        if not is_allowed(value):
+            raise ValueError(f"{CONFIG_NAME}: {name}: {key!r}: {short_repr(value)}; {allowed}")
 
 
 class Pair(NamedTuple):
-    """An adapter as PEFT has it: A (rank, ...), B (out, rank, ...)."""
+    """A module's adapter in PEFT's arrangement: A (rank, ...), B (out, rank, ...)."""
 
     A: Tensor
     B: Tensor
 
-    @property
-    def rank(self) -> int:
-        """PEFT's rank: k * r for a MergedLinear with k enabled segments."""
-        return self.A.shape[0]
-
     def padded(self, rank: int) -> Pair:
-        """The same product at a larger rank: rows of zeros below A, columns of zeros right of B."""
-        more = rank - self.rank
+        """Return the same product at a larger rank: rows of zeros below A, columns of zeros right of B."""
+        more = rank - self.A.shape[0]
         A = torch.cat([self.A, self.A.new_zeros((more, *self.A.shape[1:]))])
         B = torch.cat([self.B, self.B.new_zeros((self.B.shape[0], more, *self.B.shape[2:]))], dim=1)
         return Pair(A, B)
 
     def truncated(self, rank: int) -> Pair:
-        """The inverse of :meth:`padded`."""
+        """Return the first ``rank`` rows of A and columns of B: the inverse of :meth:`padded`."""
         return Pair(self.A[:rank], self.B[:, :rank])
 
 
-def to_peft(facts: Facts, lora_A: Tensor, lora_B: Tensor) -> Pair:
-    """loralib's tensors of one layer -> PEFT's pair."""
-    if facts["class"] == "MergedLinear":
-        return Pair(lora_A, _block_diagonal(facts, lora_B))
-    if facts["class"] == "Conv2d":
-        rows, columns = lora_A.shape  # r n, in n
-        n = rows // facts["r"]
-        A = torch.block_diag(*[lora_A] * n).view(n * rows, columns // n, n, n)
-        return Pair(A, lora_B.reshape(-1, n * rows, 1, 1))
-    return Pair(lora_A, lora_B)
+def to_modules(
+    path: str, settings: Settings, split: Mapping[str, int] | None, lora_A: Tensor, lora_B: Tensor
+) -> dict[str, Pair]:
+    """Convert one layer's tensors to PEFT's: path -> pair of each module.
+
+    Args:
+        split: name -> width, to write the separate modules (``q_proj``, ...) that a fused layer stands for; None: to
+            write it as one module. A plain ``Linear`` on a fused matrix has one A for all: each module gets a copy.
+    """
+    if split is not None:
+        names, merged = _module_names(path, settings, split), settings["class"] == "MergedLinear"
+        As = torch.split(lora_A, settings["r"]) if merged else [lora_A] * len(names)
+        Bs = torch.split(lora_B, [split[name] for name in names.values()])
+        return {at: Pair(A, B) for at, A, B in zip(names, As, Bs, strict=True)}
+    if settings["class"] == "MergedLinear":
+        B = lora_B.new_zeros(sum(settings["segments"]), lora_A.shape[0])  # (out, k r)
+        for columns, rows_of_A, rows_of_B in _segments(settings):
+            B[columns, rows_of_A] = lora_B[rows_of_B]
+        return {path: Pair(lora_A, B)}
+    if settings["class"] == "Conv2d":
+        height, width = lora_A.shape  # r n, in n
+        n = height // settings["r"]
+        A = torch.block_diag(*[lora_A] * n)  # type: ignore[no-untyped-call]
+        return {path: Pair(A.view(n * height, width // n, n, n), lora_B.reshape(-1, n * height, 1, 1))}
+    return {path: Pair(lora_A, lora_B)}
 
 
-def from_peft(facts: Facts, pair: Pair) -> tuple[Tensor, Tensor]:
-    """PEFT's pair of a layer that :func:`to_peft` wrote (its padding may still be there) -> loralib's tensors."""
-    r = facts["r"]
-    if facts["class"] == "MergedLinear":
-        pair = pair.truncated(r * sum(facts["enable_lora"]))
-        blocks = [pair.B[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(_spans(facts))]
-        return pair.A, torch.cat(blocks)
-    if facts["class"] == "Conv2d":
+def from_modules(
+    path: str, settings: Settings, split: Mapping[str, int] | None, pairs: Mapping[str, Pair]
+) -> tuple[Tensor, Tensor]:
+    """Convert what :func:`to_modules` returned, perhaps padded, back to one layer's lora_A and lora_B."""
+    r = settings["r"]
+    if split is not None:
+        parts = [pairs[at].truncated(r) for at in _module_names(path, settings, split)]
+        A = torch.cat([pair.A for pair in parts]) if settings["class"] == "MergedLinear" else parts[0].A
+        return A, torch.cat([pair.B for pair in parts])
+    pair = pairs[path]
+    if settings["class"] == "MergedLinear":
+        segments = _segments(settings)
+        return pair.A[: r * len(segments)], torch.cat(
+            [pair.B[columns, rows_of_A] for columns, rows_of_A, _ in segments]
+        )
+    if settings["class"] == "Conv2d":
         n = pair.A.shape[-1]
-        rows, columns = r * n, pair.A.shape[1] * n
-        A, B = pair.truncated(n * rows)
-        return A.reshape(n * rows, n * columns)[:rows, :columns], B.reshape(-1, rows)
-    pair = pair.truncated(r)
-    return pair.A, pair.B
+        height, width = r * n, pair.A.shape[1] * n
+        A, B = pair.truncated(n * height)
+        return A.reshape(n * height, n * width)[:height, :width], B.reshape(-1, height)
+    return pair.truncated(r)
 
 
-def conv_from_peft(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Any pair of PEFT's for a Conv2d, A (r, in, n, n) and B (out, r, 1, 1), -> loralib's tensors at the same rank."""
+def conv_from_pair(pair: Pair) -> tuple[Tensor, Tensor]:
+    """Convert any pair for a convolution, A (r, in, n, n) and B (out, r, 1, 1), to loralib's tensors of rank r."""
     r, channels, n, _ = pair.A.shape
     return pair.A.reshape(r * n, channels * n), torch.kron(pair.B[:, :, 0, 0], torch.eye(n))
 
 
-def layer_pairs(
-    path: str, facts: Facts, segments: Mapping[str, int] | None, lora_A: Tensor, lora_B: Tensor
-) -> dict[str, Pair]:
-    """One layer's tensors -> path -> pair of each module that it is in PEFT's file.
-
-    Args:
-        segments: name -> width: as the separate modules that a fused layer stands for; None: as the one module it is.
-            A plain ``Linear`` on a fused matrix acts on all segments through one A: each gets a copy.
-    """
-    if segments is None:
-        return {path: to_peft(facts, lora_A, lora_B)}
-    names = _separate(path, facts, segments)
-    widths = [segments[name] for name in names.values()]
-    merged = facts["class"] == "MergedLinear"
-    As = lora_A.split(facts["r"]) if merged else [lora_A] * len(names)
-    return {at: Pair(A, B) for at, A, B in zip(names, As, lora_B.split(widths), strict=True)}
-
-
-def layer_tensors(
-    path: str, facts: Facts, segments: Mapping[str, int] | None, pairs: Mapping[str, Pair]
-) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`layer_pairs`; padding is cut off."""
-    if segments is None:
-        return from_peft(facts, pairs[path])
-    parts = [pairs[at].truncated(facts["r"]) for at in _separate(path, facts, segments)]
-    A = torch.cat([pair.A for pair in parts]) if facts["class"] == "MergedLinear" else parts[0].A
-    return A, torch.cat([pair.B for pair in parts])
-
-
-def _separate(path: str, facts: Facts, segments: Mapping[str, int]) -> dict[str, str]:
-    """Path of each adapted segment as a module of its own -> its name."""
+def _module_names(path: str, settings: Settings, split: Mapping[str, int]) -> dict[str, str]:
+    """Return path -> name of each adapted segment as a module of its own."""
     parent = path[: path.rfind(".") + 1]
-    enabled = facts["enable_lora"] if facts["class"] == "MergedLinear" else [True] * len(segments)
-    return {parent + name: name for name, on in zip(segments, enabled, strict=True) if on}
+    enabled = settings["enable_lora"] if settings["class"] == "MergedLinear" else [True] * len(split)
+    return {parent + name: name for name, on in zip(split, enabled, strict=True) if on}
 
 
-def _spans(facts: Facts) -> list[tuple[int, int]]:
-    """Output rows of the enabled segments, in order."""
-    spans, start = [], 0
-    for width, enabled in zip(facts["segments"], facts["enable_lora"], strict=True):
+def _segments(settings: Settings) -> list[tuple[slice, slice, slice]]:
+    """Return each enabled segment's columns of y (rows of B'), rows of A' (columns of B') and rows of lora_B."""
+    found: list[tuple[slice, slice, slice]] = []
+    r, start, row = settings["r"], 0, 0
+    for width, enabled in zip(settings["segments"], settings["enable_lora"], strict=True):
         if enabled:
-            spans.append((start, start + width))
+            rank = len(found) * r
+            found.append((slice(start, start + width), slice(rank, rank + r), slice(row, row + width)))
+            row += width
         start += width
-    return spans
-
-
-def _block_diagonal(facts: Facts, lora_B: Tensor) -> Tensor:
-    """(sum of enabled widths, r) -> (out, k r)."""
-    r, spans = facts["r"], _spans(facts)
-    B = lora_B.new_zeros(sum(facts["segments"]), r * len(spans))
-    blocks = lora_B.split([stop - start for start, stop in spans])
-    for i, ((start, stop), block) in enumerate(zip(spans, blocks, strict=True)):
-        B[start:stop, i * r : (i + 1) * r] = block
-    return B
+    return found

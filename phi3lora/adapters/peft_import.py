@@ -1,20 +1,22 @@
-"""A PEFT folder read into the form of an adapter file of ours: loralib's tensors and each layer's settings.
+"""Load a PEFT folder: convert it to loralib's tensors and each layer's settings, then load it like an adapter file.
 
     PEFT's module                                  becomes
-    a linear layer, fused or not                   Linear at its rank, on the whole (fused) matrix
+    a linear layer, fused or not                   Linear of its rank, on the whole (fused) matrix
     q_proj, k_proj, ... of a fused layer           segments of one MergedLinear, padded to one rank where they differ
     an embedding, a convolution                    Embedding, Conv2d
     what export_peft wrote                         the layers it was written from, bit for bit
 
-Nothing in the model is changed here; what cannot be represented is refused by name.
+The model changes only after the whole folder has been checked. The functions that read it raise ValueError;
+:func:`import_peft` turns that into an AdapterError with the folder's path.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,21 +24,28 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError
-from ..files import parse_json, read_pickled, read_safetensors
-from ..lora.inject import fused_segments
+from ..errors import AdapterError, as_path
+from ..files import parse_json, read_tensors
+from ..lora.inject import InjectionReport, fused_segments, injection_report
 from ..lora.layers import Conv2d
-from .adapter_file import HEADER_KEY
-from .peft_format import Pair, PeftConfig, conv_from_peft, layer_pairs, layer_tensors, read_config
+from .adapter_file import HEADER_KEY, check_finite, check_name, install_adapter
+from .named import DEFAULT
+from .peft_format import (
+    CONFIG_NAME,
+    PREFIX,
+    TENSORS_NAME,
+    Pair,
+    PeftConfig,
+    conv_from_pair,
+    from_modules,
+    read_config,
+    to_modules,
+)
 
 logger = logging.getLogger("phi3lora")
 
-TENSORS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."
-_KEY = re.compile(
-    r"(?P<path>.+)\.lora_(?:(?P<side>[AB])(?:\.default)?\.weight|embedding_(?P<e_side>[AB])(?:\.default)?)"
-)
+_KEY = re.compile(r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|(embedding_[AB])(?:\.default)?)")
 _UNUSABLE = {
     "lora_magnitude_vector": "DoRA's magnitudes",
     "modules_to_save": "a whole module",
@@ -44,151 +53,161 @@ _UNUSABLE = {
     ".bias": "a trained bias",
 }
 
+Adapter = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors and metadata, as ``adapter_file.read_adapter`` returns them."""
 
-class Entry(NamedTuple):
+
+class _Module(NamedTuple):
     """One module of the folder."""
 
     pair: Pair
-    embedding: bool
+    is_embedding: bool
 
 
-Adapter = tuple[dict[str, Tensor], dict[str, Any]]
+def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> InjectionReport:
+    """Load a PEFT folder: ours (any layout, bit for bit as it was) or one that PEFT wrote.
 
+    A fused module's adapter becomes a ``Linear`` of its rank on the fused matrix; ``q_proj, k_proj, v_proj, gate_proj,
+    up_proj`` become segments of the fused layers. A model without adapters gets those it needs; one with adapters must
+    have the same. On an error the model is unchanged. No code in the folder is executed.
 
-def read_peft(model: nn.Module, folder: Path) -> Adapter:
-    """The tensors and facts (as ``files.read_adapter`` gives them) of a PEFT folder, for ``model``.
+    Args:
+        model: the base that the adapter was made for, or that base with matching adapters.
+        path: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or a ``.bin`` that holds
+            tensors only).
+        name: the adapter's name, as in :func:`load_adapter`: beside other adapters it stays inactive until
+            ``set_adapter(model, name)``.
+
+    Returns:
+        The report of the model's active adapter, as :func:`inject_lora` gives it.
 
     Raises:
-        AdapterError: what :func:`import_peft` refuses.
+        AdapterError: unreadable or damaged files; what has no counterpart here, by name (another ``peft_type``, DoRA,
+            trained biases, ``modules_to_save``, PiSSA and other initialisations that change the base, ...); modules,
+            ranks or shapes that do not fit; NaN or infinite values.
+        ModelError: a layer that cannot be adapted, tied embeddings.
+
+    Example:
+        >>> p3.export_peft(model, "support-peft").layout
+        'uniform'
+        >>> report = p3.import_peft(model, "support-peft")
     """
+    folder = as_path(path, "a PEFT folder", AdapterError)
+    check_name(name)
     if not folder.is_dir():
         raise AdapterError(
-            f"no such folder: {str(folder)!r}; allowed: a local PEFT folder "
+            f"there is no folder {str(folder)!r}; allowed: a local PEFT folder "
             f"(from the hub: hf download NAME --local-dir DIR)"
         )
-    config = read_config(folder)
-    tensors, header = _read_tensors(folder)
-    entries = _entries(model, folder, tensors, config)
-    exported = None if header is None else _as_exported(folder, header, config, entries)
-    return exported or _as_layers(model, folder, config, entries)
+    try:
+        config = read_config(folder)
+        tensors, header = _read_tensors(folder)
+        modules = _modules(model, tensors, config)
+        adapter = None if header is None else _restore_export(folder, header, config, modules)
+        state, metadata = adapter or _convert(model, config, modules)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"cannot import {str(folder)!r}: {error}") from error
+    install_adapter(model, state, metadata, folder, name)
+    return injection_report(model, fused_segments(model, getattr(model, "lora_config", None) or LoraConfig()))
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Key -> tensor, on the CPU, and what our own header says, if it is there. Executes nothing from the file."""
-    path, pickle, header = folder / TENSORS_NAME, folder / _PICKLE_NAME, None
-    if not path.is_file() and not pickle.is_file():
-        raise AdapterError(
-            f"{str(folder)!r} has no {TENSORS_NAME}; a PEFT folder has it beside its config, in one piece"
-        )
+    """Return the tensors in float32, on the CPU, and the header that :func:`export_peft` writes, if it is there."""
+    path = next((folder / name for name in (TENSORS_NAME, _PICKLE_NAME) if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"it has no {TENSORS_NAME}; a PEFT folder has it beside {CONFIG_NAME}, in one piece")
     try:
-        if path.is_file():
-            tensors, metadata = read_safetensors(path)
-            header = metadata.get(HEADER_KEY)
-        else:
-            path = pickle
-            tensors = read_pickled(path)
+        tensors, metadata = read_tensors(path)
     except (OSError, ValueError) as error:
-        if path is pickle:
-            raise AdapterError(
-                f"{str(path)!r} cannot be read without running code from it, or is damaged: {error}. "
-                f"Where you trust it, load it in PEFT and save it as {TENSORS_NAME}"
+        if path.name == _PICKLE_NAME:
+            raise ValueError(
+                f"{_PICKLE_NAME} cannot be read without running code from it, or is damaged: {error}. "
+                f"If you trust it, load it in PEFT and save it as {TENSORS_NAME}"
             ) from error
-        raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
-    named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
-    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise AdapterError(f"{str(path)!r} does not hold a dict of tensors")
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise AdapterError(f"{str(path)!r}: {key!r} is {tensor.dtype} with NaN, infinite or whole numbers")
-    return {key: tensor.float() for key, tensor in tensors.items()}, header
+        raise ValueError(f"{TENSORS_NAME} is not a readable safetensors file: {error}") from error
+    check_finite(tensors, path.name)
+    return {key: tensor.float() for key, tensor in tensors.items()}, metadata.get(HEADER_KEY)
 
 
-def _entries(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Entry]:
-    """Path as the folder names it -> its pair; every key is accounted for, every rank is the config's."""
+def _modules(model: nn.Module, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, _Module]:
+    """Group the tensors by module: path as the folder names it -> module. Every key must be used."""
     found: dict[str, dict[str, Tensor]] = {}
-    embeddings: dict[str, bool] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            _accept_base_weight(model, folder, key, tensor)
+            _check_base_weight(model, key, tensor)
             continue
-        path = match["path"].removeprefix(_PREFIX)
-        sides = found.setdefault(path, {})
-        side, embedding = match["side"] or match["e_side"], match["e_side"] is not None
-        if side in sides or embeddings.setdefault(path, embedding) != embedding:
-            raise AdapterError(f"{str(folder)!r}: {key!r} is there twice under different names")
-        sides[side] = tensor
+        sides = found.setdefault(match[1].removeprefix(PREFIX), {})
+        if (match[2] or match[3]) in sides:
+            raise ValueError(f"{key!r} is there twice under different names")
+        sides[match[2] or match[3]] = tensor
     if not found:
-        raise AdapterError(f"{str(folder)!r} has no tensors called *.lora_A.weight")
-    entries = {}
+        raise ValueError("it has no tensors called *.lora_A.weight")
+    modules = {}
     for path, sides in found.items():
-        if sides.keys() != {"A", "B"}:
-            raise AdapterError(f"{str(folder)!r}: {path!r} has only lora_{next(iter(sides))}; it needs both A and B")
-        entry, rank = Entry(Pair(sides["A"], sides["B"]), embeddings[path]), config.rank_and_alpha(path)[0]
-        A, B = entry.pair
+        is_embedding, rank = "embedding_A" in sides, config.rank_and_alpha(path)[0]
+        names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
+        if sides.keys() != set(names):
+            raise ValueError(f"{path!r} has only lora_{', lora_'.join(sides)}; it needs both A and B")
+        A, B = (sides[name] for name in names)
         if A.dim() < 2 or A.dim() != B.dim() or A.shape[0] != rank or B.shape[1] != rank:
-            raise AdapterError(
-                f"{str(folder)!r}: {path!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
+            raise ValueError(
+                f"{path!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
                 f"the config says rank {rank}; allowed: A ({rank}, in), B (out, {rank})"
             )
-        entries[path] = entry
-    return entries
+        modules[path] = _Module(Pair(A, B), is_embedding)
+    return modules
 
 
-def _accept_base_weight(model: nn.Module, folder: Path, key: str, tensor: Tensor) -> None:
-    """PEFT saves an embedding's own weight beside its adapter: fine where it is the model's, else refused."""
-    for part, what in _UNUSABLE.items():
+def _check_base_weight(model: nn.Module, key: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor equals the model's: PEFT saves an embedding's weight beside its adapter."""
+    for part, kind in _UNUSABLE.items():
         if part in key:
-            raise AdapterError(f"{str(folder)!r}: {key!r} is {what}, which cannot be imported")
+            raise ValueError(f"{key!r} is {kind}, which cannot be imported")
     weights = dict(model.named_parameters(remove_duplicate=False))
-    weight = weights.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
+    weight = weights.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     if weight is None:
-        raise AdapterError(f"{str(folder)!r}: unknown tensor {key!r}; allowed: *.lora_A.weight, *.lora_B.weight")
+        raise ValueError(f"unknown tensor {key!r}; allowed: *.lora_A.weight, *.lora_B.weight")
     if weight.shape != tensor.shape or not torch.equal(weight.detach().cpu().float(), tensor):
-        raise AdapterError(
-            f"{str(folder)!r}: {key!r} {tuple(tensor.shape)} is a base weight that differs from the model's "
-            f"{tuple(weight.shape)}: the adapter belongs to another base or came with trained or resized embeddings"
+        raise ValueError(
+            f"{key!r} {tuple(tensor.shape)} is a base weight that differs from the model's {tuple(weight.shape)}: "
+            f"the adapter belongs to another base or came with trained or resized embeddings"
         )
 
 
-# --- What export_peft wrote
+# ----------------------------------------------------------------------------------------------------
+# A folder that export_peft wrote
 
 
-def _as_exported(folder: Path, header: str, config: PeftConfig, entries: Mapping[str, Entry]) -> Adapter | None:
-    """The layers that our header describes; None, with a warning, when it does not describe what is in the folder."""
-    pairs = {path: entry.pair for path, entry in entries.items()}
+def _restore_export(folder: Path, header: str, config: PeftConfig, modules: Mapping[str, _Module]) -> Adapter | None:
+    """Return the layers that our header describes; None, with a warning, if the folder was changed since."""
     try:
-        facts = parse_json(header)
-        state = _restored(facts, config, pairs)
-        own = facts["config"] or config.lora_config(_last_parts(facts["layers"])).to_dict()
-        LoraConfig(**own)
-        layers = {"format": facts["format"], "config": own, "layers": facts["layers"]}
+        metadata = parse_json(header)
+        state = _restore_layers(metadata, config, {path: module.pair for path, module in modules.items()})
+        settings = metadata["config"] or config.lora_config(metadata["layers"]).to_dict()
+        LoraConfig(**settings)
+        return state, {"format": metadata["format"], "config": settings, "layers": metadata["layers"]}
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         logger.warning(
             "%s was changed since export_peft wrote it (%s): imported as what PEFT would compute", folder, error
         )
         return None
-    return state, layers
 
 
-def _restored(facts: dict[str, Any], config: PeftConfig, pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    """The tensors under loralib's names. ValueError unless exporting them again gives the same pairs and scaling."""
+def _restore_layers(metadata: dict[str, Any], config: PeftConfig, pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+    """Return the tensors under loralib's names. ValueError unless exporting them would give these pairs again."""
     state, seen = {}, set()
-    for path, layer in facts["layers"].items():
-        segments = facts["segments"].get(path)
+    for path, layer in metadata["layers"].items():
+        split, ratio = metadata["segments"].get(path), metadata["ratios"].get(path, 1.0)
         scaling = layer["lora_alpha"] / (math.sqrt(layer["r"]) if layer["use_rslora"] else layer["r"])
-        ratio = facts["ratios"].get(path, 1.0)
-        A, B = layer_tensors(path, layer, segments, pairs)
+        A, B = from_modules(path, layer, split, pairs)
         B = B / ratio
-        for at, again in layer_pairs(path, layer, segments, A, B * ratio).items():
+        tolerance = 0 if ratio == 1 else 1e-6
+        for at, pair in to_modules(path, layer, split, A, B * ratio).items():
             seen.add(at)
-            padded = again.padded(pairs[at].rank)
-            same = all(
-                torch.equal(*both) if ratio == 1 else torch.allclose(*both, rtol=1e-6, atol=0)
-                for both in zip(padded, pairs[at], strict=True)
-            )
-            if not same:
-                raise ValueError(f"other tensors in {at!r}")
+            for again, stored in zip(pair.padded(len(pairs[at].A)), pairs[at], strict=True):
+                if again.shape != stored.shape or not torch.allclose(again, stored, rtol=tolerance, atol=0):
+                    raise ValueError(f"other tensors in {at!r}")
             if not math.isclose(config.scaling(at) * ratio, scaling, rel_tol=1e-6):
                 raise ValueError(f"{at!r} is scaled by {config.scaling(at)}")
         state[f"{path}.lora_A"], state[f"{path}.lora_B"] = A.contiguous(), B.contiguous()
@@ -197,130 +216,120 @@ def _restored(facts: dict[str, Any], config: PeftConfig, pairs: Mapping[str, Pai
     return state
 
 
-# --- Any other folder
+# ----------------------------------------------------------------------------------------------------
+# Any other folder
 
 
-class _Place(NamedTuple):
-    """Where a module of the folder is in the model."""
-
-    path: str
-    segment: int | None = None
-
-
-def _as_layers(model: nn.Module, folder: Path, config: PeftConfig, entries: Mapping[str, Entry]) -> Adapter:
-    """Each module of the folder as a layer of ours."""
+def _convert(model: nn.Module, config: PeftConfig, modules: Mapping[str, _Module]) -> Adapter:
+    """Convert each module of the folder to a layer of ours."""
     fused = fused_segments(model, getattr(model, "lora_config", None) or LoraConfig())
-    places = _places(model, folder, fused, entries)
     layers: dict[str, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
-    groups: dict[str, dict[int, str]] = {}
-    for name, place in places.items():
-        if place.segment is not None:
-            groups.setdefault(place.path, {})[place.segment] = name
-            continue
-        r, alpha = config.rank_and_alpha(name)
-        kind, (A, B) = _checked(folder, name, model.get_submodule(place.path), entries[name])
-        layers[place.path] = {"class": kind, "r": r, "lora_alpha": alpha, "use_rslora": config.use_rslora}
-        state[f"{place.path}.lora_A"], state[f"{place.path}.lora_B"] = A, B
-    for path, names in groups.items():
-        if path in layers:
-            raise AdapterError(f"{str(folder)!r} adapts both {path!r} and a part of it, {next(iter(names.values()))!r}")
-        layer = model.get_submodule(path)
-        layers[path], (A, B) = _merged(folder, path, layer, fused[path], names, config, entries)
+    for path, names in _find_layers(model, fused, modules).items():
+        layer, name = model.get_submodule(path), names.pop(None, None)
+        if name is None:
+            layers[path], (A, B) = _merged_linear(path, layer, list(fused[path].values()), names, config, modules)
+        elif names:
+            raise ValueError(f"it adapts both {path!r} and a part of it, {next(iter(names.values()))!r}")
+        else:
+            r, alpha = config.rank_and_alpha(name)
+            kind, (A, B) = _whole_layer(name, layer, modules[name])
+            layers[path] = {"class": kind, "r": r, "lora_alpha": alpha, "use_rslora": config.common.use_rslora}
         state[f"{path}.lora_A"], state[f"{path}.lora_B"] = A, B
-    return state, {"format": 1, "config": config.lora_config(_last_parts(entries)).to_dict(), "layers": layers}
+    return state, {"format": 1, "config": config.lora_config(modules).to_dict(), "layers": layers}
 
 
-def _last_parts(paths: Iterable[str]) -> list[str]:
-    """Target names for a config: it describes the layers, it is not what builds them."""
-    return sorted({path.rpartition(".")[2] for path in paths})
+def _find_layers(
+    model: nn.Module, fused: Mapping[str, Mapping[str, int]], modules: Mapping[str, _Module]
+) -> dict[str, dict[int | None, str]]:
+    """Return path in the model -> {segment (None: the whole layer): name in the folder}.
 
-
-def _places(
-    model: nn.Module, folder: Path, fused: Mapping[str, Mapping[str, int]], entries: Mapping[str, Entry]
-) -> dict[str, _Place]:
-    """Name in the folder -> place in the model. A folder made on the inner model (``layers.0...``) fits as well."""
-    known = {}
+    A folder that was made for the inner model (``layers.0...``) or a compiled one (``_orig_mod``) fits as well.
+    """
+    known: dict[str, tuple[str, int | None]] = {}
     for path, segments in fused.items():
         parent = path[: path.rfind(".") + 1]
-        known.update({parent + name: _Place(path, i) for i, name in enumerate(segments) if not name.isdigit()})
-    known.update({path: _Place(path) for path, _ in model.named_modules() if path})
+        known.update({parent + name: (path, i) for i, name in enumerate(segments) if not name.isdigit()})
+    known.update({path: (path, None) for path, _ in model.named_modules() if path})
     inner = f"{getattr(model, 'base_model_prefix', '')}."
-    places: dict[str, _Place] = {}
-    for name in entries:
+    layers: dict[str, dict[int | None, str]] = {}
+    for name in modules:
         plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
         at = next((p for p in (plain, inner + plain, plain.removeprefix(inner)) if p in known), None)
         if at is None:
-            raise AdapterError(f"{str(folder)!r} adapts {name!r}, which is not in the model ({type(model).__name__})")
-        if known[at] in places.values():
-            raise AdapterError(f"{str(folder)!r} adapts {at!r} twice")
-        places[name] = known[at]
-    return places
+            raise ValueError(f"it adapts {name!r}, which is not in the model ({type(model).__name__})")
+        path, segment = known[at]
+        if layers.setdefault(path, {}).setdefault(segment, name) != name:
+            raise ValueError(f"it adapts {at!r} twice")
+    return layers
 
 
-def _checked(folder: Path, name: str, module: nn.Module, entry: Entry) -> tuple[str, tuple[Tensor, Tensor]]:
-    """The class of ours for a module, and loralib's tensors."""
+def _whole_layer(name: str, layer: nn.Module, module: _Module) -> tuple[str, tuple[Tensor, Tensor]]:
+    """Return the class of ours for a module that is a layer of its own, and loralib's tensors."""
     a_rest: tuple[int, ...]
-    if isinstance(module, nn.Embedding):
-        kind, a_rest, out = "Embedding", (module.num_embeddings,), module.embedding_dim
-    elif isinstance(module, nn.Linear):
-        kind, a_rest, out = "Linear", (module.in_features,), module.out_features
-    elif isinstance(module, (nn.Conv2d, Conv2d)):
-        base = module.conv if isinstance(module, Conv2d) else module
+    if isinstance(layer, nn.Embedding):
+        kind, a_rest, out = "Embedding", (layer.num_embeddings,), layer.embedding_dim
+    elif isinstance(layer, nn.Linear):
+        kind, a_rest, out = "Linear", (layer.in_features,), layer.out_features
+    elif isinstance(layer, (nn.Conv2d, Conv2d)):
+        base = layer.conv if isinstance(layer, Conv2d) else layer
         kind, a_rest, out = "Conv2d", (base.in_channels, *base.kernel_size), base.out_channels
-        if not plain_convolution(base):
-            raise AdapterError(f"{str(folder)!r}: {name!r}: {base}; allowed: no groups, no dilation, zero padding")
+        if not is_plain_convolution(base):
+            raise ValueError(f"{name!r}: {base}; allowed: no groups, no dilation, zero padding")
     else:
-        raise AdapterError(
-            f"{str(folder)!r} adapts {name!r}, a {type(module).__name__}; allowed: Linear, Embedding, Conv2d"
-        )
-    A, B = entry.pair
-    ones = (1,) * (A.dim() - 2)
-    if (entry.embedding != (kind == "Embedding")) or A.shape[1:] != a_rest or B.shape != (out, A.shape[0], *ones):
-        raise AdapterError(
-            f"{str(folder)!r}: {name!r} has A {tuple(A.shape)} and B {tuple(B.shape)}; for this {kind} of the model "
+        raise ValueError(f"it adapts {name!r}, a {type(layer).__name__}; allowed: Linear, Embedding, Conv2d")
+    A, B = module.pair
+    b_shape = (out, len(A), *(1,) * (A.dim() - 2))
+    if module.is_embedding != (kind == "Embedding") or A.shape[1:] != a_rest or B.shape != b_shape:
+        raise ValueError(
+            f"{name!r} has A {tuple(A.shape)} and B {tuple(B.shape)}; for this {kind} of the model "
             f"allowed: A (r, {', '.join(map(str, a_rest))}), B ({out}, r)"
         )
-    return kind, conv_from_peft(entry.pair) if kind == "Conv2d" else (A, B)
+    return kind, conv_from_pair(module.pair) if kind == "Conv2d" else (A, B)
 
 
-def plain_convolution(base: nn.Conv2d) -> bool:
-    """Whether PEFT computes a convolution's adapter as loralib does: it passes on stride and padding alone."""
+def is_plain_convolution(base: nn.Conv2d) -> bool:
+    """Return whether PEFT computes a convolution's adapter as loralib does: it passes on stride and padding alone."""
     return base.groups == 1 and set(base.dilation) == {1} and base.padding_mode == "zeros"
 
 
-def _merged(
-    folder: Path,
+def _merged_linear(
     path: str,
     layer: Any,
-    segments: Mapping[str, int],
-    names: Mapping[int, str],
+    widths: list[int],
+    names: Mapping[int | None, str],
     config: PeftConfig,
-    entries: Mapping[str, Entry],
+    modules: Mapping[str, _Module],
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-    """Adapters of separate q_proj, k_proj, ... as one ``MergedLinear`` of the fused layer that stands for them."""
-    settings = {i: config.rank_and_alpha(name) for i, name in names.items()}
-    widths = list(segments.values())
-    facts: dict[str, Any] = {"class": "MergedLinear", "segments": widths}
-    facts["enable_lora"] = [i in names for i in range(len(widths))]
-    if len(set(settings.values())) == 1:
-        r, alpha = next(iter(settings.values()))
-        facts |= {"r": r, "lora_alpha": alpha, "use_rslora": config.use_rslora}
-    else:
-        r = max(rank for rank, _ in settings.values())
-        facts |= {"r": r, "lora_alpha": r * config.scaling(names[min(names)]), "use_rslora": False}
-    As, Bs = [], []
-    for i in sorted(names):
-        A, B = entries[names[i]].pair
-        if entries[names[i]].embedding or A.shape[1:] != (layer.in_features,) or B.shape != (widths[i], len(A)):
-            raise AdapterError(
-                f"{str(folder)!r}: {names[i]!r} has A {tuple(A.shape)} and B {tuple(B.shape)}; "
+    """Convert separate q_proj, k_proj, ... to the settings and tensors of one ``MergedLinear`` on the fused layer.
+
+    ``names``: position of a segment -> its module in the folder. Where ranks or alphas differ, all are padded to the
+    largest rank and the ratio of the scalings is multiplied into B.
+    """
+    ordered = [(i, names[i]) for i in range(len(widths)) if i in names]
+    settings = {config.rank_and_alpha(name) for _, name in ordered}
+    r, scaling = max(rank for rank, _ in settings), config.scaling(ordered[0][1])
+    alpha, use_rslora = r * scaling, False
+    if len(settings) == 1:
+        alpha, use_rslora = settings.pop()[1], config.common.use_rslora
+    pairs = []
+    for i, name in ordered:
+        A, B = modules[name].pair
+        if modules[name].is_embedding or A.shape[1:] != (layer.in_features,) or B.shape != (widths[i], len(A)):
+            raise ValueError(
+                f"{name!r} has A {tuple(A.shape)} and B {tuple(B.shape)}; "
                 f"for this part of {path!r} allowed: A (r, {layer.in_features}), B ({widths[i]}, r)"
             )
-        ratio = config.scaling(names[i]) / config.scaling(names[min(names)])
-        if math.frexp(ratio)[0] != 0.5:
-            logger.info("%s: the scaling of %s is rounded into its B", folder, names[i])
-        A, B = Pair(A, B * ratio).padded(r)
-        As.append(A)
-        Bs.append(B)
-    return facts, (torch.cat(As), torch.cat(Bs))
+        ratio = config.scaling(name) / scaling
+        if math.frexp(ratio)[0] != 0.5:  # not a power of two
+            logger.info("the scaling of %s is rounded into its B", name)
+        pairs.append(Pair(A, B * ratio).padded(r))
+    layer_settings = {
+        "class": "MergedLinear",
+        "segments": widths,
+        "enable_lora": [i in names for i in range(len(widths))],
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+    }
+    return layer_settings, (torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs]))

@@ -1,7 +1,7 @@
-"""All 127 subsets of q, k, v, o, gate, up, down, plain and rsLoRA, on three kinds of tiny model: others compute ours.
+"""Subsets of q, k, v, o, gate, up, down, plain and rsLoRA, on three kinds of tiny model: others compute our logits.
 
-Each subset is read by the real PEFT and the real transformers. Two layers, and ranks that differ between them, are in
-test_peft_format.py: here one layer is enough, for a layer's tensors are written from that layer alone.
+Each subset is read by the real PEFT and the real transformers. One layer is enough, for a layer's tensors are written
+from that layer alone; test_peft_export.py has two layers with different ranks. All 127 subsets run as slow tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import adapters_of, randomize_adapters, same_tensors
-from peft_folders import MEMBERS, SHALLOW, as_llama, base_model, logits, with_peft, with_transformers
+from peft_folders import MEMBERS, as_llama, base_model, logits, with_peft, with_transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,9 +23,17 @@ from phi3lora.adapters.adapter_file import adapter_metadata
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SUBSETS = [list(names) for n in range(1, 8) for names in itertools.combinations(NAMES, n)]
+FEW = [
+    ["q_proj"], ["v_proj"], ["q_proj", "v_proj"], ["k_proj", "v_proj", "o_proj"], ["gate_proj"],
+    ["up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj"], list(NAMES),
+]  # fmt: skip
 
-kinds = pytest.mark.parametrize("kind", MEMBERS)
-scalings = pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+runs = pytest.mark.parametrize(
+    ("kind", "rslora", "subsets"),
+    [("grouped-query", False, FEW), ("tied", True, FEW)]
+    + [pytest.param(kind, rslora, SUBSETS, marks=pytest.mark.slow) for kind in MEMBERS for rslora in (False, True)],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} subsets" if isinstance(value, list) else None,
+)
 
 
 class Case(NamedTuple):
@@ -38,21 +46,21 @@ class Case(NamedTuple):
     logits: Tensor
 
 
-def every_subset(kind: str, rslora: bool, subsets: Sequence[list[str]] = SUBSETS) -> Iterator[Case]:
-    base = base_model({**MEMBERS[kind], **SHALLOW}, head_scale=1 if kind == "tied" else 10)
+def cases(kind: str, rslora: bool, subsets: Sequence[list[str]]) -> Iterator[Case]:
+    base = base_model({**MEMBERS[kind], "num_hidden_layers": 1}, head_scale=1 if kind == "tied" else 10)
     before = logits(base)
     for names in subsets:
         model = copy.deepcopy(base)
         p3.inject_lora(model, p3.LoraConfig(r=3, lora_alpha=6, use_rslora=rslora, target_modules=names))
         randomize_adapters(model, std=0.3)
         after = logits(model)
-        assert (after - before).abs().max() > 0.01, names  # else what follows would hold for nothing
+        assert (after - before).abs().max() > 0.01, names  # else equal logits would prove nothing
         yield Case("+".join(names), model, base, after)
 
 
-def by_turns(kind: str, rslora: bool) -> list[list[str]]:
-    """Half of the subsets: with both values of ``rslora`` all of them, and the other half on the tied model."""
-    return SUBSETS[rslora != (kind == "tied") :: 2]
+def half(kind: str, rslora: bool, subsets: list[list[str]]) -> list[list[str]]:
+    """Every second subset: the two values of ``rslora`` have all of them together."""
+    return subsets[rslora != (kind == "tied") :: 2]
 
 
 def assert_equal_logits(theirs, case: Case) -> None:
@@ -68,14 +76,9 @@ def assert_comes_back(folder, case: Case) -> None:
     assert report.trainable_parameters == sum(t.numel() for t in adapters_of(case.model).values()), case.name
 
 
-def test_the_subsets_are_all_there_are():
-    assert len(SUBSETS) == len(set(map(tuple, SUBSETS))) == 2**7 - 1
-
-
-@kinds
-@scalings
-def test_peft_and_transformers_compute_our_logits_and_the_folder_comes_back(tmp_path, kind, rslora):
-    for case in every_subset(kind, rslora):
+@runs
+def test_peft_and_transformers_compute_our_logits_and_the_folder_comes_back(tmp_path, kind, rslora, subsets):
+    for case in cases(kind, rslora, subsets):
         folder = tmp_path / case.name
         p3.export_peft(case.model, folder)
         assert_equal_logits(with_peft(copy.deepcopy(case.base), folder), case)
@@ -83,11 +86,10 @@ def test_peft_and_transformers_compute_our_logits_and_the_folder_comes_back(tmp_
         assert_comes_back(folder, case)
 
 
-@kinds
-@scalings
-def test_the_other_layouts_are_the_same_in_peft_and_come_back(tmp_path, kind, rslora):
-    """Each subset on each kind once, plain and rsLoRA by turns; over the kinds, in "pattern" and in "split"."""
-    for i, case in enumerate(every_subset(kind, rslora, by_turns(kind, rslora))):
+@runs
+def test_the_other_layouts_are_the_same_in_peft_and_come_back(tmp_path, kind, rslora, subsets):
+    """Over the kinds, each subset is exported both as "pattern" and as "split"."""
+    for i, case in enumerate(cases(kind, rslora, half(kind, rslora, subsets))):
         layout = ("pattern", "split")[(i + (kind == "multi-head")) % 2]
         folder = tmp_path / case.name
         p3.export_peft(case.model, folder, layout=layout)
@@ -96,11 +98,10 @@ def test_the_other_layouts_are_the_same_in_peft_and_come_back(tmp_path, kind, rs
         assert_comes_back(folder, case)
 
 
-@kinds
-@scalings
-def test_a_merged_directory_computes_our_logits(tmp_path, kind, rslora):
-    """Each subset on each kind once, plain and rsLoRA by turns."""
-    for case in every_subset(kind, rslora, by_turns(kind, rslora)):
+@runs
+@pytest.mark.slow
+def test_a_merged_directory_computes_our_logits(tmp_path, kind, rslora, subsets):
+    for case in cases(kind, rslora, half(kind, rslora, subsets)):
         p3.save_merged(case.model, None, tmp_path / case.name)
         weights = load_file(tmp_path / case.name / "model.safetensors")
         if kind == "tied":

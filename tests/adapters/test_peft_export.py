@@ -1,4 +1,4 @@
-"""What we write as a PEFT folder: PEFT, transformers, vLLM and llama.cpp compute it as we do, and it comes back."""
+"""Exported folders: PEFT and transformers compute our logits from them, and import_peft restores the adapter."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from conftest import adapted_model, adapters_of, longrope_model, randomize_adapt
 from peft_folders import (
     LAYER,
     NET_IDS,
-    SHALLOW,
-    SUBSETS,
     Net,
     adapted_net,
     as_llama,
-    assert_acts,
+    assert_same_logits,
     base_model,
     change_config,
     change_tensors,
     config_of,
     layouts,
     logits,
-    members,
     peft_made,
     unequal_model,
     with_peft,
@@ -39,35 +36,29 @@ from phi3lora.adapters.peft_export import max_lora_rank
 from phi3lora.errors import AdapterError
 from phi3lora.lora.inject import lora_layers
 
-# --- What others compute from our folder
+# --- Other libraries compute our logits
 
 
 def test_the_llama_is_the_phi3():
     base = base_model()
-    torch.testing.assert_close(logits(as_llama(base)), logits(base), atol=1e-4, rtol=0)
+    assert_same_logits(as_llama(base), base)
 
 
-@members
 @layouts
 @pytest.mark.parametrize("load", [with_peft, with_transformers])
-@pytest.mark.parametrize("make", [adapted_model, unequal_model])
-def test_peft_and_transformers_compute_our_logits(tmp_path, changes, layout, load, make):
-    model = make(changes=changes)
-    p3.export_peft(model, tmp_path / "a", layout=layout)
-    base = base_model(changes)
-    assert_acts(model, base)
-    got = logits(load(as_llama(base) if layout == "split" else base, tmp_path / "a"))
-    torch.testing.assert_close(got, logits(model), atol=1e-4, rtol=0)
+def test_unequal_layers_are_the_same_in_peft_and_transformers(tmp_path, layout, load):
+    """Equal ranks and every subset of modules: test_every_subset.py."""
+    model, base = unequal_model(), base_model()
+    assert (logits(model) - logits(base)).abs().max() > 0.05
+    p3.export_peft(model, tmp_path, layout=layout)
+    assert_same_logits(load(as_llama(base) if layout == "split" else base, tmp_path), model)
 
 
 def test_the_output_head_and_the_embeddings_are_exported_too(tmp_path):
     model = adapted_model(target_modules=["embed_tokens", "lm_head", "q_proj"])
     p3.export_peft(model, tmp_path)
-    assert {"base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_A.weight"} <= set(
-        load_file(tmp_path / "adapter_model.safetensors")
-    )
-    torch.testing.assert_close(logits(with_peft(base_model(), tmp_path)), logits(model), atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits(with_transformers(base_model(), tmp_path)), logits(model), atol=1e-4, rtol=0)
+    for load in (with_peft, with_transformers):
+        assert_same_logits(load(base_model(), tmp_path), model)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "pattern"])
@@ -87,10 +78,10 @@ def test_an_adapter_in_some_layers_only_names_them_in_full(tmp_path):
     model = adapted_model(target_modules=["model.layers.1.self_attn.qkv_proj"])
     p3.export_peft(model, tmp_path)
     assert config_of(tmp_path)["target_modules"] == ["model.layers.1.self_attn.qkv_proj"]
-    torch.testing.assert_close(logits(with_peft(base_model(), tmp_path)), logits(model), atol=1e-4, rtol=0)
+    assert_same_logits(with_peft(base_model(), tmp_path), model)
 
 
-# --- Loaders' rules, restated
+# --- The rules of other loaders, restated
 
 
 @pytest.mark.parametrize("make", [adapted_model, unequal_model])
@@ -127,20 +118,11 @@ def test_ranks_that_vllm_allows():
     ]  # fmt: skip
 
 
-def test_the_config_s_scaling_is_each_module_s(tmp_path):
-    model = adapted_model(r=3, lora_alpha=5, use_rslora=True)
-    p3.export_peft(model, tmp_path)
+def test_rslora_is_written_as_the_plain_scaling(tmp_path):
+    p3.export_peft(adapted_model(r=3, lora_alpha=5, use_rslora=True), tmp_path)
     config = config_of(tmp_path)
     assert config["r"] == 9 and config["use_rslora"] is False  # 3 segments of rank 3
     assert config["lora_alpha"] / 9 == pytest.approx(5 / 3**0.5, rel=1e-12)
-
-
-def test_a_power_of_two_between_scalings_is_exact_and_others_are_said(tmp_path):
-    exported = p3.export_peft(unequal_model(), tmp_path / "a")
-    qkv, gate_up = LAYER + "self_attn.qkv_proj", LAYER + "mlp.gate_up_proj"
-    assert set(exported.rounded) == {qkv, gate_up}  # o_proj's ratio is 2
-    assert "pattern" in str(exported)
-    assert p3.export_peft(unequal_model(), tmp_path / "b", layout="pattern").rounded == ()
 
 
 def test_patterns_name_the_layers_that_differ(tmp_path):
@@ -203,47 +185,28 @@ def test_a_base_that_only_this_machine_has_is_mentioned(tmp_path, layout):
         assert text not in str(p3.export_peft(model, tmp_path / "a", layout=layout, base_model=name))
 
 
-def test_a_longrope_model_s_regimes_are_mentioned(tmp_path):
-    assert "longrope: documents of up to 40 tokens" in str(p3.export_peft(longrope_model(), tmp_path))
-
-
-def test_the_pattern_layout_offers_peft_alone(tmp_path):
-    assert list(p3.export_peft(adapted_model(), tmp_path, layout="pattern").commands) == ["PEFT"]
+def test_longrope_and_the_pattern_layout_are_mentioned(tmp_path):
+    exported = p3.export_peft(longrope_model(), tmp_path, layout="pattern")
+    assert "longrope: documents of up to 40 tokens" in str(exported)
+    assert list(exported.commands) == ["PEFT"]
 
 
 # --- Our own folders come back
 
 
-@members
-@layouts
-@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
-def test_our_own_export_comes_back_bit_exact(tmp_path, changes, layout, rslora):
-    changes = {**changes, **SHALLOW}
-    for i, targets in enumerate(SUBSETS):
-        model = adapted_model(changes=changes, target_modules=targets, use_rslora=rslora, r=3, lora_alpha=7)
-        randomize_adapters(model)
-        p3.export_peft(model, tmp_path / str(i), layout=layout)
-        again = base_model(changes)
-        report = p3.import_peft(again, tmp_path / str(i))
-        assert adapter_metadata(again) == adapter_metadata(model)
-        assert same_tensors(adapters_of(again), adapters_of(model))
-        assert again.lora_config == model.lora_config
-        assert report.trainable_parameters == sum(t.numel() for t in adapters_of(model).values())
-
-
 @layouts
 def test_unequal_layers_come_back_as_they_were(tmp_path, layout):
+    """Bit for bit where the ratio of the scalings is a power of two, as o_proj's is; the others are reported."""
     model, again = unequal_model(), base_model()
     exported = p3.export_peft(model, tmp_path, layout=layout)
+    assert ("layout='pattern' keeps every bit" in str(exported)) == bool(exported.rounded) == (layout != "pattern")
+    assert {name.split(".")[3] for name in exported.rounded} == ({"self_attn", "mlp"} if exported.rounded else set())
+    assert LAYER + "self_attn.o_proj" not in exported.rounded
     p3.import_peft(again, tmp_path)
     assert adapter_metadata(again) == adapter_metadata(model)
-    rounded = {
-        name for name in adapters_of(model) if any(name.startswith(r.rpartition(".")[0]) for r in exported.rounded)
-    }
     for name, tensor in adapters_of(again).items():
-        tolerance = 2**-22 if name in rounded else 0
-        torch.testing.assert_close(tensor, adapters_of(model)[name], rtol=tolerance, atol=0)
-    assert bool(rounded) == (layout != "pattern")
+        is_rounded = layout != "pattern" and name.startswith((LAYER + "self_attn.qkv_proj", LAYER + "mlp.gate_up_proj"))
+        torch.testing.assert_close(tensor, adapters_of(model)[name], rtol=2**-22 if is_rounded else 0, atol=0)
 
 
 @layouts
@@ -272,7 +235,7 @@ def test_matching_adapters_are_loaded_into(tmp_path, layout):
 
 
 @layouts
-def test_a_folder_changed_since_counts_as_peft_reads_it(tmp_path, layout, caplog):
+def test_a_folder_that_was_changed_is_imported_as_peft_reads_it(tmp_path, layout, caplog):
     base = base_model()
     p3.export_peft(adapted_model(), tmp_path, layout=layout)
     change_config(tmp_path, lora_alpha=3, alpha_pattern={})
@@ -281,22 +244,22 @@ def test_a_folder_changed_since_counts_as_peft_reads_it(tmp_path, layout, caplog
         p3.import_peft(again, tmp_path)
     assert "changed since export_peft wrote it" in caplog.text
     theirs = with_peft(as_llama(base) if layout == "split" else base, tmp_path)
-    torch.testing.assert_close(logits(again), logits(theirs), atol=1e-4, rtol=0)
+    assert_same_logits(again, theirs)
 
 
 @layouts
-def test_without_our_header_the_structure_counts(tmp_path, layout):
+def test_without_our_header_each_module_becomes_a_layer(tmp_path, layout):
     model, again = adapted_model(use_rslora=True), base_model()
     p3.export_peft(model, tmp_path, layout=layout)
     change_tensors(tmp_path, lambda tensors: None)
     p3.import_peft(again, tmp_path)
     kinds = {facts["class"] for facts in adapter_metadata(again)["layers"].values()}
     assert kinds == ({"Linear", "MergedLinear"} if layout == "split" else {"Linear"})
-    torch.testing.assert_close(logits(again), logits(model), atol=1e-4, rtol=0)
+    assert_same_logits(again, model)
 
 
-def test_values_trained_on_in_the_padding_are_kept(tmp_path):
-    """PEFT trains the padded rows too; a header that survived it must not cut them off."""
+def test_padding_that_was_trained_is_kept(tmp_path):
+    """PEFT trains the padded rows too; they must not be cut off where the header is still there."""
     p3.export_peft(adapted_model(), tmp_path)
 
     def train_on(tensors):
@@ -306,7 +269,7 @@ def test_values_trained_on_in_the_padding_are_kept(tmp_path):
     change_tensors(tmp_path, train_on, keep_header=True)
     again = base_model()
     p3.import_peft(again, tmp_path)
-    torch.testing.assert_close(logits(again), logits(with_peft(base_model(), tmp_path)), atol=1e-4, rtol=0)
+    assert_same_logits(again, with_peft(base_model(), tmp_path))
 
 
 # --- Refusals
@@ -322,9 +285,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     refused(base_model(), "no adapters to export")
     refused(model, "layout='fused'; allowed: 'uniform', 'pattern', 'split'", layout="fused")
     with p3.disabled(model):
-        refused(model, "switched off or merged")
+        refused(model, "disabled or merged")
     with p3.merged(model):
-        refused(model, "switched off or merged")
+        refused(model, "disabled or merged")
     refused(adapted_net(bias="lora_only"), "trained biases .*conv.bias")
     refused(p3.Linear(4, 4, r=2, bias=False), "the model itself")
     unnamed = adapted_net(target_modules=["fused"], segments={"fused": [3, 4]})
