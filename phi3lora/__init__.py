@@ -22,8 +22,7 @@ from .checks.doctor import doctor
 from .checks.report import DoctorReport, Finding
 from .config import LoraConfig, TrainingConfig
 from .data.batches import batches
-from .data.dataset import ChatDataset
-from .data.streaming import ChatStream
+from .data.dataset import ChatDataset, ChatStream
 from .errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError, Phi3LoRAError, TrainingError
 from .inference.evaluation import evaluate, sample_answers
 from .inference.generation import generate

@@ -34,6 +34,9 @@ from .errors import (
 
 T = TypeVar("T")
 
+IGNORE_INDEX = -100
+"""Label of a token that is not trained, as in torch and transformers. Supervised tokens have any other label."""
+
 
 def _translate_arguments(
     cls: type[Any], given: Mapping[str, Any], ignored: frozenset[str]

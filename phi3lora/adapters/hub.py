@@ -18,8 +18,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from ..config import LoraConfig, TrainingConfig
-from ..data.dataset import ChatDataset
-from ..data.streaming import ChatStream
+from ..data.dataset import ChatDataset, ChatStream
 from ..errors import AdapterError, is_path
 from ..files import read_json
 from .adapter_file import is_adapter_file
@@ -248,14 +247,8 @@ def _shown(name: str | os.PathLike[str]) -> str:
 
 
 def _data_text(dataset: str | ChatDataset | ChatStream) -> str:
-    if isinstance(dataset, ChatStream):
-        return f"Chats that were read as a stream (format `{dataset.first.format}`)."
-    if isinstance(dataset, ChatDataset):
-        s = dataset.statistics()
-        return (
-            f"{s['documents']:,} chats of {s['tokens']:,} tokens, {s['supervised_share']:.1%} of them trained; the "
-            f"longest has {s['longest']:,} tokens (format `{s['format']}`)."
-        )
+    if isinstance(dataset, (ChatDataset, ChatStream)):
+        return dataset.describe()
     return f"[{dataset}](https://huggingface.co/datasets/{dataset})" if _is_hub_name(dataset) else _shown(dataset)
 
 

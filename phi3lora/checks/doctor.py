@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ..config import TrainingConfig
-from ..data.dataset import ChatDataset
-from ..data.streaming import ChatStream
+from ..data.dataset import ChatDataset, ChatStream
 from ..errors import Phi3LoRAError, TrainingError
 from ..training.checkpoint import rng_state, set_rng_state
 from . import documents, settings

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.dataset import IGNORE
+from ..config import IGNORE_INDEX
 from ..data.template import ChatEncoder
 from ..model.load import longrope_boundary
 from .planned_run import PlannedRun, token_text
@@ -41,7 +41,7 @@ def preview_first_document(planned: PlannedRun) -> Verdict:
     if len(planned.dataset) == 0:
         return ok("no document to show")
     ids, labels = planned.dataset.document(0)
-    trained = labels != IGNORE
+    trained = labels != IGNORE_INDEX
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
     pieces: list[tuple[str, bool]] = []
     for start, stop in pairwise(edges):

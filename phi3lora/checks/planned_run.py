@@ -9,13 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..config import TrainingConfig
-from ..data.dataset import ChatDataset
-from ..data.streaming import ChatStream, documents_at_hand
+from ..data.batches import StepSchedule
+from ..data.dataset import ChatDataset, ChatStream
 from ..errors import DataError
 from ..model.backend import Backend
 from ..model.estimate import MemoryPlan
 from ..model.load import model_device
-from ..training.plan import StepPlan
 from ..training.setup import checkpointing_mode, plan_step_memory, resolve_backend, resolve_plans
 from ..training.step import Precision, resolve_precision
 from .spans import TrainedSpans, trained_spans
@@ -42,7 +41,7 @@ class PlannedRun:
         **known: Any,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.train_dataset, self.dataset = dataset, documents_at_hand(dataset)
+        self.train_dataset, self.dataset = dataset, dataset.first_window
         self.eval_dataset, self.device_memory_gib = eval_dataset, device_memory_gib
         vars(self).update(known)
 
@@ -57,7 +56,7 @@ class PlannedRun:
         return resolve_backend(self.model, self.config, self.precision)
 
     @cached_property
-    def steps(self) -> StepPlan:
+    def steps(self) -> StepSchedule:
         """Order of documents, rows, batches and steps."""
         self._require_documents()
         return resolve_plans(self.model, self.train_dataset, self.config, self.backend)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.dataset import IGNORE, ChatDataset
+from ..config import IGNORE_INDEX
+from ..data.dataset import ChatDataset
 
 _SAMPLE = 100_000  # documents examined, evenly spread; a smaller dataset is examined whole
 _CHUNK = 2048  # documents examined at once
@@ -58,7 +59,7 @@ def _spans_of(dataset: ChatDataset, chosen: np.ndarray) -> tuple[Any, ...]:
     ends = lengths.cumsum()
     first, last = np.zeros(len(ids), bool), np.zeros(len(ids), bool)  # the first and the last token of a document
     first[ends - lengths], last[ends - 1] = True, True
-    trained = labels != IGNORE
+    trained = labels != IGNORE_INDEX
     starts = np.flatnonzero(trained & (first | ~np.roll(trained, 1)))
     stops = np.flatnonzero(trained & (last | ~np.roll(trained, -1))) + 1
     at = np.searchsorted(ends, starts, side="right")  # (spans,) index into chosen

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Row, collate
+from ..data.batches import PackedRow, collate
 from ..lora.inject import lora_layers
 from ..lora.layers import Embedding, MergedLinear
 from ..model.activations import activation_checkpointing
@@ -106,12 +106,12 @@ def run_trial(planned: PlannedRun) -> Trial:
     return Trial(tuple(losses), (unmoved[0], unmoved[1]), int(lengths.sum()), flops, seconds)
 
 
-def _trial_rows(planned: PlannedRun) -> list[Row]:
+def _trial_rows(planned: PlannedRun) -> list[PackedRow]:
     """Return as much of the first micro-batch as takes seconds, and at least one document."""
     device = model_device(planned.model).type
     lengths = planned.dataset.lengths
     room = _MAX_FLOPS.get(device, 1e11) / flops_per_token(planned.model, mean_context_tokens(lengths))  # tokens
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     for row in planned.steps.steps_of_epoch(0)[0][0]:
         taken: list[int] = []
         for i in row:

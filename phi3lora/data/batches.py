@@ -1,71 +1,53 @@
-"""``batches``: what ``train`` consumes, for loops of your own; and the plan of an epoch behind it."""
+"""``batches``: what ``train`` consumes, for loops of your own; and the schedule of the optimizer steps of a run.
+
+    documents -> packed rows -> micro-batches of ``batch_size`` rows -> optimizer steps
+
+Documents are never cut. Some 2,048 documents of the shuffled order at a time are placed longest first, each into the
+fullest row that still has room for it (best fit decreasing), which fills rows to 97 % and more on chat data:
+
+    max_length 8, documents of 5, 4, 3, 3 tokens  ->  [5 3] [4 3 .]
+
+Which rows there are, and their order, depends on the lengths, the seed and the epoch alone: never on batch size,
+accumulation or the number of processes. The schedule too is a function of the data and the configuration, so a run can
+continue from any :class:`Cursor`.
+
+The row [a a a b b .] in the tensors of a batch (B = 1, S = 6):
+
+    input_ids     a a a b b pad
+    labels       -100 a a -100 b -100      a document's first token has nothing to be predicted from
+    position_ids  0 1 2 0 1 0              0 in all padding: it must not look like a long document
+    cu_seqlens    0 3 5 6                  over the B*S tokens of the batch, end to end; padding counts as a document
+"""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..errors import DataError
-from .dataset import IGNORE, ChatDataset
-from .streaming import ChatStream
+from ..config import IGNORE_INDEX, TrainingConfig
+from ..errors import CheckpointError, DataError
+from .dataset import ChatDataset, ChatStream
+from .prefetch import always, pinned, prefetched
 
+logger = logging.getLogger("phi3lora")
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which rows make which micro-batch of an epoch; the tensors are made when asked for.
+PackedRow = tuple[int, ...]
+"""The documents of one row of a batch, in order."""
+MicroBatch = list[PackedRow]
+"""The rows of one forward pass."""
 
-    ``boundary`` (tokens) keeps documents up to that length and longer ones in different micro-batches: longrope models
-    choose their rotary factors by the largest position in a batch. ``fixed_shape`` fills an epoch's last micro-batch
-    up with rows of padding, for compiled graphs.
-    """
-
-    dataset: ChatDataset
-    batch_size: int
-    max_length: int
-    packing: bool = True
-    shuffle: bool = True
-    seed: int = 0
-    boundary: int | None = None
-    fixed_shape: bool = False
-
-    def micro_batches(self, epoch: int) -> list[list[Row]]:
-        """The micro-batches of an epoch, each a list of at most ``batch_size`` rows."""
-        if self.boundary is None:
-            return self._grouped(self.dataset, None, epoch)
-        lengths = self.dataset.lengths
-        groups = []
-        for belongs in (lengths <= self.boundary, lengths > self.boundary):
-            members = belongs.nonzero()[0]
-            if len(members):
-                groups.append(self._grouped(self.dataset.select(members), members, epoch))
-        mixed: list[list[Row]] = []
-        longest = max(map(len, groups), default=0)
-        for i in range(longest):  # spread the rarer kind evenly over the epoch
-            for group in groups:
-                mixed += group[i * len(group) // longest : (i + 1) * len(group) // longest]
-        return mixed
-
-    def _grouped(self, dataset: ChatDataset, members: Any, epoch: int) -> list[list[Row]]:
-        rows = epoch_rows(
-            dataset, max_length=self.max_length, packing=self.packing, shuffle=self.shuffle, seed=self.seed, epoch=epoch
-        )
-        if members is not None:
-            rows = [tuple(int(members[i]) for i in row) for row in rows]
-        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-
-    def tensors(self, rows: list[Row]) -> dict[str, Any]:
-        """The batch of these rows: ``max_length`` tokens wide when packing, else as wide as its longest document."""
-        if self.fixed_shape:
-            rows = rows + [()] * (self.batch_size - len(rows))
-        if self.packing:
-            return collate(self.dataset, rows, self.max_length)
-        lengths = self.dataset.lengths
-        return collate(self.dataset, rows, max(int(lengths[i]) for row in rows for i in row))
+_PACKED_TOGETHER = 2048  # documents: enough to fill rows, few enough that the order stays random
+_STEPS_AHEAD = 2
 
 
 def batches(
@@ -79,7 +61,7 @@ def batches(
     shuffle: bool = True,
     boundary: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One epoch of batches, as ``train`` consumes them.
+    """Return one epoch of batches, as ``train`` consumes them.
 
     Args:
         dataset: tokenised documents; of a stream one pass, window after window.
@@ -98,51 +80,21 @@ def batches(
     Raises:
         DataError: an empty dataset, ``batch_size`` < 1, a document longer than ``max_length``.
     """
-    if not isinstance(dataset, ChatStream) and len(dataset) == 0:
+    first = dataset.first_window
+    if len(first) == 0:
         raise DataError("the dataset is empty: it has no documents")
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size!r}; allowed: a whole number >= 1")
     if max_length is not None and max_length < 1:
         raise DataError(f"max_length={max_length!r}; allowed: a whole number >= 1")
-    options = (batch_size, max_length or dataset.max_length, packing, shuffle, seed, boundary)
-    if not isinstance(dataset, ChatStream):
-        plan = BatchPlan(dataset, *options)
-        return (plan.tensors(rows) for rows in plan.micro_batches(epoch))
-    plans = ((BatchPlan(window, *options), number) for number, window in dataset.windows(endless=False))
-    return (plan.tensors(rows) for plan, number in plans for rows in plan.micro_batches(epoch + number))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Documents -> rows of ``max_length`` tokens, and rows -> the tensors of a batch.
-#
-# Documents are never cut. Within a window of the shuffled order they are placed longest first, each into the fullest
-# row
-# that still takes it (best fit decreasing), which fills rows to 97 % and more on chat data:
-#
-#     max_length 8, documents of 5, 4, 3, 3 tokens  ->  [5 3] [4 3 .]
-#
-# Which rows there are, and their order, depends on the lengths, the seed and the epoch alone: never on batch size,
-# accumulation or the number of processes.
-#
-#     Row [a a a b b .] in the tensors of a batch (S = 6):
-#       input_ids     a a a b b pad
-#       labels       -100 a a -100 b -100      the first token of a document has nothing to be predicted from
-#       position_ids  0 1 2 0 1 0              0 in all padding: it must not look like a long document
-#       cu_seqlens    0 3 5 6                  over the B*S tokens of the batch, end to end; padding counts as a
-# document
-
-_WINDOW = 2048  # documents placed together: enough to fill rows, few enough that the order stays random
-
-Row = tuple[int, ...]  # the documents of one row, in order
-
-
-def document_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of ``count`` documents in one epoch, (count,) int64."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    plan = BatchPlan(first, batch_size, max_length or dataset.max_length, packing, shuffle, seed, boundary)
+    plan.check_lengths()  # now, not when the first batch is asked for
+    plans = ((dataclasses.replace(plan, dataset=window), n) for n, window in dataset.windows(endless=False))
+    return (plan.tensors(micro) for plan, number in plans for micro in plan.micro_batches(epoch + number))
 
 
 def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
-    """Best-fit-decreasing rows of the positions 0 .. len(lengths) - 1; each row's lengths add up to <= max_length.
+    """Return best-fit-decreasing rows of the positions 0 .. len(lengths) - 1. No row exceeds ``max_length`` tokens.
 
     Example:
         >>> pack([3, 5, 4, 3], max_length=8)
@@ -160,37 +112,8 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]
     return rows
 
 
-def epoch_rows(
-    dataset: ChatDataset, *, max_length: int, packing: bool, shuffle: bool, seed: int, epoch: int
-) -> list[Row]:
-    """The rows of one epoch, in order.
-
-    Raises:
-        DataError: a document longer than ``max_length``.
-    """
-    lengths = dataset.lengths
-    longest = int(lengths.max(initial=0))
-    if longest > max_length:
-        raise DataError(
-            f"max_length={max_length}, but the dataset (loaded with max_length={dataset.max_length}) has a document "
-            f"of {longest} tokens; load it with the smaller max_length, or train with {longest} or more"
-        )
-    order = document_order(len(dataset), seed, epoch) if shuffle else np.arange(len(dataset))
-    if not packing:
-        return [(int(i),) for i in order]
-    rows: list[Row] = []
-    for start in range(0, len(order), _WINDOW):
-        window = order[start : start + _WINDOW]
-        packed = pack(lengths[window], max_length)
-        if shuffle:  # best fit puts long documents first
-            mixed = np.random.default_rng([seed, epoch, start]).permutation(len(packed))
-            packed = [packed[i] for i in mixed]
-        rows += [tuple(int(window[i]) for i in row) for row in packed]
-    return rows
-
-
-def collate(dataset: ChatDataset, rows: Sequence[Row], row_length: int) -> dict[str, Any]:
-    """The tensors of a batch of rows, on the CPU (see the top of this file).
+def collate(dataset: ChatDataset, rows: Sequence[PackedRow], row_length: int) -> dict[str, Any]:
+    """Return the tensors of a batch of packed rows, on the CPU (layout: see the top of this file).
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` int64 (B, S); ``cu_seqlens`` int32 (documents + 1,), padding counted
@@ -198,7 +121,7 @@ def collate(dataset: ChatDataset, rows: Sequence[Row], row_length: int) -> dict[
     """
     shape = (len(rows), row_length)
     input_ids = np.full(shape, dataset.pad_token_id, dtype=np.int64)
-    labels = np.full(shape, IGNORE, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     edges = [0]
     for b, row in enumerate(rows):
@@ -221,3 +144,214 @@ def collate(dataset: ChatDataset, rows: Sequence[Row], row_length: int) -> dict[
         "max_seqlen": int(np.diff(edges).max()),
         "documents": list(rows),
     }
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The documents of every micro-batch of an epoch. Their tensors are made on request.
+
+    ``boundary`` (tokens) keeps documents up to that length and longer ones in different micro-batches: longrope models
+    choose their rotary factors by the largest position in a batch. ``fixed_shape`` fills an epoch's last micro-batch
+    up with rows of padding, for compiled graphs.
+    """
+
+    dataset: ChatDataset
+    batch_size: int
+    max_length: int
+    packing: bool = True
+    shuffle: bool = True
+    seed: int = 0
+    boundary: int | None = None
+    fixed_shape: bool = False
+
+    def check_lengths(self) -> None:
+        """Raise a ``DataError`` if a document is longer than a row."""
+        longest = self.dataset.max_document_tokens
+        if longest > self.max_length:
+            raise DataError(
+                f"max_length={self.max_length}, but the dataset (loaded with max_length={self.dataset.max_length}) "
+                f"has a document of {longest} tokens; load it with the smaller max_length, or train with {longest} or "
+                f"more"
+            )
+
+    def micro_batches(self, epoch: int) -> list[MicroBatch]:
+        """Return the micro-batches of an epoch, each of at most ``batch_size`` rows.
+
+        Raises:
+            DataError: a document longer than ``max_length``.
+        """
+        self.check_lengths()
+        lengths = self.dataset.lengths
+        is_long = lengths > (math.inf if self.boundary is None else self.boundary)
+        groups: list[list[MicroBatch]] = []
+        for documents in (np.flatnonzero(~is_long), np.flatnonzero(is_long)):
+            rows = self._packed_rows(documents, lengths, epoch)
+            groups.append([rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)])
+        longest = max(map(len, groups))
+        return [  # the rarer kind is spread evenly over the epoch
+            micro
+            for i in range(longest)
+            for group in groups
+            for micro in group[i * len(group) // longest : (i + 1) * len(group) // longest]
+        ]
+
+    def _packed_rows(self, documents: np.ndarray, lengths: np.ndarray, epoch: int) -> list[PackedRow]:
+        """Return the rows of these documents (their numbers), in the order of the epoch."""
+        if self.shuffle:
+            documents = documents[np.random.default_rng([self.seed, epoch]).permutation(len(documents))]
+        if not self.packing:
+            return [(int(i),) for i in documents]
+        rows: list[PackedRow] = []
+        for start in range(0, len(documents), _PACKED_TOGETHER):
+            together = documents[start : start + _PACKED_TOGETHER]
+            packed = pack(lengths[together], self.max_length)
+            if self.shuffle:  # best fit puts long documents first
+                mixed = np.random.default_rng([self.seed, epoch, start]).permutation(len(packed))
+                packed = [packed[i] for i in mixed]
+            rows += [tuple(int(together[i]) for i in row) for row in packed]
+        return rows
+
+    def tensors(self, micro: MicroBatch) -> dict[str, Any]:
+        """Return the batch of these rows: ``max_length`` tokens wide when packing, else as its longest document."""
+        if self.fixed_shape:
+            micro = micro + [()] * (self.batch_size - len(micro))
+        if self.packing:
+            return collate(self.dataset, micro, self.max_length)
+        lengths = self.dataset.lengths
+        return collate(self.dataset, micro, max(int(lengths[i]) for row in micro for i in row))
+
+
+class Cursor(NamedTuple):
+    """Position of a run in its data: what a checkpoint records."""
+
+    epoch: int = 0
+    """Epoch of the next step, or number of the stream's window, from 0."""
+    step_in_epoch: int = 0
+    """Number of steps of that epoch already done."""
+    window: str | None = None
+    """Fingerprint of the stream's window that the cursor is in; None at a window's start, and for a dataset."""
+
+
+START = Cursor()
+"""Cursor of a new run."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The micro-batches of one optimizer step, and the cursor after it."""
+
+    plan: BatchPlan
+    """Plan that makes their tensors."""
+    micro_batches: list[MicroBatch]
+    """Documents of each micro-batch."""
+    tokens: int
+    """Number of tokens, padding not counted."""
+    ends_epoch: bool
+    """True for the last step of an epoch, or of a stream's window."""
+    epoch_progress: float
+    """Epochs done after this step, with fraction."""
+    next_cursor: Cursor
+    """Cursor after this step."""
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """The optimizer steps of a run. A stream's window is treated as an epoch."""
+
+    plan: BatchPlan
+    """Plan of the dataset, or of a stream's first window."""
+    config: TrainingConfig
+    """Configuration of the run."""
+    dataset: ChatDataset | ChatStream
+    """Data of the run."""
+    check_window: Callable[[ChatDataset], None] = lambda window: None
+    """Raises if a later window of a stream does not fit the model."""
+
+    def steps_of_epoch(self, epoch: int, plan: BatchPlan | None = None) -> list[list[MicroBatch]]:
+        """Return the micro-batches of each step. The last step of an epoch may have fewer."""
+        micro, count = (plan or self.plan).micro_batches(epoch), self.config.gradient_accumulation_steps
+        return [micro[i : i + count] for i in range(0, len(micro), count)]
+
+    @cached_property
+    def total(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        whole, fraction = divmod(self.config.num_train_epochs, 1)
+        steps = sum(len(self.steps_of_epoch(epoch)) for epoch in range(int(whole)))
+        if fraction:
+            steps += math.ceil(fraction * len(self.steps_of_epoch(int(whole))))
+        return steps
+
+    def steps(
+        self, steps_done: int = 0, cursor: Cursor = START, wanted: Callable[[], bool] = always
+    ) -> Generator[Step]:
+        """Yield the steps from ``cursor`` to the end of the run. A stream's next window is prefetched.
+
+        Args:
+            steps_done: number of optimizer steps before the cursor.
+            cursor: position in the data, from ``Step.next_cursor``.
+            wanted: False ends the iteration where a stream's window would have to be awaited.
+
+        Raises:
+            CheckpointError: the stream's window that the cursor is in has changed.
+        """
+        left, first = self.total - steps_done, cursor.step_in_epoch
+        if left <= 0:
+            return
+        with closing(self._windows(cursor.epoch, wanted)) as windows:
+            for epoch, window in windows:
+                fingerprint = None
+                if not self.dataset.known_length:
+                    self.check_window(window)
+                    fingerprint = window.fingerprint()
+                if first:
+                    self._check_fingerprint(cursor, fingerprint)
+                plan, lengths = dataclasses.replace(self.plan, dataset=window), window.lengths
+                steps = self.steps_of_epoch(epoch, plan)
+                for i in range(first, min(len(steps), first + left)):
+                    ends_epoch = i + 1 == len(steps)
+                    yield Step(
+                        plan=plan,
+                        micro_batches=steps[i],
+                        tokens=int(sum(lengths[d] for micro in steps[i] for row in micro for d in row)),
+                        ends_epoch=ends_epoch,
+                        epoch_progress=epoch + (i + 1) / len(steps),
+                        next_cursor=Cursor(epoch + 1) if ends_epoch else Cursor(epoch, i + 1, fingerprint),
+                    )
+                    left -= 1
+                first = 0
+                if left <= 0:
+                    return
+
+    def batches(
+        self, steps_done: int, cursor: Cursor, device: torch.device, wanted: Callable[[], bool] = always
+    ) -> Generator[tuple[Step, list[dict[str, Any]]]]:
+        """Yield each step of :meth:`steps` with the tensors of its micro-batches, two steps prefetched.
+
+        The tensors are on the CPU, pinned for a CUDA ``device``. Close the generator (``contextlib.closing``) when
+        leaving early; see :func:`phi3lora.data.prefetch.prefetched`.
+        """
+
+        def make(wanted: Callable[[], bool]) -> Iterator[tuple[Step, list[dict[str, Any]]]]:
+            for step in self.steps(steps_done, cursor, wanted):
+                yield step, [pinned(step.plan.tensors(micro), device) for micro in step.micro_batches]
+
+        return prefetched(make, _STEPS_AHEAD, wanted)
+
+    def data_facts(self) -> dict[str, Any]:
+        """Return what determines the batches beside the configuration. A checkpoint records it."""
+        return {**self.dataset.identity(), "row_length": self.plan.max_length, "boundary": self.plan.boundary}
+
+    def _windows(self, start: int, wanted: Callable[[], bool]) -> Generator[tuple[int, ChatDataset]]:
+        if self.dataset.known_length:
+            return self.dataset.windows(start, wanted=wanted)
+        return prefetched(lambda wanted: self.dataset.windows(start, wanted=wanted), 1, wanted)
+
+    def _check_fingerprint(self, cursor: Cursor, fingerprint: str | None) -> None:
+        if fingerprint == cursor.window:
+            return
+        what = f"window {cursor.epoch} of the stream is not what it was when the checkpoint was made"
+        if not self.config.resume_with_changes:
+            raise CheckpointError(f"{what}: its rows have changed. Set resume_with_changes=True to continue anyway")
+        logger.warning("%s", what)

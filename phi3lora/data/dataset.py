@@ -1,23 +1,41 @@
-"""``ChatDataset``: tokenised documents, held flat in memory."""
+"""``ChatDataset``: tokenised chats in memory. ``ChatStream``: chats that are read and tokenised during training.
+
+Both hand out *windows*, each a ``ChatDataset``. The training loop needs nothing else:
+
+    ChatDataset    window n is the dataset itself, for every n: a window is an epoch
+
+    ChatStream     rows      1 ...... 10,000 | 10,001 ...... 20,000 | ... 23,400 | 1 ...... 10,000 | ...
+                   windows          0        |          1           |      2     |        3        |
+
+A stream's window of ``buffer_size`` rows is shuffled and packed within itself. After the last row the first one comes
+again. What a window holds depends on its number alone, so an interrupted run continues at its window and step: the rows
+before are read again, but not tokenised.
+
+The interface that both share: ``windows``, ``first_window``, ``known_length``, ``max_length``, ``max_document_tokens``,
+``identity`` and ``describe``.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import logging
 import os
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import cached_property, partial
+from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from ..config import IGNORE_INDEX
 from ..errors import DataError, is_int, is_one_of, short_repr
-from .documents import IGNORE, Recipe, cache_key
+from .documents import NoDocumentsError, RowTokenizer, cache_key
 from .formats import check_columns, known_format
+from .prefetch import always
 from .rows import BadRows, NumberedRow, find_source, read_rows
-from .streaming import ChatStream
 from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
@@ -31,6 +49,9 @@ class ChatDataset:
     Labels are as transformers has them: unshifted, -100 where nothing is trained. Packing happens in the loader
     (:func:`phi3lora.batches`), not here. Make one with :meth:`load`.
     """
+
+    known_length = True
+    """Whether the number of documents is known: True of a dataset, False of a stream."""
 
     def __init__(
         self,
@@ -46,18 +67,18 @@ class ChatDataset:
         truncated: np.ndarray,
         dropped_rows: int = 0,
         bad_rows: tuple[int, ...] = (),
-        index: np.ndarray | None = None,
     ) -> None:
         self._input_ids, self._labels, self._starts = input_ids, labels, starts  # (tokens,), (tokens,), (documents+1,)
-        self._rows, self._truncated = rows, truncated  # (documents,)
-        self._index = np.arange(len(starts) - 1) if index is None else index  # the documents that belong to this set
+        self._rows, self._truncated = rows, truncated  # (documents,): source row numbers, bool
+        self._index = np.arange(len(starts) - 1)  # the documents that belong to this set
         self.max_length = max_length
         self.pad_token_id = pad_token_id
         self.end_of_turn_id = end_of_turn_id
         self.format = format
         self.dropped_rows = dropped_rows
+        """Number of source rows of which truncation left nothing to train."""
         self.bad_rows = bad_rows
-        """Rows of the source that ``on_bad_row="skip"`` left out."""
+        """Numbers of the source rows that ``on_bad_row="skip"`` left out."""
 
     @classmethod
     def load(
@@ -76,27 +97,28 @@ class ChatDataset:
         buffer_size: int = 10_000,
         on_bad_row: str = "error",
     ) -> ChatDataset:
-        """Read, recognise, render and tokenise a chat dataset.
+        """Read a chat dataset, recognise its format, render and tokenise it.
 
         Args:
             source: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a hub name, a ``datasets.Dataset``, dicts.
             tokenizer: a fast tokenizer with a chat template.
-            max_length: the longest document, in tokens.
-            split: of a hub dataset.
+            max_length: tokens of the longest document.
+            split: split of a hub dataset.
             format: ``"auto"`` (by the first row's keys), ``"messages"``, ``"sharegpt"``, ``"alpaca"``,
                 ``"prompt_completion"`` or ``"text"``; see ``data/formats.py``.
             columns: our column name -> yours, ``{"prompt": "question", "completion": "answer"}``.
-            overflow: a longer document is cut (``"truncate"``; dropped where nothing trained is left, both counted),
-                made several documents (``"split"``; no trained token is lost), or an ``"error"``.
+            overflow: what happens to a longer document: ``"truncate"`` cuts it (and drops it if nothing trained is
+                left; both are counted), ``"split"`` makes several documents and loses no trained token, ``"error"``
+                raises.
             train_on: ``"assistant"`` turns, the ``"last"`` one, or ``"all"`` tokens. A message may carry
                 ``"train": false``.
-            revision: of a hub dataset.
-            streaming: True: a :class:`phi3lora.ChatStream` instead, whose rows are read while it is trained on.
-            buffer_size: of a stream: rows that are in memory, shuffled and packed at a time.
-            on_bad_row: ``"error"`` with the row's number, or ``"skip"``: go on without it, and say which were left out.
+            revision: revision of a hub dataset.
+            streaming: True returns a :class:`phi3lora.ChatStream`, which reads its rows during the training.
+            buffer_size: rows of a stream that are in memory, shuffled and packed at a time.
+            on_bad_row: ``"error"`` raises with the row's number, ``"skip"`` leaves the row out and reports it.
 
         Raises:
-            DataError: with the row's number, whatever cannot be trained on.
+            DataError: anything that cannot be trained on, with the row's number.
 
         Example:
             >>> rows = [{"prompt": "Hi", "completion": "Hello!"}]
@@ -110,20 +132,19 @@ class ChatDataset:
         _check(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
         check_columns(columns)
         name, bad = known_format(format), BadRows(on_bad_row)
-        own = copy.deepcopy(tokenizer) if streaming else tokenizer  # a fast tokenizer is not for two threads
-        recipe = Recipe(ChatEncoder(own, train_on), max_length, overflow, columns, _short(source))
+        # A stream is tokenised in a background thread, and a fast tokenizer must not be used by two threads at once.
+        encoder = ChatEncoder(copy.deepcopy(tokenizer) if streaming else tokenizer, train_on)
+        is_path = isinstance(source, (str, os.PathLike))
+        description = short_repr(os.fspath(source)) if is_path else f"({type(source).__name__})"
+        rows = RowTokenizer(encoder, max_length, overflow, columns, description)
         found = find_source(source, split, revision, streaming)
         if streaming:
-            one_at_a_time = threading.Lock()
-
-            def window(rows: Iterable[NumberedRow], format: str, bad: BadRows) -> ChatDataset:
-                with one_at_a_time:
-                    return cls(**recipe.documents(rows, format, bad))
-
-            return cast(Any, ChatStream(found, window, name, buffer_size=buffer_size, on_bad_row=on_bad_row))
+            stream = ChatStream(found, rows, name, buffer_size=buffer_size, on_bad_row=on_bad_row)
+            return cast(Any, stream)  # declared as a dataset, which is what all but streaming users get
         options = {"columns": sorted((columns or {}).items()), "train_on": train_on}
         key = partial(cache_key, found, tokenizer, **options)
-        dataset = cls(**recipe.documents(read_rows(found, bad), name, bad, key=lambda name: key(format=name)))
+        documents = rows.tokenize(read_rows(found, bad), name, bad, cache_key=lambda name: key(format=name))
+        dataset = cls(**vars(documents))
         logger.info("%s", dataset)
         return dataset
 
@@ -138,7 +159,7 @@ class ChatDataset:
         return (self[i] for i in range(len(self)))
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Document ``i`` without a copy: input ids (n,) and labels (n,), int32."""
+        """Return document ``i`` without copying it: input ids (n,) and labels (n,), int32."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         at = self._index[i]
@@ -152,21 +173,44 @@ class ChatDataset:
 
     @property
     def truncated(self) -> np.ndarray:
-        """Whether each document was cut at ``max_length``, bool (documents,)."""
+        """Mask of the documents that were cut at ``max_length``, bool (documents,)."""
         return self._truncated[self._index]
 
+    @property
+    def max_document_tokens(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.lengths.max(initial=0))
+
     def largest_token_id(self) -> int:
-        """The largest token id in any document, to hold against a model's vocabulary."""
+        """Return the largest token id in any document, to compare with a model's vocabulary."""
         return max(int(self.document(i)[0].max()) for i in range(len(self)))
 
     def row_number(self, i: int) -> int:
-        """The row of the source (counted from 1) that document ``i`` came from."""
+        """Return the source row (counted from 1) that document ``i`` came from."""
         return int(self._rows[self._index[i]])
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
-        """``(train, eval)``: a random ``fraction`` of the documents, at least one, becomes the second set.
+    def windows(
+        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = always
+    ) -> Generator[tuple[int, ChatDataset]]:
+        """Yield ``(number, self)`` for the numbers from ``start`` on, one an epoch: the interface of a stream.
 
-        Documents made of one long row (``overflow="split"``) stay together, so neither set has seen the other's rows.
+        Args:
+            start: the first number.
+            endless: False yields a single pair.
+            wanted: called before each epoch. False ends the iteration.
+        """
+        numbers = itertools.count(start) if endless else [start]
+        return ((number, self) for number in takewhile(lambda _: wanted(), numbers))
+
+    @property
+    def first_window(self) -> ChatDataset:
+        """The dataset itself."""
+        return self
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
+        """Return ``(train, eval)``: a random ``fraction`` of the documents, at least one, becomes the second set.
+
+        Documents made of one long row (``overflow="split"``) stay together, so no row is in both sets.
         """
         _check(isinstance(fraction, float) and 0 < fraction < 1, "fraction", fraction, "0 < fraction < 1")
         rows = np.unique(self._rows[self._index])
@@ -174,24 +218,21 @@ class ChatDataset:
             raise DataError(f"cannot split a dataset of {len(rows)} row; allowed: 2 or more")
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         held_out = np.random.default_rng([seed]).permutation(rows)[:count]
-        belongs = np.isin(self._rows[self._index], held_out)
-        return self.select(np.flatnonzero(~belongs)), self.select(np.flatnonzero(belongs))
+        in_second = np.isin(self._rows[self._index], held_out)
+        return self.select(~in_second), self.select(in_second)
 
     def select(self, documents: Any) -> ChatDataset:
-        """The set of the given documents (their numbers in this one, or a mask), sharing its memory."""
+        """Return the set of the given documents (their numbers in this one, or a mask); it shares this one's memory."""
         chosen = np.asarray(documents)
-        if chosen.dtype == bool:
-            chosen = np.flatnonzero(chosen)
-        return ChatDataset(
-            self._input_ids, self._labels, self._starts, max_length=self.max_length, pad_token_id=self.pad_token_id,
-            end_of_turn_id=self.end_of_turn_id, format=self.format, rows=self._rows, truncated=self._truncated,
-            dropped_rows=self.dropped_rows, bad_rows=self.bad_rows, index=self._index[chosen.astype(np.int64)],
-        )  # fmt: skip
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+        selected = copy.copy(self)
+        selected._index = self._index[chosen]
+        return selected
 
     def statistics(self) -> dict[str, Any]:
-        """documents, (supervised) tokens, truncated documents, dropped rows, bad (skipped) rows, longest in tokens."""
+        """Count documents, tokens, supervised tokens, truncated documents, dropped and bad rows; find the longest."""
         lengths = self.lengths
-        before = np.concatenate([[0], np.cumsum(self._labels != IGNORE)])  # supervised tokens before each token
+        before = np.concatenate([[0], np.cumsum(self._labels != IGNORE_INDEX)])  # supervised tokens before each token
         supervised = int(np.diff(before[self._starts])[self._index].sum())
         tokens = int(lengths.sum())
         return {
@@ -202,18 +243,30 @@ class ChatDataset:
             "truncated": int(self.truncated.sum()),
             "dropped": self.dropped_rows,
             "bad": len(self.bad_rows),
-            "longest": int(lengths.max(initial=0)),
+            "longest": self.max_document_tokens,
             "format": self.format,
             "max_length": self.max_length,
         }
 
     def fingerprint(self) -> str:
-        """SHA-256 of the documents in their order: equal exactly when the data is."""
+        """Return the SHA-256 of the documents in their order: equal exactly when the data is."""
         digest = hashlib.sha256()
         for i in range(len(self)):
             for part in self.document(i):
                 digest.update(len(part).to_bytes(8, "little") + np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """Return the facts by which a checkpoint recognises its data."""
+        return {"documents": len(self), "fingerprint": self.fingerprint()}
+
+    def describe(self) -> str:
+        """Return a sentence for a model card."""
+        s = self.statistics()
+        return (
+            f"{s['documents']:,} chats of {s['tokens']:,} tokens, {s['supervised_share']:.1%} of them trained; the "
+            f"longest has {s['longest']:,} tokens (format `{s['format']}`)."
+        )
 
     def __repr__(self) -> str:
         s = self.statistics()
@@ -228,10 +281,133 @@ class ChatDataset:
         return text + ")"
 
 
+class ChatStream:
+    """Chats that are read during the training: what ``ChatDataset.load(..., streaming=True)`` returns.
+
+    It has no length, so ``train`` needs ``max_steps``, and it cannot be split; :meth:`take` and :meth:`skip` set rows
+    aside for evaluation.
+    """
+
+    known_length = False
+    """Whether the number of documents is known: True of a dataset, False of a stream."""
+
+    def __init__(
+        self,
+        source: Path | Iterable[Any],
+        tokenizer: RowTokenizer,
+        format: str,
+        *,
+        buffer_size: int,
+        on_bad_row: str,
+        skipped: int = 0,
+    ) -> None:
+        if isinstance(source, Iterator):
+            raise DataError(
+                f"a stream cannot be a {type(source).__name__}, which can be read only once; allowed: a source that "
+                f"can be read again from its start (a path, a hub name, a Dataset, an IterableDataset, a list)"
+            )
+        self._source, self._tokenizer, self._format = source, tokenizer, format
+        self.buffer_size, self._on_bad_row, self._skipped = buffer_size, on_bad_row, skipped
+        self.max_length = self.max_document_tokens = tokenizer.max_length
+        self._first_pass: tuple[Iterator[NumberedRow], BadRows] | None = None
+
+    @cached_property
+    def first_window(self) -> ChatDataset:
+        """Window 0, which stands for the whole stream in all checks before a run."""
+        rows, bad = self._open()
+        window = list(islice(rows, self.buffer_size))
+        documents = self._documents(window, self._format, bad)
+        self._first_pass = itertools.chain(window, rows), bad  # for windows(), so that nothing is read twice
+        return documents
+
+    def windows(
+        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = always
+    ) -> Generator[tuple[int, ChatDataset]]:
+        """Yield ``(number, documents)`` of each window from number ``start`` on. One without a usable row is skipped.
+
+        Args:
+            start: number of the first window, counted from 0 through all passes.
+            endless: start again after the last row; False: one pass.
+            wanted: called after each row. False ends the iteration.
+
+        Raises:
+            DataError: anything that cannot be trained on, with the row's number.
+        """
+        first, number = self.first_window, 0
+        (rows, bad), self._first_pass = self._first_pass or self._open(), None
+        while True:
+            in_pass = 0
+            while window := list(islice(takewhile(lambda _: wanted(), rows), self.buffer_size)):
+                if not wanted():
+                    return
+                if number >= start:
+                    documents = self._usable(window, number, bad) if in_pass else first
+                    if documents is not None:
+                        yield number, documents
+                number, in_pass = number + 1, in_pass + 1
+                bad.clear()
+            if not wanted() or (not endless and number > start):
+                return
+            if not in_pass:
+                raise DataError("the stream has no rows any more")
+            number += max(0, start - number) // in_pass * in_pass  # whole passes before the start are not read
+            rows, bad = self._open()
+
+    def take(self, rows: int) -> ChatDataset:
+        """Return the documents of the first ``rows`` rows, in memory: to evaluate on."""
+        _check(is_int(rows, 1), "rows", rows, "a whole number >= 1")
+        source, bad = self._open()
+        return self._documents(list(islice(source, rows)), self._format, bad)
+
+    def skip(self, rows: int) -> ChatStream:
+        """Return the stream without its first ``rows`` rows."""
+        _check(is_int(rows, 1), "rows", rows, "a whole number >= 1")
+        return ChatStream(
+            self._source, self._tokenizer, self._format, buffer_size=self.buffer_size, on_bad_row=self._on_bad_row,
+            skipped=self._skipped + rows,
+        )  # fmt: skip
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
+        """Refuse: a stream cannot be split.
+
+        Raises:
+            DataError: always, with the way out.
+        """
+        raise DataError(
+            "a stream's length is not known, so it cannot be split; take(1000) and skip(1000) set its first rows aside"
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the facts by which a checkpoint recognises its data: the first window's, and ``buffer_size``."""
+        return {**self.first_window.identity(), "buffer_size": self.buffer_size}
+
+    def describe(self) -> str:
+        """Return a sentence for a model card."""
+        return f"Chats that were read as a stream (format `{self.first_window.format}`)."
+
+    def __repr__(self) -> str:
+        return f"ChatStream(windows of {self.buffer_size:,} rows; the first: {self.first_window!r})"
+
+    def _open(self) -> tuple[Iterator[NumberedRow], BadRows]:
+        """Return the rows from the start, and the record of those that cannot be used."""
+        bad = BadRows(self._on_bad_row)
+        rows = iter(read_rows(self._source, bad))
+        skipped = sum(1 for _ in islice(rows, self._skipped))
+        if skipped < self._skipped:
+            raise DataError(f"skip({self._skipped:,}) leaves nothing of a stream of {skipped:,} rows")
+        return rows, bad
+
+    def _documents(self, window: list[NumberedRow], format: str, bad: BadRows) -> ChatDataset:
+        return ChatDataset(**vars(self._tokenizer.tokenize(window, format, bad)))
+
+    def _usable(self, window: list[NumberedRow], number: int, bad: BadRows) -> ChatDataset | None:
+        try:
+            return self._documents(window, self.first_window.format, bad)
+        except NoDocumentsError as why:
+            logger.warning("window %d of the stream is skipped: %s", number, why)
+            return None
+
+
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
         raise DataError(f"{name}={short_repr(value)}; allowed: {allowed}")
-
-
-def _short(source: Any) -> str:
-    return short_repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"

@@ -1,4 +1,11 @@
-"""Rows -> chats -> tokenised documents of at most ``max_length`` tokens: what ``ChatDataset.load`` does to any rows."""
+"""Rows -> chats -> tokenised documents of at most ``max_length`` tokens, and the tokenised chats kept on disk.
+
+``datasets`` keeps the tokenised chats of a file or dataset of 1 MiB and more, so the same rows, tokenizer and options
+are tokenised once. They form a ``Dataset.from_generator`` whose fingerprint is a digest of everything that the tokens
+depend on, this library's own code included. What cannot be digested is not kept. Long chats are cut after this step, so
+``max_length`` and ``overflow`` may change. ``datasets`` decides where its cache is (``HF_DATASETS_CACHE``) and whether
+there is one (``datasets.disable_caching()``).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,7 @@ import inspect
 import itertools
 import json
 import logging
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,236 +24,247 @@ import numpy as np
 import tokenizers
 import transformers
 
+from ..config import IGNORE_INDEX
 from ..errors import DataError
-from ..files import sha256_of
 from . import formats, template
 from . import rows as sources
-from .formats import detect_format, to_messages
+from .formats import Message, detect_format, to_messages
 from .rows import BadRows, NumberedRow
 from .template import ChatEncoder, EncodedChat
 
 logger = logging.getLogger("phi3lora")
 
-IGNORE = -100
-"""The label of a token that is not trained."""
-
-_ROWS_AT_ONCE = 1000
-
-
-class NothingUsableError(DataError):
-    """Rows of which no document was left; none of them an error by itself."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How rows become documents."""
-
-    encoder: ChatEncoder
-    max_length: int
-    overflow: str
-    columns: Mapping[str, str] | None
-    source: str
-    """What the rows come from, in words."""
-
-    def documents(
-        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, key: Callable[[str], str | None] | None = None
-    ) -> dict[str, Any]:
-        """The documents, as ``ChatDataset`` takes them.
-
-        Args:
-            rows: numbered.
-            format: ``"auto"``: as the first row says.
-            bad: what happens to a row that cannot be used.
-            key: format -> under what the tokenised chats are kept (cache.py); None: they are not.
-
-        Raises:
-            NothingUsableError: no document is left.
-        """
-        rows = iter(rows)
-        name, first = _recognised(rows, format, self.columns, bad)
-        if first is None:
-            why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
-            raise NothingUsableError(f"the dataset {self.source} is empty: {why}")
-        builder = _Builder(self.max_length, self.overflow, bad)
-        chats = _encoded(self.encoder, _chunks(first, rows, name, self.columns, bad), bad)
-        # What is kept does not say what was skipped.
-        for number, chat in kept(chats, None if bad.skips or key is None else key(name)):
-            builder.add(chat, number)
-        bad.report()
-        tokenizer = self.encoder.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return builder.finish(pad_token_id=pad or 0, end_of_turn_id=self.encoder.end_of_turn_id, format=name)
-
-
-def _recognised(
-    rows: Iterator[NumberedRow], name: str, columns: Mapping[str, str] | None, bad: BadRows
-) -> tuple[str, NumberedRow | None]:
-    """The format, and the first row that says so; None: there is none."""
-    for number, row in rows:
-        try:
-            return (detect_format(row, columns, number) if name == "auto" else name), (number, row)
-        except DataError as error:
-            bad.met(number, error)
-    return name, None
-
-
-def _chunks(
-    first: NumberedRow, rest: Iterator[NumberedRow], format: str, columns: Mapping[str, str] | None, bad: BadRows
-) -> Iterator[tuple[list[int], list[Any]]]:
-    """Row numbers and checked chats, some at a time, so that the tokenizer has a batch to spread over the cores."""
-    numbers, chats = [], []
-    for number, row in itertools.chain([first], rest):
-        try:
-            chats.append(to_messages(row, format, number, columns))
-            numbers.append(number)
-        except DataError as error:
-            bad.met(number, error)
-        if len(chats) == _ROWS_AT_ONCE:
-            yield numbers, chats
-            numbers, chats = [], []
-    if chats:
-        yield numbers, chats
-
-
-def _encoded(
-    encoder: ChatEncoder, chunks: Iterator[tuple[list[int], list[Any]]], bad: BadRows
-) -> Generator[NumberedChat]:
-    for numbers, chats in chunks:
-        try:
-            yield from zip(numbers, encoder.encode(chats, numbers), strict=True)
-        except DataError:
-            if not bad.skips:
-                raise
-            for number, chat in zip(numbers, chats, strict=True):  # one by one, to know which
-                try:
-                    yield number, encoder.encode([chat], [number])[0]
-                except DataError as error:
-                    bad.met(number, error)
-
-
-class _Builder:
-    """Collects documents of at most ``max_length`` tokens."""
-
-    def __init__(self, max_length: int, overflow: str, bad: BadRows) -> None:
-        self.max_length, self.overflow, self.bad = max_length, overflow, bad
-        self.ids: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
-        self.rows: list[int] = []
-        self.truncated: list[bool] = []
-        self.dropped_rows = 0
-        self.longest_prompt = 0
-
-    def add(self, chat: EncodedChat, number: int) -> None:
-        ids = np.array(chat.input_ids, dtype=np.int32)
-        labels = np.where(chat.trained, ids, IGNORE).astype(np.int32)
-        if len(ids) <= self.max_length:
-            self._append(ids, labels, number, False)
-        elif self.overflow == "error":
-            what = f"row {number}: {len(ids)} tokens; allowed: max_length={self.max_length}. "
-            self.bad.met(number, DataError(f"{what}Raise max_length, or set overflow='truncate' or 'split'"))
-        else:
-            # A document's first token is never predicted, so the parts of a split overlap by one token.
-            step = self.max_length - 1
-            starts = [0] if self.overflow == "truncate" else range(0, len(ids) - 1, step)
-            parts = [slice(start, start + self.max_length) for start in starts]
-            kept = [part for part in parts if (labels[part][1:] != IGNORE).any()]
-            for part in kept:
-                self._append(ids[part], labels[part], number, self.overflow == "truncate")
-            if not kept:
-                self.dropped_rows += 1
-                self.longest_prompt = max(self.longest_prompt, int(np.argmax(chat.trained)))
-
-    def _append(self, ids: np.ndarray, labels: np.ndarray, number: int, truncated: bool) -> None:
-        self.ids.append(ids)
-        self.labels.append(labels)
-        self.rows.append(number)
-        self.truncated.append(truncated)
-
-    def finish(self, **facts: Any) -> dict[str, Any]:
-        if not self.ids and self.bad.errors and not self.dropped_rows:
-            raise NothingUsableError(
-                f"none of the {len(self.bad.numbers)} rows is usable; the first: {self.bad.errors[0]}"
-            )
-        if not self.ids:
-            raise NothingUsableError(
-                f"max_length={self.max_length} is too small: cut there, none of the {self.dropped_rows} rows has a "
-                f"trained token left. Allowed: more than {self.longest_prompt + 1}, or overflow='split'"
-            )
-        if self.dropped_rows:
-            logger.warning(
-                "%d rows dropped: within max_length=%d nothing trained was left of them",
-                self.dropped_rows,
-                self.max_length,
-            )
-        starts = np.concatenate([[0], np.cumsum([len(ids) for ids in self.ids])])
-        return {
-            "input_ids": np.concatenate(self.ids), "labels": np.concatenate(self.labels), "starts": starts,
-            "max_length": self.max_length, "rows": np.array(self.rows), "truncated": np.array(self.truncated),
-            "dropped_rows": self.dropped_rows, "bad_rows": tuple(self.bad.numbers), **facts,
-        }  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------
-# Tokenised chats kept on disk by ``datasets``: the same rows, tokenizer and options are tokenised once.
-#
-# The chats are a ``Dataset.from_generator`` whose fingerprint is a digest of everything that their tokens depend on,
-# this
-# library's own code included; what cannot be digested is not kept. How long documents are cut comes after, so
-# ``max_length`` and ``overflow`` may change. ``datasets`` decides where they lie (``HF_DATASETS_CACHE``) and whether
-# anything is kept at all (``datasets.disable_caching()``).
-
-
 NumberedChat = tuple[int, EncodedChat]
 
-SMALLEST_BYTES = 2**20  # less is tokenised in less than the second that importing datasets takes
-_MODULES = (formats.__file__, sources.__file__, template.__file__, __file__)
 _CHATS_AT_ONCE = 1000
 
 
-def cache_key(found: Path | Iterable[Any], tokenizer: Any, **options: Any) -> str | None:
-    """A digest of the rows, the tokenizer, the options and the code; None: these chats are not to be kept.
+class NoDocumentsError(DataError):
+    """No row of the source became a document."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents, end to end in flat arrays: the arguments of ``ChatDataset``."""
+
+    input_ids: np.ndarray
+    """Token ids, int32 (tokens,)."""
+    labels: np.ndarray
+    """The token's own id where it is trained, else -100, int32 (tokens,)."""
+    starts: np.ndarray
+    """Position of each document's first token, and the end, int64 (documents + 1,)."""
+    rows: np.ndarray
+    """Number of the source row of each document, (documents,)."""
+    truncated: np.ndarray
+    """Mask of the documents that were cut, bool (documents,)."""
+    dropped_rows: int
+    """Number of rows of which truncation left nothing to train."""
+    bad_rows: tuple[int, ...]
+    """Numbers of the rows that were skipped."""
+    max_length: int
+    """Limit of a document's length, in tokens."""
+    pad_token_id: int
+    """Padding token."""
+    end_of_turn_id: int
+    """Token that closes an assistant turn."""
+    format: str
+    """Format of the rows."""
+
+
+class RowTokenizer:
+    """Turns numbered rows into tokenised documents.
 
     Args:
-        found: what ``sources.find_source`` found. Files and ``datasets.Dataset`` of :data:`SMALLEST_BYTES` and more
-            are kept; their contents count, not their names.
-        tokenizer: one of transformers' own classes, whose template does not ask for the time.
+        encoder: renders and tokenises a chat.
+        max_length: tokens of the longest document.
+        overflow: ``"truncate"``, ``"split"`` or ``"error"``: what happens to a longer chat.
+        columns: our column name -> the source's.
+        source: description of the source, for messages.
+    """
+
+    def __init__(
+        self, encoder: ChatEncoder, max_length: int, overflow: str, columns: Mapping[str, str] | None, source: str
+    ) -> None:
+        self.encoder, self.max_length, self.overflow = encoder, max_length, overflow
+        self.columns, self.source = columns, source
+        self._one_thread = threading.Lock()  # a fast tokenizer must not be used by two threads at once
+
+    def tokenize(
+        self,
+        rows: Iterable[NumberedRow],
+        format: str,
+        bad: BadRows,
+        cache_key: Callable[[str], str | None] | None = None,
+    ) -> Documents:
+        """Return the documents of ``rows``.
+
+        Args:
+            rows: the rows with their numbers.
+            format: one of ``formats.COLUMNS``, or ``"auto"``: that of the first row.
+            bad: decides whether a row that cannot be used raises or is skipped.
+            cache_key: format -> key under which the tokenised chats are kept on disk; None: they are not.
+
+        Raises:
+            NoDocumentsError: no document is left.
+        """
+        with self._one_thread:
+            rows = iter(rows)
+            format, first = self._first_row(rows, format, bad)
+            # The cache does not record which rows were skipped.
+            key = cache_key(format) if cache_key is not None and not bad.skips else None
+            chats = self._encoded(itertools.chain([first], rows), format, bad)
+            return self._cut(kept(chats, key), format, bad)
+
+    def _first_row(self, rows: Iterator[NumberedRow], format: str, bad: BadRows) -> tuple[str, NumberedRow]:
+        """Return the format, and the first row that has it."""
+        for number, row in rows:
+            try:
+                return (detect_format(row, self.columns, number) if format == "auto" else format), (number, row)
+            except DataError as error:
+                bad.reject(number, error)
+        why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
+        raise NoDocumentsError(f"the dataset {self.source} is empty: {why}")
+
+    def _encoded(self, rows: Iterable[NumberedRow], format: str, bad: BadRows) -> Generator[NumberedChat]:
+        """Yield the encoded chats, tokenised many at a time, which the tokenizer spreads over the cores."""
+        for numbers, chats in self._chats(rows, format, bad):
+            try:
+                yield from zip(numbers, self.encoder.encode(chats, numbers), strict=True)
+            except DataError:
+                if not bad.skips:
+                    raise
+                for number, chat in zip(numbers, chats, strict=True):  # one by one, to find the bad ones
+                    try:
+                        yield number, self.encoder.encode([chat], [number])[0]
+                    except DataError as error:
+                        bad.reject(number, error)
+
+    def _chats(
+        self, rows: Iterable[NumberedRow], format: str, bad: BadRows
+    ) -> Iterator[tuple[list[int], list[list[Message]]]]:
+        """Yield row numbers and checked chats, ``_CHATS_AT_ONCE`` at a time."""
+        numbers: list[int] = []
+        chats: list[list[Message]] = []
+        for number, row in rows:
+            try:
+                chats.append(to_messages(row, format, number, self.columns))
+                numbers.append(number)
+            except DataError as error:
+                bad.reject(number, error)
+            if len(chats) == _CHATS_AT_ONCE:
+                yield numbers, chats
+                numbers, chats = [], []
+        if chats:
+            yield numbers, chats
+
+    def _cut(self, chats: Iterable[NumberedChat], format: str, bad: BadRows) -> Documents:
+        """Return the chats as documents of at most ``max_length`` tokens."""
+        documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, labels)
+        rows: list[int] = []
+        truncated: list[bool] = []
+        dropped_rows = longest_prompt = 0
+        for number, chat in chats:
+            ids = np.array(chat.input_ids, dtype=np.int32)
+            labels = np.where(chat.trained, ids, IGNORE_INDEX).astype(np.int32)
+            is_long = len(ids) > self.max_length
+            if is_long and self.overflow == "error":
+                what = f"row {number}: {len(ids)} tokens; allowed: max_length={self.max_length}. "
+                bad.reject(number, DataError(f"{what}Raise max_length, or set overflow='truncate' or 'split'"))
+                continue
+            parts = self._parts(ids, labels) if is_long else [(ids, labels)]
+            documents += parts
+            rows += [number] * len(parts)
+            truncated += [is_long and self.overflow == "truncate"] * len(parts)
+            if not parts:
+                dropped_rows += 1
+                longest_prompt = max(longest_prompt, int(np.argmax(chat.trained)))
+        bad.report()
+        if not documents and bad.errors and not dropped_rows:
+            raise NoDocumentsError(f"none of the {len(bad.numbers)} rows is usable; the first: {bad.errors[0]}")
+        if not documents:
+            raise NoDocumentsError(
+                f"max_length={self.max_length} is too small: cut there, none of the {dropped_rows} rows has a trained "
+                f"token left. Allowed: more than {longest_prompt + 1}, or overflow='split'"
+            )
+        if dropped_rows:
+            logger.warning(
+                "%d rows dropped: nothing trained is left of them within max_length=%d", dropped_rows, self.max_length
+            )
+        tokenizer = self.encoder.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return Documents(
+            input_ids=np.concatenate([ids for ids, _ in documents]),
+            labels=np.concatenate([labels for _, labels in documents]),
+            starts=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in documents])]),
+            rows=np.array(rows),
+            truncated=np.array(truncated),
+            dropped_rows=dropped_rows,
+            bad_rows=tuple(bad.numbers),
+            max_length=self.max_length,
+            pad_token_id=pad or 0,
+            end_of_turn_id=self.encoder.end_of_turn_id,
+            format=format,
+        )
+
+    def _parts(self, ids: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the parts of a long chat that have something to train: one at most for ``"truncate"``.
+
+        A document's first token is never predicted, so the parts of a split overlap by one token.
+        """
+        starts = [0] if self.overflow == "truncate" else range(0, len(ids) - 1, self.max_length - 1)
+        parts = [slice(start, start + self.max_length) for start in starts]
+        return [(ids[part], labels[part]) for part in parts if (labels[part][1:] != IGNORE_INDEX).any()]
+
+
+SMALLEST_BYTES = 2**20  # less is tokenised in less than the second that importing datasets takes
+_MODULES = (formats.__file__, sources.__file__, template.__file__, __file__)
+
+
+def cache_key(source: Path | Iterable[Any], tokenizer: Any, **options: Any) -> str | None:
+    """Return a digest of the rows, the tokenizer, the options and the code; None if the chats must not be kept.
+
+    Args:
+        source: result of ``rows.find_source``. Files and ``datasets.Dataset`` of :data:`SMALLEST_BYTES` and more are
+            kept. Their contents count, not their names.
+        tokenizer: an instance of one of transformers' own classes, whose template does not ask for the time.
         options: values with a ``repr`` that tells them apart.
     """
-    rows = _rows_digest(found)
+    rows = _rows_digest(source)
     tokenizer_facts = _tokenizer_facts(tokenizer) if rows else None
     if tokenizer_facts is None:
         return None
-    code = [sha256_of(Path(name)) for name in _MODULES]
+    code = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in _MODULES]
     versions = [transformers.__version__, tokenizers.__version__]
     facts = [rows, tokenizer_facts, sorted((name, repr(value)) for name, value in options.items()), code, versions]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _rows_digest(found: Path | Iterable[Any]) -> str | None:
-    if isinstance(found, Path):
-        if found.stat().st_size < SMALLEST_BYTES:
+def _rows_digest(source: Path | Iterable[Any]) -> str | None:
+    if isinstance(source, Path):
+        if source.stat().st_size < SMALLEST_BYTES:
             return None
-        return found.suffix.lower() + sha256_of(found)
-    fingerprint = getattr(found, "_fingerprint", None)  # a datasets.Dataset has one
-    return fingerprint if fingerprint and found.data.nbytes >= SMALLEST_BYTES else None  # type: ignore[attr-defined]
+        return source.suffix.lower() + hashlib.sha256(source.read_bytes()).hexdigest()
+    dataset: Any = source
+    fingerprint: str | None = getattr(dataset, "_fingerprint", None)  # a datasets.Dataset has one
+    return fingerprint if fingerprint and dataset.data.nbytes >= SMALLEST_BYTES else None
 
 
 def _tokenizer_facts(tokenizer: Any) -> list[Any] | None:
-    own_class = not type(tokenizer).__module__.startswith("transformers.")
-    if own_class or "strftime_now" in str(tokenizer.chat_template):
+    is_own_class = not type(tokenizer).__module__.startswith("transformers.")
+    if is_own_class or "strftime_now" in str(tokenizer.chat_template):
         return None
     try:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-    except Exception:  # tokenizers raises this very class for a part that is written in Python
+    except Exception:  # tokenizers raises this very class for a component written in Python
         return None
-    del state["truncation"], state["padding"]  # what the last call left there
+    del state["truncation"], state["padding"]  # set by every call
     return [state, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.split_special_tokens]
 
 
 def kept(chats: Generator[NumberedChat], key: str | None) -> Iterator[NumberedChat]:
-    """The same chats: those kept under ``key``, else ``chats``, which are then kept.
+    """Return the chats kept under ``key``, or else ``chats``, which are kept from then on.
 
-    What ``chats`` raises is raised as it is, and nothing is kept.
+    An exception that ``chats`` raises is raised unchanged, and nothing is kept.
     """
     if key is None:
         return chats
@@ -270,12 +289,10 @@ def kept(chats: Generator[NumberedChat], key: str | None) -> Iterator[NumberedCh
     except OSError as error:
         if inspect.getgeneratorstate(chats) != inspect.GEN_CREATED:
             raise
-        logger.warning("tokenised chats cannot be kept in datasets' cache: %s", error)
+        logger.warning("tokenised chats cannot be kept in the cache of datasets: %s", error)
         return chats
-    return _chats(table)
-
-
-def _chats(table: Any) -> Iterator[NumberedChat]:
-    for part in table.with_format("numpy").iter(_CHATS_AT_ONCE):
-        for number, input_ids, trained in zip(part["number"], part["input_ids"], part["trained"], strict=True):
-            yield int(number), EncodedChat(input_ids, trained)
+    return (
+        (int(number), EncodedChat(input_ids, trained))
+        for part in table.with_format("numpy").iter(_CHATS_AT_ONCE)
+        for number, input_ids, trained in zip(part["number"], part["input_ids"], part["trained"], strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Items made by a background thread before they are asked for: batches while a step runs, a stream's next window."""
+"""One background thread that prepares items before they are needed: batches during a step, a stream's next window."""
 
 from __future__ import annotations
 
@@ -8,53 +8,62 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 T = TypeVar("T")
 
 logger = logging.getLogger("phi3lora")
 
 _POLL_S = 0.2
-_PATIENCE_S = 5.0  # for a thread to end whose work is no longer wanted
+_JOIN_TIMEOUT_S = 5.0
+
+
+def always() -> bool:
+    """Return True: the default of every ``wanted``."""
+    return True
 
 
 def prefetched(
-    items: Iterator[T], ahead: int, stop: threading.Event | None = None, wanted: Callable[[], bool] = lambda: True
+    make: Callable[[Callable[[], bool]], Iterator[T]], ahead: int, wanted: Callable[[], bool] = always
 ) -> Generator[T]:
-    """The same items in the same order, at most ``ahead`` (>= 1) of them made by another thread before they are taken.
+    """Yield the items of ``make(wanted)`` in their order, while a thread prepares up to ``ahead`` more of them.
 
-    What ``items`` raises is raised here, as it is, when its turn comes. The thread has ended when this iterator is
-    exhausted, has raised, or is closed; closing waits for the item being made, or some seconds where that takes longer
-    (a network that hangs): the thread then ends with its item, or with the process.
+    An exception of the items is raised here unchanged, when its turn comes. The thread has ended when this generator
+    is exhausted, has raised or is closed (``contextlib.closing``). Closing waits for the item in preparation, but not
+    longer than 5 s: a network read that hangs ends with its item, or with the process.
 
     Args:
-        items: what makes them; closed by the thread if it can be.
-        ahead: how many are made ahead.
-        stop: set when no more are wanted, for ``items`` to see.
-        wanted: asked while an item is waited for; False ends the iteration.
+        make: gets a function that returns False as soon as no more items are needed, and returns the items. The
+            thread closes them if they are a generator.
+        ahead: number of items to prepare in advance, >= 1.
+        wanted: polled while an item is awaited. False ends the iteration.
     """
-    stop, end = stop or threading.Event(), object()
-    tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()  # one for each item that may be made; False: no more
-    made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    left, end = threading.Event(), object()
+    items = make(lambda: not left.is_set() and wanted())
+    tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: prepare one more item; False: stop
+    prepared: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
         try:
-            while tickets.get() and not stop.is_set():
-                made.put((next(items, end), None))
+            while tickets.get() and not left.is_set():
+                prepared.put((next(items, end), None))
         except BaseException as error:
-            made.put((end, error))
+            prepared.put((end, error))
         finally:
             if isinstance(items, Generator):
                 items.close()
 
-    thread = threading.Thread(target=work, name="phi3lora-ahead", daemon=True)
+    thread = threading.Thread(target=work, name="phi3lora-prefetch", daemon=True)
     thread.start()
     try:
         for _ in range(ahead):
             tickets.put(True)
         while True:
             try:
-                item, error = made.get(timeout=_POLL_S)
+                item, error = prepared.get(timeout=_POLL_S)
             except queue.Empty:
-                if stop.is_set() or not wanted():
+                if not wanted():
                     return
                 continue
             if error is not None:
@@ -64,8 +73,18 @@ def prefetched(
             tickets.put(True)
             yield item
     finally:
-        stop.set()
+        left.set()
         tickets.put(False)
-        thread.join(_PATIENCE_S)
+        thread.join(_JOIN_TIMEOUT_S)
         if thread.is_alive():
-            logger.warning("what was being read ahead is left unfinished: it takes more than %.0f s", _PATIENCE_S)
+            logger.warning("a background read takes longer than %.0f s and is left to end by itself", _JOIN_TIMEOUT_S)
+
+
+def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return ``batch`` with its tensors in page-locked memory, from where they are copied to a CUDA device in the
+    background; for any other device, ``batch`` itself.
+    """
+    if device.type != "cuda":
+        return batch
+    with torch.cuda.device(device):  # per thread; without it pinning would create a context on device 0 too
+        return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a hub name, a ``datasets.Dataset``, a list of dicts -> numbered rows."""
+"""Numbered rows of a file, a hub dataset, a ``datasets.Dataset`` or a list of dicts; and what happens to bad ones."""
 
 from __future__ import annotations
 
@@ -6,34 +6,72 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from ..errors import DataError, as_path, error_line, is_one_of, is_text, short_repr
 from ..files import parse_json
 
-NumberedRow = tuple[int, Mapping[str, Any]]  # rows count from 1; in a .jsonl file the number is the line's
+logger = logging.getLogger("phi3lora")
 
-_ROWS_AT_ONCE = 1000
+NumberedRow = tuple[int, Mapping[str, Any]]
+"""A row with its number. Rows count from 1; in a .jsonl file the number is the line's."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+ON_BAD_ROW = ("error", "skip")
+_ROWS_AT_ONCE = 1000
+_QUOTED_ERRORS = 3
+
+
+class BadRows:
+    """Record of the rows that cannot be trained on, for ``ChatDataset.load(on_bad_row=...)``.
+
+    Args:
+        choice: ``"error"``: the first bad row raises; ``"skip"``: bad rows are left out and reported.
+    """
+
+    def __init__(self, choice: str) -> None:
+        if not is_one_of(choice, ON_BAD_ROW):
+            raise DataError(f"on_bad_row={short_repr(choice)}; allowed: {', '.join(map(repr, ON_BAD_ROW))}")
+        self.skips = choice == "skip"
+        self.numbers: list[int] = []
+        self.errors: list[DataError] = []
+
+    def reject(self, number: int, error: DataError) -> None:
+        """Raise ``error``, or record row ``number`` (counted from 1) as skipped."""
+        if not self.skips:
+            raise error
+        self.numbers.append(number)
+        if len(self.errors) < _QUOTED_ERRORS:
+            self.errors.append(error)
+
+    def clear(self) -> None:
+        """Forget the rows recorded so far."""
+        self.numbers, self.errors = [], []
+
+    def report(self) -> None:
+        """Log one warning for all skipped rows."""
+        if self.numbers:
+            rest = len(self.numbers) - len(self.errors)
+            more = f"; and {rest} more" if rest else ""
+            logger.warning("%d bad rows skipped: %s%s", len(self.numbers), "; ".join(map(str, self.errors)), more)
 
 
 def find_source(
     source: Any, split: str = "train", revision: str | None = None, streaming: bool = False
 ) -> Path | Iterable[Any]:
-    """What ``source`` names: a file, or something to take rows from.
+    """Return what ``source`` names: the path of a file, or an iterable of rows.
 
     Args:
         source: a path ending in one of :data:`SUFFIXES`, a folder or hub name for ``datasets``, a ``Dataset`` or
             ``DatasetDict``, or an iterable of dicts.
-        split: of a hub dataset or a ``DatasetDict``.
-        revision: of a hub dataset.
-        streaming: a hub dataset is read over the network as its rows are asked for.
+        split: split of a hub dataset or a ``DatasetDict``.
+        revision: revision of a hub dataset.
+        streaming: True reads a hub dataset over the network as its rows are asked for.
 
     Raises:
-        DataError: a missing file, a dataset that cannot be loaded, something that holds no rows.
+        DataError: a missing file, a dataset that cannot be loaded, a source without rows.
     """
     if not is_text(split):
         raise DataError(f"split={short_repr(split)}; allowed: a name")
@@ -61,29 +99,32 @@ def _find_named(name: str, split: str, revision: str | None, streaming: bool) ->
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
-    # Not found, no such split, no network: datasets says which, of a damaged folder in errors of any kind.
+        dataset = datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
+    # No such dataset, no such split, no network; a damaged folder raises errors of any kind.
     except (OSError, ValueError, LookupError, TypeError, AttributeError, DatasetsError) as error:
         raise DataError(f"cannot load the dataset {short_repr(name)}, split {split!r}: {error_line(error)}") from error
+    return cast("Iterable[Any]", dataset)
 
 
-def read_rows(found: Path | Iterable[Any], bad: BadRows | None = None) -> Iterator[NumberedRow]:
-    """Rows of what :func:`find_source` found, with their numbers.
+def read_rows(source: Path | Iterable[Any], bad: BadRows | None = None) -> Iterator[NumberedRow]:
+    """Return the numbered rows of a source that :func:`find_source` returned.
 
     Args:
-        found: the source.
-        bad: what happens to a row that is not JSON or not a dict; None: it is an error.
+        source: a file or an iterable of rows.
+        bad: decides what happens to a row that is not JSON or not a dict; None: it raises.
 
     Raises:
         DataError: text that is not JSON or not UTF-8 (with its line), a row that is not a dict.
     """
     bad = bad or BadRows("error")
-    if not isinstance(found, Path):
-        return _numbered(found, bad)
-    suffix = found.suffix.lower()
-    if suffix in (".csv", ".parquet"):
-        return _numbered(_csv_rows(found) if suffix == ".csv" else _parquet_rows(found), bad)
-    return (_json_rows if suffix == ".json" else _jsonl_rows)(found, bad)
+    if not isinstance(source, Path):
+        return _numbered(source, bad)
+    suffix = source.suffix.lower()
+    if suffix == ".csv":
+        return _numbered(_csv_rows(source), bad)
+    if suffix == ".parquet":
+        return _numbered(_parquet_rows(source), bad)
+    return _json_rows(source, bad) if suffix == ".json" else _jsonl_rows(source, bad)
 
 
 def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
@@ -92,26 +133,28 @@ def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
             yield number, row
             continue
         kind = type(row).__name__
-        bad.met(number, DataError(f"row {number} is a {kind} {short_repr(row, 60)}; allowed: a dict of columns"))
+        bad.reject(number, DataError(f"row {number} is a {kind} {short_repr(row, 60)}; allowed: a dict of columns"))
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> DataError:
-    at = f"byte {before + error.start} is {error.object[error.start]:#04x}"
-    return DataError(f"{str(path)!r} is not UTF-8: {at}")
+def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:  # also raised for an integer of too many digits
+            what = f"not JSON: {error}; got {line[:60].rstrip()!r}"
+        else:
+            if isinstance(row, Mapping):
+                yield number, row
+                continue
+            what = f"{line[:60].rstrip()!r}; allowed: a JSON object"
+        bad.reject(number, DataError(f"{str(path)!r}, row {number}: {what}"))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, as they are asked for."""
-    before = 0
+    """Yield numbered lines, read one at a time."""
+    before = 0  # bytes
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -124,35 +167,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:  # also: an integer of too many digits
-            what = DataError(f"{str(path)!r}, row {number}: not JSON: {error}; got {line[:60].rstrip()!r}")
-        else:
-            if isinstance(row, Mapping):
-                yield number, row
-                continue
-            what = DataError(f"{str(path)!r}, row {number}: {line[:60].rstrip()!r}; allowed: a JSON object")
-        bad.met(number, what)
+def _not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> DataError:
+    at = f"byte {before + error.start} is {error.object[error.start]:#04x}"
+    return DataError(f"{str(path)!r} is not UTF-8: {at}")
 
 
 def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
-    """A list of objects; an object that holds one (``{"data": [...]}``); or, misnamed, one object a line."""
-    text = _text(path)
+    """Read a list of objects; an object that holds one (``{"data": [...]}``); or, misnamed, one object a line."""
     try:
-        value = parse_json(text)
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":
             return _jsonl_rows(path, bad)
         raise DataError(f"{str(path)!r} is not JSON: {error}") from None
     if isinstance(value, Mapping):
-        (name, held), *others = value.items() or [("", None)]
-        is_row = others or name in ("messages", "conversations") or not isinstance(held, list)
-        value = [value] if is_row else held
+        (name, content), *others = value.items() or [("", None)]
+        is_row = others or name in ("messages", "conversations") or not isinstance(content, list)
+        value = [value] if is_row else content
     if not isinstance(value, list):
         raise DataError(f"{str(path)!r} holds a {type(value).__name__}; allowed: a list of objects")
     return _numbered(value, bad)
@@ -177,44 +212,6 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
-    # Beside Arrow's own: what its values are not as Python's (text that is not UTF-8, dates past the year 9999).
+    # Not only Arrow's own errors: Python cannot hold all of its values (text that is not UTF-8, dates past 9999).
     except (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError, pyarrow.ArrowException) as error:
         raise DataError(f"{str(path)!r} is not a Parquet table that can be read: {error_line(error)}") from None
-
-
-# ----------------------------------------------------------------------------------------------------
-# Rows that cannot be trained on: the first is an error, or each is passed over and counted.
-
-logger = logging.getLogger("phi3lora")
-
-ON_BAD_ROW = ("error", "skip")
-_SHOWN = 3
-
-
-class BadRows:
-    """What ``ChatDataset.load(on_bad_row=...)`` does with a row that raises a ``DataError``."""
-
-    def __init__(self, choice: str) -> None:
-        if not is_one_of(choice, ON_BAD_ROW):
-            raise DataError(f"on_bad_row={short_repr(choice)}; allowed: {', '.join(map(repr, ON_BAD_ROW))}")
-        self.skips = choice == "skip"
-        self.numbers: list[int] = []
-        self.errors: list[DataError] = []
-
-    def met(self, number: int, error: DataError) -> None:
-        """Raise ``error``, or remember row ``number`` (counted from 1) and go on."""
-        if not self.skips:
-            raise error
-        self.numbers.append(number)
-        if len(self.errors) < _SHOWN:
-            self.errors.append(error)
-
-    def forget(self) -> None:
-        """Begin a new account."""
-        self.numbers, self.errors = [], []
-
-    def report(self) -> None:
-        """One warning for all that were passed over."""
-        if self.numbers:
-            more = f"; and {len(self.numbers) - _SHOWN} more" if len(self.numbers) > _SHOWN else ""
-            logger.warning("%d bad rows skipped: %s%s", len(self.numbers), "; ".join(map(str, self.errors)), more)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..config import IGNORE_INDEX
 from ..data.batches import batches
-from ..data.dataset import IGNORE, ChatDataset
-from ..data.streaming import ChatStream
+from ..data.dataset import ChatDataset, ChatStream
 from ..errors import DataError, Phi3LoRAError
 from ..model.backend import PLAIN, use_backend
 from ..model.forward import supervised_hidden_states
@@ -67,8 +67,8 @@ def evaluate(
         >>> sorted(p3.evaluate(model, chats))
         ['loss', 'n_tokens', 'perplexity', 'token_accuracy']
     """
-    if rouge and isinstance(dataset, ChatStream):
-        raise DataError("rouge=True needs documents that are at hand; give stream.take(100), say")
+    if rouge and not dataset.known_length:
+        raise DataError("rouge=True needs a ChatDataset, not a stream; pass stream.take(100), for example")
     score = load_rouge() if rouge else None
     if rouge and tokenizer is None:
         raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
@@ -91,8 +91,9 @@ def evaluate(
     perplexity = math.exp(loss) if loss < 700 else math.inf
     found = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": count}
     if score is not None:
-        assert isinstance(dataset, ChatDataset)
-        found.update(score(answer_held_out(model, tokenizer, dataset, max_samples, max_new_tokens, batch_size)))
+        found.update(
+            score(answer_held_out(model, tokenizer, dataset.first_window, max_samples, max_new_tokens, batch_size))
+        )
     return found
 
 
@@ -196,9 +197,9 @@ def _split_documents(dataset: ChatDataset) -> Iterator[tuple[list[int], list[int
         continued = dataset.row_number(i) in rows  # a later part of a long row: its prompt is in the parts before
         rows.add(dataset.row_number(i))
         ids, labels = dataset.document(i)
-        trained = np.flatnonzero(labels != IGNORE)
+        trained = np.flatnonzero(labels != IGNORE_INDEX)
         end = int(trained[-1])
-        before = np.flatnonzero(labels[:end] == IGNORE)
+        before = np.flatnonzero(labels[:end] == IGNORE_INDEX)
         if not continued and len(before) and ids[end] == dataset.end_of_turn_id:
             start = int(before[-1]) + 1
             yield ids[:start].tolist(), ids[start:end].tolist()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import IGNORE_INDEX
 from ..errors import ModelError
 from ..kernels.decoder import fused_decoder
 from ..lora.base_weight import compute_dtype
@@ -100,7 +101,7 @@ def _supervised(labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     A document's first token has nothing before it, whatever its label says.
     """
     flat = labels.flatten()
-    positions = ((flat != -100) & (position_ids.flatten() > 0)).nonzero().squeeze(1)
+    positions = ((flat != IGNORE_INDEX) & (position_ids.flatten() > 0)).nonzero().squeeze(1)
     return positions, flat[positions]
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from ..checks.doctor import problems
 from ..checks.planned_run import PlannedRun
 from ..config import TrainingConfig
-from ..data.dataset import ChatDataset
-from ..data.streaming import ChatStream, documents_at_hand
+from ..data.batches import Cursor
+from ..data.dataset import ChatDataset, ChatStream
 from ..lora.base_weight import base_format
 from ..model.activations import activation_checkpointing
 from ..model.backend import use_backend
@@ -27,7 +27,6 @@ from .distributed import World
 from .interrupts import Interrupts
 from .logging import Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
-from .prefetch import prefetched_steps
 from .run import Run
 from .setup import (
     banner_facts,
@@ -110,7 +109,10 @@ def train(
         run.tell("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
-        steps = prefetched_steps(run.steps, state, model_device(model), lambda: not run.interrupts.requested)
+        cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
+        steps = run.steps.batches(
+            state.global_step, cursor, model_device(model), wanted=lambda: not run.interrupts.requested
+        )
         batches = stack.enter_context(closing(steps))
         started = time.perf_counter()
         for rows, micro_batches in batches:
@@ -158,7 +160,7 @@ def _prepare(
     state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
     claim_output_dir(config, resuming=checkpoint is not None)
     state.total_steps = steps.total
-    context = mean_context_tokens(documents_at_hand(train_dataset).lengths)
+    context = mean_context_tokens(train_dataset.first_window.lengths)
     return Run(
         interrupts=Interrupts(), model=model, config=config, steps=steps, precision=precision, state=state, world=world,
         step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world),

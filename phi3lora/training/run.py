@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adapters.adapter_file import load_adapter_state, read_adapter
 from ..config import TrainingConfig
+from ..data.batches import Step, StepSchedule
 from ..data.dataset import ChatDataset
 from ..errors import CheckpointError, TrainingError
 from ..inference.evaluation import evaluate
@@ -25,7 +26,6 @@ from .checkpoint import Resumable, rotate, save_checkpoint
 from .distributed import World
 from .interrupts import Interrupts
 from .logging import LateValues, Reporter
-from .plan import StepPlan, StepRows, is_due
 from .state import HOOKS, TrainingState
 from .step import OptimizerStep, Precision, StepOutcome
 
@@ -42,7 +42,7 @@ class _Note:
     count: int
     tokens: int
     log: bool
-    rows: StepRows
+    rows: Step
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Run:
     interrupts: Interrupts
     model: nn.Module
     config: TrainingConfig
-    steps: StepPlan
+    steps: StepSchedule
     step: OptimizerStep
     precision: Precision
     state: TrainingState
@@ -94,7 +94,7 @@ class Run:
         except KeyboardInterrupt:
             self.interrupts.requested = True
 
-    def is_due(self, what: str, rows: StepRows) -> bool:
+    def is_due(self, what: str, rows: Step) -> bool:
         """Whether a log line, an evaluation or a checkpoint belongs to the step just done."""
         config = self.config
         strategy, every = {
@@ -104,12 +104,11 @@ class Run:
         }[what]
         return is_due(strategy, every, self.state, rows.ends_epoch)
 
-    def advance(self, rows: StepRows, outcome: StepOutcome, rate: float) -> None:
+    def advance(self, rows: Step, outcome: StepOutcome, rate: float) -> None:
         """Move the cursor past a step; its numbers are read when they have arrived."""
         state = self.state
         state.global_step += 1
-        state.epoch, state.step_in_epoch = rows.next_cursor
-        state.window = rows.window
+        state.epoch, state.step_in_epoch, state.window = rows.next_cursor
         state.epoch_progress = rows.epoch_progress
         state.tokens_seen += rows.tokens
         first = self.config.logging_first_step and state.global_step == 1
@@ -279,3 +278,11 @@ class Run:
             "tokens_per_s": state.tokens_seen / max(state.train_seconds, 1e-9),
         }
         return {**figures, **self.last_eval}
+
+
+def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) -> bool:
+    """Return whether a log line, an evaluation or a checkpoint follows the step just done."""
+    if strategy == "epoch":
+        return ends_epoch
+    interval = math.ceil(every * state.total_steps) if every < 1 else int(every)
+    return strategy == "steps" and state.global_step % interval == 0

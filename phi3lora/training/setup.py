@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from ..config import TrainingConfig
-from ..data.batches import BatchPlan
-from ..data.dataset import ChatDataset
-from ..data.streaming import ChatStream, documents_at_hand
+from ..data.batches import BatchPlan, StepSchedule
+from ..data.dataset import ChatDataset, ChatStream
 from ..errors import CheckpointError, DataError, TrainingError
 from ..inference.evaluation import METRICS
 from ..lora.base_weight import base_format, count_parameters
@@ -31,7 +30,6 @@ from .checkpoint import checkpoints
 from .distributed import require_one_process
 from .logging import check_trackers
 from .optim import optimizer_bytes, warmup_steps
-from .plan import StepPlan
 from .state import TrainingState
 from .step import Precision
 
@@ -64,15 +62,15 @@ def check_run(
     if eval_dataset is None and (config.eval_strategy != "no" or config.eval_on_start):
         setting = "eval_on_start=True" if config.eval_on_start else f"eval_strategy={config.eval_strategy!r}"
         raise TrainingError(f"{setting} needs an eval_dataset")
-    if isinstance(eval_dataset, ChatStream):
+    if eval_dataset is not None and not eval_dataset.known_length:
         raise TrainingError("eval_dataset is a stream, which has no end to evaluate to; give stream.take(1000), say")
-    if isinstance(train_dataset, ChatStream) and config.max_steps <= 0:
+    if not train_dataset.known_length and config.max_steps <= 0:
         raise TrainingError("a stream's length is not known, and max_steps is not set; set max_steps to a number > 0")
     metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in METRICS:
         raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {', '.join(METRICS)}")
     check_trackers(config)
-    check_documents(model, documents_at_hand(train_dataset), "train_dataset", config.max_length)
+    check_documents(model, train_dataset.first_window, "train_dataset", config.max_length)
     if eval_dataset is not None:
         check_documents(model, eval_dataset, "eval_dataset", None)
 
@@ -124,10 +122,8 @@ def plan_step_memory(
     base_precision: str | None = None,
 ) -> MemoryPlan:
     """The prediction for the largest micro-batch of a run."""
-    if config.packing or isinstance(dataset, ChatStream):  # whose later documents may be longer than its first ones
-        width = config.max_length or dataset.max_length
-    else:
-        width = int(dataset.lengths.max(initial=0))
+    limit = config.max_length or dataset.max_length
+    width = limit if config.packing else min(limit, dataset.max_document_tokens)
     tokens = config.per_device_train_batch_size * width
     with precision.autocast():
         return plan_memory(model, tokens, backend.kind, optimizer_bytes(config.optim), base_precision)
@@ -145,27 +141,24 @@ def checkpointing_mode(config: TrainingConfig, plan: MemoryPlan, backend: Backen
 
 def resolve_plans(
     model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, backend: Backend
-) -> StepPlan:
+) -> StepSchedule:
     """The order of documents, rows, batches and steps."""
-    dataset = documents_at_hand(train_dataset)
     plan = BatchPlan(
-        dataset,
+        train_dataset.first_window,
         batch_size=config.per_device_train_batch_size,
-        max_length=config.max_length or dataset.max_length,
+        max_length=config.max_length or train_dataset.max_length,
         packing=config.packing,
         seed=config.seed if config.data_seed is None else config.data_seed,
         boundary=longrope_boundary(model.config),
         fixed_shape=config.packing and backend.kind == "compiled",
     )
-    if not isinstance(train_dataset, ChatStream):
-        return StepPlan(plan, config)
     check = partial(check_documents, model, name="train_dataset", row_length=config.max_length)
-    return StepPlan(plan, config, train_dataset, check)
+    return StepSchedule(plan, config, train_dataset, check)
 
 
 def banner_facts(
     model: nn.Module,
-    steps: StepPlan,
+    steps: StepSchedule,
     config: TrainingConfig,
     state: TrainingState,
     precision: Precision,
@@ -189,7 +182,7 @@ def banner_facts(
         f"layers {backend}",
         "memory": f"activation checkpointing {checkpointing[0]}"
         + (f"; predicted peak by mode: {checkpointing[1]}" if checkpointing[1].available_gib is not None else ""),
-        "train data": steps.stream or plan.dataset,
+        "train data": steps.dataset,
         "eval data": eval_dataset,
         "step": f"{rows}, {width}",
         "steps": f"{steps.total:,} ({state.global_step:,} done)",

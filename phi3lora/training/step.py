@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainingConfig
+from ..config import IGNORE_INDEX, TrainingConfig
 from ..errors import TrainingError
 from ..model.forward import causal_lm_loss
 from .distributed import World
@@ -63,7 +63,9 @@ class OptimizerStep:
 
     def __call__(self, micro_batches: Sequence[dict[str, Any]], learning_rate: float) -> StepOutcome:
         scaler = self.precision.scaler
-        own = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)  # on the CPU, before any forward
+        own = sum(
+            int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches
+        )  # on the CPU, before any forward
         count = self.world.sum_over_ranks(own)
         assert count > 0, "every document has a supervised token"
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,8 @@ from conftest import chat_rows, make_tokenizer, token_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3lora.data.dataset import IGNORE, ChatDataset
+from phi3lora.config import IGNORE_INDEX as IGNORE
+from phi3lora.data.dataset import ChatDataset
 from phi3lora.errors import DataError
 
 TOKENIZER = make_tokenizer()
@@ -307,7 +308,7 @@ def test_the_fingerprint_sees_the_borders_of_documents_that_repeat_one_token():
 def test_more_rows_than_one_tokenizer_call_takes_keep_their_order_and_numbers(monkeypatch):
     rows = [row(f"item {i}", f"number {i}") for i in range(23)]
     at_once = load(rows)
-    monkeypatch.setattr("phi3lora.data.documents._ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("phi3lora.data.documents._CHATS_AT_ONCE", 5)
     in_chunks = load(row for row in rows)
     assert list(in_chunks) == list(at_once)
     assert [in_chunks.row_number(i) for i in range(23)] == list(range(1, 24))

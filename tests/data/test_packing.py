@@ -9,7 +9,7 @@ from conftest import token_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3lora.data.batches import collate, document_order, epoch_rows, pack
+from phi3lora.data.batches import BatchPlan, collate, pack
 from phi3lora.errors import DataError
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -76,9 +76,8 @@ def test_documents_of_exactly_max_length_have_a_row_each():
 
 
 def rows_of(lengths, max_length, seed=0, epoch=0, packing=True, shuffle=True):
-    return epoch_rows(
-        token_documents(lengths), max_length=max_length, packing=packing, shuffle=shuffle, seed=seed, epoch=epoch
-    )
+    plan = BatchPlan(token_documents(lengths), 1, max_length, packing, shuffle, seed)
+    return [row for (row,) in plan.micro_batches(epoch)]
 
 
 @PROPERTY
@@ -102,13 +101,6 @@ def test_without_shuffling_and_packing_the_rows_are_the_documents_in_order():
     assert rows_of([5, 3, 9, 1], 10, packing=False, shuffle=False) == [(0,), (1,), (2,), (3,)]
 
 
-def test_document_order_is_a_permutation_that_seed_and_epoch_fix():
-    order = document_order(100, 7, 2)
-    assert sorted(order) == list(range(100))
-    assert order.tolist() == document_order(100, 7, 2).tolist()
-    assert len({tuple(document_order(100, s, e)) for s in (7, 8) for e in (1, 2)}) == 4
-
-
 def test_long_documents_do_not_all_come_first():
     """Best fit decreasing makes them the first rows; the rows of a window are shuffled again."""
     lengths = [4 + i for i in range(200)]
@@ -118,9 +110,9 @@ def test_long_documents_do_not_all_come_first():
 
 
 def test_documents_of_different_windows_share_no_row(monkeypatch):
-    monkeypatch.setattr("phi3lora.data.batches._WINDOW", 10)
+    monkeypatch.setattr("phi3lora.data.batches._PACKED_TOGETHER", 10)
     rows = rows_of([3] * 35, 9)
-    window = {int(i): at // 10 for at, i in enumerate(document_order(35, 0, 0))}
+    window = {int(i): at // 10 for at, i in enumerate(np.random.default_rng([0, 0]).permutation(35))}
     assert all(len({window[i] for i in row}) == 1 for row in rows)
     assert [window[row[0]] for row in rows] == sorted(window[row[0]] for row in rows)
     assert len(rows) == 4 * 3 + 2
@@ -128,7 +120,7 @@ def test_documents_of_different_windows_share_no_row(monkeypatch):
 
 def test_a_document_longer_than_the_rows_is_refused_with_both_lengths():
     with pytest.raises(DataError, match=r"max_length=8,.*max_length=30\).* 9 tokens"):
-        epoch_rows(token_documents([4, 9, 8], max_length=30), max_length=8, packing=True, shuffle=True, seed=0, epoch=0)
+        BatchPlan(token_documents([4, 9, 8], max_length=30), 1, max_length=8).micro_batches(0)
 
 
 @st.composite

@@ -97,12 +97,12 @@ def test_take_and_skip_share_no_row():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: stream(iter(ROWS)), "which is read once"),
+        (lambda: stream(iter(ROWS)), "which can be read only once"),
         (lambda: stream(row for row in ROWS), "cannot be a generator"),
         (lambda: stream().split(0.1), "take(1000) and skip(1000)"),
         (lambda: stream().take(0), "rows=0; allowed: a whole number >= 1"),
-        (lambda: stream().skip(30).first, "skip(30) leaves nothing of a stream of 23 rows"),
-        (lambda: stream([]).first, "it has no rows"),
+        (lambda: stream().skip(30).first_window, "skip(30) leaves nothing of a stream of 23 rows"),
+        (lambda: stream([]).first_window, "it has no rows"),
         (lambda: stream("missing.jsonl"), "no such file"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_window_without_a_usable_row_is_passed_over_and_keeps_its_number(at, b
     chats = stream(rows, buffer_size=1, **options)
     numbers = [number for number, _ in chats.windows(endless=False)]
     assert numbers == [n for n in range(23) if n != at]
-    assert f"window {at} of the stream is passed over" in caplog.text
+    assert f"window {at} of the stream is skipped" in caplog.text
     again = [number for number, _ in itertools.islice(stream(rows, buffer_size=1, **options).windows(at), 3)]
     assert again == [at + 1, at + 2, at + 3]
 
@@ -190,5 +190,5 @@ def test_a_hub_dataset_is_streamed_there(monkeypatch):
         return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    assert len(stream("someone/chats", split="train_sft").first) == BUFFER
+    assert len(stream("someone/chats", split="train_sft").first_window) == BUFFER
     assert asked == {"name": "someone/chats", "split": "train_sft", "revision": None, "streaming": True}

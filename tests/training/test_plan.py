@@ -11,9 +11,9 @@ from conftest import chat_dataset, quiet_config, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3lora.data.batches import BatchPlan, batches
+from phi3lora.data.batches import START, BatchPlan, Cursor, StepSchedule, batches
 from phi3lora.model.load import longrope_boundary
-from phi3lora.training.plan import StepPlan, is_due
+from phi3lora.training.run import is_due
 from phi3lora.training.state import TrainingState
 
 DATA = chat_dataset(24)
@@ -21,11 +21,11 @@ DATA = chat_dataset(24)
 
 def step_plan(batch=2, accumulation=2, packing=True, seed=0, boundary=None, max_length=64, **config):
     plan = BatchPlan(DATA, batch, max_length, packing, seed=seed, boundary=boundary)
-    return StepPlan(plan, quiet_config("unused", gradient_accumulation_steps=accumulation, **config))
+    return StepSchedule(plan, quiet_config("unused", gradient_accumulation_steps=accumulation, **config), DATA)
 
 
-def all_steps(plan, **state):
-    return list(plan.remaining(TrainingState(**state)))
+def all_steps(schedule, steps_done=0, cursor=START):
+    return list(schedule.steps(steps_done, cursor))
 
 
 def rows_of(steps):
@@ -81,8 +81,7 @@ def test_the_steps_from_any_cursor_are_the_tail_of_all_steps(epochs, max_steps, 
     steps = all_steps(plan)
     assert len(steps) == plan.total
     k = data.draw(st.integers(1, len(steps)))
-    epoch, step_in_epoch = steps[k - 1].next_cursor
-    assert all_steps(plan, global_step=k, epoch=epoch, step_in_epoch=step_in_epoch) == steps[k:]
+    assert all_steps(plan, k, steps[k - 1].next_cursor) == steps[k:]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,9 @@ def test_the_last_step_of_an_epoch_has_what_is_left_and_no_step_spans_two_epochs
     assert [[len(micro) for micro in step.micro_batches] for step in steps] == [[5, 5], [5, 5], [4]] * 2
     assert [step.ends_epoch for step in steps] == [False, False, True] * 2
     assert [step.epoch_progress for step in steps] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
-    assert [step.next_cursor for step in steps] == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert [step.next_cursor for step in steps] == [
+        Cursor(*at) for at in [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    ]
 
 
 @settings(max_examples=20, deadline=None)
@@ -164,11 +165,11 @@ def test_data_facts_tell_other_data_and_other_row_lengths_apart():
     facts = step_plan().data_facts()
     assert facts == step_plan(batch=3, accumulation=1, seed=4).data_facts()  # the config says those
     others = [
-        StepPlan(BatchPlan(DATA, 2, 65), quiet_config("unused")),
-        StepPlan(BatchPlan(DATA, 2, 64, boundary=40), quiet_config("unused")),
-        StepPlan(BatchPlan(DATA.select(range(23)), 2, 64), quiet_config("unused")),
-        StepPlan(BatchPlan(DATA.select([1, 0, *range(2, 24)]), 2, 64), quiet_config("unused")),
-        StepPlan(BatchPlan(chat_dataset(24, train_on="all"), 2, 64), quiet_config("unused")),
+        BatchPlan(DATA, 2, 65),
+        BatchPlan(DATA, 2, 64, boundary=40),
+        BatchPlan(DATA.select(range(23)), 2, 64),
+        BatchPlan(DATA.select([1, 0, *range(2, 24)]), 2, 64),
+        BatchPlan(chat_dataset(24, train_on="all"), 2, 64),
     ]
     for other in others:
-        assert other.data_facts() != facts
+        assert StepSchedule(other, quiet_config("unused"), other.dataset).data_facts() != facts

@@ -13,17 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import phi3lora as p3
-from phi3lora.data.batches import BatchPlan
+from phi3lora.data.batches import BatchPlan, Cursor, StepSchedule
+from phi3lora.data.prefetch import pinned, prefetched
 from phi3lora.errors import DataError
-from phi3lora.training.plan import StepPlan
-from phi3lora.training.prefetch import pinned, prefetched, prefetched_steps
-from phi3lora.training.state import TrainingState
 
 CPU = torch.device("cpu")
 
 
 def threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("phi3lora-ahead")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("phi3lora-prefetch")]
 
 
 def until(condition):
@@ -42,7 +40,7 @@ def failing_after(count, error):
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(0, 9), ahead=st.integers(1, 4))
 def test_the_items_are_the_same_in_the_same_order(count, ahead):
-    assert list(prefetched(iter(range(count)), ahead)) == list(range(count))
+    assert list(prefetched(lambda wanted: iter(range(count)), ahead)) == list(range(count))
     assert threads() == []
 
 
@@ -51,7 +49,7 @@ def test_the_items_are_the_same_in_the_same_order(count, ahead):
 def test_an_exception_keeps_its_type_and_its_place(error, count):
     taken = []
     with pytest.raises(type(error)) as caught:
-        for item in prefetched(failing_after(count, error), 2):
+        for item in prefetched(lambda wanted: failing_after(count, error), 2):
             taken.append(item)
     assert caught.value is error
     assert taken == list(range(count))
@@ -61,7 +59,7 @@ def test_an_exception_keeps_its_type_and_its_place(error, count):
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_a_slow_consumer_finds_ahead_items_ready_and_no_more(ahead):
     made = []
-    with closing(prefetched((made.append(i) or i for i in range(99)), ahead)) as items:
+    with closing(prefetched(lambda wanted: (made.append(i) or i for i in range(99)), ahead)) as items:
         for taken in range(1, 5):
             next(items)
             assert until(lambda wanted=taken + ahead: len(made) == wanted)
@@ -71,14 +69,14 @@ def test_a_slow_consumer_finds_ahead_items_ready_and_no_more(ahead):
 
 def test_nothing_is_made_before_the_first_item_is_asked_for():
     made = []
-    prefetched((made.append(i) or i for i in range(9)), 2).close()
+    prefetched(lambda wanted: (made.append(i) or i for i in range(9)), 2).close()
     assert made == []
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_leaving_early_ends_the_thread(error):
     try:
-        with closing(prefetched(iter(range(99)), 2)) as items:
+        with closing(prefetched(lambda wanted: iter(range(99)), 2)) as items:
             for item in items:
                 assert len(threads()) == 1
                 if item == 3 and error is not None:
@@ -90,19 +88,17 @@ def test_leaving_early_ends_the_thread(error):
     assert threads() == []
 
 
-def test_the_steps_come_from_the_cursor_and_it_is_not_moved_by_making_them():
-    plan = StepPlan(BatchPlan(chat_dataset(24), 2, 64), quiet_config("unused", num_train_epochs=2))
-    state = TrainingState(epoch=0, step_in_epoch=3, global_step=3)
-    before = vars(state).copy()
-    expected = list(plan.remaining(state))
-    found = list(prefetched_steps(plan, state, CPU))
-    assert [rows for rows, _ in found] == expected
-    for rows, micro_batches in found:
-        for micro, batch in zip(rows.micro_batches, micro_batches, strict=True):
-            plain = plan.plan.tensors(micro)
+def test_the_batches_of_the_steps_come_from_the_cursor():
+    plan = BatchPlan(chat_dataset(24), 2, 64)
+    schedule = StepSchedule(plan, quiet_config("unused", num_train_epochs=2), plan.dataset)
+    expected = list(schedule.steps(3, Cursor(0, 3)))
+    found = list(schedule.batches(3, Cursor(0, 3), CPU))
+    assert [step for step, _ in found] == expected
+    for step, micro_batches in found:
+        for micro, batch in zip(step.micro_batches, micro_batches, strict=True):
+            plain = plan.tensors(micro)
             assert batch.keys() == plain.keys()
             assert all(torch.equal(batch[k], v) for k, v in plain.items() if isinstance(v, torch.Tensor))
-    assert vars(state) == before
 
 
 class Break(p3.Callback):

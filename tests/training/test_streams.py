@@ -126,7 +126,7 @@ def test_ctrl_c_while_a_window_is_waited_for_saves_and_ends(tmp_path):
     assert result.interrupted and result.global_step == 1
     assert (tmp_path / "checkpoint-1").is_dir()
     assert time.perf_counter() - started < 6
-    assert not [t for t in threading.enumerate() if t.name.startswith("phi3lora-ahead")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("phi3lora-prefetch")]
 
 
 def test_a_run_that_is_done_waits_for_no_further_window(tmp_path):
@@ -138,7 +138,7 @@ def test_a_run_that_is_done_waits_for_no_further_window(tmp_path):
 def test_memory_is_planned_for_the_longest_document_there_may_be():
     model, config = adapted_model(), quiet_config("unused", packing=False, max_steps=1)
     precision = resolve_precision(config, model, torch.device("cpu"))
-    plans = [plan_step_memory(model, data, config, PLAIN, precision) for data in (stream(), stream().first)]
+    plans = [plan_step_memory(model, data, config, PLAIN, precision) for data in (stream(), stream().first_window)]
     assert plans[0].peak_gib["none"] > plans[1].peak_gib["none"]
 
 
@@ -156,7 +156,7 @@ def test_what_a_stream_needs_is_said_before_the_run(tmp_path):
 def test_a_later_window_that_does_not_fit_the_model_stops_the_run(tmp_path):
 
     data = stream()
-    make = data._window
+    make = data._documents
 
     def window(rows, format, bad):
         dataset = make(rows, format, bad)
@@ -164,7 +164,7 @@ def test_a_later_window_that_does_not_fit_the_model_stops_the_run(tmp_path):
             dataset._input_ids[3] = 5000
         return dataset
 
-    data._window = window
+    data._documents = window
     with pytest.raises(p3.DataError, match="token id 5000; the model's vocabulary has 512"):
         run(tmp_path, data)
 
