@@ -183,7 +183,7 @@ def test_the_doctor_looks_at_the_first_window(tmp_path):
     torch.manual_seed(1)
     config = quiet_config(tmp_path / "run", max_steps=4, learning_rate=1e-3)
     report = p3.doctor(model, make_tokenizer(), stream(), config)
-    assert report["run"].text.endswith("of the stream its first window was looked at")
+    assert report["run"].text.endswith("only the stream's first window was checked")
     assert report["lengths"].text.startswith("9 documents")
     assert report["gradient flow"].status == "ok"
     assert p3.doctor(model, make_tokenizer(), stream(), quiet_config(tmp_path / "b"))["run"].status == "error"
