@@ -24,9 +24,11 @@ from . import (
     train,
 )
 
+_ADAPTER_HELP = "an adapter file, a training checkpoint's folder, or the output folder of the train command"
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """Run one command and return the exit status."""
     parser = argparse.ArgumentParser(prog="phi3lora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_export(commands)
     options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        return int(options.run(options))
     except Phi3LoRAError as error:
         print(f"phi3lora: {error}", file=sys.stderr)
         return 1
@@ -58,10 +60,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a run is made of."""
+    """Add the arguments that ``train`` and ``doctor`` share."""
     parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
     parser.add_argument("--data", required=True, help="a .jsonl, .json, .csv or .parquet file, or a hub dataset")
-    parser.add_argument("--eval-share", type=float, default=0.0, help="share of the rows held out")
+    parser.add_argument("--eval-share", type=float, default=0.0, help="share of the rows held out for evaluation")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens in a document and in a packed row")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
@@ -70,7 +72,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatDataset | None, TrainingConfig]:
-    """Model with adapters, tokenizer, training data, held-out data, configuration."""
+    """Return the model with adapters, its tokenizer, the training data, the held-out data and the configuration."""
     lora, training = _split_settings(options.set)
     config = TrainingConfig(**training)
     model, tokenizer = load_model(options.model, dtype=options.dtype)
@@ -83,9 +85,9 @@ def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatD
 
 
 def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="look at a run before it starts; exit status 1 if something is wrong")
+    parser = commands.add_parser("doctor", help="check a run before it starts; exit status 1 if it has errors")
     _add_run_arguments(parser)
-    parser.add_argument("--device-memory-gib", type=float, metavar="GIB", help="ask about a card with that much memory")
+    parser.add_argument("--device-memory-gib", type=float, metavar="GIB", help="memory of another card to plan for")
     parser.set_defaults(run=_doctor)
 
 
@@ -100,7 +102,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser("train", help="tune a model on a chat file")
     _add_run_arguments(parser)
-    parser.add_argument("--adapter", help="where to write the adapter; default: OUTPUT_DIR/adapter.safetensors")
+    parser.add_argument("--adapter", help="the file to write; default: OUTPUT_DIR/adapter.safetensors")
     parser.set_defaults(run=_train)
 
 
@@ -114,7 +116,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _split_settings(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``NAME=VALUE`` settings, values as JSON where they are JSON, by the config they belong to."""
+    """Return the ``NAME=VALUE`` settings of LoraConfig and of TrainingConfig; values that are not JSON are text."""
     lora_names = {f.name for f in dataclasses.fields(LoraConfig)}
     lora: dict[str, Any] = {}
     training: dict[str, Any] = {}
@@ -129,14 +131,14 @@ def _split_settings(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _add_chat(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="talk to a model, with an adapter or without")
+    parser = commands.add_parser("chat", help="talk to a model, with or without an adapter")
     parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
-    parser.add_argument("--adapter", help="an adapter file of ours, or a training checkpoint's folder")
+    parser.add_argument("--adapter", help=_ADAPTER_HELP)
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest of this total probability")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
     parser.set_defaults(run=_chat)
 
 
@@ -147,7 +149,7 @@ def _chat(options: argparse.Namespace) -> int:
     sampling = {"temperature": options.temperature, "top_p": options.top_p}
     start = [{"role": "system", "content": options.system}] if options.system else []
     chat = list(start)
-    print("One line a turn; /clear begins anew, an empty line ends the chat.")
+    print("One line is one turn; /clear starts a new chat, an empty line ends it.")
     while True:
         try:
             text = input("> ").strip()
@@ -163,24 +165,28 @@ def _chat(options: argparse.Namespace) -> int:
         chat.append({"role": "assistant", "content": answer})
 
 
-def _adapter_file(path: str) -> Path:
-    """``path``, or the adapter in it if it is a checkpoint's folder."""
-    return Path(path) / "lora.safetensors" if Path(path).is_dir() else Path(path)
+def _adapter_file(name: str) -> Path:
+    """Return the adapter file that ``name`` is, or that is in the folder ``name``."""
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    trained = path / "adapter.safetensors"
+    return trained if trained.exists() else path / "lora.safetensors"
 
 
 def _add_export(commands: Any) -> None:
-    parser = commands.add_parser("export", help="an adapter file as a PEFT folder, for PEFT, vLLM, llama.cpp, Ollama")
+    parser = commands.add_parser("export", help="write an adapter as a PEFT folder, for PEFT, vLLM, llama.cpp, Ollama")
     parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
-    parser.add_argument("--adapter", required=True, help="an adapter file of ours")
+    parser.add_argument("--adapter", required=True, help=_ADAPTER_HELP)
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--layout", choices=("uniform", "pattern", "split"), default="uniform")
-    parser.add_argument("--base-model", help="what the folder names as its base; default: MODEL, with split nothing")
+    parser.add_argument("--base-model", help="the base that the folder names; default: MODEL, none for split")
     parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options.model, device="cpu")
-    load_adapter(model, options.adapter)
+    load_adapter(model, _adapter_file(options.adapter))
     base = options.base_model or (None if options.layout == "split" else options.model)
     print(export_peft(model, options.out, tokenizer=tokenizer, layout=options.layout, base_model=base))
     return 0

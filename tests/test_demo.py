@@ -1,4 +1,4 @@
-"""The embedded demo loads without a word, and leaves transformers' progress bars as the caller has them."""
+"""The embedded demo loads silently and leaves transformers' progress bars as they were."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import phi3lora as p3
 
 
 @pytest.fixture
-def bars():
-    shown = logging.is_progress_bar_enabled()
+def progress_bars():
+    enabled = logging.is_progress_bar_enabled()
     yield
-    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
 
 
-def test_loading_the_demo_shows_no_bar_and_loading_a_model_still_does(bars, capsys):
+def test_loading_the_demo_shows_no_progress_bar_and_loading_a_model_does(progress_bars, capsys):
     logging.enable_progress_bar()
     p3.demo.load()
     assert capsys.readouterr() == ("", "")
@@ -23,12 +23,12 @@ def test_loading_the_demo_shows_no_bar_and_loading_a_model_still_does(bars, caps
     assert "Loading weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_the_callers_choice_stays(bars, monkeypatch, shown):
-    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_setting_of_progress_bars_survives_success_and_failure(progress_bars, monkeypatch, tmp_path, enabled):
+    (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
     p3.demo.load()
-    assert logging.is_progress_bar_enabled() == shown
-    monkeypatch.setattr(p3.demo, "BASE", "nowhere")
+    assert logging.is_progress_bar_enabled() == enabled
+    monkeypatch.setattr(p3.demo, "BASE", tmp_path)
     with pytest.raises(p3.ModelError):
         p3.demo.load()
-    assert logging.is_progress_bar_enabled() == shown
+    assert logging.is_progress_bar_enabled() == enabled

@@ -1,4 +1,4 @@
-"""The command line: a chat with scripted input, against ``generate`` on the same turns."""
+"""The command line against the functions it calls: chats with scripted input, an export, one-line errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import phi3lora as p3
 from phi3lora.__main__ import main
 
 QUESTIONS = ["What is the price of the Fusgus scarf?", "Which colours are there?"]
-LIMIT = ["--max-new-tokens", "12", "--dtype", "float32", "--model", str(p3.demo.BASE)]
+CHAT = ["chat", "--max-new-tokens", "12", "--dtype", "float32", "--model", str(p3.demo.BASE)]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The folder of a training checkpoint of the demo's model whose adapters act."""
+    """A checkpoint of the demo's model, trained enough to answer differently."""
     folder = tmp_path_factory.mktemp("run")
     model, _, train_set, _ = p3.demo.load()
     torch.manual_seed(0)
@@ -28,17 +28,17 @@ def checkpoint(tmp_path_factory):
 
 
 def chat(monkeypatch, capsys, lines, *options):
-    """What is printed after each line typed."""
+    """Return what is printed after each line typed."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     capsys.readouterr()
-    assert main(["chat", *LIMIT, *options]) == 0
+    assert main([*CHAT, *options]) == 0
     welcome, *answers = capsys.readouterr().out.split("> ")
     assert "/clear" in welcome
     return [answer.strip() for answer in answers]
 
 
 def answers_to(model, tokenizer, questions, system=None, **options):
-    """The same turn by turn."""
+    """Return ``generate``'s answers to a chat of these questions, turn by turn."""
     turns = [{"role": "system", "content": system}] if system else []
     for question in questions:
         turns.append({"role": "user", "content": question})
@@ -47,30 +47,37 @@ def answers_to(model, tokenizer, questions, system=None, **options):
     return [turn["content"] for turn in turns if turn["role"] == "assistant"]
 
 
-def test_each_turn_is_answered_with_those_before_it_until_an_empty_line(monkeypatch, capsys):
+def test_a_chat_goes_on_until_an_empty_line_or_the_end_of_input(monkeypatch, capsys):
     model, tokenizer, _, _ = p3.demo.load()
     expected = answers_to(model, tokenizer, QUESTIONS)
     assert chat(monkeypatch, capsys, [*QUESTIONS, "", "never read"]) == [*expected, ""]
-    assert chat(monkeypatch, capsys, QUESTIONS) == [*expected, ""]  # the end of input ends it too
+    assert chat(monkeypatch, capsys, QUESTIONS) == [*expected, ""]
 
 
-def test_clear_begins_anew_and_keeps_the_system_prompt(monkeypatch, capsys):
+def test_clear_starts_a_new_chat_with_the_system_prompt(monkeypatch, capsys):
     model, tokenizer, _, _ = p3.demo.load()
     system = "You are kind."
     fresh = answers_to(model, tokenizer, [QUESTIONS[1]], system)[0]
     first, second = answers_to(model, tokenizer, QUESTIONS, system)
-    said = chat(monkeypatch, capsys, [*QUESTIONS, "/clear", QUESTIONS[1]], "--system", system)
-    assert said == [first, second, "", fresh, ""]
+    printed = chat(monkeypatch, capsys, [*QUESTIONS, "/clear", QUESTIONS[1]], "--system", system)
+    assert printed == [first, second, "", fresh, ""]
 
 
-def test_an_adapter_may_be_a_file_or_a_checkpoints_folder(monkeypatch, capsys, checkpoint):
+def test_chat_and_export_accept_an_adapter_file_and_a_folder(monkeypatch, capsys, checkpoint, tmp_path):
     model, tokenizer, _, _ = p3.demo.load()
     before = answers_to(model, tokenizer, QUESTIONS)
     p3.load_adapter(model, checkpoint / "lora.safetensors")
     expected = answers_to(model, tokenizer, QUESTIONS)
     assert expected != before
-    for path in (checkpoint, checkpoint / "lora.safetensors"):
+    output = tmp_path / "output_dir_of_train"
+    p3.save_adapter(model, output / "adapter.safetensors")
+    for i, path in enumerate((checkpoint / "lora.safetensors", checkpoint, output)):
         assert chat(monkeypatch, capsys, QUESTIONS, "--adapter", str(path)) == [*expected, ""]
+        folder = tmp_path / f"peft-{i}"
+        assert main(["export", "--model", str(p3.demo.BASE), "--adapter", str(path), "--out", str(folder)]) == 0
+        exported, _, _, _ = p3.demo.load()
+        p3.import_peft(exported, folder)
+        assert answers_to(exported, tokenizer, QUESTIONS) == expected
 
 
 def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
@@ -87,10 +94,9 @@ def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
     assert likeliest == [*answers_to(model, tokenizer, QUESTIONS), ""]
 
 
-def test_what_cannot_be_done_is_one_line_and_status_one(tmp_path, capsys):
-    for options, message in (
-        (["--adapter", str(tmp_path)], "no such adapter file"),
-        (["--adapter", str(tmp_path / "none.txt")], "allowed: *.safetensors, *.pt"),
-    ):
-        assert main(["chat", *LIMIT, *options]) == 1
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "there is no adapter file"), ("none.txt", "allowed: *.safetensors, *.pt")]
+)
+def test_an_error_is_one_line_and_exit_status_1(tmp_path, capsys, name, message):
+    assert main([*CHAT, "--adapter", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err

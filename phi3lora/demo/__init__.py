@@ -14,17 +14,18 @@ from transformers.utils import logging
 
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
-"""A checkpoint folder like any other: ``load_model(demo.BASE)`` loads it."""
+"""Checkpoint folder of the tiny model, for ``load_model(demo.BASE)``."""
 
 MAX_LENGTH = 256
+"""Longest document, in tokens."""
 
 
 def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
-    """The demo's ``(model, tokenizer, train_set, eval_set)``, float32 on the CPU, documents of up to 256 tokens.
+    """Return ``(model, tokenizer, train_set, eval_set)``: float32 on the CPU, documents of up to 256 tokens.
 
     Args:
-        random_init: the same architecture with random weights instead of the pretrained ones: the control that shows
-            how much of the result is the base's knowledge.
+        random_init: replace the pretrained weights by random ones, as a control that shows how much of the result is
+            the base's knowledge.
 
     Example:
         >>> model, tokenizer, train_set, eval_set = p3.demo.load()
@@ -46,12 +47,12 @@ def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers shows one for every load, and this one is there at once."""
-    shown = logging.is_progress_bar_enabled()
-    if shown:
+    """Switch off transformers' progress bar inside the block: the model loads at once."""
+    enabled = logging.is_progress_bar_enabled()
+    if enabled:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

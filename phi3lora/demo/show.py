@@ -1,4 +1,4 @@
-"""What ``make demo`` shows: a tiny Phi-3 learns a support bot's voice; before, after, and with the adapter off."""
+"""The demo: a tiny Phi-3 learns a support bot's voice. Scores before, after, and with the adapter switched off."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ EXAMPLES = 5  # held-out questions whose answers are printed
 
 @dataclass(frozen=True)
 class Score:
-    """Answers to the held-out questions, and how many are right."""
+    """Answers to the held-out questions, and the shares of right ones."""
 
     answers: list[str]
+    """Answers, in the questions' order."""
     exact: float
     """Share of answers equal to the target, word for word."""
     content: float
     """Share of answers that contain the right fact."""
     plain: float
-    """Share of answers equal to the base's own way of saying it."""
+    """Share of answers in the base's own words."""
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """SHA-256 of every frozen parameter, adapters left out."""
+    """Return the SHA-256 of all parameters but the adapters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" not in name:
@@ -51,7 +52,7 @@ def frozen_hash(model: nn.Module) -> str:
 
 
 def score(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]]) -> Score:
-    """Ask the held-out questions, greedily."""
+    """Answer the held-out questions greedily and score the answers."""
     answers = generate(model, tokenizer, [row["messages"][:-1] for row in rows], max_new_tokens=64, batch_size=64)
     pairs = list(zip(answers, rows, strict=True))
     exact = sum(answer == row["messages"][-1]["content"] for answer, row in pairs)
@@ -61,7 +62,7 @@ def score(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]]) -> Score
 
 
 def run(seeds: list[int], output_dir: str, random_init: bool = False) -> bool:
-    """Tune once for each seed and print what came of it; whether every seed reached 95 % exact match."""
+    """Tune once for each seed and print the scores; return whether every seed reached 95 % exact match."""
     started = time.perf_counter()
     rows = [json.loads(line) for line in (FOLDER / "eval.jsonl").read_text().splitlines()]
     table = []
@@ -86,7 +87,7 @@ def run(seeds: list[int], output_dir: str, random_init: bool = False) -> bool:
 def _tune(
     seed: int, rows: list[dict[str, Any]], folder: str, random_init: bool, full: bool
 ) -> tuple[Score, Score, Score]:
-    """One tuning: scores before, after, and after with the adapter off."""
+    """Tune once; return the scores before, after, and after with the adapter switched off."""
     torch.manual_seed(seed)
     model, tokenizer, train_set, eval_set = load(random_init=random_init)
     before, hash_before = score(model, tokenizer, rows), frozen_hash(model)

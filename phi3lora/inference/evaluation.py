@@ -1,4 +1,13 @@
-"""``evaluate``: loss, perplexity and token accuracy of a model on a dataset, and ROUGE of its own answers."""
+r"""Evaluation on held-out chats: ``evaluate`` (loss, accuracy, ROUGE) and ``sample_answers`` (answers to read).
+
+Loss and accuracy come from teacher forcing. ROUGE and the samples come from the model's own answers to each chat
+without its last trained turn. A dataset holds token ids, so a document's labels give the prompt and the reference:
+
+    ids        <|user|> \n Hi <|end|> \n <|assistant|> \n Hello ! <|end|> \n <|endoftext|>
+    trained        -    -  -   -      -       -        -   x   x    x     -       -
+    prompt     ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+    reference                                              ^^^^^^^           the last trained span, without its end
+"""
 
 from __future__ import annotations
 
@@ -19,10 +28,11 @@ from ..model.backend import PLAIN, use_backend
 from ..model.forward import supervised_hidden_states
 from ..model.load import longrope_boundary
 from ..model.loss import token_losses
-from .generation import answers_to, eval_mode
+from .generation import eval_mode, generate_answers
 
 METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
-"""What :func:`evaluate` always measures."""
+"""Metrics that :func:`evaluate` always returns."""
+_ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def evaluate(
@@ -38,24 +48,24 @@ def evaluate(
     max_samples: int | None = 100,
     max_new_tokens: int = 256,
 ) -> dict[str, float]:
-    """Mean loss over the dataset's supervised tokens, by teacher forcing; with ``rouge``, its own answers too.
+    """Return the mean loss over the dataset's supervised tokens; with ``rouge``, also score the model's own answers.
 
     Args:
         model: a Phi-3 causal LM, adapted or not; its modes and weights are left as they are.
         dataset: tokenised documents; a stream is read once to its end.
         batch_size: rows at a time.
         max_length: tokens in a row; None: the dataset's.
-        packing: several documents a row; the figures do not depend on it.
-        fused: let the fused kernels compute the layers where they can; False: always transformers' own layers.
-        rouge: also let the model answer, greedily, and hold each answer against the chat's last trained turn
+        packing: put several documents in a row; the results do not depend on it.
+        fused: use the fused kernels where they are supported; False: always transformers' own layers.
+        rouge: also let the model answer, greedily, and compare each answer with the chat's last trained turn
             (package ``rouge-score``, extra ``eval``; its words are ASCII letters and digits).
         tokenizer: the dataset's, for ``rouge``.
-        max_samples: the first so many chats are answered; None: all.
+        max_samples: the number of chats to answer, from the first; None: all.
         max_new_tokens: the longest answer, in tokens.
 
     Returns:
-        ``loss`` (nats a token, the mean over all supervised tokens), ``perplexity`` (its exponential),
-        ``token_accuracy`` (share of tokens whose argmax is right), ``n_tokens`` (how many). With ``rouge`` also
+        ``loss`` (nats per token, the mean over all supervised tokens), ``perplexity`` (its exponential),
+        ``token_accuracy`` (share of tokens whose argmax is right), ``n_tokens`` (their number). With ``rouge`` also
         ``rouge1``, ``rouge2``, ``rougeL`` (F-measures in [0, 1], means over the answers) and ``n_answers``.
         :func:`phi3lora.sample_answers` shows such answers.
 
@@ -67,11 +77,13 @@ def evaluate(
         >>> sorted(p3.evaluate(model, chats))
         ['loss', 'n_tokens', 'perplexity', 'token_accuracy']
     """
-    if rouge and not dataset.known_length:
-        raise DataError("rouge=True needs a ChatDataset, not a stream; pass stream.take(100), for example")
-    score = load_rouge() if rouge else None
-    if rouge and tokenizer is None:
-        raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
+    score = None
+    if rouge:
+        if not dataset.known_length:
+            raise DataError("rouge=True needs a ChatDataset, not a stream; pass stream.take(100), for example")
+        score = _load_rouge()
+        if tokenizer is None:
+            raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
     loss_sum, correct, count = 0.0, 0, 0
     with eval_mode(model), use_backend(model, None if fused else PLAIN) as backend:
         for batch in batches(
@@ -89,46 +101,36 @@ def evaluate(
             count += labels.numel()
     loss = loss_sum / count
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    found = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": count}
+    metrics = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": count}
     if score is not None:
-        found.update(
-            score(answer_held_out(model, tokenizer, dataset.first_window, max_samples, max_new_tokens, batch_size))
+        samples = dataset.first_window
+        answers = sample_answers(
+            model, tokenizer, samples, count=max_samples, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------
-# Held-out chats answered by the model itself: beside the reference, and scored by ROUGE.
-#
-# A dataset holds token ids, so prompt and reference come from a document's labels:
-#
-#     ids        <|user|> \n Hi <|end|> \n <|assistant|> \n Hello ! <|end|> \n <|endoftext|>
-#     labels         -    -  -   -      -       -        -   x   x    x     -       -
-#     prompt     ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-#     reference                                              ^^^^^^^                     the last stretch that is
-# trained
-
-ROUGE = ("rouge1", "rouge2", "rougeL")
+        metrics.update(score(answers))
+    return metrics
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One chat of a dataset, answered."""
+    """A model's answer to one chat of a dataset, beside the chat's own."""
 
     prompt: str
-    """What the model was given, with its control tokens."""
+    """Text that the model was given, with its control tokens."""
     reference: str
-    """The chat's own last trained turn."""
+    """Text of the chat's last trained turn."""
     answer: str
-    """The model's."""
+    """Text that the model generated."""
 
 
 class Answers(list[Answer]):
-    """Answers beside their references; ``print`` shows them one under the other."""
+    """A list of answers beside their references; ``print`` shows them one below the other."""
 
     def __str__(self) -> str:
         return "\n\n".join(
-            f"prompt     {_line(a.prompt, last=True)}\nreference  {_line(a.reference)}\nanswer     {_line(a.answer)}"
+            f"prompt     {_one_line(a.prompt, keep_end=True)}\n"
+            f"reference  {_one_line(a.reference)}\n"
+            f"answer     {_one_line(a.answer)}"
             for a in self
         )
 
@@ -138,16 +140,16 @@ def sample_answers(
     tokenizer: Any,
     dataset: ChatDataset,
     *,
-    count: int = 4,
+    count: int | None = 4,
     max_new_tokens: int = 256,
     batch_size: int = 16,
 ) -> Answers:
-    """Let the model answer some chats of a dataset, greedily, from what stands before their last trained turn.
+    """Let the model answer chats of a dataset, greedily, from the text before their last trained turn.
 
     Args:
-        model, tokenizer: the model, left as it is, and the tokenizer that the dataset was loaded with.
-        dataset: held-out chats. Those whose last turn was cut off by ``max_length`` are passed over.
-        count: the first so many.
+        model, tokenizer: the model, whose modes are restored, and the tokenizer that the dataset was loaded with.
+        dataset: held-out chats. Chats whose last turn was cut by ``max_length`` are skipped.
+        count: the number of chats to answer, from the first; None: all.
         max_new_tokens: the longest answer, in tokens.
         batch_size: chats at a time.
 
@@ -155,58 +157,45 @@ def sample_answers(
         A list of prompt, reference and answer; ``print`` shows it.
 
     Raises:
-        DataError: no chat that can be answered (``train_on="all"`` leaves no prompt).
+        DataError: no chat can be answered (``train_on="all"`` leaves no prompt); ``count`` is not a number >= 1.
 
     Example:
         >>> answers = p3.sample_answers(model, tokenizer, chats, count=2, max_new_tokens=16)
         >>> len(answers), answers[0].reference.startswith("Thanks for asking!")
         (2, True)
     """
-    return answer_held_out(model, tokenizer, dataset, count, max_new_tokens, batch_size)
-
-
-def answer_held_out(
-    model: nn.Module,
-    tokenizer: Any,
-    dataset: ChatDataset,
-    count: int | None,
-    max_new_tokens: int,
-    batch_size: int,
-) -> Answers:
-    """As :func:`sample_answers`; None counts all."""
     if count is not None and not (isinstance(count, int) and count >= 1):
         raise DataError(f"{count!r} answers; allowed: a whole number >= 1, or None for all")
-    chosen = list(itertools.islice(_split_documents(dataset), count))
-    if not chosen:
+    pairs = list(itertools.islice(_prompts_and_references(dataset), count))
+    if not pairs:
         raise DataError(
             f"none of the {len(dataset)} documents can be answered: each has no prompt before its last trained turn "
             f"(train_on='all') or was cut within it (max_length={dataset.max_length})"
         )
-    found = answers_to(model, tokenizer, [ids for ids, _ in chosen], max_new_tokens, batch_size, {"do_sample": False})
-    texts = (
-        (tokenizer.decode(prompt), tokenizer.decode(reference, skip_special_tokens=True).strip())
-        for prompt, reference in chosen
+    prompts = [prompt for prompt, _ in pairs]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, {"do_sample": False})
+    return Answers(
+        Answer(tokenizer.decode(prompt), tokenizer.decode(reference, skip_special_tokens=True).strip(), answer)
+        for (prompt, reference), answer in zip(pairs, answers, strict=True)
     )
-    return Answers(Answer(*pair, answer) for pair, answer in zip(texts, found, strict=True))
 
 
-def _split_documents(dataset: ChatDataset) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of ``(prompt, reference)`` of each document that has both whole, the end of turn left off."""
+def _prompts_and_references(dataset: ChatDataset) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the token ids of prompt and reference of each document that holds both completely."""
     rows: set[int] = set()
     for i in range(len(dataset)):
-        continued = dataset.row_number(i) in rows  # a later part of a long row: its prompt is in the parts before
+        is_continued = dataset.row_number(i) in rows  # a later part of a split row, whose prompt is in an earlier one
         rows.add(dataset.row_number(i))
         ids, labels = dataset.document(i)
-        trained = np.flatnonzero(labels != IGNORE_INDEX)
-        end = int(trained[-1])
+        end = int(np.flatnonzero(labels != IGNORE_INDEX)[-1])
         before = np.flatnonzero(labels[:end] == IGNORE_INDEX)
-        if not continued and len(before) and ids[end] == dataset.end_of_turn_id:
+        if not is_continued and len(before) and ids[end] == dataset.end_of_turn_id:
             start = int(before[-1]) + 1
             yield ids[:start].tolist(), ids[start:end].tolist()
 
 
-def load_rouge() -> Callable[[Sequence[Answer]], dict[str, float]]:
-    """A function of answers: mean F-measures of ROUGE-1, -2 and -L (Lin 2004), and how many answers there were.
+def _load_rouge() -> Callable[[Sequence[Answer]], dict[str, float]]:
+    """Return a function of answers: mean F-measures of ROUGE-1, -2 and -L (Lin 2004), and the number of answers.
 
     Raises:
         Phi3LoRAError: ``rouge-score`` is not installed.
@@ -215,19 +204,19 @@ def load_rouge() -> Callable[[Sequence[Answer]], dict[str, float]]:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise Phi3LoRAError(f"rouge=True needs a package ({error}): pip install 'phi3lora[eval]'") from error
-    scorer = RougeScorer(list(ROUGE))
+    scorer = RougeScorer(list(_ROUGE))
 
     def score(answers: Sequence[Answer]) -> dict[str, float]:
         scores = [scorer.score(a.reference, a.answer) for a in answers]
-        means = {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
+        means = {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in _ROUGE}
         return {**means, "n_answers": len(scores)}
 
     return score
 
 
-def _line(text: str, last: bool = False, width: int = 200) -> str:
-    """On one line, cut to its first (``last``: last) ``width`` characters."""
+def _one_line(text: str, keep_end: bool = False, width: int = 200) -> str:
+    """Put a text on one line, cut to ``width`` characters from its start, or from its end."""
     flat = " ".join(text.split())
     if len(flat) <= width:
         return flat
-    return "..." + flat[3 - width :] if last else flat[: width - 3] + "..."
+    return "..." + flat[3 - width :] if keep_end else flat[: width - 3] + "..."

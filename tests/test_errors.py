@@ -1,4 +1,4 @@
-"""Every question has an answer for every value."""
+"""The validators answer for every value, and messages show any value; the same for the JSON readers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from phi3lora.files import parse_json, read_json
 
 
 class Hostile:
-    """Every question is answered by an error."""
+    """An object that raises whatever is asked of it."""
 
     def __repr__(self):
         raise RuntimeError
@@ -38,16 +38,16 @@ class Hostile:
     __hash__ = None
 
 
-def deep(depth=100_000):
+def deep_list(depth=100_000):
     value = []
     for _ in range(depth):
         value = [value]
     return value
 
 
-ODD = {
+ODD_VALUES = {
     "an integer of 5,000 digits": lambda: 10**5000,
-    "a deep list": deep,
+    "a deep list": deep_list,
     "a hostile object": Hostile,
     "an array": lambda: np.arange(3),
     "a tensor": lambda: torch.ones(2),
@@ -56,48 +56,39 @@ ODD = {
     "an endless iterator": itertools.count,
     "bytes": lambda: b"\xff",
 }
-odd = pytest.mark.parametrize("make", ODD.values(), ids=ODD)
 
 
-@odd
-def test_any_value_is_shown_in_a_few_printable_characters(make):
-    assert 0 < len(short_repr(make())) <= 310 and short_repr(make()).encode()
-
-
-@odd
-def test_any_value_is_compared_and_is_none_of_the_usual_ones(make):
+@pytest.mark.parametrize("make", ODD_VALUES.values(), ids=ODD_VALUES)
+def test_an_odd_value_is_shown_compared_and_refused(make):
     value = make()
+    text = short_repr(value)
+    assert 0 < len(text) <= 310 and text.encode()
     assert not equals(value, 1) and not equals("text", value) and not is_one_of(value, (None, True, "no", []))
-
-
-@odd
-def test_no_odd_value_is_a_number_or_a_count_or_a_path(make):
-    assert not is_number(make()) and not is_int(make(), 0) and not is_path(make())
+    assert not is_number(value) and not is_int(value, 0) and not is_path(value)
     with pytest.raises(DataError, match="a dataset cannot be"):
-        as_path(make(), "a dataset", DataError)
+        as_path(value, "a dataset", DataError)
 
 
-def test_short_values_are_shown_as_repr_does():
+def test_usual_values_are_shown_and_recognised():
     assert [short_repr(value) for value in ("a", 1.5, None, [1, "b"])] == ["'a'", "1.5", "None", "[1, 'b']"]
-
-
-def test_numbers_and_counts():
     assert is_number(0) and is_number(-1.5) and not is_number(True) and not is_number("1") and not is_number(None)
     assert not is_number(float("nan")) and not is_number(float("inf")) and not is_number(10**400)
     assert is_int(3, 3) and not is_int(2, 3) and not is_int(3.0, 0) and not is_int(True, 0)
     assert is_int(4, 0, 5) and not is_int(5, 0, 5)
-
-
-def test_text_and_paths():
     assert is_text("é") and not is_text("\ud800") and not is_text(b"a")
-    assert (
-        is_path("a/b") and is_path(Path("a")) and not is_path("a\0b") and not is_path("x" * 256) and not is_path(None)
-    )
+    assert is_path("a/b") and is_path(Path("a"))
+    assert not is_path("a\0b") and not is_path("x" * 256) and not is_path(None)
     assert as_path("a/b", "a file", AdapterError) == Path("a/b")
 
 
+def test_an_error_line_names_the_type_only_if_the_text_says_little():
+    assert error_line(KeyError("state")) == "KeyError: 'state'"
+    assert error_line(DataError("row 3: no text\nmore")) == "row 3: no text"
+    assert error_line(ValueError("\ud800")) == "ValueError: \\ud800"
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "", "{", b"\xff{}"])
-def test_what_is_no_json_is_a_value_error(text, tmp_path):
+def test_invalid_json_is_a_value_error(text, tmp_path):
     with pytest.raises(ValueError):
         parse_json(text)
     path = tmp_path / "a.json"
@@ -106,13 +97,7 @@ def test_what_is_no_json_is_a_value_error(text, tmp_path):
         read_json(path)
 
 
-def test_json_is_what_the_json_module_reads(tmp_path):
+def test_valid_json_is_read_as_the_json_module_reads_it(tmp_path):
     value = {"a": [1, 2.5, None, "é"]}
     (tmp_path / "a.json").write_text(json.dumps(value))
     assert parse_json(json.dumps(value)) == value == read_json(tmp_path / "a.json")
-
-
-def test_an_error_is_told_in_a_line_with_its_kind_where_the_text_says_little():
-    assert error_line(KeyError("state")) == "KeyError: 'state'"
-    assert error_line(DataError("row 3: no text\nmore")) == "row 3: no text"
-    assert error_line(ValueError("\ud800")) == "ValueError: \\ud800"

@@ -1,4 +1,4 @@
-"""loralib's own way to save and load, as its README has it, on our layers and on loralib's."""
+"""The save and load snippets of loralib's README work on our layers and on loralib's, in every combination."""
 
 from __future__ import annotations
 
