@@ -1,4 +1,4 @@
-"""The notebooks: their code runs on the demo and learns, what is stored in them is clean, the real branch is right."""
+"""The notebooks: their code learns on the demo, their output is clean, and ``REAL`` asks for the right things."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import matplotlib.pyplot
 import pytest
-from stand_ins import stand_in
+from offline import replace_downloads
 
 import phi3lora as p3
-from phi3lora.adapters import hub as publish
+from phi3lora.adapters import hub
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("inference_and_finetuning", "finetune_lora_hub", "finetune_qlora_hub")
@@ -26,7 +26,7 @@ def cells(name: str, kind: str = "code") -> list[dict]:
 
 
 def execute(name: str, **settings) -> dict:
-    """Run the code cells one after the other, with the variables of the first cell set otherwise; what they leave."""
+    """Run the code cells in order, with other values for variables of the first cell, and return their variables."""
     names: dict = {"__name__": "__main__"}
     for i, cell in enumerate(cells(name)):
         source = "".join(cell["source"])
@@ -45,18 +45,20 @@ def in_a_folder_without_a_screen(tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.pyplot, "show", lambda: matplotlib.pyplot.close("all"))
 
 
+@pytest.mark.slow
 def test_inference_and_finetuning_learns_and_reloads(capsys):
     names = execute("inference_and_finetuning")
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert names["exact_before"] == 0 and names["exact_after"] > 0.9
-    assert shown.count("the same answer: True") == 2
-    assert "0 unexpected names, 0 LoRA names missing" in shown
+    assert output.count("the same answer: True") == 2
+    assert "0 unexpected names, 0 LoRA names missing" in output
     assert names["after"]["loss"] < 0.1 < names["before"]["loss"]
     assert Path("ckpt_lora.pt").is_file() and Path("adapter.safetensors").is_file()
     folder = Path("runs/inference_and_finetuning")
     assert (folder / "loss.png").is_file() and len(list(folder.glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.slow
 def test_finetune_lora_hub_reaches_the_references_and_writes_what_it_says(capsys):
     names = execute("finetune_lora_hub")
     assert names["before"]["rougeL"] < 0.7 < 0.95 < names["after"]["rougeL"]
@@ -72,6 +74,7 @@ def test_finetune_lora_hub_reaches_the_references_and_writes_what_it_says(capsys
     assert not p3.load_model("phi3-lora-merged", dtype="float32")[0].state_dict().keys() & {"lora_A", "lora_B"}
 
 
+@pytest.mark.slow
 def test_finetune_qlora_hub_tunes_four_bits_and_merges_into_the_dense_weights():
     names = execute("finetune_qlora_hub")
     assert type(names["layer"]).__name__ == "Linear4bit"
@@ -92,15 +95,16 @@ def alpaca_rows() -> list[dict]:
 
 
 def test_the_real_inference_and_finetuning_asks_for_phi_3_and_sharegpt_chats(monkeypatch):
-    asked = stand_in(monkeypatch, alpaca_rows)
+    calls = replace_downloads(monkeypatch, alpaca_rows)
     execute("inference_and_finetuning", REAL=True)
-    assert asked.models == [(PHI3, {"dtype": "bfloat16", "base_precision": None, "device": "cuda"})] * 3
-    assert asked.datasets == [("macadeliccc/opus_samantha", {"max_length": 2048, "on_bad_row": "skip"})]
-    [config] = asked.configs
+    assert calls.models == [(PHI3, {"dtype": "bfloat16", "base_precision": None, "device": "cuda"})] * 3
+    assert calls.datasets == [("macadeliccc/opus_samantha", {"max_length": 2048, "on_bad_row": "skip"})]
+    [config] = calls.configs
     assert (config.learning_rate, config.num_train_epochs, config.max_steps) == (1e-4, 3, -1)
     assert config.activation_checkpointing == "full" and not config.disable_tqdm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune_lora_hub", "finetune_qlora_hub"])
 def test_the_real_hub_notebooks_ask_for_phi_3_and_python_tasks_and_push(name, monkeypatch):
     uploads = []
@@ -116,20 +120,20 @@ def test_the_real_hub_notebooks_ask_for_phi_3_and_python_tasks_and_push(name, mo
             uploads.append((repo_id, str(folder_path)))
             return type("Commit", (), {"commit_url": "the commit"})
 
-    monkeypatch.setattr(publish, "HfApi", Hub)
-    asked = stand_in(monkeypatch, alpaca_rows)
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    calls = replace_downloads(monkeypatch, alpaca_rows)
     names = execute(name, REAL=True, PUSH_TO="you/name")
     four_bits = name == "finetune_qlora_hub"
-    first, *others = asked.models
+    first, *others = calls.models
     precision = "nf4" if four_bits else None
     assert first == (PHI3, {"dtype": "bfloat16", "base_precision": precision, "device": "cuda"})
-    assert any(asked_for[0] == PHI3 for asked_for in others) == four_bits, "the dense base, to merge into"
-    [(source, options)] = asked.datasets
+    assert any(call[0] == PHI3 for call in others) == four_bits, "the dense base, to merge into"
+    [(source, options)] = calls.datasets
     assert source == ALPACA
     assert options == {"max_length": 512 if four_bits else 2048, "format": "alpaca", "on_bad_row": "skip"}
     lora = names["lora_config"]
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (16, 16, 0.05, LLAMA_NAMES)
-    [config] = asked.configs
+    [config] = calls.configs
     assert config.bf16 and config.activation_checkpointing == "full"
     assert config.optim == ("paged_adamw_32bit" if four_bits else "adamw_torch")
     assert (config.learning_rate, config.num_train_epochs, config.warmup_ratio) == (1e-4, 3, 0.1)
