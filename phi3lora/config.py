@@ -240,6 +240,14 @@ def _to_dict(config: Any) -> dict[str, Any]:
 # The two configs
 
 
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """Return the factor of an adapter's output: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA.
+
+    https://arxiv.org/abs/2106.09685, section 4.1; rsLoRA: https://arxiv.org/abs/2312.03732.
+    """
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
 @_accept_foreign_arguments(IGNORED_LORA_ARGUMENTS)
 @dataclass
 class LoraConfig:
@@ -287,8 +295,8 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """Factor of the adapter's output."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """Factor of the adapter's output, see :func:`lora_scaling`."""
+        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, in field order; ``LoraConfig(**config.to_dict())`` is an equal config."""

@@ -25,7 +25,8 @@ from phi3lora.demo.show import LORA, TRAINING, score
 from phi3lora.lora.base_weight import Fp8Linear, base_weight_of, nf4_linear
 
 ROWS = [json.loads(line) for line in (p3.demo.FOLDER / "eval.jsonl").read_text().splitlines()]
-FORMATS: dict[str, Any] = {"float32": None, "fp8": Fp8Linear.of, "nf4": nf4_linear}  # quantize_base needs a GPU for fp8
+# Layer by layer, because quantize_base needs a GPU for fp8.
+FORMATS: dict[str, Any] = {"float32": None, "fp8": Fp8Linear.from_linear, "nf4": nf4_linear}
 
 
 def demo_model(base: str) -> tuple[Any, Any, Any, Any]:

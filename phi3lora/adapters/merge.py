@@ -84,18 +84,19 @@ def merged(model: nn.Module) -> Iterator[None]:
         if isinstance(layer, nn.Linear) and not isinstance(base_weight_of(layer), Dense):
             raise AdapterError(f"{path!r} has a quantised weight, which cannot be merged in place; use save_merged")
     enabled = [layer for layer in layers.values() if layer.enabled]
-    before = {layer: layer.frozen_weight().detach().clone() for layer in enabled}
+    before = {layer: layer.base_layer().weight.detach().clone() for layer in enabled}
     try:
         with torch.no_grad():
             for layer in enabled:
-                layer.frozen_weight().copy_(_merged_weight(layer, layer.frozen_weight()))
+                weight = layer.base_layer().weight
+                weight.copy_(_merged_weight(layer, weight))
                 layer.merged = True
         with disabled(model):
             yield
     finally:
         with torch.no_grad():
             for layer, weight in before.items():
-                layer.frozen_weight().copy_(weight)
+                layer.base_layer().weight.copy_(weight)
                 layer.merged = False
 
 

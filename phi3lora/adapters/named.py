@@ -171,7 +171,7 @@ def _detach_active(model: Any) -> _Inactive:
     """Put plain layers into the tree and return the active adapter."""
     adapter = _Inactive(getattr(model, "lora_config", None), lora_layers(model))
     for path, layer in adapter.layers.items():
-        swap_layer(model, path, layer.take_off())
+        swap_layer(model, path, layer.release_base())
     if hasattr(model, "lora_config"):
         del model.lora_config
     return adapter
@@ -180,7 +180,7 @@ def _detach_active(model: Any) -> _Inactive:
 def _attach(model: Any, adapter: _Inactive) -> None:
     """Put the adapter's layers into the tree, around the plain ones."""
     for path, layer in adapter.layers.items():
-        layer.put_on(model.get_submodule(path))
+        layer.attach_base(model.get_submodule(path))
         swap_layer(model, path, layer)
     if adapter.config is not None:
         model.lora_config = adapter.config

@@ -27,7 +27,6 @@ the conversion only moves them, so it is exact in both directions:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -38,9 +37,10 @@ import torch
 from torch import Tensor
 
 from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
-from ..config import LoraConfig
+from ..config import LoraConfig, lora_scaling
 from ..errors import is_int, is_number, short_repr
 from ..files import read_json
+from ..lora.layers import Segment, adapted_segments
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -90,7 +90,7 @@ class PeftConfig:
     def scaling(self, path: str) -> float:
         """Return the factor by which PEFT multiplies the adapter of the module at ``path``."""
         rank, alpha = self.rank_and_alpha(path)
-        return alpha / (math.sqrt(rank) if self.common.use_rslora else rank)
+        return lora_scaling(rank, alpha, self.common.use_rslora)
 
     def lora_config(self, paths: Iterable[str]) -> LoraConfig:
         """Return the common settings as a config of ours, with the last parts of ``paths`` as target modules."""
@@ -187,8 +187,8 @@ def to_modules(
         return {at: Pair(A, B) for at, A, B in zip(names, As, Bs, strict=True)}
     if settings["class"] == "MergedLinear":
         B = lora_B.new_zeros(sum(settings["segments"]), lora_A.shape[0])  # (out, k r)
-        for columns, rows_of_A, rows_of_B in _segments(settings):
-            B[columns, rows_of_A] = lora_B[rows_of_B]
+        for segment in _segments(settings):
+            B[segment.columns, segment.rows_of_A] = lora_B[segment.rows_of_B]
         return {path: Pair(lora_A, B)}
     if settings["class"] == "Conv2d":
         height, width = lora_A.shape  # r n, in n
@@ -210,9 +210,8 @@ def from_modules(
     pair = pairs[path]
     if settings["class"] == "MergedLinear":
         segments = _segments(settings)
-        return pair.A[: r * len(segments)], torch.cat(
-            [pair.B[columns, rows_of_A] for columns, rows_of_A, _ in segments]
-        )
+        B = torch.cat([pair.B[segment.columns, segment.rows_of_A] for segment in segments])
+        return pair.A[: segments[-1].rows_of_A.stop], B
     if settings["class"] == "Conv2d":
         n = pair.A.shape[-1]
         height, width = r * n, pair.A.shape[1] * n
@@ -234,14 +233,5 @@ def _module_names(path: str, settings: Settings, split: Mapping[str, int]) -> di
     return {parent + name: name for name, on in zip(split, enabled, strict=True) if on}
 
 
-def _segments(settings: Settings) -> list[tuple[slice, slice, slice]]:
-    """Return each enabled segment's columns of y (rows of B'), rows of A' (columns of B') and rows of lora_B."""
-    found: list[tuple[slice, slice, slice]] = []
-    r, start, row = settings["r"], 0, 0
-    for width, enabled in zip(settings["segments"], settings["enable_lora"], strict=True):
-        if enabled:
-            rank = len(found) * r
-            found.append((slice(start, start + width), slice(rank, rank + r), slice(row, row + width)))
-            row += width
-        start += width
-    return found
+def _segments(settings: Settings) -> tuple[Segment, ...]:
+    return adapted_segments(settings["segments"], settings["enable_lora"], settings["r"])

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig
+from ..config import LoraConfig, lora_scaling
 from ..errors import AdapterError, as_path
 from ..files import parse_json, read_tensors
 from ..lora.inject import InjectionReport, fused_segments, injection_report
@@ -199,7 +199,7 @@ def _restore_layers(metadata: dict[str, Any], config: PeftConfig, pairs: Mapping
     state, seen = {}, set()
     for path, layer in metadata["layers"].items():
         split, ratio = metadata["segments"].get(path), metadata["ratios"].get(path, 1.0)
-        scaling = layer["lora_alpha"] / (math.sqrt(layer["r"]) if layer["use_rslora"] else layer["r"])
+        scaling = lora_scaling(layer["r"], layer["lora_alpha"], layer["use_rslora"])
         A, B = from_modules(path, layer, split, pairs)
         B = B / ratio
         tolerance = 0 if ratio == 1 else 1e-6

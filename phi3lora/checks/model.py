@@ -76,7 +76,7 @@ def check_trainable_parameters(planned: PlannedRun) -> Verdict:
     bias = getattr(getattr(model, "lora_config", None), "bias", "all")
     biases: set[int] = set()
     if bias == "lora_only":
-        biases = {id(layer.frozen_bias()) for layer in layers.values()}
+        biases = {id(getattr(layer.base_layer(), "bias", None)) for layer in layers.values()}
     elif bias == "all":
         biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].endswith("bias")}
     unexpected = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters | biases]

@@ -136,10 +136,9 @@ def _adapter_parts(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             if not isinstance(layer, MergedLinear):
                 yield f"{path}.{name}", matrix, name == zero
                 continue
-            sizes = [layer.r] * len(layer.spans) if name == "lora_A" else [stop - start for start, stop in layer.spans]
-            segments = [i for i, on in enumerate(layer.enable_lora) if on]
-            for segment, part in zip(segments, matrix.split(sizes), strict=True):
-                yield f"{path}.{name} of segment {segment}", part, name == zero
+            for segment in layer.adapted_segments:
+                part = matrix[segment.rows_of_A if name == "lora_A" else segment.rows_of_B]
+                yield f"{path}.{name} of segment {segment.position}", part, name == zero
 
 
 def _unmoved_parts(model: nn.Module, before: dict[str, Tensor], first_step: bool) -> list[str]:

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..lora.layers import Segment, adapted_segments
 from .launch import next_power_of_2
 
 
@@ -47,8 +48,8 @@ class Adapter:
     """(out, R) in the compute dtype."""
     r: int
     R: int
-    spans: tuple[tuple[int, int], ...]
-    """Columns of the output that are adapted, as ``MergedLinear.spans``."""
+    segments: tuple[Segment, ...]
+    """The adapted segments, their places in ``lora_A`` counted at the padded rank R."""
     scaling: float
     dropout: float
     seed: int
@@ -61,7 +62,8 @@ class Adapter:
 
     def offset(self, column: int) -> int:
         """Where in z the low-rank activations of an output column start."""
-        return next((i * self.R for i, (start, stop) in enumerate(self.spans) if start <= column < stop), 0)
+        starts = (s.rows_of_A.start for s in self.segments if s.columns.start <= column < s.columns.stop)
+        return next(starts, 0)
 
     def gradient_of_A(self, dA: Tensor) -> Tensor:
         """(k*R, in) float32 -> the shape of ``lora_A``."""
@@ -71,7 +73,7 @@ class Adapter:
 
     def gradient_of_B(self, dB: Tensor) -> Tensor:
         """(out, R) float32 -> the shape of ``lora_B``."""
-        rows = [dB[start:stop] for start, stop in self.spans]
+        rows = [dB[segment.columns] for segment in self.segments]
         return (rows[0] if len(rows) == 1 else dB if len(dB) == len(self.lora_B) else torch.cat(rows))[:, : self.r]
 
 
@@ -96,19 +98,19 @@ def make_adapter(layer: Any, copies: Mapping[Tensor, Tensor], seed: int) -> Adap
     r = getattr(layer, "r", 0)
     if r == 0 or not layer.enabled:
         return None
-    R, spans, A, B = padded_rank(r), layer.spans, copies[layer.lora_A], copies[layer.lora_B]
+    R, A, B = padded_rank(r), copies[layer.lora_A], copies[layer.lora_B]
+    segments = adapted_segments(layer.segments, layer.enable_lora, R)
     if r != R:
-        padded = A.new_zeros((len(spans), R, A.shape[1]))
-        padded[:, :r] = A.view(len(spans), r, -1)
+        padded = A.new_zeros((len(segments), R, A.shape[1]))
+        padded[:, :r] = A.view(len(segments), r, -1)
         A = padded.flatten(0, 1)
     if r != R or len(B) != layer.out_features:
-        padded, row = B.new_zeros((layer.out_features, R)), 0
-        for start, stop in spans:
-            padded[start:stop, :r] = B[row : row + stop - start]
-            row += stop - start
+        padded = B.new_zeros((layer.out_features, R))
+        for segment in segments:
+            padded[segment.columns, :r] = B[segment.rows_of_B]
         B = padded
     dropout = layer.lora_dropout.p if layer.lora_dropout.training else 0.0
-    return Adapter(layer.lora_A, layer.lora_B, A, B, r, R, spans, layer.scaling, dropout, seed)
+    return Adapter(layer.lora_A, layer.lora_B, A, B, r, R, segments, layer.scaling, dropout, seed)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3Model, Phi3RMSNorm
 
-from ..lora.base_weight import base_linear, base_weight_of, compute_dtype, plain_classes
+from ..lora.base_weight import base_linear, base_weight_of, compute_dtype, plain_linear_classes
 from ..lora.layers import Linear, MergedLinear
 from ..model.activations import recomputes_feed_forward, recomputes_layer
 from ..model.attention import NAME, packed_attention, packed_layout
@@ -349,7 +349,7 @@ def _layer_reason(layer: Any, training: bool | None) -> str | None:
     for path in _PROJECTIONS:
         projection = layer.get_submodule(path)
         if (
-            type(projection) not in (Linear, MergedLinear, *plain_classes())
+            type(projection) not in (Linear, MergedLinear, *plain_linear_classes())
             or getattr(projection, "bias", None) is not None
         ):
             return f"{path} is a {type(projection).__name__} or has a bias"

@@ -129,8 +129,9 @@ def low_rank_gradients(dy: Tensor, z: Tensor, adapter: Adapter, edges: tuple[int
         EDGE_2=edges[2], R=R, Z=adapter.width, BN=BN,
     )  # fmt: skip
     total, sums = torch.empty_like(z), Sums()
-    for i, (start, stop) in enumerate(adapter.spans):
-        sums.of(dz[start // BN : stop // BN], total[:, i * R : (i + 1) * R], adapter.scaling)
+    for segment in adapter.segments:
+        start, stop = segment.columns.start // BN, segment.columns.stop // BN
+        sums.of(dz[start:stop], total[:, segment.rows_of_A], adapter.scaling)
     summed = sums.of(dB)
     sums.finish()
     return total, adapter.gradient_of_B(summed)

@@ -30,7 +30,7 @@ class _LinearAndLoraA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy, dz):  # type: ignore[override]
         (x,), adapter = ctx.saved_tensors, ctx.adapter
-        dx = add_back_projection_(ctx.frozen.back(dy), dz, adapter)
+        dx = add_back_projection_(ctx.frozen.matmul_backward(dy), dz, adapter)
         sums = Sums()
         dA = column_sums(sums, dz, x, adapter)
         sums.finish()

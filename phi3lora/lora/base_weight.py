@@ -1,19 +1,28 @@
-"""How a frozen weight is stored and multiplied. One class a format; nothing else knows the formats.
+"""How a frozen weight is stored and multiplied: dense, fp8 or nf4. Nothing else in the package knows the formats.
 
-    matmul(x) = x W'          back(dy) = dy W          dequantize() = W
+    matmul(x) = x W'          matmul_backward(dy) = dy W          dequantize() = W
 
-``Dense`` is the weight as it was loaded. ``Fp8`` is for GPUs that multiply float8 (Hopper, Ada and later), about twice
-as fast as bf16: the weight never changes, so it is rounded once, in both orientations, each row with a scale of its
-own; activations and gradients are rounded row by row as they come:
+``Dense`` is the weight as it was loaded.
 
-    W (out, in)   q (out, in), scale (out, 1)         x W' :  x's row scale * (x_q q') * scale'
-    W' (in, out)  q_t (in, out), scale_t (in, 1)      dy W :  dy's row scale * (dy_q q_t') * scale_t'
+``Fp8`` is for GPUs that multiply float8 (Hopper, Ada and later), about twice as fast as bf16. The weight never changes,
+so it is rounded once, in both orientations, each row with a scale of its own; activations and gradients are rounded row
+by row at every product:
+
+    scale of a row   largest absolute entry / 448, which is the largest number of float8_e4m3fn
+    W (out, in)      q (out, in), scale (out, 1)         x W' :  x's row scale * (x_q q') * scale'
+    W' (in, out)     q_t (in, out), scale_t (in, 1)      dy W :  dy's row scale * (dy_q q_t') * scale_t'
 
 Two float8 copies take the memory of one bf16 weight.
 
-``Nf4`` is bitsandbytes' (https://arxiv.org/abs/2305.14314, section 3): 4 bits an entry, an index into 16 fixed values;
-a scale for each block of 64 entries, itself in 8 bits ("double quantisation"); 4.13 bits an entry in all. There is no
-4-bit arithmetic: every product first writes the weight out in the compute dtype, and drops it again.
+``Nf4`` is bitsandbytes' format (https://arxiv.org/abs/2305.14314, section 3): 4 bits per entry, an index into 16 fixed
+values; a scale for each block of 64 entries, itself in 8 bits ("double quantisation"); 4.13 bits per entry in all.
+There is no 4-bit arithmetic: every product first writes the weight out in the compute dtype and drops it again. The
+weight is a ``bitsandbytes.nn.Params4bit``: a Parameter with a packed tensor, (out * in / 2, 1) uint8, and a
+``QuantState`` with the scales and the shape and dtype that the weight had. bitsandbytes is imported only where a 4-bit
+weight is made or multiplied.
+
+The file in order: the formats (Dense, Fp8 and its layer, Nf4 and bitsandbytes' layer); the format of a layer; the
+product with its gradient; whole models.
 
 Shapes: N tokens, ``in`` and ``out`` features, x (N, in), dy (N, out).
 """
@@ -26,7 +35,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,67 +46,54 @@ from ..errors import ModelError
 logger = logging.getLogger("phi3lora")
 
 
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that ``x`` times a frozen ``weight`` is computed in: autocast's where it is on, else the weight's."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    quantised = weight.dtype.itemsize == 1 or is_four_bit(weight)  # what those are stored in says nothing
-    return x.dtype if quantised else weight.dtype
-
-
-class BaseWeight(Protocol):
+class BaseWeight:
     """A weight (out, in) that does not train."""
 
     def matmul(self, x: Tensor) -> Tensor:
-        """(N, in) -> (N, out), in x's dtype."""
+        """Return ``x W'``: (N, in) -> (N, out), in x's dtype."""
+        raise NotImplementedError
 
-    def back(self, dy: Tensor) -> Tensor:
-        """(N, out) -> (N, in): the gradient of x."""
+    def matmul_backward(self, dy: Tensor) -> Tensor:
+        """Return ``dy W``, the gradient of x: (N, out) -> (N, in)."""
+        raise NotImplementedError
 
     def dequantize(self) -> Tensor:
-        """(out, in), what the products multiply by."""
+        """Return the matrix (out, in) that the products multiply by."""
+        raise NotImplementedError
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of what is stored."""
-
-
-class _Stored:
-    """What follows from the tensors."""
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored: the fields, unless a format says otherwise."""
+        """Return every stored tensor."""
         return tuple(vars(self).values())
 
     @property
     def nbytes(self) -> int:
-        """Of what is stored."""
+        """Bytes of storage."""
         return sum(t.nbytes for t in self.tensors())
 
 
 @dataclass(frozen=True)
-class Dense(_Stored):
-    """The weight as it is."""
+class Dense(BaseWeight):
+    """The weight as it was loaded."""
 
     weight: Tensor
 
     def matmul(self, x: Tensor) -> Tensor:
         return x @ self.weight.t().to(x.dtype)
 
-    def back(self, dy: Tensor) -> Tensor:
+    def matmul_backward(self, dy: Tensor) -> Tensor:
         return dy @ self.weight.to(dy.dtype)
 
     def dequantize(self) -> Tensor:
         return self.weight
 
 
+# ----------------------------------------------------------------------------------------------------
+# fp8
+
+
 @dataclass(frozen=True)
-class Fp8(_Stored):
-    """float8_e4m3fn in both orientations, a float32 scale for each row."""
+class Fp8(BaseWeight):
+    """float8_e4m3fn in both orientations, with a float32 scale for each row."""
 
     q: Tensor
     scale: Tensor
@@ -105,61 +101,32 @@ class Fp8(_Stored):
     scale_t: Tensor
 
     def matmul(self, x: Tensor) -> Tensor:
-        return _scaled_product(x, self.q, self.scale)
+        return _fp8_product(x, self.q, self.scale)
 
-    def back(self, dy: Tensor) -> Tensor:
-        return _scaled_product(dy, self.q_t, self.scale_t)
+    def matmul_backward(self, dy: Tensor) -> Tensor:
+        return _fp8_product(dy, self.q_t, self.scale_t)
 
     def dequantize(self) -> Tensor:
         return self.q.float() * self.scale
 
 
-@dataclass(frozen=True)
-class Nf4(_Stored):
-    """bitsandbytes' packed 4-bit weight and its ``QuantState``; ``fp4`` ones, which a checkpoint may hold, too."""
-
-    packed: Tensor
-    """(out * in / 2, 1) uint8."""
-    state: Any
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return x @ self.dequantize().to(x.dtype).t()
-
-    def back(self, dy: Tensor) -> Tensor:
-        return dy @ self.dequantize().to(dy.dtype)
-
-    def dequantize(self) -> Tensor:
-        if self.packed.is_cuda and _has_triton():
-            from ..kernels import nf4
-
-            if nf4.is_known(self.packed, self.state):
-                return nf4.dequantize(self.packed, self.state)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.packed, self.state)  # in the dtype that the weight had
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        nested = (self.state.offset, self.state.state2.absmax, self.state.state2.code) if self.state.nested else ()
-        return (self.packed, self.state.absmax, self.state.code, *nested)
-
-
-def _scaled_product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    x_q, x_scale = _rows_in_fp8(x.contiguous())
-    if not x.is_cuda:  # the same numbers, summed in float32: for tests and for looking at a model without its GPU
-        return ((x_q.float() @ q.float().t()) * x_scale * scale.t()).to(x.dtype)
-    # bf16 whatever x is: the only output that row scales have on every GPU with fp8.
-    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-    return torch._scaled_mm(x_q, q.t(), scale_a=x_scale, scale_b=scale.t(), **options).to(x.dtype)
-
-
-def _rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(q, scale)``: x (N, D) as float8_e4m3fn and float32 (N, 1); a row's largest entry becomes e4m3's largest."""
+def quantize_rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(q, scale)``: x (N, D) as float8_e4m3fn (N, D) and float32 (N, 1), with ``x ~ q * scale``."""
     if x.is_cuda:
         from ..kernels.fp8 import quantize_rows
 
         return quantize_rows(x)
     scale = x.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def _fp8_product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    x_q, x_scale = quantize_rows_to_fp8(x.contiguous())
+    if not x.is_cuda:  # the same numbers, summed in float32: for tests, and to inspect a model without its GPU
+        return ((x_q.float() @ q.float().t()) * x_scale * scale.t()).to(x.dtype)
+    # bf16 whatever x is: the only output that row scales support on every GPU with fp8.
+    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return torch._scaled_mm(x_q, q.t(), scale_a=x_scale, scale_b=scale.t(), **options).to(x.dtype)
 
 
 class Fp8Linear(nn.Linear):
@@ -170,14 +137,14 @@ class Fp8Linear(nn.Linear):
     scale_t: Tensor
 
     @classmethod
-    def of(cls, base: nn.Linear) -> Fp8Linear:
-        """``base`` rounded to fp8."""
+    def from_linear(cls, base: nn.Linear) -> Fp8Linear:
+        """Return ``base`` rounded to fp8; the bias is shared."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features, layer.training = base.in_features, base.out_features, base.training
         weight = base.weight.detach()
-        q, scale = _rows_in_fp8(weight)
-        q_t, scale_t = _rows_in_fp8(weight.t().contiguous())
+        q, scale = quantize_rows_to_fp8(weight)
+        q_t, scale_t = quantize_rows_to_fp8(weight.t().contiguous())
         layer.weight = nn.Parameter(q, requires_grad=False)
         layer.register_parameter("bias", base.bias)
         for name, tensor in (("scale", scale), ("q_t", q_t), ("scale_t", scale_t)):
@@ -190,37 +157,8 @@ class Fp8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def quantize_base(model: nn.Module, precision: str) -> None:
-    """Store the frozen linear weights of a model, but the output head's, in another format, layer by layer.
-
-    Args:
-        model: where its weights are to stay, without adapters.
-        precision: ``"nf4"``, on any device; ``"fp8"``, on a GPU: where it cannot multiply that, the weights stay as
-            they are and one line says so.
-
-    Raises:
-        ModelError: another format; a layer that does not fit it; nf4 without bitsandbytes.
-    """
-    formats: dict[str, Callable[[nn.Linear], nn.Linear]] = {"fp8": Fp8Linear.of, "nf4": nf4_linear}
-    if precision not in formats:
-        raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), 'fp8', 'nf4'")
-    reason = reason_against_fp8(next(model.parameters()).device) if precision == "fp8" else None
-    if reason:
-        logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)
-        return
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    for path in [p for p, m in model.named_modules() if type(m) is nn.Linear and m is not head]:
-        layer: Any = model.get_submodule(path)  # no list of layers: a weight goes when the next one comes
-        if precision == "fp8" and (layer.in_features % 16 or layer.out_features % 16):
-            raise ModelError(f"base_precision='fp8': {path!r} is {tuple(layer.weight.shape)}; allowed: multiples of 16")
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, formats[precision](layer))
-    keep_packing(model)
-
-
 def reason_against_fp8(device: torch.device) -> str | None:
-    """Why fp8 products cannot run on ``device``; None: they can."""
+    """Return why fp8 products cannot run on ``device``, or None where they can."""
     if device.type != "cuda":
         return "no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 9):
@@ -233,84 +171,51 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def base_weight_of(layer: Any) -> BaseWeight:
-    """The frozen weight of a linear layer, adapted or not, in the format that its tensors say."""
-    if is_four_bit(layer.weight):
-        return Nf4(plain_tensor(layer.weight), layer.weight.quant_state)
-    if "scale_t" in layer._buffers:
-        if layer.weight.dtype != torch.float8_e4m3fn:
-            raise ModelError(
-                f"an fp8 layer was cast to {layer.weight.dtype}, which loses its scales' meaning; load the model again "
-                f"and leave its dtype"
-            )
-        return Fp8(layer.weight, layer.scale, layer.q_t, layer.scale_t)
-    return Dense(layer.weight.t() if getattr(layer, "fan_in_fan_out", False) else layer.weight)
-
-
-def base_weights(model: nn.Module) -> list[BaseWeight]:
-    """Of all linear layers inside, adapted or not."""
-    return [base_weight_of(layer) for layer in model.modules() if isinstance(layer, nn.Linear)]
-
-
-def base_format(model: nn.Module) -> str:
-    """``"nf4"``, ``"fp8"``, or ``""`` where every linear weight is as it was loaded."""
-    names = {type(weight).__name__.lower() for weight in base_weights(model)}
-    return ", ".join(sorted(names - {"dense"}))
-
-
-def plain_classes() -> tuple[type, ...]:
-    """The linear layers that multiply as :func:`base_weight_of` says. A subclass of theirs may have its own way."""
-    package = sys.modules.get("bitsandbytes")  # where a model has layers of its, it has been imported
-    four_bit = (package.nn.Linear4bit, package.nn.LinearNF4, package.nn.LinearFP4) if package is not None else ()
-    return (nn.Linear, Fp8Linear, *four_bit)
-
-
-def plain_class(weight: Tensor) -> type[nn.Linear]:
-    """The class of the plain layer that has such a weight."""
-    if is_four_bit(weight):
-        return bitsandbytes().nn.Linear4bit
-    return Fp8Linear if weight.dtype == torch.float8_e4m3fn else nn.Linear
-
-
-class _BaseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, frozen, unneeded_width):  # type: ignore[override]
-        ctx.frozen = frozen
-        if unneeded_width:
-            return x.new_empty(*x.shape[:-1], unneeded_width)
-        return frozen.matmul(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy):  # type: ignore[override]
-        return ctx.frozen.back(dy.flatten(0, -2)).unflatten(0, dy.shape[:-1]), None, None
-
-
-def base_linear(x: Tensor, frozen: BaseWeight, unneeded_width: int = 0) -> Tensor:
-    """``x W'`` for x (..., in), with a gradient for x alone; nothing is kept for it.
-
-    ``unneeded_width``: the output's width where a recomputation needs its place in the graph and not its numbers, which
-    are left undefined.
-    """
-    return _BaseLinear.apply(x, frozen, unneeded_width)
-
-
 # ----------------------------------------------------------------------------------------------------
-# bitsandbytes' 4-bit weights and the layer that holds them, beside the products (frozen.py).
-#
-# A ``Params4bit`` is a Parameter with a packed tensor, (out * in / 2, 1) uint8, and a ``QuantState``: the scales, and
-# the
-# shape and dtype that the weight had. bitsandbytes is imported where a 4-bit weight is made or multiplied, not before.
-
-PLAIN_SETTINGS = ("compute_dtype", "compute_type_is_set", "quant_storage", "support_avx512bf16_for_cpu", "source_cls")
-"""What a ``Linear4bit`` has beside its parameters: an adapted layer carries it, for when the adapter is taken off."""
+# nf4: bitsandbytes' weights and its layer
 
 
-def bitsandbytes() -> Any:
-    """The package, or one line that says how to get it.
+@dataclass(frozen=True)
+class Nf4(BaseWeight):
+    """bitsandbytes' packed 4-bit weight and its ``QuantState``; also the ``fp4`` weights that a checkpoint may hold."""
+
+    packed: Tensor
+    """(out * in / 2, 1) uint8."""
+    state: Any
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x @ self.dequantize().to(x.dtype).t()
+
+    def matmul_backward(self, dy: Tensor) -> Tensor:
+        return dy @ self.dequantize().to(dy.dtype)
+
+    def dequantize(self) -> Tensor:
+        if self.packed.is_cuda and _has_triton():
+            from ..kernels import nf4
+
+            if nf4.is_known(self.packed, self.state):
+                return nf4.dequantize(self.packed, self.state)
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: Tensor = dequantize_4bit(self.packed, self.state)  # in the dtype that the weight had
+        return weight
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        nested = (self.state.offset, self.state.state2.absmax, self.state.state2.code) if self.state.nested else ()
+        return (self.packed, self.state.absmax, self.state.code, *nested)
+
+
+LINEAR4BIT_SETTINGS = (
+    "compute_dtype", "compute_type_is_set", "quant_storage", "support_avx512bf16_for_cpu", "source_cls",
+)  # fmt: skip
+"""Attributes of a ``Linear4bit`` beside its parameters; an adapted layer carries them for its base layer."""
+
+
+def require_bitsandbytes() -> Any:
+    """Return the package bitsandbytes.
 
     Raises:
-        ModelError: it is not installed, or accelerate is not, by which transformers loads 4-bit models.
+        ModelError: it is not installed, or accelerate is not, which transformers needs to load 4-bit models.
     """
     try:
         import accelerate  # noqa: F401
@@ -323,42 +228,40 @@ def bitsandbytes() -> Any:
 
 
 def nf4_linear(base: nn.Linear) -> nn.Linear:
-    """``base`` as ``bitsandbytes.nn.Linear4bit``: nf4, double quantisation, on the device it is on; the bias shared."""
-    quantised = bitsandbytes().nn
+    """Return ``base`` as a ``Linear4bit``: nf4 with double quantisation, on its device; the bias is shared."""
+    bnb_nn = require_bitsandbytes().nn
     settings = {"compress_statistics": True, "quant_type": "nf4"}
     size = (base.in_features, base.out_features, base.bias is not None)
-    layer = quantised.Linear4bit(*size, compute_dtype=base.weight.dtype, device="meta", **settings)
-    weight = quantised.Params4bit(base.weight.detach(), requires_grad=False, module=layer, **settings)
+    layer: nn.Linear = bnb_nn.Linear4bit(*size, compute_dtype=base.weight.dtype, device="meta", **settings)
+    weight = bnb_nn.Params4bit(base.weight.detach(), requires_grad=False, module=layer, **settings)
     layer.weight, layer.bias = weight.to(base.weight.device), base.bias  # ``to`` is what quantises
     return layer.train(base.training)
 
 
-def is_four_bit(weight: Tensor) -> bool:
-    """Whether it is a ``bitsandbytes.nn.Params4bit`` whose values have been packed."""
+def _is_4bit(weight: Tensor) -> bool:
+    """Return whether it is a ``Params4bit`` whose values have been packed."""
     return getattr(weight, "quant_state", None) is not None
 
 
-def plain_tensor(weight: Tensor) -> Tensor:
-    """The packed bytes as a plain tensor: each operation on a ``Params4bit`` takes a detour through Python."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return weight.detach().as_subclass(torch.Tensor)
+def add_quant_state(weight: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Add a 4-bit weight's scales to a state dict, as ``Linear4bit`` does; other weights have none."""
+    if _is_4bit(weight):
+        state_dict.update({prefix + name: t for name, t in weight.quant_state.as_dict(packed=True).items()})
 
 
-def weight_shape(weight: Tensor) -> torch.Size:
-    """Of the matrix that it stands for: a packed weight has a shape of its own."""
-    return weight.quant_state.shape if is_four_bit(weight) else weight.shape  # type: ignore[attr-defined]
+def pop_quant_state(weight: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Move what :func:`add_quant_state` added from the state dict into a 4-bit weight."""
+    if _is_4bit(weight):
+        found = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+        if found:
+            weight.quant_state = type(weight.quant_state).from_dict(found, weight.device)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Entries of all parameters; a packed weight counts as the matrix that it stands for."""
-    return sum(weight_shape(parameter).numel() for parameter in model.parameters())
-
-
-def keep_packing(model: nn.Module) -> None:
+def keep_4bit_packing(model: nn.Module) -> None:
     """Hold bitsandbytes to one layout of its 4-bit weights.
 
     On a CPU with AVX512-BF16 a ``Linear4bit`` repacks its weight at the first call in ``eval()``, with coarser scales;
-    after that nothing gets a gradient through it. Layers that were repacked before are packed back.
+    after that no gradient passes through it. Layers that were repacked before are packed back.
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -370,17 +273,132 @@ def keep_packing(model: nn.Module) -> None:
             weight.data, weight.quant_state = pack_back(weight.data, weight.quant_state)
 
 
-def quant_state_dict(weight: Tensor, prefix: str) -> dict[str, Tensor]:
-    """What a state dict says of a 4-bit weight beside its packed tensor, as ``Linear4bit`` has it; else nothing."""
-    if not is_four_bit(weight):
-        return {}
-    return {prefix + name: t for name, t in weight.quant_state.as_dict(packed=True).items()}  # type: ignore[attr-defined]
+# ----------------------------------------------------------------------------------------------------
+# The format of a layer, read from its tensors
 
 
-def take_quant_state(weight: Tensor, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Take what :func:`quant_state_dict` gave out of ``state_dict``, into ``weight``."""
-    if is_four_bit(weight):
-        found = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-        if found:
-            state = type(weight.quant_state)  # type: ignore[attr-defined]
-            weight.quant_state = state.from_dict(found, weight.device)  # type: ignore[attr-defined]
+def base_weight_of(layer: Any) -> BaseWeight:
+    """Return the frozen weight of a linear layer, adapted or not, in the format that its tensors have."""
+    weight = layer.weight
+    if _is_4bit(weight):
+        with torch._C.DisableTorchFunctionSubclass():  # else each operation on a Params4bit takes a detour in Python
+            packed = weight.detach().as_subclass(torch.Tensor)
+        return Nf4(packed, weight.quant_state)
+    if "scale_t" in layer._buffers:
+        if weight.dtype != torch.float8_e4m3fn:
+            raise ModelError(
+                f"an fp8 layer was cast to {weight.dtype}, which makes its scales meaningless; load the model again "
+                f"and leave its dtype"
+            )
+        return Fp8(weight, layer.scale, layer.q_t, layer.scale_t)
+    return Dense(weight.t() if getattr(layer, "fan_in_fan_out", False) else weight)
+
+
+def plain_linear_class(weight: Tensor) -> type[nn.Linear]:
+    """Return the class of the layer without an adapter that holds such a weight."""
+    if _is_4bit(weight):
+        cls: type[nn.Linear] = require_bitsandbytes().nn.Linear4bit
+        return cls
+    return Fp8Linear if weight.dtype == torch.float8_e4m3fn else nn.Linear
+
+
+def plain_linear_classes() -> tuple[type, ...]:
+    """Return the classes that multiply as :func:`base_weight_of` says; a subclass of theirs may do it differently."""
+    package = sys.modules.get("bitsandbytes")  # a model that has its layers has imported it
+    four_bit = (package.nn.Linear4bit, package.nn.LinearNF4, package.nn.LinearFP4) if package is not None else ()
+    return (nn.Linear, Fp8Linear, *four_bit)
+
+
+def weight_shape(weight: Any) -> torch.Size:
+    """Return the shape of the matrix that a weight stands for; a packed 4-bit weight's own shape is another."""
+    shape: torch.Size = weight.quant_state.shape if _is_4bit(weight) else weight.shape
+    return shape
+
+
+# ----------------------------------------------------------------------------------------------------
+# The product, with a gradient for x alone
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype of ``x`` times a frozen ``weight``: autocast's where it is on, else the weight's.
+
+    A quantised weight has no dtype to compute in: there it is x's.
+    """
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype if weight.dtype.itemsize == 1 or _is_4bit(weight) else weight.dtype
+
+
+class _BaseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: BaseWeight, unneeded_width: int) -> Tensor:
+        ctx.weight = weight
+        if unneeded_width:
+            return x.new_empty(*x.shape[:-1], unneeded_width)
+        y: Tensor = weight.matmul(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weight.matmul_backward(dy.flatten(0, -2)).unflatten(0, dy.shape[:-1]), None, None
+
+
+def base_linear(x: Tensor, weight: BaseWeight, unneeded_width: int = 0) -> Tensor:
+    """Return ``x W'`` for x (..., in), with a gradient for x alone; no activation is kept for it.
+
+    ``unneeded_width``: the output's width where a recomputation needs the product's place in the graph but not its
+    values, which are then undefined.
+    """
+    y: Tensor = _BaseLinear.apply(x, weight, unneeded_width)  # type: ignore[no-untyped-call]
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------
+# Whole models
+
+
+def quantize_base(model: nn.Module, precision: str) -> None:
+    """Convert a model's frozen linear weights, except the output head's, to another format, layer by layer.
+
+    Args:
+        model: a model without adapters, on the device where its weights are to stay.
+        precision: ``"nf4"``, on any device; ``"fp8"``, on a GPU: where it cannot multiply that, the weights stay as
+            they are and one warning says so.
+
+    Raises:
+        ModelError: another format; a layer that does not fit it; nf4 without bitsandbytes.
+    """
+    formats: dict[str, Callable[[nn.Linear], nn.Linear]] = {"fp8": Fp8Linear.from_linear, "nf4": nf4_linear}
+    if precision not in formats:
+        raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), 'fp8', 'nf4'")
+    reason = reason_against_fp8(next(model.parameters()).device) if precision == "fp8" else None
+    if reason:
+        logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)
+        return
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    for path in [p for p, m in model.named_modules() if type(m) is nn.Linear and m is not head]:
+        layer: Any = model.get_submodule(path)  # fetched one at a time, so that each dense weight is freed at once
+        if precision == "fp8" and (layer.in_features % 16 or layer.out_features % 16):
+            raise ModelError(f"base_precision='fp8': {path!r} is {tuple(layer.weight.shape)}; allowed: multiples of 16")
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, formats[precision](layer))
+    keep_4bit_packing(model)
+
+
+def base_weights(model: nn.Module) -> list[BaseWeight]:
+    """Return the frozen weights of all linear layers, adapted or not."""
+    return [base_weight_of(layer) for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def base_format(model: nn.Module) -> str:
+    """Return ``"nf4"``, ``"fp8"``, or ``""`` where every linear weight is as it was loaded."""
+    names = {type(weight).__name__.lower() for weight in base_weights(model)}
+    return ", ".join(sorted(names - {"dense"}))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of entries in all parameters; a packed weight counts as the matrix that it stands for."""
+    return sum(weight_shape(parameter).numel() for parameter in model.parameters())

@@ -23,8 +23,8 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
 
 from ..config import LoraConfig
 from ..errors import ModelError, did_you_mean
-from .base_weight import count_parameters, keep_packing, plain_classes, weight_shape
-from .layers import LORA_LAYERS, Conv2d, Embedding, Linear, MergedLinear
+from .base_weight import count_parameters, keep_4bit_packing, plain_linear_classes, weight_shape
+from .layers import AdaptedLayer, Conv2d, Embedding, Linear, MergedLinear
 
 Segments = dict[str, int]  # name of a segment -> its width, in the order of the output's columns
 
@@ -106,7 +106,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
     fused = fused_segments(model, config)
     chosen, skipped = _select(model, config, fused)
     _refuse_tied(model, chosen)
-    keep_packing(model)
+    keep_4bit_packing(model)
     for path, names in chosen.items():
         base = model.get_submodule(path)
         swap_layer(model, path, _adapted(base, config, fused.get(path), names))
@@ -146,7 +146,7 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
             )
     _refuse_tied(model, layers)
     swapped = {path: _adapted_as(modules[path], path, facts, config) for path, facts in layers.items()}
-    keep_packing(model)
+    keep_4bit_packing(model)
     for path, layer in swapped.items():
         swap_layer(model, path, layer)
     freeze_all_but_lora(model, config.bias)
@@ -189,7 +189,7 @@ def _refuse_second_injection(model: nn.Module) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Path -> layer, for every layer of ours that has adapters."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, LORA_LAYERS) and m.r > 0}
+    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer) and m.r > 0}
 
 
 def fused_segments(model: nn.Module, config: LoraConfig) -> dict[str, Segments]:
@@ -268,7 +268,7 @@ def _select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[di
     for path, module in model.named_modules():
         if not path or not isinstance(module, nn.Linear) or module is head or _matches(path, "lm_head"):
             continue
-        if type(module) in plain_classes():
+        if type(module) in plain_linear_classes():
             chosen[path] = set(fused.get(path, ()))
         else:
             skipped[path] = _why_not(module)
@@ -282,7 +282,7 @@ def _select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[di
 
 def _is_adaptable(module: nn.Module) -> bool:
     """Exactly these classes: a subclass may multiply in its own way."""
-    return type(module) in (*plain_classes(), nn.Embedding, nn.Conv2d)
+    return type(module) in (*plain_linear_classes(), nn.Embedding, nn.Conv2d)
 
 
 def _why_not(module: nn.Module) -> str:
@@ -319,7 +319,7 @@ def _adapted(base: nn.Module, config: LoraConfig, segments: Segments | None, nam
     """The LoRA version of ``base``."""
     r, alpha, dropout, rslora = config.r, config.lora_alpha, config.lora_dropout, config.use_rslora
     if isinstance(base, nn.Embedding):
-        return Embedding.adapt(base, r, alpha, rslora)
+        return Embedding.adapt(base, r, alpha, use_rslora=rslora)
     if isinstance(base, nn.Conv2d):
         return Conv2d.adapt(base, r, alpha, dropout, rslora)
     assert isinstance(base, nn.Linear)
@@ -367,7 +367,7 @@ def freeze_all_but_lora(model: nn.Module, bias: str = "none") -> None:
     if bias == "all":
         keep |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].endswith("bias")}
     elif bias == "lora_only":
-        keep |= {id(layer.frozen_bias()) for layer in layers}
+        keep |= {id(getattr(layer.base_layer(), "bias", None)) for layer in layers}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in keep
 
@@ -383,6 +383,7 @@ def injection_report(
             known = tuple((fused or {}).get(path, ())) or tuple(map(str, range(len(layer.segments))))
             names = tuple(name for name, on in zip(known, layer.enable_lora, strict=True) if on)
         trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-        rows.append(LayerReport(path, type(layer).__name__, tuple(weight_shape(layer.frozen_weight())), names, trained))
+        shape = tuple(weight_shape(layer.base_layer().weight))
+        rows.append(LayerReport(path, type(layer).__name__, shape, names, trained))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return InjectionReport(tuple(rows), trainable, count_parameters(model), skipped or {})

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from ..errors import ModelError, equals, error_line, is_int, is_one_of, is_path, short_repr
-from ..lora.base_weight import bitsandbytes, keep_packing, quantize_base
+from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
 
@@ -88,7 +88,7 @@ def load_model(
         logger.info(longrope_note(model.config))
     model = model.to(device).eval()
     if in_four_bit:
-        keep_packing(model)
+        keep_4bit_packing(model)
     elif base_precision is not None:
         quantize_base(model, base_precision)
     return model, tokenizer
@@ -155,7 +155,7 @@ def _four_bit_options(
         raise ModelError(f"base_precision='fp8': {name!r} is already in 4 bits; allowed: None, 'nf4'")
     if stored is None and base_precision != "nf4":
         return {}
-    bitsandbytes()
+    require_bitsandbytes()
     options: dict[str, Any] = {"device_map": {"": str(device)}}
     if stored is None:
         computed = dtype or config.get("dtype") or config.get("torch_dtype")

@@ -78,7 +78,7 @@ def fp8_base(model):
     for path, layer in list(model.model.named_modules()):
         if type(layer) is nn.Linear:
             parent, _, name = path.rpartition(".")
-            setattr(model.model.get_submodule(parent), name, Fp8Linear.of(layer))
+            setattr(model.model.get_submodule(parent), name, Fp8Linear.from_linear(layer))
     return model
 
 

@@ -378,7 +378,7 @@ def test_the_prediction_for_an_fp8_base_is_that_of_a_model_in_fp8():
     for path, layer in list(rounded.model.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, name = path.rpartition(".")
-            setattr(rounded.model.get_submodule(parent), name, Fp8Linear.of(layer))
+            setattr(rounded.model.get_submodule(parent), name, Fp8Linear.from_linear(layer))
     for model in (dense, rounded):
         p3.inject_lora(model)
     predicted, true = plan_memory(dense, 100, base_precision="fp8"), plan_memory(rounded, 100)

@@ -19,7 +19,7 @@ def fp8_linear(in_features: int = 32, out_features: int = 48) -> tuple[Fp8Linear
     """A layer in fp8, and the weight that it was."""
     torch.manual_seed(0)
     base = torch.nn.Linear(in_features, out_features, bias=False)
-    return Fp8Linear.of(base), base.weight.detach()
+    return Fp8Linear.from_linear(base), base.weight.detach()
 
 
 def test_a_dense_product_has_a_gradient_for_its_input_alone():

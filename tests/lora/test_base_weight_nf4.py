@@ -23,13 +23,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import phi3lora as p3
 from phi3lora.errors import ModelError
 from phi3lora.lora.base_weight import (
-    PLAIN_SETTINGS,
+    LINEAR4BIT_SETTINGS,
     Nf4,
     base_format,
-    base_linear as base_product,
     base_weight_of,
     nf4_linear,
     quantize_base,
+)
+from phi3lora.lora.base_weight import (
+    base_linear as base_product,
 )
 from phi3lora.lora.inject import remove_lora
 from phi3lora.model.estimate import flops_per_token, plan_memory
@@ -144,7 +146,7 @@ def test_an_adapted_layer_keeps_the_packed_weight_and_gives_the_layer_back():
         assert type(plain) is bnb.nn.Linear4bit
         assert plain.weight is base.weight
         assert plain.bias is base.bias
-        assert all(getattr(plain, name, None) == getattr(base, name, None) for name in PLAIN_SETTINGS)
+        assert all(getattr(plain, name, None) == getattr(base, name, None) for name in LINEAR4BIT_SETTINGS)
         x = torch.randn(3, 64)
         assert torch.equal(plain(x), base(x))
 

@@ -298,7 +298,7 @@ def test_a_fresh_adapter_changes_nothing(name, kwargs, x):
 def test_adapt_shares_the_pretrained_parameters(name, kwargs, x):
     base = plain_base(name, kwargs)
     layer = adapted(name, base)
-    assert layer.frozen_weight() is base.weight
+    assert layer.base_layer().weight is base.weight
     assert not base.weight.requires_grad
     assert {n for n, p in layer.named_parameters() if p.requires_grad} - {"bias", "conv.bias"} == {"lora_A", "lora_B"}
     if name != "Embedding":
@@ -311,7 +311,7 @@ def test_rank_zero_is_the_base_layer(name, kwargs, x):
     base = plain_base(name, kwargs)
     base.load_state_dict({key.removeprefix("conv."): value for key, value in layer.state_dict().items()})
     assert torch.equal(layer(x), base(x))
-    assert layer.frozen_weight().requires_grad  # as in loralib
+    assert layer.base_layer().weight.requires_grad  # as in loralib
 
 
 def test_no_segment_enabled_is_the_base_layer():
@@ -339,10 +339,10 @@ def test_delta_is_what_the_forward_adds(name, kwargs, x):
     y = layer(x)
     delta = layer.delta()
     assert delta.dtype == torch.float32
-    assert delta.shape == layer.frozen_weight().shape
+    assert delta.shape == layer.base_layer().weight.shape
     layer.enabled = False
     with torch.no_grad():
-        layer.frozen_weight().add_(delta)
+        layer.base_layer().weight.add_(delta)
     torch.testing.assert_close(layer(x), y)
 
 

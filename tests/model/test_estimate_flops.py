@@ -13,14 +13,12 @@ from phi3lora.lora import layers
 from phi3lora.model.estimate import flops_per_token, peak_flops
 
 
-def in_plain_products(x, z, weight, bias, lora_B, spans, scaling):
+def in_plain_products(x, z, weight, bias, lora_B, widths, enable_lora, scaling):
     """``linear_plus_low_rank`` spelt out: torch's counter does not look inside an operator of ours."""
     y = F.linear(x, weight, bias)
-    edges = list(zip(spans[::2], spans[1::2], strict=True))
-    Bs = lora_B.split([stop - start for start, stop in edges])
     added = y.new_zeros(y.shape)
-    for (start, stop), z_i, B in zip(edges, z.chunk(len(edges), dim=-1), Bs, strict=True):
-        added[..., start:stop] = F.linear(z_i, B) * scaling
+    for segment in layers.adapted_segments(widths, enable_lora, lora_B.shape[1]):
+        added[..., segment.columns] = F.linear(z[..., segment.rows_of_A], lora_B[segment.rows_of_B]) * scaling
     return y + added
 
 
