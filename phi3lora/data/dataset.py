@@ -140,7 +140,7 @@ class ChatDataset:
         found = find_source(source, split, revision, streaming)
         if streaming:
             stream = ChatStream(found, rows, name, buffer_size=buffer_size, on_bad_row=on_bad_row)
-            return cast(Any, stream)  # declared as a dataset, which is what all but streaming users get
+            return cast(ChatDataset, stream)  # declared as what all but streaming users get
         options = {"columns": sorted((columns or {}).items()), "train_on": train_on}
         key = partial(cache_key, found, tokenizer, **options)
         documents = rows.tokenize(read_rows(found, bad), name, bad, cache_key=lambda name: key(format=name))

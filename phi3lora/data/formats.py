@@ -25,7 +25,7 @@ COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""Format -> the columns a row must have, in the order in which formats are tried."""
+"""Format -> required columns, in the order in which the formats are tried."""
 
 _OPTIONAL = {"alpaca": ("input", "system"), "prompt_completion": ("system",), "sharegpt": ("system",)}
 _NAMES = {"conversations": "sharegpt", "prompt-completion": "prompt_completion", "chatml": "messages"}
@@ -41,7 +41,7 @@ _PHI4_TURN = re.compile(r"<\|im_start\|>(\w+)<\|im_sep\|>(.*?)(?:<\|im_end\|>|\Z
 
 
 def known_format(name: str) -> str:
-    """``name`` as this file spells it; ``"auto"`` stays."""
+    """Return ``name`` as spelled in :data:`COLUMNS`, or ``"auto"``."""
     known = _NAMES.get(name, name) if isinstance(name, str) else None
     if known is None or (known != "auto" and known not in COLUMNS):
         raise DataError(f"format={short_repr(name)}; allowed: 'auto', {', '.join(map(repr, COLUMNS))}")
@@ -49,10 +49,10 @@ def known_format(name: str) -> str:
 
 
 def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, number: int = 1) -> str:
-    """The format of a row by its keys; ``number`` is the row's, for messages.
+    """Return the format of a row, recognised by its keys. ``number`` is the row's, for messages.
 
     Raises:
-        DataError: none of the five; the message shows the row's keys and what each format needs.
+        DataError: none of the five formats; the message lists the row's keys and each format's columns.
     """
     names = {**{c: c for needed in COLUMNS.values() for c in needed}, **(columns or {})}
     for name, needed in COLUMNS.items():
@@ -66,33 +66,31 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = No
 
 
 def _keys(row: Mapping[Any, Any]) -> str:
-    """A row's keys, for a message."""
+    """Return a row's keys for a message."""
     more = f" and {len(row) - 20} more" if len(row) > 20 else ""
     return (", ".join(short_repr(key, 60) for key in list(row)[:20]) or "(none)") + more
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Raise for a name on the left of ``columns`` that no format has."""
-    names = columns is None or (isinstance(columns, Mapping) and all(map(is_text, columns.values())))
-    if not names:
+    """Raise if a key of ``columns`` is a column of no format."""
+    if columns is not None and not (isinstance(columns, Mapping) and all(map(is_text, columns.values()))):
         raise DataError(f"columns={short_repr(columns)}; allowed: a dict of our column's name -> yours")
     known = {c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed}
     for name in columns or {}:
         if name not in known:
-            raise DataError(
-                f"columns={short_repr(dict(columns or {}))}: {short_repr(name)} is not one of {', '.join(sorted(known))}"
-            )
+            allowed = ", ".join(sorted(known))
+            raise DataError(f"columns={short_repr(dict(columns or {}))}: {short_repr(name)} is not one of {allowed}")
 
 
 def to_messages(
     row: Mapping[str, Any], format: str, number: int, columns: Mapping[str, str] | None = None
 ) -> list[Message]:
-    """One row as a checked chat.
+    """Return one row as a checked chat.
 
     Args:
-        row: the row as the file has it.
+        row: the row as read.
         format: one of :data:`COLUMNS`.
-        number: the row's number, counted from 1, for messages.
+        number: number of the row, counted from 1, for messages.
         columns: our column name -> the row's.
 
     Raises:
@@ -111,13 +109,11 @@ def to_messages(
 
 
 def _text(value: Any, number: int, what: str) -> str:
-    """A string, or the joined text parts of OpenAI's list form."""
+    """Return a string, or the joined text parts of OpenAI's list form."""
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        parts = [
-            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in value
-        ]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)  # type: ignore[arg-type]
+        parts = [p["text"] for p in value if isinstance(p, Mapping) and p.get("type") == "text" and "text" in p]
+        if len(parts) == len(value) and all(isinstance(part, str) for part in parts):
+            return "".join(parts)
     if not isinstance(value, str):
         raise DataError(f"row {number}: {what} is {type(value).__name__} {short_repr(value, 60)}; allowed: text")
     try:
@@ -154,7 +150,7 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
             "role": _role(turn.get("role"), number),
             "content": _text(turn.get("content"), number, f"the content of role {short_repr(turn.get('role'), 60)}"),
         }
-        if any(not is_one_of(turn.get(name), _NOTHING) for name in ("tool_calls", "function_call")):
+        if any(not is_one_of(turn.get(name), _EMPTY) for name in ("tool_calls", "function_call")):
             raise DataError(
                 f"row {number}: a message with tool_calls; allowed: text content, as the template renders it"
             )
@@ -184,7 +180,7 @@ def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
 
 def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
     question = _text(values["instruction"], number, "'instruction'")
-    if not is_one_of(values.get("input"), _NOTHING):
+    if not is_one_of(values.get("input"), _EMPTY):
         question += "\n\n" + _text(values["input"], number, "'input'")
     answer = _text(values["output"], number, "'output'")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -223,7 +219,7 @@ _CONVERTERS = {
     "text": _from_text,
 }
 
-_NOTHING: tuple[object, ...] = (None, "", [], {}, (), False)  # 0 is False
+_EMPTY: tuple[object, ...] = (None, "", [], {}, (), False)  # equals 0 too
 
 _MAY_FOLLOW = {
     "system": ("start",),

@@ -1,21 +1,21 @@
 """A chat -> token ids and, for each token, whether it is trained.
 
-Masks go by span, never by token id: Phi-3's padding token is its ``<|endoftext|>``, and a mask that hides a token by id
-hides it where it ends a turn too; the model then never learns to stop. The spans come from the chat template itself.
-Rendering the same roles with placeholders for contents gives the template's own text, the literals:
+Masks go by span, never by token id. Phi-3's padding token is its ``<|endoftext|>``. A mask that hides a token by id
+hides it where it ends a turn too, and the model never learns to stop. The spans come from the chat template itself:
+rendering the same roles with placeholders for contents gives the template's own text, the literals.
 
     literals   "<|user|>\n"      "<|end|>\n<|assistant|>\n"          "<|end|>\n<|endoftext|>"
     contents                 Hi                               Hello!
     full       <|user|>\n    Hi  <|end|>\n<|assistant|>\n    Hello!  <|end|>\n<|endoftext|>
     trained                                                  ^^^^^^^^^^^^^
 
-``full``, the rendered chat, must be literals and contents in turn; what stands before an assistant's content must be
-what generation starts from; and a special token must follow the content: the end of turn (``<|end|>``; ``<|im_end|>``
-in Phi-4), which is trained with it. ``full`` is tokenised once, with offsets; a token is trained if it starts inside a
-span. The template's final ``<|endoftext|>`` is not.
+Three conditions are checked. ``full``, the rendered chat, consists of literals and contents in turn. The text before
+an assistant's content is the prompt that generation starts from. A special token follows the content: the end of turn
+(``<|end|>``; ``<|im_end|>`` in Phi-4), which is trained with it. ``full`` is tokenised once, with offsets. A token is
+trained if it starts inside a span. The template's final ``<|endoftext|>`` is not trained.
 
-A content that spells a special token (``"<|end|>"``) is tokenised by itself, with special tokens switched off, so it
-becomes ordinary tokens: a chat cannot smuggle in control tokens.
+A content that spells a special token (``"<|end|>"``) is escaped: it is tokenised by itself, with special tokens
+switched off, and becomes ordinary tokens. A chat cannot smuggle in control tokens.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ TRAIN_ON = ("assistant", "last", "all")
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Token ids of a chat and, of equal length, which of them are trained."""
+    """A tokenised chat."""
 
     input_ids: Sequence[int]
+    """Token ids (n,)."""
     trained: Sequence[bool]
+    """Mask of the trained tokens (n,)."""
 
 
 @dataclass(frozen=True)
 class _Rendered:
     text: str
     spans: list[tuple[int, int]]  # characters that are trained
-    sly: list[tuple[int, int]]  # characters of contents that spell control tokens
+    escaped: list[tuple[int, int]]  # characters of contents that spell control tokens
 
 
 class ChatEncoder:
@@ -72,16 +74,16 @@ class ChatEncoder:
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
         ordered = sorted(specials, key=lambda s: (-len(s), s))
         self._special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        # Markers that the tokenizer adds without calling them special cannot be switched off: they are cut in two.
-        stubborn = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
-        self._unsplittable = re.compile("|".join(map(re.escape, stubborn)) or r"(?!)")
+        # An added token that is not flagged as special cannot be switched off, so text that spells it is cut in two.
+        not_special = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
+        self._not_special = re.compile("|".join(map(re.escape, not_special)) or r"(?!)")
         self._literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         self._end_of_turn = self._find_end_of_turn(name)
         self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(self._end_of_turn)
-        """The token that closes an assistant turn."""
+        """Token that closes an assistant turn."""
 
     def _find_end_of_turn(self, name: str) -> str:
-        """The special token after the content of the shortest chat's answer."""
+        """Return the special token that follows the answer of a chat of two messages."""
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER-REWSNA"}]
         closing = self._closing(self._template(chat, 0).partition("ANSWER-REWSNA")[2])
         if closing is None:
@@ -89,10 +91,10 @@ class ChatEncoder:
         return closing.group(1)
 
     def encode(self, chats: Sequence[Sequence[Message]], numbers: Sequence[int]) -> list[EncodedChat]:
-        """Tokenise checked chats (see ``formats.to_messages``); ``numbers`` are their rows, for messages.
+        """Tokenise checked chats (see ``formats.to_messages``). ``numbers`` are their rows', for error messages.
 
         Raises:
-            DataError: a chat that the template refuses or does not render whole; no supervised token.
+            DataError: a chat that the template refuses or does not render in full, or without a supervised token.
         """
         rendered = [self._render(chat, number) for chat, number in zip(chats, numbers, strict=True)]
         encoded = []
@@ -103,19 +105,19 @@ class ChatEncoder:
         return encoded
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens from which an answer to ``messages`` is generated: as training had them before the answer."""
+        """Return the tokens from which an answer to ``messages`` is generated: those before the answer in training."""
         ((ids, _),) = self._tokenize([self._render(messages, 0, prompt=True)])
         return ids
 
     def _tokenize(self, rendered: Sequence[_Rendered]) -> list[tuple[list[int], list[int]]]:
-        """Of each text: token ids, and the character at which each token starts.
+        """Return token ids of each chat, and the character at which each token starts.
 
-        A stretch that spells a control token is tokenised by itself, as ordinary text.
+        An escaped stretch is tokenised by itself, as ordinary text.
         """
-        pieces: tuple[list[str], list[str]] = ([], [])  # with control tokens, without
-        order = []  # (text, first character, with or without, place in that list)
+        pieces: tuple[list[str], list[str]] = ([], [])  # texts with control tokens, escaped texts
+        order = []  # (chat, first character, index into pieces, index into that list)
         for i, chat in enumerate(rendered):
-            edges = [0, *(edge for stretch in chat.sly for edge in stretch), len(chat.text)]
+            edges = [0, *(edge for stretch in chat.escaped for edge in stretch), len(chat.text)]
             for k, (start, stop) in enumerate(pairwise(edges)):
                 if start < stop:
                     order.append((i, start, k % 2, len(pieces[k % 2])))
@@ -131,16 +133,15 @@ class ChatEncoder:
         return result
 
     def _ids(self, texts: list[str], **options: Any) -> Any:
-        """What the tokenizer makes of texts."""
         try:
             return self.tokenizer(texts, **options)
-        except Exception as error:  # tokenizers raises this very class; transformers, for odd settings, any
+        except Exception as error:  # tokenizers raises this very class; transformers raises any, for odd settings
             raise DataError(
                 f"the tokenizer cannot encode a chat: {error_line(error)}; is its folder damaged?"
             ) from error
 
     def _check(self, ids: list[int], trained: list[bool], number: int) -> None:
-        """Something is trained, and every trained stretch of an assistant's ends by the end of its turn."""
+        """Check that something is trained, and that every trained turn includes its end-of-turn token."""
         if not any(trained):
             raise DataError(f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)")
         if self.train_on == "all":
@@ -154,7 +155,7 @@ class ChatEncoder:
         literals = self._template_literals(tuple(m["role"] for m in messages), number, prompt)
         trained = set() if prompt else self._trained_turns(messages)
         spans: list[tuple[int, int]] = []
-        sly: list[tuple[int, int]] = []
+        escaped: list[tuple[int, int]] = []
         position = turn_start = 0
         for i, message in enumerate(messages):
             start = position + len(literals[i])
@@ -170,23 +171,23 @@ class ChatEncoder:
             if i in trained:
                 spans.append((turn_start if self.train_on == "all" else start, end))
             if self._special.search(content):
-                # White space before it stays outside: a marker before may swallow it.
+                # Leading white space is not escaped: the marker before it may absorb it.
                 first = start + len(content) - len(content.lstrip())
-                cuts = [start + found.start() + 1 for found in self._unsplittable.finditer(content)]
-                sly += pairwise([first, *cuts, position])
+                cuts = [start + found.start() + 1 for found in self._not_special.finditer(content)]
+                escaped += pairwise([first, *cuts, position])
             turn_start = end
-        return _Rendered(text, spans, sly)
+        return _Rendered(text, spans, escaped)
 
     @staticmethod
     def _content_at(text: str, start: int, content: str, following: str) -> str | None:
-        """``content`` as the template rendered it at ``start``: itself, or without white space at its ends."""
+        """Return ``content`` as rendered at ``start``: unchanged, or without white space at its ends."""
         for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
             if text.startswith(candidate + following, start):
                 return candidate
         return None
 
     def _trained_turns(self, messages: Sequence[Message]) -> set[int]:
-        """Which messages are trained."""
+        """Return the indices of the messages that are trained."""
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if self.train_on == "last":
             turns = turns[-1:]
@@ -196,17 +197,18 @@ class ChatEncoder:
 
     def _template(self, messages: Iterable[Message], number: int, **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-        except Exception as error:  # a template is a program of the model's author's: it may raise anything
+            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            return text
+        except Exception as error:  # a template is a program by the model's author: it may raise anything
             what = str(error) if isinstance(error, TemplateError) else error_line(error)
             raise DataError(f"row {number}: the chat template refuses the chat: {what}") from error
 
     def _closing(self, literal: str) -> re.Match[str] | None:
-        """The special token that ``literal`` begins with, white space before it allowed."""
+        """Match the special token that ``literal`` begins with, after optional white space."""
         return re.match(rf"\s*({self._special.pattern})", literal)
 
     def _template_literals(self, roles: tuple[str, ...], number: int, prompt: bool = False) -> list[str]:
-        """The template's own text around the contents of such a chat, len(roles) + 1 pieces; checked once per roles."""
+        """Return the template's own text around the contents, len(roles) + 1 pieces. Checked once per roles."""
         if (roles, prompt) in self._literals:
             return self._literals[roles, prompt]
         chat = [{"role": role, "content": f"CONTENT-{i}-TNETNOC"} for i, role in enumerate(roles)]
@@ -227,7 +229,7 @@ class ChatEncoder:
         return literals
 
     def _check_prompt(self, turns: list[Message], rendered: str, number: int) -> None:
-        """What stands before an answer is what generation starts from."""
+        """Check that the text before an answer is the prompt that generation starts from."""
         if self._template(turns, number, add_generation_prompt=True) != rendered:
             raise DataError(
                 f"row {number}: the chat template renders the turns before message {len(turns) + 1} differently when "
@@ -235,7 +237,7 @@ class ChatEncoder:
             )
 
     def _check_closings(self, roles: tuple[str, ...], literals: list[str], number: int) -> None:
-        """Every assistant turn ends in the same special token: the one that generation waits for."""
+        """Check that every assistant turn ends in the same special token, at which generation stops."""
         for i, role in enumerate(roles):
             closing = self._closing(literals[i + 1])
             found = None if closing is None else closing.group(1)
@@ -247,7 +249,7 @@ class ChatEncoder:
 
 
 def _inside(starts: list[int], spans: list[tuple[int, int]]) -> list[bool]:
-    """For each of the ascending ``starts``, whether it lies in one of the ascending half-open ``spans``."""
+    """Return which of the ascending ``starts`` lie in one of the ascending half-open ``spans``."""
     inside, k = [], 0
     for start in starts:
         while k < len(spans) and start >= spans[k][1]:
