@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -179,6 +180,26 @@ def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> d
     }
 
 
+def measure_apart(script: str, arguments: list[str], limit_s: float) -> dict[str, Any] | str:
+    """Run a script with ``--in-process`` on one GPU in its own process.
+
+    Returns:
+        The JSON of the last line that it prints, or in words why there is none.
+    """
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would use all of them
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+    command = [sys.executable, script, *arguments, "--in-process"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"ran past {limit_s:.0f} s"
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        return f"failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -201,35 +222,20 @@ def main() -> int:
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print("mode                     tok/s  TFLOP/s    MFU   peak GiB   first step s    loss")
+    settings = ["--steps", str(options.steps), "--warmup", str(options.warmup)]
     profile = ["--profile", options.profile] if options.profile else []
     for mode in options.modes:
-        command = [sys.executable, __file__, mode, "--in-process", "--steps", str(options.steps)]
-        try:
-            done = subprocess.run(
-                [*command, "--warmup", str(options.warmup), *profile],
-                capture_output=True,
-                text=True,
-                timeout=options.limit_s,
-            )
-        except subprocess.TimeoutExpired:
-            print(f"{mode:<20} ran past {options.limit_s:.0f} s", flush=True)
+        r = measure_apart(__file__, [mode, *settings, *profile], options.limit_s)
+        if isinstance(r, str):
+            print(f"{mode:<20} {r}", flush=True)
             continue
-        if done.returncode:
-            print(
-                f"{mode:<20} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}",
-                flush=True,
-            )
-            print(done.stderr[-3000:], file=sys.stderr)
-            continue
-        r = json.loads(done.stdout.strip().splitlines()[-1])
         print(
             f"{mode:<20} {r['tok_per_s']:>9,} {r['tflops']:>8} {r['mfu'] or '':>6} {r['peak_gib']:>10} "
             f"{r['first_step_s']:>14} {r['loss']:>7}",
             flush=True,
         )
     if options.peers:
-        peers = [sys.executable, str(Path(__file__).with_name("peers.py")), "--steps", str(options.steps)]
-        return subprocess.run([*peers, "--warmup", str(options.warmup)]).returncode
+        return subprocess.run([sys.executable, str(Path(__file__).with_name("peers.py")), *settings]).returncode
     return 0
 
 

@@ -20,9 +20,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark import ROW_TOKENS, ROWS, document_lengths, random_model
+from benchmark import ROW_TOKENS, ROWS, document_lengths, measure_apart, random_model
 from torch import Tensor, nn
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -184,25 +182,6 @@ def measure(name: str, steps: int, warmup: int, tiny: bool = False) -> dict[str,
     }
 
 
-def measured_apart(name: str, options: argparse.Namespace) -> dict[str, Any] | str:
-    """Run :func:`measure` in its own process on one GPU; return its result, or the reason why there is none."""
-    missing = PEERS[name].missing()
-    if missing:
-        return f"not installed: {', '.join(missing)}"
-    command = [sys.executable, __file__, name, "--in-process", "--steps", str(options.steps)]
-    command += ["--warmup", str(options.warmup), *(["--tiny"] if options.tiny else [])]
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would use all of them
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit_s, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"ran past {options.limit_s:.0f} s"
-    if done.returncode:
-        print(done.stderr[-3000:], file=sys.stderr)
-        return f"failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -229,8 +208,13 @@ def main() -> int:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"{card}, torch {torch.__version__}, {versions}, {time.strftime('%Y-%m-%d')}\n")
     print("| peer | tok/s | real tokens a step | peak GiB | loss |\n|---|---|---|---|---|")
+    settings = ["--steps", str(options.steps), "--warmup", str(options.warmup), *(["--tiny"] if options.tiny else [])]
     for name in options.names:
-        r = measured_apart(name, options)
+        r: dict[str, Any] | str
+        if missing := PEERS[name].missing():
+            r = f"not installed: {', '.join(missing)}"
+        else:
+            r = measure_apart(__file__, [name, *settings], options.limit_s)
         if isinstance(r, str):
             print(f"| `{name}` | {r} | | | |", flush=True)
         else:
