@@ -1,1 +1,1 @@
-"""A decoder layer in few passes over memory: Triton kernels, one file a pass, each with its own backward."""
+"""Triton kernels for a decoder layer, one file a kernel with its backward; decoder.py is the way in."""

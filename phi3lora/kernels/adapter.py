@@ -1,23 +1,25 @@
-"""An adapter as the passes take it, and the pieces of arithmetic that their kernels share.
+"""An adapter as the kernels take it, and the arithmetic that they share.
 
-A pass stands between two frozen products. It adds the low-rank part of the product before it, does its elementwise
-work, and makes the low-rank activations of the product after it, all while a tile is in registers:
+A kernel stands between two frozen products. It adds the low-rank part of the product before it, does its elementwise
+work, and computes the low-rank activations of the product after it, all while a tile is in registers:
 
     y, z  ->  y + scaling * z B'  ->  x = elementwise(...)  ->  x, dropout(x) A'
 
-so that an adapter costs hardly a pass over memory of its own. For the kernels its two matrices are kept in the compute
-dtype and in one layout whatever the segments are:
+So an adapter reads and writes almost no memory of its own. The kernels take its two matrices in the compute dtype and
+in one layout, whatever the segments are:
 
     A (k*R, in)     R: the rank r padded with zeros to a power of two >= 16, what tensor cores take; k adapted segments
     B (out, R)      all rows of the fused output, zero where a segment is not adapted
 
       qkv of widths 4, 2, 2 with q and v adapted: k = 2, offsets (0, 0, R)
-        z (N, 2R): columns 0..R-1 are q's, R..2R-1 v's; k's rows of B are zero, so it does not matter what it reads
+        z (N, 2R): columns 0..R-1 are q's, R..2R-1 v's; k's rows of B are zero, so any columns of z do for k
 
-Gradients leave in float32, in the shapes of ``lora_A`` and ``lora_B``.
+Gradients are float32, in the shapes of ``lora_A`` and ``lora_B``.
 
 Shapes: N tokens, ``in`` and ``out`` features, r rank.
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -49,52 +51,60 @@ class Adapter:
     r: int
     R: int
     segments: tuple[Segment, ...]
-    """The adapted segments, their places in ``lora_A`` counted at the padded rank R."""
+    """Adapted segments, with their places in ``lora_A`` counted at the padded rank R."""
     scaling: float
     dropout: float
     seed: int
-    """Of this forward's dropout mask."""
+    """Seed of this forward's dropout mask."""
 
     @property
     def width(self) -> int:
-        """Columns of z."""
+        """Number of columns of z: k*R."""
         return self.A.shape[0]
 
     def offset(self, column: int) -> int:
-        """Where in z the low-rank activations of an output column start."""
+        """Return the first column of z that belongs to the segment of an output column."""
         starts = (s.rows_of_A.start for s in self.segments if s.columns.start <= column < s.columns.stop)
         return next(starts, 0)
 
     def gradient_of_A(self, dA: Tensor) -> Tensor:
-        """(k*R, in) float32 -> the shape of ``lora_A``."""
+        """Cut dA (k*R, in) float32 to the shape of ``lora_A``."""
         if self.r == self.R:
             return dA
         return dA.view(-1, self.R, dA.shape[1])[:, : self.r].reshape(self.lora_A.shape)
 
     def gradient_of_B(self, dB: Tensor) -> Tensor:
-        """(out, R) float32 -> the shape of ``lora_B``."""
+        """Cut dB (out, R) float32 to the shape of ``lora_B``."""
         rows = [dB[segment.columns] for segment in self.segments]
         return (rows[0] if len(rows) == 1 else dB if len(dB) == len(self.lora_B) else torch.cat(rows))[:, : self.r]
 
 
 Pending = tuple[Tensor | None, Tensor | None, Adapter | None]
-"""A projection's output that has still to be added to the residual stream: y (N, D), z (N, R), its adapter."""
+"""A projection's output that is still to be added to the residual stream: y (N, D), z (N, R), its adapter."""
+
+NOTHING_PENDING: Pending = (None, None, None)
 
 
 def padded_rank(r: int) -> int:
-    """R: the smallest size a tensor core takes that holds rank r."""
+    """Return R, the smallest size a tensor core takes that holds rank r."""
     return max(16, next_power_of_2(r))
 
 
 def compute_copies(parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[Tensor, Tensor]:
-    """Each parameter in the compute dtype, cast all at once: hundreds of small casts would leave gaps between them."""
+    """Return a copy of each parameter in the compute dtype, all cast at once: hundreds of casts would leave gaps."""
     flat = torch.cat([p.detach().flatten() for p in parameters]).to(dtype)
     parts = flat.split([p.numel() for p in parameters])
     return {p: part.view_as(p) for p, part in zip(parameters, parts, strict=True)}
 
 
 def make_adapter(layer: Any, copies: Mapping[Tensor, Tensor], seed: int) -> Adapter | None:
-    """The adapter of a ``Linear`` or ``MergedLinear``; None where there is none or it is switched off."""
+    """Return the adapter of a linear layer for the kernels; None where it has none or it is switched off.
+
+    Args:
+        layer: a ``Linear``, a ``MergedLinear`` or a plain linear layer.
+        copies: its ``lora_A`` and ``lora_B`` -> the same in the compute dtype.
+        seed: the seed of its dropout mask.
+    """
     r = getattr(layer, "r", 0)
     if r == 0 or not layer.enabled:
         return None
@@ -114,10 +124,10 @@ def make_adapter(layer: Any, copies: Mapping[Tensor, Tensor], seed: int) -> Adap
 
 
 @triton.jit
-def kept(seed, index, p):
-    """Dropout's mask: whether element ``index`` stays, with probability 1 - p. A 32-bit hash, the same in each pass.
+def keep_mask(seed, index, p):
+    """Return dropout's mask: whether element ``index`` stays, with probability 1 - p.
 
-    The hash is "lowbias32" of https://nullprogram.com/blog/2018/07/31/.
+    A 32-bit hash, so that every kernel makes the same mask: "lowbias32" of https://nullprogram.com/blog/2018/07/31/.
     """
     bits = (index.to(tl.uint32) * 0x9E3779B1) ^ seed.to(tl.uint32)
     bits ^= bits >> 16
@@ -129,12 +139,12 @@ def kept(seed, index, p):
 
 
 @triton.jit
-def dropped(x, seed, index, p):
-    """Dropout of a tile, in its own dtype."""
-    return tl.where(kept(seed, index, p), x.to(tl.float32) / (1.0 - p), 0.0).to(x.dtype)
+def dropout(x, seed, index, p):
+    """Apply dropout to a tile, in its own dtype."""
+    return tl.where(keep_mask(seed, index, p), x.to(tl.float32) / (1.0 - p), 0.0).to(x.dtype)
 
 
 @triton.jit
 def dot(a, b):
-    """A product on tensor cores with a float32 sum; float32 operands, in tests, keep all their digits."""
+    """Multiply on tensor cores and sum in float32; float32 operands, as in tests, keep all their digits."""
     return tl.dot(a, b, input_precision="ieee")

@@ -48,7 +48,6 @@ from ..model.activations import recomputes_feed_forward, recomputes_layer
 from ..model.attention import NAME, packed_attention, packed_layout
 
 _LARGEST_R = 128  # beyond it no block of the kernels fits in shared memory everywhere
-_NOTHING: Any = (None, None, None)  # y, z and adapter of a projection whose output has still to be added to h
 _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
@@ -81,7 +80,7 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         model: a Phi-3 for which :func:`unsupported_reason` is None, inside :func:`fused_layers`.
         batch: what ``phi3lora.batches`` yields, on the model's device.
     """
-    from .adapter import compute_copies, make_adapter
+    from .adapter import NOTHING_PENDING, compute_copies, make_adapter
     from .norm import add, add_norm
 
     decoder: Any = model.get_decoder()  # type: ignore[operator]
@@ -96,14 +95,14 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     seeds = _dropout_seeds(projections)
     copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
     adapters = [make_adapter(p, copies, seed) for p, seed in zip(projections, seeds, strict=True)]
-    h, pending = h.flatten(0, 1), _NOTHING  # (N, D)
+    h, pending = h.flatten(0, 1), NOTHING_PENDING  # (N, D)
     for i, layer in enumerate(decoder.layers):
         inputs = (tokens, adapters[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)])
         # nn.Module's own call: in older releases of transformers, GradientCheckpointingLayer's would recompute the
         # hooks too, where newer ones and _layer_forward recompute the forward alone.
         if recomputes_layer(layer) or _has_hooks(layer):
-            h = nn.Module.__call__(layer, add(h, pending).unflatten(0, rows), fused_inputs=inputs).flatten(0, 1)
-            pending = _NOTHING
+            h = nn.Module.__call__(layer, add(h, pending).view(*rows, -1), fused_inputs=inputs).flatten(0, 1)
+            pending = NOTHING_PENDING
         else:
             h, pending = nn.Module.__call__(layer, h, pending=pending, fused_inputs=inputs)
     return add_norm(h, pending, decoder.norm.weight, decoder.norm.variance_epsilon, None)[1]
@@ -181,10 +180,11 @@ class _WholeLayer:
         self.called = False
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
+        from .adapter import NOTHING_PENDING
         from .norm import add
 
         h = hidden_states.flatten(0, 1)  # (N, D)
-        h, x, z = _up_to_down_proj(self.layer, *self.fused_inputs, h, _NOTHING, self.recomputed)
+        h, x, z = _up_to_down_proj(self.layer, *self.fused_inputs, h, NOTHING_PENDING, self.recomputed)
         again, self.called = self.called, True
         y = base_linear(x, base_weight_of(self.layer.mlp.down_proj), h.shape[1] if again else 0)
         return add(h, (y, z, self.fused_inputs[1][-1]), needed=not again).view(hidden_states.shape)
@@ -210,7 +210,7 @@ def _up_to_down_proj(
     y = base_linear(x, base_weight_of(attention.qkv_proj))
     config = attention.config
     heads = rotate(y, z, qkv, tokens.cos, tokens.sin, config.num_attention_heads, config.num_key_value_heads)
-    q, k, v = (t.unflatten(0, tokens.rows).transpose(1, 2) for t in heads)  # (B, H, S, head_dim)
+    q, k, v = (t.view(*tokens.rows, *t.shape[1:]).transpose(1, 2) for t in heads)  # (B, H, S, head_dim)
     window = getattr(config, "sliding_window", None)
     attended, _ = packed_attention(
         attention, q, k, v, scaling=attention.scaling, sliding_window=window, **tokens.layout
@@ -275,7 +275,7 @@ def decoder_unsupported_reason(decoder: Any, training: bool | None = None) -> st
         return f"hidden_size={decoder.config.hidden_size} is under 32"
     if len(decoder.layers) != decoder.config.num_hidden_layers:
         return f"num_hidden_layers={decoder.config.num_hidden_layers} with {len(decoder.layers)} layers"
-    if _has_any_global_hook():
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a hook on all modules"
     for module in (decoder, decoder.norm):
         if _has_hooks(module) or "forward" in vars(module):

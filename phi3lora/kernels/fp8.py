@@ -1,7 +1,9 @@
-"""A matrix in fp8 with one scale a row: ``x = scale * q``, the largest entry of a row at e4m3's largest number.
+"""Round a matrix to fp8 with a scale for each row: ``x = scale * q``; a row's largest entry becomes e4m3's largest.
 
 Shapes: N rows, D columns.
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from .launch import launch, next_power_of_2
 
 LARGEST = 448.0
-"""Of float8_e4m3fn."""
+"""Largest number of float8_e4m3fn."""
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def _quantize(x_ptr, q_ptr, scale_ptr, D: tl.constexpr, D_PADDED: tl.constexpr, 
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(q, scale)``: float8_e4m3fn (N, D) and float32 (N, 1). A row that is not finite stays so."""
+    """Return ``(q, scale)``: float8_e4m3fn (N, D) and float32 (N, 1). A row that is not finite stays so."""
     N, D = x.shape
     q = torch.empty(N, D, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(N, 1, dtype=torch.float32, device=x.device)

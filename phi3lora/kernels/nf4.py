@@ -1,10 +1,12 @@
-"""Writing out an nf4 weight in one pass; bitsandbytes takes two kernels and six small steps on the host.
+"""Dequantise an nf4 weight in one kernel; bitsandbytes takes two kernels and six small steps on the host.
 
     scale of a block of 64   s = code2[absmax] * absmax2[block // 256] + offset       "double quantisation", float32
     weight                   w = code[nibble] * s, rounded once; the high nibble of a byte first
 
 The same numbers as ``bitsandbytes.functional.dequantize_4bit``, bit for bit: no product is fused with the sum after it.
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -35,9 +37,9 @@ def _dequantize(
     tl.store(out_ptr + at * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :], weight, mask=live[:, None])
 
 
-def is_known(packed: Tensor, state: Any) -> bool:
+def is_supported(packed: Tensor, state: Any) -> bool:
     """Whether :func:`dequantize` reads this weight: nf4, doubly quantised, in whole blocks of bytes."""
-    return (
+    return bool(
         state.nested
         and state.quant_type == "nf4"
         and packed.dtype == torch.uint8
@@ -46,11 +48,11 @@ def is_known(packed: Tensor, state: Any) -> bool:
 
 
 def dequantize(packed: Tensor, state: Any) -> Tensor:
-    """The weight (out, in) in the dtype it had.
+    """Return the weight (out, in) in the dtype it had.
 
     Args:
         packed: (out * in / 2, 1) uint8, a plain tensor.
-        state: its ``bitsandbytes.functional.QuantState``, one that :func:`is_known`.
+        state: its ``bitsandbytes.functional.QuantState``, one that :func:`is_supported`.
     """
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     n_blocks, nested = 2 * packed.numel() // state.blocksize, state.state2

@@ -2,13 +2,15 @@
 
     sum = h + y + scaling z B'          (the residual stream; y, z come from the projection before)
     x   = weight * sum * rstd           rstd = 1 / sqrt(mean(sum^2) + eps)
-    z'  = dropout(x) A'                 (what the projection after it needs beside x)
+    z'  = dropout(x) A'                 (the low-rank activations of the projection after)
 
 A program holds a block of whole rows: one loop over the columns for the sum and its square, a second, from cache, for
-x and z'. x is not kept for the backward, which makes it again from the sum.
+x and z'. x is not kept for the backward, which computes it again from the sum.
 
 Shapes: N tokens, D hidden size.
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .adapter import Adapter, Pending, dot, dropped, kept
+from .adapter import Adapter, Pending, dot, dropout, keep_mask
 from .launch import Block, blocks, cdiv, contiguous, launch, next_power_of_2
-from .low_rank import column_sums
-from .reduce import Sums
+from .low_rank import lora_weight_gradient
+from .reduce import PartialSums
 
 
 @triton.jit(do_not_specialize=["n_rows", "seed"])
@@ -69,7 +71,7 @@ def _norm_forward(
             tl.store(x_ptr + at * D + col[None, :], x, mask=inside)
             if PROJECT:
                 if DROP:
-                    x = dropped(x, seed, at * D + col[None, :], p)
+                    x = dropout(x, seed, at * D + col[None, :], p)
                 A_at = A_ptr + k[None, :] * D + col[:, None]
                 out_z += dot(x, tl.load(A_at, mask=(k < Z)[None, :] & (col < D)[:, None], other=0.0))
         if PROJECT:
@@ -79,14 +81,14 @@ def _norm_forward(
 @triton.jit
 def _gradient_of_x(dx_ptr, dz, A_ptr, at, col, inside, seed, p, D: tl.constexpr, Z: tl.constexpr,
                    Z_PADDED: tl.constexpr, PROJECT: tl.constexpr, DROP: tl.constexpr):  # fmt: skip
-    """A tile of dL/dx: what the frozen product says, plus the adapter's ``mask(dz A)``."""
+    """Return a tile of dL/dx: the frozen product's, plus the adapter's ``mask(dz A)``."""
     g = tl.load(dx_ptr + at * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if PROJECT:
         k = tl.arange(0, Z_PADDED)
         A = tl.load(A_ptr + k[:, None] * D + col[None, :], mask=(k < Z)[:, None] & (col < D)[None, :], other=0.0)
         back = dot(dz, A)
         if DROP:
-            back = tl.where(kept(seed, at * D + col[None, :], p), back / (1.0 - p), 0.0)
+            back = tl.where(keep_mask(seed, at * D + col[None, :], p), back / (1.0 - p), 0.0)
         g += back
     return g
 
@@ -147,15 +149,17 @@ BACKWARD_BLOCKS = blocks((64, 64, 5), (64, 64, 3), (64, 64, 2), (32, 64, 2), (32
 
 
 def backward_blocks(D: int) -> list[Block]:
-    """Those whose loop over D columns turns twice or more. Where it turns once, ptxas 12.8 (Triton 3.6) gives Hopper
-    a kernel that reads a register nobody wrote as an address: https://github.com/triton-lang/triton/issues/11366.
+    """Return the blocks whose loop over D columns turns twice or more.
+
+    Where it turns once, ptxas 12.8 (Triton 3.6) gives Hopper a kernel that takes an address from a register which
+    nothing has written: https://github.com/triton-lang/triton/issues/11366.
     """
     return [block for block in BACKWARD_BLOCKS if block["BN"] < D]
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h, y, z, before_B, after_A, weight, eps, before, after):  # type: ignore[override]
+    def forward(ctx: Any, h, y, z, before_B, after_A, weight, eps, before, after):
         N, D = h.shape
         summed = h if y is None else torch.empty_like(h)
         x, rstd = torch.empty_like(h), torch.empty(N, dtype=torch.float32, device=h.device)
@@ -182,13 +186,13 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum, dx, dz):  # type: ignore[override]
+    def backward(ctx: Any, dsum, dx, dz):
         summed, rstd, weight, z, out_z = ctx.saved_tensors
         before, after, dz = ctx.before, ctx.after, contiguous(dz)
-        sums = Sums()
-        dA = column_sums(sums, dz, summed, after, rstd, weight) if after else None
+        sums = PartialSums()
+        dA = lora_weight_gradient(sums, dz, summed, after, rstd, weight) if after else None
         if dx is None:
-            sums.finish()
+            sums.reduce()
             return None, None, None, None, after.gradient_of_A(dA) if after else None, None, None, None, None
         N, D = summed.shape
         dh = torch.empty_like(summed)
@@ -203,15 +207,15 @@ class _AddNorm(torch.autograd.Function):
             Z_PADDED=next_power_of_2(width), LOW_RANK=before is not None, STREAM=dsum is not None,
             PROJECT=after is not None, DROP=bool(after and after.dropout),
         )  # fmt: skip
-        dB = column_sums(sums, z, dh, scale=before.scaling, wide_first=True) if before else None
-        sums.finish()
+        dB = lora_weight_gradient(sums, z, dh, scale=before.scaling, wide_first=True) if before else None
+        sums.reduce()
         dB, dA = before.gradient_of_B(dB) if before else None, after.gradient_of_A(dA) if after else None
         return dh, dh if ctx.added else None, in_dz, dB, dA, None, None, None, None
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h, y, z, before_B, before, needed):  # type: ignore[override]
+    def forward(ctx: Any, h, y, z, before_B, before, needed):
         (N, D), summed = h.shape, torch.empty_like(h)
         if needed:
             launch(
@@ -225,19 +229,21 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh):  # type: ignore[override]
+    def backward(ctx: Any, dh):
         (z,), before, dh = ctx.saved_tensors, ctx.before, dh.contiguous()
-        sums = Sums()
-        dB = column_sums(sums, z, dh, scale=before.scaling, wide_first=True)
-        sums.finish()
+        sums = PartialSums()
+        dB = lora_weight_gradient(sums, z, dh, scale=before.scaling, wide_first=True)
+        sums.reduce()
         dB = before.gradient_of_B(dB)
         return dh, dh, (dh @ before.B).mul_(before.scaling), dB, None, None
 
 
 def add(h: Tensor, pending: Pending, needed: bool = True) -> Tensor:
-    """``h + y + scaling z B'`` (N, D), where nothing follows that could do it on its way.
+    """Return ``h + y + scaling z B'`` (N, D), for where no norm follows that could add it.
 
-    ``needed``: False where a recomputation needs the sum's place in the graph and not its numbers.
+    Args:
+        h, pending: as in :func:`add_norm`.
+        needed: False where a recomputation needs the sum's place in the graph and not its numbers.
     """
     y, z, before = pending
     if y is None:
@@ -248,11 +254,11 @@ def add(h: Tensor, pending: Pending, needed: bool = True) -> Tensor:
 def add_norm(
     h: Tensor, pending: Pending, weight: Tensor, eps: float, after: Adapter | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(sum, x, z')`` as at the top of this file.
+    """Return ``(sum, x, z')`` as at the top of this file.
 
     Args:
         h: (N, D), the residual stream.
-        pending: what the projection before still has to add to it.
+        pending: the output of the projection before, which is still to be added to it.
         weight, eps: the norm's.
         after: the adapter of the projection after; None: it has none.
     """

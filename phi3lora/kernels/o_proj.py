@@ -1,9 +1,13 @@
-"""The frozen product of attention's output, which no kernel of ours makes, and the adapter's low-rank activations.
+"""The output projection: its frozen product and its adapter's low-rank activations.
+
+No kernel of ours computes its input, attention's output, so here the first half of the adapter is a product of its own.
 
     y, z = x W', dropout(x) A'          dx = dy W + mask(dz A)
 
 Shapes: N tokens, ``in`` and ``out`` features.
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -15,25 +19,25 @@ from torch.autograd.function import once_differentiable
 
 from ..lora.base_weight import BaseWeight, base_linear
 from .adapter import Adapter
-from .low_rank import add_back_projection_, column_sums, project
-from .reduce import Sums
+from .low_rank import lora_weight_gradient, project, project_backward_
+from .reduce import PartialSums
 
 
 class _LinearAndLoraA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, lora_A, frozen, adapter):  # type: ignore[override]
+    def forward(ctx: Any, x, lora_A, frozen, adapter):
         ctx.save_for_backward(x)
         ctx.frozen, ctx.adapter = frozen, adapter
         return frozen.matmul(x), project(x, adapter)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy, dz):  # type: ignore[override]
+    def backward(ctx: Any, dy, dz):
         (x,), adapter = ctx.saved_tensors, ctx.adapter
-        dx = add_back_projection_(ctx.frozen.matmul_backward(dy), dz, adapter)
-        sums = Sums()
-        dA = column_sums(sums, dz, x, adapter)
-        sums.finish()
+        dx = project_backward_(ctx.frozen.matmul_backward(dy), dz, adapter)
+        sums = PartialSums()
+        dA = lora_weight_gradient(sums, dz, x, adapter)
+        sums.reduce()
         return dx, adapter.gradient_of_A(dA), None, None
 
 

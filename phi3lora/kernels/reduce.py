@@ -1,10 +1,12 @@
-"""Adding up partial sums, in a fixed order: one launch for all that a pass leaves.
+"""Add up partial sums in a fixed order, all those of one backward in one launch.
 
-A sum over the tokens is cut into runs of rows, so that enough programs work at it; each leaves its part. A gradient of
-A or B is a float32 sum of a few parts, a gradient of z of many.
+A sum over the tokens is cut into chunks of rows, so that enough programs work on it, and each writes a partial sum. A
+gradient of A or B is the float32 sum of a few parts, a gradient of z of many.
 
     out = scale * (parts[0] + parts[1] + ...)
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from .launch import cdiv, launch
 
-_MOST = 4  # jobs of one launch: three segments' gradients of z, and a gradient of B
+_MOST_JOBS = 4  # the gradients of z of three segments, and a gradient of B
 _BLOCK = 1024
 
 
@@ -31,11 +33,11 @@ def _add_up(parts_ptr, out_ptr, n_parts, size, width, out_stride, scale, BN: tl.
     tl.store(out_ptr + at, (total * scale).to(out_ptr.dtype.element_ty), mask=i < size)
 
 
-_COUNTS = [f"{name}_{job}" for job in range(_MOST) for name in ("n", "stride")]
+_COUNTS = [f"{name}_{job}" for job in range(_MOST_JOBS) for name in ("n", "stride")]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def _sums(
+def _reduce_partial_sums(
     parts_0, out_0, n_0, size_0, width_0, stride_0, scale_0,
     parts_1, out_1, n_1, size_1, width_1, stride_1, scale_1,
     parts_2, out_2, n_2, size_2, width_2, stride_2, scale_2,
@@ -53,14 +55,14 @@ def _sums(
         _add_up(parts_3, out_3, n_3, size_3, width_3, stride_3, scale_3, BN)
 
 
-class Sums:
-    """Sums that are wanted by the end of a pass: :meth:`of` promises one, :meth:`finish` computes them."""
+class PartialSums:
+    """The partial sums of one backward: :meth:`add` collects them, :meth:`reduce` computes the totals."""
 
     def __init__(self) -> None:
         self._jobs: list[tuple[Tensor, Tensor, int, int, int, int, float]] = []
 
-    def of(self, parts: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """``scale * parts.sum(0)``, undefined until :meth:`finish`.
+    def add(self, parts: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Return the tensor that will hold ``scale * parts.sum(0)`` after :meth:`reduce`.
 
         Args:
             parts: float32 (P, M, W), contiguous.
@@ -71,15 +73,15 @@ class Sums:
         self._jobs.append((parts, out, P, M * W, W, out.stride(0), scale))
         return out
 
-    def finish(self) -> None:
-        """Compute all that was promised."""
+    def reduce(self) -> None:
+        """Compute every total that :meth:`add` has returned."""
         jobs, self._jobs = self._jobs, []
         if not jobs:
             return
-        assert len(jobs) <= _MOST
-        padded = jobs + jobs[:1] * (_MOST - len(jobs))  # no program has the number of a repeated one
+        assert len(jobs) <= _MOST_JOBS
+        padded = jobs + jobs[:1] * (_MOST_JOBS - len(jobs))  # the grid has no program for the repeated ones
         launch(
-            _sums, [{"BN": _BLOCK, "num_warps": 4}],
+            _reduce_partial_sums, [{"BN": _BLOCK, "num_warps": 4}],
             lambda block: (max(cdiv(job[3], block["BN"]) for job in jobs), len(jobs)),
             *(value for job in padded for value in job),
         )  # fmt: skip

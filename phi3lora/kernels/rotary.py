@@ -1,15 +1,17 @@
-"""From the fused qkv product to rotated queries and keys: adds the low-rank part and rotates, in one pass.
+"""Rotary embedding: add the low-rank part to the fused qkv product and rotate queries and keys.
 
     t = y + scaling z B'                         all of q, k and v
     q, k:  lo' = lo cos - hi sin                 lo, hi: components 0 .. n/2-1 and n/2 .. n-1 of a head
-           hi' = hi cos + lo sin                 components n .. D-1 pass (Phi-4-mini rotates a part of a head)
+           hi' = hi cos + lo sin                 components n .. D-1 stay (Phi-4-mini rotates a part of a head)
 
 A program has a few rows of one head. The halves are tiles of their own, since a tile cannot be permuted in
-registers. cos and sin of the two halves are the same numbers; only the first is read.
+registers. cos and sin are the same numbers for both halves; only the first half's are read.
 
 Layout of y and of the output (N, (H + 2 H_kv) * D): the heads of q, then of k, then of v.
 Shapes: N tokens, H query heads, H_kv key and value heads, D head_dim, n rotary components.
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from .low_rank import low_rank_gradients
 @triton.jit
 def _adapted_tile(y_at, B_at, z, live, scaling, WIDTH: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr,
                   LOW_RANK: tl.constexpr):  # fmt: skip
-    """``y + scaling z B'`` of WIDTH columns, float32 but rounded to y's dtype; y_at and B_at point to the first."""
+    """Return WIDTH columns of ``y + scaling z B'``, float32 rounded to y's dtype; y_at, B_at point to the first."""
     c = tl.arange(0, PADDED)
     t = tl.load(y_at + c[None, :], mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
     if LOW_RANK:
@@ -115,7 +117,7 @@ BLOCKS: list[Block] = [{"BM": 32, "num_warps": 4}]
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y, z, before_B, cos, sin, heads, kv_heads, before):  # type: ignore[override]
+    def forward(ctx: Any, y, z, before_B, cos, sin, heads, kv_heads, before):
         N, D, half = y.shape[0], y.shape[1] // (heads + 2 * kv_heads), cos.shape[1] // 2
         padded = next_power_of_2
         ctx.sizes = {
@@ -136,7 +138,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq, dk, dv):  # type: ignore[override]
+    def backward(ctx: Any, dq, dk, dv):
         (z, cos, sin), before, sizes = ctx.saved_tensors, ctx.before, ctx.sizes
         N, heads = dq.shape[0], sizes["H"] + 2 * sizes["H_KV"]
         dy = dq.new_empty(N, heads * sizes["D"])
@@ -151,11 +153,11 @@ class _Rotate(torch.autograd.Function):
 def rotate(
     y: Tensor, z: Tensor | None, before: Adapter | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(q, k, v)``, (N, heads, head_dim) each, views of one buffer.
+    """Return ``(q, k, v)``, (N, heads, head_dim) each, views of one buffer.
 
     Args:
         y: (N, (heads + 2 kv_heads) * head_dim), the frozen qkv product.
         z, before: its low-rank activations (N, k*R) and adapter, or None.
-        cos, sin: (N, n), of each token's position, in y's dtype.
+        cos, sin: (N, n), for each token's position, in y's dtype.
     """
     return _Rotate.apply(y, z, before.lora_B if before else None, cos, sin, heads, kv_heads, before)

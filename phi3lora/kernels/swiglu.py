@@ -1,15 +1,17 @@
-"""From the fused gate/up product to the input of the down projection, in one pass.
+"""SwiGLU: from the fused gate/up product to the input of the down projection.
 
     g, u = (y + scaling z B')[:, :INNER], [:, INNER:]        x = silu(g) u        z' = dropout(x) A'
 
-In the backward a program takes a block of columns and a run of rows, so that the gradients of A and B, sums over the
-tokens, stay in registers while the tile that they need is there: neither x nor dy is read again for them. What the
-columns add up to, the gradient of z, is left as one partial sum a block of columns.
+In the backward a program takes a block of columns and a chunk of rows. The gradients of A and B, which are sums over
+tokens, stay in its registers, so neither x nor dy is read again for them. The gradient of z, a sum over columns, is
+written as one partial sum for each block of columns.
 
-Neither g, u with their low-rank part nor x is kept for the backward: it makes them again from y and z.
+The backward computes g, u and x again from y and z; none of them is kept.
 
-Shapes: N tokens, INNER intermediate size, y (N, 2I), x (N, INNER).
+Shapes: N tokens, INNER intermediate size, y (N, 2 INNER), x (N, INNER).
 """
+
+# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
@@ -21,15 +23,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .adapter import Adapter, dot, dropped, kept
+from .adapter import Adapter, dot, dropout, keep_mask
 from .launch import blocks, cdiv, contiguous, launch
-from .reduce import Sums
+from .reduce import PartialSums
 
 
 @triton.jit
 def _gate_and_up(y_ptr, zg, zu, B_ptr, at, col, inside, scaling, INNER: tl.constexpr, R: tl.constexpr,
                  LOW_RANK: tl.constexpr):  # fmt: skip
-    """A tile of g and u, float32 but rounded to y's dtype."""
+    """Return a tile of g and of u, float32 rounded to y's dtype."""
     dtype = y_ptr.dtype.element_ty
     g = tl.load(y_ptr + at * (2 * INNER) + col[None, :], mask=inside, other=0.0).to(tl.float32)
     u = tl.load(y_ptr + at * (2 * INNER) + INNER + col[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -66,20 +68,20 @@ def _swiglu_forward(
         tl.store(x_ptr + at * INNER + col[None, :], x, mask=inside)
         if PROJECT:
             if DROP:
-                x = dropped(x, seed, at * INNER + col[None, :], p)
+                x = dropout(x, seed, at * INNER + col[None, :], p)
             out_z += dot(x, tl.load(A_ptr + k[None, :] * INNER + col[:, None], mask=(col < INNER)[:, None], other=0.0))
     if PROJECT:
         tl.store(out_z_ptr + at * R_OUT + k[None, :], out_z.to(dtype), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["n_rows", "run", "up_offset", "seed"])
+@triton.jit(do_not_specialize=["n_rows", "chunk", "up_offset", "seed"])
 def _swiglu_backward(
-    dx_ptr, out_dz_ptr, y_ptr, z_ptr, B_ptr, A_ptr, dy_ptr, dz_ptr, dB_ptr, dA_ptr, n_rows, run, scaling, up_offset,
+    dx_ptr, out_dz_ptr, y_ptr, z_ptr, B_ptr, A_ptr, dy_ptr, dz_ptr, dB_ptr, dA_ptr, n_rows, chunk, scaling, up_offset,
     seed, p, INNER: tl.constexpr, R: tl.constexpr, Z: tl.constexpr, R_OUT: tl.constexpr, LOW_RANK: tl.constexpr,
     PROJECT: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * BN + tl.arange(0, BN)
-    first = tl.program_id(1) * run
+    first = tl.program_id(1) * chunk
     dtype = y_ptr.dtype.element_ty
     if LOW_RANK:
         rank = tl.arange(0, R)
@@ -91,9 +93,9 @@ def _swiglu_backward(
         k = tl.arange(0, R_OUT)
         A = tl.load(A_ptr + k[:, None] * INNER + col[None, :], mask=(col < INNER)[None, :], other=0.0)
         dA = tl.zeros([BN, R_OUT], tl.float32)
-    for start in tl.range(0, run, BM, num_stages=STAGES):
+    for start in tl.range(0, chunk, BM, num_stages=STAGES):
         row = first + start + tl.arange(0, BM)
-        live = (row < n_rows) & (row < first + run)
+        live = (row < n_rows) & (row < first + chunk)
         at = row.to(tl.int64)[:, None]
         inside = live[:, None] & (col < INNER)[None, :]
         zg, zu = at, at
@@ -109,7 +111,7 @@ def _swiglu_backward(
             out_dz = tl.load(out_dz_ptr + at * R_OUT + k[None, :], mask=live[:, None], other=0.0)
             back = dot(out_dz, A)
             if DROP:
-                stays = kept(seed, at * INNER + col[None, :], p)
+                stays = keep_mask(seed, at * INNER + col[None, :], p)
                 back = tl.where(stays, back / (1.0 - p), 0.0)
                 x = tl.where(stays, x.to(tl.float32) / (1.0 - p), 0.0).to(dtype)
             dx += back
@@ -135,12 +137,12 @@ def _swiglu_backward(
 
 FORWARD_BLOCKS = blocks((64, 64, 4), (64, 64, 2), (64, 64, 1))
 BACKWARD_BLOCKS = blocks((64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 64, 1))
-ROW_RUNS = 8
+ROW_CHUNKS = 8
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y, z, before_B, after_A, before, after, y_is_free):  # type: ignore[override]
+    def forward(ctx: Any, y, z, before_B, after_A, before, after, y_is_free):
         N, INNER = y.shape[0], y.shape[1] // 2
         ctx.sizes = {
             "INNER": INNER, "R": before.R if before else 16, "Z": before.width if before else 16,
@@ -161,35 +163,35 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx, out_dz):  # type: ignore[override]
+    def backward(ctx: Any, dx, out_dz):
         (y, z), before, after, sizes = ctx.saved_tensors, ctx.before, ctx.after, ctx.sizes
         N, INNER, R = y.shape[0], sizes["INNER"], sizes["R"]
-        columns = BACKWARD_BLOCKS[0]["BN"]  # the same in all of them, and so are the rows of a run
-        run = cdiv(cdiv(N, ROW_RUNS), BACKWARD_BLOCKS[0]["BM"]) * BACKWARD_BLOCKS[0]["BM"]
-        parts, runs, float32 = cdiv(INNER, columns), cdiv(N, run), torch.float32
-        dy = y if ctx.y_is_free else torch.empty_like(y)  # a tile of y is read by the program that writes it in dy
+        columns = BACKWARD_BLOCKS[0]["BN"]  # the same in all blocks, and so are the rows of a chunk
+        chunk = cdiv(cdiv(N, ROW_CHUNKS), BACKWARD_BLOCKS[0]["BM"]) * BACKWARD_BLOCKS[0]["BM"]
+        parts, chunks, float32 = cdiv(INNER, columns), cdiv(N, chunk), torch.float32
+        dy = y if ctx.y_is_free else torch.empty_like(y)  # one program reads a tile of y and writes it to dy
         dz: Any = None
         dB: Any = None
         dA: Any = None
         if before:
-            dz, dB = y.new_empty(parts, N, 2, R, dtype=float32), y.new_empty(runs, 2 * INNER, R, dtype=float32)
+            dz, dB = y.new_empty(parts, N, 2, R, dtype=float32), y.new_empty(chunks, 2 * INNER, R, dtype=float32)
         if after:
-            dA = y.new_empty(runs, after.R, INNER, dtype=float32)
+            dA = y.new_empty(chunks, after.R, INNER, dtype=float32)
         launch(
-            _swiglu_backward, BACKWARD_BLOCKS, lambda block: (parts, runs),
+            _swiglu_backward, BACKWARD_BLOCKS, lambda block: (parts, chunks),
             dx.contiguous(), contiguous(out_dz), y, z, before.B if before else None, after.A if after else None,
-            dy, dz, dB, dA, N, run, before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
+            dy, dz, dB, dA, N, chunk, before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
             after.dropout if after else 0.0, **sizes,
         )  # fmt: skip
-        sums = Sums()
+        sums = PartialSums()
         if before:
             # with one segment gate and up read the same columns of z
             two = before.width == 2 * R
-            dz = sums.of(dz.flatten(2), y.new_empty(N, 2 * R)) if two else dz.sum((0, 2)).to(y.dtype)
-            dB = sums.of(dB)
+            dz = sums.add(dz.flatten(2), y.new_empty(N, 2 * R)) if two else dz.sum((0, 2)).to(y.dtype)
+            dB = sums.add(dB)
         if after:
-            dA = sums.of(dA)
-        sums.finish()
+            dA = sums.add(dA)
+        sums.reduce()
         dB, dA = before.gradient_of_B(dB) if before else None, after.gradient_of_A(dA) if after else None
         return dy, dz, dB, dA, None, None, None
 
@@ -197,13 +199,13 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(
     y: Tensor, z: Tensor | None, before: Adapter | None, after: Adapter | None, y_is_free: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """``(x, z')`` as at the top of this file.
+    """Return ``(x, z')`` as at the top of this file.
 
     Args:
-        y: (N, 2I), the frozen gate/up product.
+        y: (N, 2 INNER), the frozen gate/up product.
         z, before: its low-rank activations (N, k*R) and adapter, or None.
         after: the adapter of the down projection, or None.
-        y_is_free: the backward may write y's gradient in y's place: y was recomputed for this one backward.
+        y_is_free: y was recomputed for this one backward, which may write y's gradient over it.
     """
     B, A = before.lora_B if before else None, after.lora_A if after else None
     return _SwiGLU.apply(y, z, B, A, before, after, y_is_free)

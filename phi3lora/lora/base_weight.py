@@ -193,7 +193,7 @@ class Nf4(BaseWeight):
         if self.packed.is_cuda and _has_triton():
             from ..kernels import nf4
 
-            if nf4.is_known(self.packed, self.state):
+            if nf4.is_supported(self.packed, self.state):
                 return nf4.dequantize(self.packed, self.state)
         from bitsandbytes.functional import dequantize_4bit
 

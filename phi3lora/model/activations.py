@@ -1,8 +1,12 @@
 """Activation checkpointing: keep a part of what a decoder layer computes, and recompute the rest in the backward.
 
-none        everything is kept
-selective   the feed-forward part is recomputed from its input: most of the memory for an eighth of the time
-full        a layer keeps its input only
+    none        keep everything
+    selective   recompute the feed-forward part from its input: most of the memory for an eighth of the time
+    full        keep a layer's input only
+    offload     keep it in host memory
+
+Both kinds of layers, transformers' and the fused ones (kernels/decoder.py), look at the same switches: the layer's
+``gradient_checkpointing`` and ``_gradient_checkpointing_func``, and for "selective" the ``forward`` of its ``mlp``.
 """
 
 from __future__ import annotations
@@ -25,10 +29,10 @@ MODES = ("none", "selective", "full", "offload")
 
 @contextmanager
 def activation_checkpointing(model: nn.Module, mode: str) -> Iterator[None]:
-    """A mode of the above for the time of the block; the model is left as it was. ``"none"`` changes nothing.
+    """Switch a mode on for the block; the model is left as it was. ``"none"`` changes nothing.
 
-    The layers' own switch is used, not ``model.gradient_checkpointing_enable()``: that one also makes the embeddings'
-    output require a gradient, for good, and the first layer then computes one that nobody needs.
+    This sets the layers' own switches instead of calling ``model.gradient_checkpointing_enable()``, which also makes
+    the embeddings' output require a gradient, for good: the first layer then computes one that nobody needs.
 
     Raises:
         ModelError: another mode, or a model without layers that can be recomputed.
@@ -45,8 +49,8 @@ def activation_checkpointing(model: nn.Module, mode: str) -> Iterator[None]:
     selective = [(layer.mlp, vars(layer.mlp).get("forward")) for layer in layers if mode == "selective"]
     for layer in whole:
         layer.gradient_checkpointing = True
-        offloads = partial(host.checkpoint, layer)
-        layer._gradient_checkpointing_func = offloads if mode == "offload" else partial(checkpoint, use_reentrant=False)
+        offload = partial(host.checkpoint, layer)
+        layer._gradient_checkpointing_func = offload if mode == "offload" else partial(checkpoint, use_reentrant=False)
     for mlp, _ in selective:
         mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
     try:
@@ -62,10 +66,10 @@ def activation_checkpointing(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 class HostInputs:
-    """Inputs of recomputed layers, kept on the host between forward and backward.
+    """Keeps the inputs of recomputed layers on the host between forward and backward.
 
-    On a GPU both directions run on a stream of their own, through pinned memory; the backward asks for the layers in
-    the opposite order of the forward, so each request starts the copy that the next one will want.
+    On a GPU both directions run on a stream of their own, through pinned memory. The backward takes the layers in the
+    opposite order of the forward, so taking one input starts the copy of the next.
     """
 
     def __init__(self) -> None:
@@ -75,14 +79,14 @@ class HostInputs:
     def checkpoint(
         self, module: nn.Module, function: Callable[..., Any], x: Tensor, *, preserve_rng_state: bool = True
     ) -> Any:
-        """``function(x)``, the call of ``module``, recomputed in the backward from x's copy."""
-        acting = (m for m in module.modules() if getattr(m, "enabled", True))  # an adapter may be switched off
-        learns = x.requires_grad or any(p.requires_grad for m in acting for p in m.parameters(recurse=False))
+        """Return ``function(x)``, which computes ``module``, and recompute it in the backward from the copy of x."""
+        active = (m for m in module.modules() if getattr(m, "enabled", True))  # an adapter may be switched off
+        learns = x.requires_grad or any(p.requires_grad for m in active for p in m.parameters(recurse=False))
         if not torch.is_grad_enabled() or not learns:
             return function(x)
-        # The reentrant kind hands x to autograd alone. It wants an input with a gradient; the first layer's has none.
+        # Reentrant, because it saves nothing but x. It needs an input with a gradient, which the first layer lacks.
         dummy = torch.empty(0, device=x.device, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, _given_back):
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, _unpack):
             options: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": preserve_rng_state}
             return checkpoint(lambda x, _: function(x), x, dummy, **options)
 
@@ -90,18 +94,18 @@ class HostInputs:
         if x.numel() == 0:
             return x
         if x.is_cuda and self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)
+            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         kept = _HostInput(x, self._stream, self._last)
         self._last = weakref.ref(kept)
         return kept
 
 
 class _HostInput:
-    """One input on the host. The graph that it was saved for owns it: it goes when that goes."""
+    """One input on the host, owned by the graph that saved it and freed with it."""
 
-    def __init__(self, x: Tensor, stream: Any, before: weakref.ref[_HostInput] | None) -> None:
-        self.stream, self.device, self.before = stream, x.device, before
-        self.coming: tuple[Tensor, Any] | None = None
+    def __init__(self, x: Tensor, stream: Any, previous: weakref.ref[_HostInput] | None) -> None:
+        self.stream, self.device, self.previous = stream, x.device, previous
+        self.copy: tuple[Tensor, Any] | None = None
         self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         if not x.is_cuda:
             self.host.copy_(x)
@@ -112,31 +116,31 @@ class _HostInput:
         x.record_stream(stream)
 
     def start(self) -> None:
-        """Start the copy back, unless it is on its way."""
-        if self.coming is not None:
+        """Start the copy to the device, unless it has been started."""
+        if self.copy is not None:
             return
         if self.device.type != "cuda":
-            self.coming = (self.host.clone(), None)
+            self.copy = (self.host.clone(), None)
             return
         with torch.cuda.stream(self.stream):  # behind the copy out, on the same stream
-            self.coming = (self.host.to(self.device, non_blocking=True), self.stream.record_event())
+            self.copy = (self.host.to(self.device, non_blocking=True), self.stream.record_event())
 
     def take(self) -> Tensor:
-        """The input on its device; the one before it, which is wanted next, starts to come."""
+        """Return the input on its device, and start the copy of the layer's before it, which is needed next."""
         self.start()
-        assert self.coming is not None
-        (x, arrived), self.coming = self.coming, None
-        if arrived is not None:
+        assert self.copy is not None
+        (x, done), self.copy = self.copy, None
+        if done is not None:
             here = torch.cuda.current_stream(x.device)
-            here.wait_event(arrived)
+            here.wait_event(done)
             x.record_stream(here)
-        before = self.before() if self.before is not None else None
-        if before is not None:
-            before.start()
+        previous = self.previous() if self.previous is not None else None
+        if previous is not None:
+            previous.start()
         return x
 
 
-def _given_back(kept: _HostInput | Tensor) -> Tensor:
+def _unpack(kept: _HostInput | Tensor) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept.take()
 
 
@@ -150,4 +154,4 @@ def recomputes_feed_forward(layer: Any) -> bool:
     forward = vars(layer.mlp).get("forward")
     if getattr(forward, "func", None) is not checkpoint:
         return False
-    return getattr(forward.args[0], "__func__", None) is type(layer.mlp).forward  # type: ignore[union-attr]
+    return getattr(forward.args[0], "__func__", None) is type(layer.mlp).forward

@@ -2,7 +2,7 @@
 
 Why. A row holds many chats end to end; each must see itself alone. transformers infers the documents from restarting
 ``position_ids``, but only with ``attention_mask=None`` and ``use_cache=False``: leave the cache on, pass an all-ones
-mask, or pass ``cu_seq_lens`` to sdpa, and they silently see each other. Here the layout is said, not inferred.
+mask, or pass ``cu_seq_lens`` to sdpa, and they silently see each other. Here the layout is given, not inferred.
 
 Layout. A batch (B, S) is B*S tokens end to end; document i is the tokens cu_seqlens[i] .. cu_seqlens[i+1]-1.
 
@@ -12,7 +12,7 @@ Layout. A batch (B, S) is B*S tokens end to end; document i is the tokens cu_seq
 Three ways to compute it, equal to rounding:
 
 * CUDA, 16-bit: ``torch.nn.attention.varlen.varlen_attn`` on the (B*S, heads, head_dim) tokens, no mask in memory.
-* CUDA, 16-bit, every row one full document: plain causal attention by cuDNN, the fastest kernel there is for that.
+* CUDA, 16-bit, every row one full document: plain causal attention by cuDNN, the fastest kernel for that.
 * elsewhere: scaled_dot_product_attention with the dense (B, 1, S, S) mask of :func:`document_mask`.
 
 All keep the checkpoint's sliding window, in which a token sees itself and the ``sliding_window - 1`` before it.
@@ -44,13 +44,13 @@ _SUPPORTED = (NAME, "sdpa", "eager")
 
 
 def register() -> None:
-    """Make ``attn_implementation="phi3lora"`` known to transformers. Harmless to repeat."""
+    """Register ``attn_implementation="phi3lora"`` with transformers. Harmless to repeat."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # generation and plain forwards: exactly sdpa's masks
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Switch ``model`` from transformers' default (sdpa) to this attention; another choice of the user's is kept."""
+    """Switch ``model`` from transformers' default (sdpa) to this attention; keep any other choice of the user."""
     register()
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) == "sdpa":
@@ -71,10 +71,10 @@ def packed_attention(
     full_rows: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function. query (B, H, S, D), key and value (B, H_kv, S, D) -> (B, S, H, D).
+    """Compute attention as transformers calls it: query (B, H, S, D), key and value (B, H_kv, S, D) -> (B, S, H, D).
 
-    With ``cu_seq_lens_q`` (n_documents + 1,) int32 the batch is packed and no mask is used; nor with ``full_rows``,
-    which says that every row is one document. Without either, this is sdpa.
+    With ``cu_seq_lens_q`` (n_documents + 1,) int32 the rows are packed and no mask is used; nor is one with
+    ``full_rows``, which means that every row is one document. Without either, this is sdpa.
     """
     if full_rows:
         with sdpa_kernel(_FULL_ROWS_KERNELS, set_priority=True):
@@ -83,9 +83,10 @@ def packed_attention(
             )
         return out.transpose(1, 2), None
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return attended
     from torch.nn.attention.varlen import varlen_attn
 
     assert max_length_q is not None
@@ -94,12 +95,12 @@ def packed_attention(
     window = sliding_window - 1 if sliding_window is not None and max_length_q > sliding_window + 1 else -1
     q, k, v = (t.transpose(1, 2).reshape(B * S, -1, D).to(value.dtype) for t in (query, key, value))
     gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_NAMES_GQA and k.shape[1] != H else {}
-    attended = varlen_attn(
+    packed = varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=(window, 0), **gqa,
     )  # fmt: skip
-    assert isinstance(attended, Tensor)
-    return attended.view(B, S, H, D), None
+    assert isinstance(packed, Tensor)
+    return packed.view(B, S, H, D), None
 
 
 _FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -116,14 +117,15 @@ _VARLEN_NAMES_GQA = _varlen_names_gqa()
 
 
 def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The keyword arguments with which ``model``'s decoder runs a packed batch that lies on its device.
+    """Return the keyword arguments with which transformers' decoder computes a packed batch.
 
     Args:
-        batch: ``position_ids`` (B, S), ``cu_seqlens`` (n_documents + 1,) int32, ``max_seqlen``.
-        dtype: the dtype attention will compute in.
+        model: a causal LM of transformers.
+        batch: ``position_ids`` (B, S), ``cu_seqlens`` (n_documents + 1,) int32, ``max_seqlen``, on the model's device.
+        dtype: the dtype that attention computes in.
 
     Raises:
-        ModelError: an attention implementation that is not one of ours, sdpa or eager.
+        ModelError: an attention implementation other than this one, sdpa and eager.
     """
     config: Any = model.config
     implementation = config._attn_implementation
@@ -141,7 +143,7 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
         layout = packed_layout(config, batch)
         if "full_rows" in layout:
             return {**kwargs, **layout}
-        # Few sizes, and a bound that is the same for every batch: one compiled graph for all of them.
+        # For compiled layers: few sizes and one bound for all batches, so few graphs.
         kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = _fixed_sizes(batch["cu_seqlens"], position_ids.numel())
         kwargs["max_length_q"] = kwargs["max_length_k"] = position_ids.shape[1]
         return kwargs
@@ -152,7 +154,7 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
 
 
 def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`packed_attention` has to know of a batch: where its documents end, or that each row is one."""
+    """Return the arguments of :func:`packed_attention` that say where documents end, or that each row is one."""
     rows, tokens = batch["position_ids"].shape
     if not batch["position_ids"].is_cuda:
         return {"attention_mask": document_mask(batch["position_ids"], getattr(config, "sliding_window", None))}
@@ -164,16 +166,16 @@ def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fixed_sizes(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """``cu_seqlens`` with empty documents appended up to a power of two of them: few sizes, so few compiled graphs.
+    """Append empty documents to ``cu_seqlens`` until their number is a power of two: few sizes, so few graphs.
 
-    No further: each empty document still launches the kernel's blocks.
+    Not up to one size for all: the attention kernel launches blocks for an empty document too.
     """
     documents = cu_seqlens.numel() - 1
     return torch.nn.functional.pad(cu_seqlens, (0, (1 << (documents - 1).bit_length()) - documents), value=tokens)
 
 
 def document_mask(position_ids: Tensor, sliding_window: int | None = None) -> Tensor:
-    """Who sees whom: bool (B, 1, S, S), True where query i may see key j: same document, j <= i, within the window.
+    """Return bool (B, 1, S, S), True where query i may see key j: same document, j <= i, within the window.
 
     A document starts wherever ``position_ids`` (B, S) is 0: ``[0 1 2 0 1]`` is a document of 3 and one of 2.
     """

@@ -1,11 +1,11 @@
-"""How much GPU memory a training step will take, from the model's shape: before the first step, not after it failed.
+"""What a training step will take, from the model's shape: GPU memory and floating-point operations.
 
     peak = what is allocated already (weights, adapters)
          + gradients and optimizer state of what trains
          + what the layers keep for the backward (the table below, times layers and tokens)
          + the widest moment of the backward on top of that
 
-What a layer keeps a token, in numbers of the compute dtype (D hidden, Q q heads' width, KV k and v heads' width,
+What a layer keeps of a token, in numbers of the compute dtype (D hidden, Q q heads' width, KV k and v heads' width,
 I intermediate):
 
     none         2 D + (Q + 2 KV) + Q + 2 I       h twice, q k v, attention's output, the gate/up product
@@ -13,7 +13,11 @@ I intermediate):
     full         D                                h, and one layer's "none" while it is recomputed
     offload      0                                three of them at a time
 
-transformers' own layers keep more of the same things; their factor is measured (docs/performance.md).
+and in every mode that does not recompute the layer the adapters' low-rank activations, a float32 for each head
+(attention's log-sum-exp) and one for each of the two norms. transformers' own layers keep more of the same things;
+their factor is measured (docs/performance.md).
+
+Operations are counted as the forward and backward of LoRA training need them, recomputation left out.
 
 Shapes: N tokens of a micro-batch.
 """
@@ -33,25 +37,26 @@ from .loss import CHUNK_TOKENS
 
 GIB = 2**30
 FACTORS = {"fused": 1.0, "compiled": 1.6, "plain": 2.0}
-"""How much more than the fused kernels a layer keeps, by the kind of a :class:`Backend`."""
+"""Memory that the layers need, relative to the fused kernels, by the kind of a :class:`Backend`."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Predicted peak of a training step by activation checkpointing mode, in GiB."""
+    """Predicted peak memory of a training step."""
 
     peak_gib: dict[str, float]
+    """Peak by activation checkpointing mode, from the fastest mode to the smallest."""
     available_gib: float | None
-    """What this process can use of the GPU; None: not on a GPU."""
+    """Memory of the GPU that this process can use; None: not on a GPU."""
 
     def fastest_that_fits(self) -> str:
-        """The first mode within 92 % of what is available (the allocator leaves gaps), else ``"offload"``."""
+        """Return the first mode that fits, else ``"offload"``; without a GPU ``"none"``."""
         if self.available_gib is None:
             return "none"
         return next((mode for mode in self.peak_gib if self.fits(mode)), "offload")
 
     def fits(self, mode: str) -> bool:
-        """Whether a mode's peak is within 92 % of what is available; without a GPU everything is."""
+        """Whether a mode's peak is within 92 % of what is available (the allocator leaves gaps), or there is no GPU."""
         return self.available_gib is None or self.peak_gib[mode] <= 0.92 * self.available_gib
 
     def __str__(self) -> str:
@@ -67,12 +72,13 @@ def plan_memory(
     optimizer_bytes: float = 8.0,
     base_precision: str | None = None,
 ) -> MemoryPlan:
-    """The prediction for micro-batches of ``tokens`` (N).
+    """Predict the peak for micro-batches of ``tokens`` (N).
 
     Args:
-        model: with its adapters, where it will train.
-        kind: how the layers are computed, a key of :data:`FACTORS`.
-        optimizer_bytes: of state, for each number that trains (AdamW in float32: 8).
+        model: the model with its adapters, on the device where it will train.
+        tokens: tokens of a micro-batch, padding included.
+        kind: the kind of the backend that computes the layers, a key of :data:`FACTORS`.
+        optimizer_bytes: bytes of optimizer state for each number that trains (AdamW in float32: 8).
         base_precision: ``"fp8"`` or ``"nf4"``: as if the model had been loaded so; None: as it is.
     """
     config: Any = model.config
@@ -85,12 +91,12 @@ def plan_memory(
     ranks = sum(2 * layer.lora_A.shape[0] for layer in adapted.values()) // layers  # columns of z, both ways
     gate_up_r = max((layer.r for path, layer in adapted.items() if path.endswith("gate_up_proj")), default=0)
     attention = (2 * Q + 2 * KV + ranks) * size + 4 * config.num_attention_heads + 8
-    kept = {
+    kept = {  # bytes of a token in a layer
         "none": (2 * D + 2 * I) * size + attention,
         "selective": 3 * D * size + attention,
         "full": D * size,
         "offload": 0,
-    }  # bytes of a token in a layer
+    }
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
     linear = _base_layers(model)
@@ -98,14 +104,14 @@ def plan_memory(
         stored = _STORED_BYTES[base_precision]
         fixed += sum(stored(*weight_shape(layer.weight)) - base_weight_of(layer).nbytes for layer in linear)
     if base_precision == "nf4" or (base_precision is None and any(isinstance(base_weight_of(m), Nf4) for m in linear)):
-        # A 4-bit weight is written out for each product, one at a time.
+        # For a product a 4-bit weight is dequantised, one weight at a time.
         fixed += size * max(weight_shape(layer.weight).numel() for layer in linear)
     # The backward's widest moment: the feed-forward part's gradients, or the loss's chunk of logits.
     # SwiGLU's backward leaves a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
     partial_sums = 4 * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
     gradients = tokens * (3 * I + 2 * D) * size + partial_sums
     logits = min(CHUNK_TOKENS, tokens) * config.vocab_size * size + tokens * 2 * D * size
-    # Recomputed for one backward, the gate/up product's place is its gradient's too.
+    # Where it is recomputed, the gate/up product is overwritten by its gradient.
     recomputed = {"none": 0, "selective": 0, "full": tokens * (kept["none"] - 2 * I * size)}
     recomputed["offload"] = recomputed["full"]
     widest = {mode: max(gradients + extra, logits) for mode, extra in recomputed.items()}
@@ -119,24 +125,24 @@ _STORED_BYTES: dict[str, Callable[[int, int], float]] = {
     "fp8": lambda out, inner: 2 * out * inner + 4 * (out + inner),  # both orientations and their rows' scales
     "nf4": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8,  # entries, scales, scales of scales
 }
-"""What a weight (out, in) takes in a format of model/frozen.py."""
+"""Bytes of a weight (out, in) in a format of lora/base_weight.py."""
 
 
 def _base_layers(model: nn.Module) -> list[Any]:
-    """The linear layers that ``base_precision`` is about: all but the output head."""
+    """Return the linear layers that ``base_precision`` applies to: all but the output head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
 
 
 def _bytes(model: nn.Module) -> int:
-    """Of all parameters, buffers and quantised weights' scales, tied ones once."""
+    """Return the bytes of all parameters, buffers and quantised weights' scales, tied ones once."""
     stored = [t for weight in base_weights(model) for t in weight.tensors()]
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers(), *stored] if t.device.type != "meta"}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _available_gib(model: nn.Module, device: torch.device) -> float | None:
-    """What is free on the GPU, what the model takes there, and what this process holds without using it."""
+    """Return what is free on the GPU, plus what the model takes there and what this process holds without using it."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -144,8 +150,7 @@ def _available_gib(model: nn.Module, device: torch.device) -> float | None:
     return (free + unused + _bytes(model)) / GIB
 
 
-# ----------------------------------------------------------------------------------------------------
-# How many floating-point operations one token of LoRA training takes, and what a GPU can do in a second.
+# --- Operations
 
 # Dense bf16 TFLOP/s of the vendors' datasheets, by a part of torch.cuda.get_device_name().
 _PEAK_TFLOPS = {
@@ -155,7 +160,7 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense 16-bit FLOP/s of the device, where known."""
+    """Return the dense 16-bit FLOP/s of the device; None where it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -163,12 +168,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def mean_context_tokens(lengths: Any) -> float:
-    """Keys that a query sees on average in documents of ``lengths`` (documents,): half of its document."""
+    """Return the number of keys that a query sees on average in documents of ``lengths``: half of its document."""
     return float((lengths**2).sum() / (2 * lengths.sum()))
 
 
 def flops_per_token(model: Any, mean_context_tokens: float) -> float:
-    """Forward and backward of one token, recomputation not counted.
+    """Return the operations of one token's forward and backward, recomputation not counted.
 
     A frozen weight costs 2 operations an entry in the forward and 2 in the backward (no weight gradient); an adapter's
     entry 6; attention 4 * context * heads * head_dim forward and twice that backward, with
@@ -181,4 +186,4 @@ def flops_per_token(model: Any, mean_context_tokens: float) -> float:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * mean_context_tokens
-    return 4.0 * frozen + 6.0 * adapters + float(attention)
+    return float(4 * frozen + 6 * adapters + attention)

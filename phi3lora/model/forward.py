@@ -18,7 +18,7 @@ from .load import longrope_boundary
 from .loss import linear_cross_entropy
 
 BATCH_KEYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen")
-"""What :func:`phi3lora.batches` yields and this file consumes."""
+"""Keys of the batches that :func:`phi3lora.batches` yields."""
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = True) -> tuple[Tensor, int]:
@@ -61,7 +61,7 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend
     if missing or "attention_mask" in batch:
         raise ModelError(
             f"a packed batch has {', '.join(BATCH_KEYS)} and no attention_mask; this one has {', '.join(batch)}. "
-            f"Take batches from phi3lora.batches(dataset, ...)."
+            f"Make batches with phi3lora.batches(dataset, ...)."
         )
     use_packed_attention(model)
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -76,11 +76,14 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend
         output = decoder(input_ids=batch["input_ids"], **kwargs)
         hidden = output.last_hidden_state.flatten(0, 1)
     device = weight.device
-    return hidden.index_select(0, _moved(positions - 1, device)), _moved(labels, device)
+    return hidden.index_select(0, _to_device(positions - 1, device)), _to_device(labels, device)
 
 
 def _refuse_mixed_regimes(model: nn.Module, batch: Mapping[str, Any], positions: Tensor) -> None:
-    """A longrope model takes its short or long rotary factors by the largest position in the batch, for every token."""
+    """Raise where a batch mixes documents on both sides of a longrope model's boundary.
+
+    Such a model chooses short or long rotary factors for all its tokens by the largest position in the batch.
+    """
     boundary = longrope_boundary(model.config)
     if boundary is None or batch["position_ids"].max() < boundary:
         return
@@ -96,17 +99,17 @@ def _refuse_mixed_regimes(model: nn.Module, batch: Mapping[str, Any], positions:
 
 
 def _supervised(labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions (N,) of the tokens that are trained, and those tokens (N,). Cheap: labels are on the CPU.
+    """Return the flat positions (N,) of the supervised tokens, and those tokens (N,). Cheap: labels are on the CPU.
 
-    A document's first token has nothing before it, whatever its label says.
+    A document's first token is none of them, whatever its label: nothing precedes it.
     """
     flat = labels.flatten()
     positions = ((flat != IGNORE_INDEX) & (position_ids.flatten() > 0)).nonzero().squeeze(1)
     return positions, flat[positions]
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; from the CPU to a GPU through pinned memory, without waiting for it."""
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``; from the CPU to a GPU through pinned memory, without waiting for the copy."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
@@ -115,5 +118,5 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """``batch`` with its tensors on ``device``."""
-    return {key: _moved(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    """Return ``batch`` with its tensors on ``device``."""
+    return {key: _to_device(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -3,8 +3,8 @@
     loss = sum over tokens t of -log softmax(head(h_t))[label_t]
 
 For Phi-3 (vocabulary 32,064) the float32 logits of 8,192 tokens take 1 GiB, and their gradient as much again. Here each
-chunk's gradient is made in the forward, right after its loss, and only d loss / d hidden (and d head's own trainable
-parameters) is kept. Sums, not means: the caller divides once, by the count of supervised tokens of the whole step.
+chunk's gradient is computed in the forward, right after its loss, and only d loss / d hidden is kept, with that of the
+head's own trainable parameters. Sums, not means: the caller divides once, by the step's count of supervised tokens.
 
 Shapes: N supervised tokens, H hidden size, V vocabulary.
 """
@@ -12,6 +12,7 @@ Shapes: N supervised tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK_TOKENS = 2048
-"""Tokens whose logits are in memory at one time (Phi-3: 125 MiB in 16 bits; without the kernel 250 in float32 too)."""
+"""Tokens whose logits are in memory at a time (Phi-3: 125 MiB in 16 bits; without the kernel also 250 in float32)."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, labels, head, chunk, fused, *parameters):  # type: ignore[override]
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int, fused: bool, *parameters: Tensor
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden)
         d_parameters = [torch.zeros_like(p) for p in parameters]
@@ -45,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale):  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, *d_parameters = ctx.saved_tensors
         return (
             (d_hidden.float() * scale).to(d_hidden.dtype),
@@ -58,11 +61,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-    """The rows' summed cross-entropy, float32 (), and its gradient in the logits' dtype (n, V)."""
+    """Return the rows' summed cross-entropy, float32 (), and its gradient in the logits' dtype (n, V)."""
     if fused and logits.is_cuda and importlib.util.find_spec("triton") is not None:
         from ..kernels.cross_entropy import cross_entropy_
 
-        d_logits = logits.detach().contiguous()  # one pass over them; the gradient takes their place
+        d_logits = logits.detach().contiguous()  # the gradient overwrites them
         return cross_entropy_(d_logits, labels).sum(), d_logits
     leaf = logits.detach().requires_grad_()
     loss = F.cross_entropy(leaf.float(), labels, reduction="sum")
@@ -72,18 +75,19 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, fused: bool) -> tuple[Ten
 def linear_cross_entropy(
     hidden: Tensor, head: nn.Module, labels: Tensor, chunk_tokens: int = CHUNK_TOKENS, fused: bool = True
 ) -> Tensor:
-    """Sum of the tokens' cross-entropies, float32 ().
+    """Return the sum of the tokens' cross-entropies, float32 ().
 
     Args:
         hidden: (N, H), the decoder's output at the supervised positions only.
         head: maps (n, H) to logits (n, V); its trainable parameters (an adapter's, say) get their gradients.
         labels: (N,) int64, the token that follows each position.
-        chunk_tokens: how many tokens' logits may exist at one time.
-        fused: on a GPU, let a Triton kernel write the gradient in the logits' place.
+        chunk_tokens: how many tokens' logits may exist at a time.
+        fused: on a GPU, let a Triton kernel overwrite the logits with their gradient.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _ChunkedCrossEntropy.apply(hidden, labels, head, chunk_tokens, fused, *parameters)
+        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, labels, head, chunk_tokens, fused, *parameters)  # type: ignore[no-untyped-call]
+        return loss
     return token_losses(hidden, head, labels, chunk_tokens)[0].sum()
 
 
@@ -91,7 +95,7 @@ def linear_cross_entropy(
 def token_losses(
     hidden: Tensor, head: nn.Module, labels: Tensor, chunk_tokens: int = CHUNK_TOKENS
 ) -> tuple[Tensor, Tensor]:
-    """Without gradient: each token's cross-entropy, float32 (N,), and whether its argmax is the label, bool (N,)."""
+    """Return each token's cross-entropy, float32 (N,), and whether its argmax is the label, bool (N,); no gradient."""
     losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk_tokens):

@@ -23,9 +23,9 @@ if torch.cuda.is_available():
 from triton.runtime import interpreter  # noqa: E402
 
 from phi3lora.kernels.cross_entropy import cross_entropy_  # noqa: E402
-from phi3lora.kernels.low_rank import add_back_projection_, column_sums, project  # noqa: E402
+from phi3lora.kernels.low_rank import lora_weight_gradient, project, project_backward_  # noqa: E402
 from phi3lora.kernels.norm import backward_blocks  # noqa: E402
-from phi3lora.kernels.reduce import Sums  # noqa: E402
+from phi3lora.kernels.reduce import PartialSums  # noqa: E402
 
 _patch = interpreter._patch_lang_tensor
 
@@ -292,11 +292,11 @@ def test_dropout_keeps_the_share_and_the_mean():
     z = project(torch.ones(1024, width), adapter)  # the first 16 columns of dropout(1)
     torch.testing.assert_close(z.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert z.mean() == pytest.approx(1.0, abs=0.02)
-    back = add_back_projection_(torch.zeros(1024, width), torch.ones(1024, r), adapter)
+    back = project_backward_(torch.zeros(1024, width), torch.ones(1024, r), adapter)
     assert torch.equal(back[:, :r] > 0, z > 0)
-    sums = Sums()
-    summed = column_sums(sums, torch.ones(1024, 1), torch.ones(1024, width), adapter)
-    sums.finish()
+    sums = PartialSums()
+    summed = lora_weight_gradient(sums, torch.ones(1024, 1), torch.ones(1024, width), adapter)
+    sums.reduce()
     torch.testing.assert_close(summed[0, :r], z.sum(0))
 
 

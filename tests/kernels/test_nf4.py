@@ -39,7 +39,7 @@ def test_the_same_numbers_as_bitsandbytes(device, dtype, size):
     weight = torch.randn(size, dtype=dtype, device=device) * 0.02
     weight[0, :64] = 0  # a block without a scale
     packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    assert nf4.is_known(packed, state)
+    assert nf4.is_supported(packed, state)
     found = nf4.dequantize(packed, state)
     assert found.dtype == dtype and torch.equal(found, as_documented(packed, state))
     if size[1] % state.blocksize == 0 or device == "cuda":
@@ -50,7 +50,7 @@ def test_other_packings_are_left_to_bitsandbytes():
     weight = torch.randn(64, 96)
     for settings in ({"quant_type": "fp4"}, {"compress_statistics": False}, {"quant_storage": torch.bfloat16}):
         packed, state = quantize_4bit(weight, **{"compress_statistics": True, "quant_type": "nf4", **settings})
-        assert not nf4.is_known(packed, state)
+        assert not nf4.is_supported(packed, state)
         assert torch.equal(Nf4(packed, state).dequantize(), dequantize_4bit(packed, state))
     odd = torch.randn(33, 48)  # ends inside a block
-    assert not nf4.is_known(*quantize_4bit(odd, compress_statistics=True, quant_type="nf4"))
+    assert not nf4.is_supported(*quantize_4bit(odd, compress_statistics=True, quant_type="nf4"))
