@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import adapted_model, chat_dataset, quiet_config
+from conftest import adapted_model, chat_dataset, quiet_config, require_four_bit, tiny_model
+from torch import nn
 
 import phi3lora as p3
+from phi3lora.lora.base_weight import Fp8Linear, quantize_base
 from phi3lora.model.estimate import GIB, MemoryPlan, plan_memory
 
 
@@ -47,6 +49,30 @@ def test_auto_on_a_cpu_recomputes_nothing(tmp_path):
     model = adapted_model()
     config = quiet_config(tmp_path, max_steps=1, activation_checkpointing="auto")
     assert p3.train(model, chat_dataset(), config).global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("base_precision", "tokens", "rel"),
+    [("fp8", 100, 1e-9), ("nf4", 0, 0.01)],  # nf4 has tables of a KiB a layer
+)
+def test_the_prediction_for_a_quantised_base_is_that_of_the_quantised_model(base_precision, tokens, rel):
+    if base_precision == "nf4":
+        require_four_bit()
+    size = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 400}
+    dense, quantised = tiny_model(**size), tiny_model(**size)
+    if base_precision == "nf4":
+        quantize_base(quantised, "nf4")
+    else:
+        for path, layer in [(p, m) for p, m in quantised.model.named_modules() if isinstance(m, nn.Linear)]:
+            parent, _, name = path.rpartition(".")
+            setattr(quantised.model.get_submodule(parent), name, Fp8Linear.from_linear(layer))
+    for model in (dense, quantised):
+        p3.inject_lora(model)
+    predicted, true = plan_memory(dense, tokens, base_precision=base_precision), plan_memory(quantised, tokens)
+    assert predicted.peak_gib == pytest.approx(true.peak_gib, rel=rel)
+    if base_precision == "nf4":
+        as_fp8 = plan_memory(quantised, 0, base_precision="fp8")
+        assert as_fp8.peak_gib == pytest.approx(plan_memory(dense, 0, base_precision="fp8").peak_gib)
 
 
 @pytest.mark.gpu
