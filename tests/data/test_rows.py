@@ -1,7 +1,8 @@
-"""The same chats from every kind of source; a source that cannot be read is named with its line."""
+"""The same chats from every kind of source; what cannot be read or trained on is named with its row, or skipped."""
 
 import csv
 import json
+import logging
 import socket
 
 import datasets
@@ -50,8 +51,7 @@ WRITERS = {
     "byte_order_mark.jsonl": lambda path: written(path, b"\xef\xbb\xbf" + JSONL.encode()),
     "windows_line_ends.jsonl": lambda path: written(path, JSONL.replace("\n", "\r\n")),
     "blank_lines.jsonl": lambda path: written(path, "\n" + JSONL.replace("\n", "\n  \n")),
-    "chats.ndjson": lambda path: written(path, JSONL),
-    "CHATS.JSONL": lambda path: written(path, JSONL),
+    "CHATS.NDJSON": lambda path: written(path, JSONL),
     "list.json": lambda path: written(path, json.dumps(ROWS, indent=1)),
     "data.json": lambda path: written(path, json.dumps({"data": ROWS})),
     "misnamed_jsonl.json": lambda path: written(path, JSONL),
@@ -60,7 +60,6 @@ WRITERS = {
 }
 OBJECTS = {
     "list": lambda: ROWS,
-    "tuple": lambda: tuple(ROWS),
     "generator": lambda: (row for row in ROWS),
     "Dataset": lambda: datasets.Dataset.from_list(ROWS),
     "IterableDataset": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
@@ -70,8 +69,7 @@ OBJECTS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_file_form_gives_the_documents_of_the_list_of_dicts(name, tmp_path):
-    path = WRITERS[name](tmp_path / name)
-    assert list(load(path)) == list(load(str(path))) == list(load(ROWS))
+    assert list(load(WRITERS[name](tmp_path / name))) == list(load(ROWS))
 
 
 @pytest.mark.parametrize("name", OBJECTS)
@@ -93,8 +91,8 @@ def test_a_dataset_dict_gives_the_split_asked_for_and_lists_its_splits_otherwise
 def test_plain_columns_of_a_csv_are_text_whatever_they_look_like(tmp_path):
     path = written(tmp_path / "plain.csv", "prompt,completion\n007,NA\n1.50,null\n")
     expected = [{"prompt": "007", "completion": "NA"}, {"prompt": "1.50", "completion": "null"}]
-    assert [row for _, row in read_rows(path)] == expected
-    assert list(load(path)) == list(load(expected))
+    assert list(read_rows(path)) == [(1, expected[0]), (2, expected[1])]
+    assert list(load(str(path))) == list(load(expected))
 
 
 @pytest.mark.parametrize("row", [ROWS[0], {"prompt": "a", "completion": "b"}], ids=["one column", "two columns"])
@@ -103,98 +101,48 @@ def test_a_json_file_with_a_single_row_is_a_dataset_of_one(row, tmp_path):
     assert list(load(written(tmp_path / "one.json", json.dumps(row)))) == list(load([row]))
 
 
-def test_a_row_of_jsonl_has_the_number_of_its_line(tmp_path):
+def test_a_row_of_jsonl_has_the_number_of_its_line_and_others_are_counted_from_one(tmp_path):
     path = written(tmp_path / "gaps.jsonl", "\n" + JSONL.replace("\n", "\n\n"))
-    assert [number for number, _ in read_rows(path)] == [2, 4, 6, 8, 10, 12, 14]
     dataset = load(path)
     assert [dataset.row_number(i) for i in range(len(dataset))] == [2, 4, 6, 8, 10, 12, 14]
-
-
-def test_rows_of_other_sources_are_counted_from_one(tmp_path):
     assert [number for number, _ in read_rows(ROWS)] == [1, 2, 3, 4, 5, 6, 7]
-    assert [number for number, _ in read_rows(write_csv(tmp_path / "a.csv"))] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_first_row_of_unknown_format_is_named_by_its_line(tmp_path):
-    path = written(tmp_path / "late.jsonl", '\n\n{"question": "a"}\n')
-    message = refusal(path)
-    assert "'question'" in message
-    assert "row 3" in message
-
-
-@pytest.mark.parametrize("name", ["broken.jsonl", "misnamed.json"])
-def test_bad_json_is_named_with_file_and_line(name, tmp_path):
+def refused_files():
+    """(name, content, words of the message)."""
     lines = JSONL.splitlines(keepends=True)[:3]
-    path = written(tmp_path / name, lines[0] + lines[1] + lines[2][:30] + "\n")
-    message = refusal(path)
-    assert name in message
-    assert "row 3" in message
-    assert "not JSON" in message
+    cut = lines[0] + lines[1] + lines[2][:30] + "\n"
+    for name in ("broken.jsonl", "misnamed.json"):
+        yield name, cut, ["row 3", "not JSON"]
+    yield "late.jsonl", '\n\n{"question": "a"}\n', ["row 3", "'question'"]
+    yield "list.json", '[{"prompt": "a"},\n {"prompt":\n]', ["list.json", "line 3"]
+    for line in ("[1, 2]", "3", '"text"', "null"):
+        yield "line.jsonl", JSONL + line + "\n", ["line.jsonl", "row 8", "allowed: a JSON object"]
+    for text in ("3", "null", '["a", "b"]'):
+        yield "odd.json", text, ["allowed"]
+    for name in ("deep.json", "deep.jsonl"):
+        yield name, "[" * 100_000 + "]" * 100_000, [name]
+    latin = {"csv": 'prompt,completion\n"café",b\n', "json": '{"prompt": "café", "completion": "b"}\n'}
+    for name in ("latin.jsonl", "latin.json", "latin.csv"):
+        yield name, latin["csv" if name.endswith("csv") else "json"].encode("latin-1"), [name, "0xe9"]
+    yield "chats.txt", JSONL, ["chats.txt", *SUFFIXES]
+    yield "chats", JSONL, ["chats", *SUFFIXES]
+    for name, text in (
+        ("a.jsonl", "\n \n"),
+        ("a.json", "[]"),
+        ("head.csv", "prompt,completion\n"),
+        ("nothing.csv", ""),
+    ):
+        yield name, text, [name]
+    for content in (b"", b"PAR1 but not really", b"\x00" * 64):
+        yield "broken.parquet", content, ["broken.parquet", "Parquet"]
+    yield "open.csv", 'prompt,completion\na,b\n"c,d\n', ["open.csv"]
 
 
-def test_a_broken_json_list_is_named_with_the_line_of_the_error(tmp_path):
-    message = refusal(written(tmp_path / "broken.json", '[{"prompt": "a"},\n {"prompt":\n]'))
-    assert "broken.json" in message
-    assert "line 3" in message
-
-
-@pytest.mark.parametrize("line", ["[1, 2]", "3", '"text"', "null"])
-def test_a_line_that_is_json_but_no_object_is_refused(line, tmp_path):
-    message = refusal(written(tmp_path / "rows.jsonl", JSONL + line + "\n"))
-    assert "row 8" in message
-    assert "object" in message
-
-
-@pytest.mark.parametrize("text", ["3", '"text"', "null", '["a", "b"]'])
-def test_a_json_file_that_holds_no_objects_is_refused(text, tmp_path):
-    assert "allowed" in refusal(written(tmp_path / "odd.json", text))
-
-
-@pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])
-def test_json_nested_past_the_recursion_limit_is_a_data_error(name, tmp_path):
-    assert name in refusal(written(tmp_path / name, "[" * 100_000 + "]" * 100_000))
-
-
-@pytest.mark.parametrize("name", ["latin.jsonl", "latin.json", "latin.csv"])
-def test_a_file_that_is_not_utf_8_is_refused_by_name(name, tmp_path):
-    text = 'prompt,completion\n"café",b\n' if name.endswith("csv") else '{"prompt": "café", "completion": "b"}\n'
-    message = refusal(written(tmp_path / name, text.encode("latin-1")))
-    assert name in message
-    assert "0xe9" in message
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_file_is_said_to_be_missing(suffix, tmp_path):
-    message = refusal(tmp_path / f"nowhere{suffix}")
-    assert "no such file" in message
-    assert f"nowhere{suffix}" in message
-
-
-@pytest.mark.parametrize("name", ["chats.txt", "chats"])
-def test_a_file_with_another_suffix_is_refused_and_the_suffixes_are_listed(name, tmp_path):
-    message = refusal(written(tmp_path / name, JSONL))
-    assert name in message
-    assert all(suffix in message for suffix in SUFFIXES)
-
-
-EMPTY = {"a.jsonl": "", "blank.jsonl": "\n \n", "a.json": "[]", "head.csv": "prompt,completion\n", "nothing.csv": ""}
-
-
-@pytest.mark.parametrize("name", EMPTY)
-def test_an_empty_file_is_refused_by_name(name, tmp_path):
-    assert name in refusal(written(tmp_path / name, EMPTY[name]))
-
-
-@pytest.mark.parametrize("source", [[], iter(()), {"train": []}], ids=["list", "iterator", "splits"])
-def test_an_empty_object_is_refused(source):
-    assert "empty" in refusal(source)
-
-
-@pytest.mark.parametrize("content", [b"", b"PAR1 but not really", b"\x00" * 64])
-def test_a_broken_parquet_file_is_refused_by_name(content, tmp_path):
-    message = refusal(written(tmp_path / "broken.parquet", content))
-    assert "broken.parquet" in message
-    assert "Parquet" in message
+@pytest.mark.parametrize(("name", "content", "words"), list(refused_files()), ids=lambda value: str(value)[:20])
+def test_a_file_that_cannot_be_read_is_refused_with_its_name_or_row(name, content, words, tmp_path):
+    message = refusal(written(tmp_path / name, content))
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(
@@ -212,19 +160,23 @@ def test_parquet_values_that_python_cannot_hold_are_refused_by_name(column, tmp_
     assert "odd.parquet" in refusal(path)
 
 
-def test_a_csv_with_an_open_quote_is_refused_by_name(tmp_path):
-    assert "open.csv" in refusal(written(tmp_path / "open.csv", 'prompt,completion\na,b\n"c,d\n'))
-
-
-def test_a_row_that_is_no_dict_is_named_with_its_number():
-    message = refusal([ROWS[0], "just text", ROWS[1]])
-    assert "row 2" in message
-    assert "just text" in message
-
-
-@pytest.mark.parametrize("source", [5, None, object], ids=repr)
-def test_a_source_that_cannot_be_one_is_a_data_error(source):
-    assert "allowed: a path" in refusal(source)
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere.jsonl", ["no such file", "nowhere.jsonl"]),
+        ([], ["empty"]),
+        (iter(()), ["empty"]),
+        ({"train": []}, ["empty"]),
+        ([ROWS[0], "just text", ROWS[1]], ["row 2", "just text"]),
+        (5, ["allowed: a path"]),
+        (None, ["allowed: a path"]),
+        (object, ["allowed: a path"]),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_source_without_usable_rows_is_a_data_error(source, words):
+    message = refusal(source)
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-dataset", "no such name!", "./no_folder"])
@@ -243,13 +195,58 @@ def test_a_hub_name_offline_is_a_data_error_and_no_connection_is_tried(name, mon
     assert connections == []
 
 
-def test_a_hub_name_is_asked_for_with_its_split_and_revision(monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_name_is_asked_for_with_its_split_and_revision(monkeypatch, streaming):
     asked = {}
 
     def fake(name, **options):
         asked.update(options, name=name)
-        return datasets.Dataset.from_list(ROWS)
+        dataset = datasets.Dataset.from_list(ROWS)
+        return dataset.to_iterable_dataset() if streaming else dataset
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    assert list(load("someone/chats", split="train_sft", revision="abc")) == list(load(ROWS))
-    assert asked == {"name": "someone/chats", "split": "train_sft", "revision": "abc", "streaming": False}
+    chats = load("someone/chats", split="train_sft", revision="abc", streaming=streaming)
+    assert list(chats.first_window) == list(load(ROWS))
+    assert asked == {"name": "someone/chats", "split": "train_sft", "revision": "abc", "streaming": streaming}
+
+
+# Rows that cannot be trained on.
+
+GOOD = {"prompt": "What is 2 + 2?", "completion": "4, as ever."}
+BAD = {
+    "not JSON": "{'prompt': 1}",
+    "a list": "[1, 2]",
+    "no completion": json.dumps({"prompt": "What?"}),
+    "a number for text": json.dumps({"prompt": "What?", "completion": 7}),
+    "nothing supervised": json.dumps(
+        {"prompt": "a", "completion": [{"role": "assistant", "content": "b", "train": False}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("at", [0, 3, 12])
+def test_a_bad_row_stops_with_its_number_or_is_left_out(tmp_path, monkeypatch, bad, at):
+    monkeypatch.setattr("phi3lora.data.documents._CHATS_AT_ONCE", 10)
+    lines = [json.dumps(GOOD)] * 15
+    lines[at] = bad
+    path = written(tmp_path / "chats.jsonl", "\n".join(lines))
+    assert f"row {at + 1}" in refusal(path)
+    chats = load(path, on_bad_row="skip")
+    assert len(chats) == 14 and chats.bad_rows == (at + 1,)
+    assert [chats.row_number(i) for i in range(len(chats))] == [n for n in range(1, 16) if n != at + 1]
+    assert chats.statistics()["bad"] == 1 and "1 bad rows skipped" in repr(chats)
+    assert chats.fingerprint() == load([GOOD] * 14).fingerprint()
+
+
+def test_skipped_rows_are_reported_once_with_the_first_few(caplog):
+    with caplog.at_level(logging.WARNING, logger="phi3lora"):
+        assert len(load([GOOD] + [{"prompt": "x"}] * 5, on_bad_row="skip")) == 1
+    (record,) = [r for r in caplog.records if "bad rows" in r.message]
+    assert "5 bad rows skipped" in record.message and "row 2" in record.message and "2 more" in record.message
+
+
+@pytest.mark.parametrize("rows", [[{"x": 1}] * 3, [GOOD | {"completion": 5}] * 2])
+def test_a_source_of_bad_rows_alone_is_an_error_that_says_why(rows):
+    message = refusal(rows, on_bad_row="skip")
+    assert "usable" in message and "row 1" in message

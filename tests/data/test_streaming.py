@@ -8,7 +8,6 @@ import threading
 
 import datasets
 import pytest
-import torch
 from conftest import chat_rows, make_tokenizer
 
 import phi3lora as p3
@@ -27,13 +26,14 @@ def whole(source=ROWS, **options) -> p3.ChatDataset:
     return p3.ChatDataset.load(source, make_tokenizer(), max_length=64, **options)
 
 
-def write(folder, kind: str):
-    path = folder / f"rows.{kind}"
-    table = datasets.Dataset.from_list(ROWS)
+def source_of(kind: str, folder):
+    path, table = folder / f"rows.{kind}", datasets.Dataset.from_list(ROWS)
+    if kind == "list":
+        return ROWS
+    if kind == "IterableDataset":
+        return table.to_iterable_dataset(num_shards=3)
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    elif kind == "json":
-        path.write_text(json.dumps(ROWS))
     elif kind == "parquet":
         table.to_parquet(path)
     elif kind == "csv":
@@ -42,11 +42,9 @@ def write(folder, kind: str):
     return path
 
 
-@pytest.mark.parametrize("kind", ["list", "Dataset", "IterableDataset", "jsonl", "json", "parquet", "csv"])
+@pytest.mark.parametrize("kind", ["list", "IterableDataset", "jsonl", "parquet", "csv"])
 def test_the_windows_of_a_pass_are_the_dataset(tmp_path, kind):
-    table = datasets.Dataset.from_list(ROWS)
-    sources = {"list": ROWS, "Dataset": table, "IterableDataset": table.to_iterable_dataset(num_shards=3)}
-    source = sources[kind] if kind in sources else write(tmp_path, kind)
+    source = source_of(kind, tmp_path)
     expected = whole(source)
     for _ in range(2):  # a stream can be read again
         windows = list(stream(source).windows(endless=False))
@@ -57,7 +55,7 @@ def test_the_windows_of_a_pass_are_the_dataset(tmp_path, kind):
     assert numbers == list(range(1, 24))
 
 
-@pytest.mark.parametrize("start", [0, 1, 4, 5, 7, 13, 25])
+@pytest.mark.parametrize("start", [0, 1, 5, 13, 25])
 @pytest.mark.parametrize("buffer_size", [5, 23, 40])
 def test_a_window_depends_on_its_number_alone(start, buffer_size):
     made = dict(itertools.islice(stream(buffer_size=buffer_size).windows(), 30))
@@ -172,23 +170,19 @@ def test_reading_ends_when_no_more_is_wanted():
 
 
 def test_batches_of_a_stream_are_one_pass_of_it():
-    seen = [batch["input_ids"] for batch in p3.batches(stream(), batch_size=2, seed=1)]
-    assert torch.cat(seen).ne(make_tokenizer().pad_token_id).sum() > 0
-    documents = sum(len(row) for batch in p3.batches(stream(), batch_size=2) for row in batch["documents"])
-    assert documents == len(whole())
+    rows = [row for batch in p3.batches(stream(), batch_size=2, packing=False) for row in batch["documents"]]
+    assert len(rows) == len(whole())
 
 
-def test_a_stream_says_what_it_is():
-    assert repr(stream()).startswith("ChatStream(windows of 5 rows; the first: ChatDataset(5 documents, ")
-
-
-def test_a_hub_dataset_is_streamed_there(monkeypatch):
-    asked = {}
-
-    def fake(name, **options):
-        asked.update(options, name=name)
-        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    assert len(stream("someone/chats", split="train_sft").first_window) == BUFFER
-    assert asked == {"name": "someone/chats", "split": "train_sft", "revision": None, "streaming": True}
+def test_a_dataset_offers_the_interface_of_a_stream():
+    chats, one = stream(), whole()
+    assert repr(chats).startswith("ChatStream(windows of 5 rows; the first: ChatDataset(5 documents, ")
+    assert (chats.known_length, one.known_length) == (False, True)
+    assert one.first_window is one
+    assert list(itertools.islice(one.windows(3), 3)) == [(3, one), (4, one), (5, one)]
+    assert list(one.windows(endless=False)) == [(0, one)]
+    assert list(one.windows(wanted=lambda: False)) == []
+    assert (chats.max_document_tokens, one.max_document_tokens) == (64, max(one.lengths))
+    assert chats.identity() == {**chats.first_window.identity(), "buffer_size": BUFFER}
+    assert chats.describe() == "Chats that were read as a stream (format `messages`)."
+    assert one.describe().startswith("23 chats of ")

@@ -42,7 +42,7 @@ def run(folder, data=None, stop_at: int | None = None, **settings):
     return adapters_of(model), history, result
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 8, 11])
+@pytest.mark.parametrize("stop_at", [1, 3, 8])
 def test_a_cut_run_goes_on_bit_for_bit(tmp_path, stop_at):
     expected, history, _ = run(tmp_path / "uncut")
     settings = {"save_strategy": "steps", "save_steps": 1}

@@ -1,0 +1,156 @@
+"""Items prepared in a thread: the same ones in the same order, never more than asked for, and no thread left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import torch
+from conftest import adapted_model, chat_dataset, quiet_config
+
+import phi3lora as p3
+from phi3lora.data.batches import BatchPlan
+from phi3lora.data.prefetch import pinned, prefetched
+from phi3lora.errors import DataError
+
+
+def threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith("phi3lora-prefetch")]
+
+
+def until(condition):
+    return any(condition() or time.sleep(0.005) for _ in range(400))
+
+
+def counted(made, count=99):
+    """Integers that are also appended to ``made`` when they are made."""
+    return lambda wanted: (made.append(i) or i for i in range(count))
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_the_items_are_the_same_in_the_same_order(count, ahead):
+    assert list(prefetched(counted([], count), ahead)) == list(range(count))
+    assert threads() == []
+
+
+@pytest.mark.parametrize("error", [DataError("row 3"), MemoryError("full"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("count", [0, 5])
+def test_an_exception_keeps_its_type_and_its_place(error, count):
+    def failing(wanted):
+        yield from range(count)
+        raise error
+
+    taken = []
+    with pytest.raises(type(error)) as caught:
+        for item in prefetched(failing, 2):
+            taken.append(item)  # not extend: what came before the error counts
+    assert caught.value is error
+    assert taken == list(range(count))
+    assert threads() == []
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_a_slow_consumer_finds_ahead_items_ready_and_no_more(ahead):
+    made = []
+    prefetched(counted(made), ahead).close()
+    assert made == [], "nothing is made before the first item is asked for"
+    with closing(prefetched(counted(made), ahead)) as items:
+        for taken in range(1, 5):
+            next(items)
+            assert until(lambda wanted=taken + ahead: len(made) == wanted)
+            time.sleep(0.02)
+            assert len(made) == taken + ahead
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_leaving_early_ends_the_thread(error):
+    closed = []
+
+    def endless(wanted):
+        try:
+            while wanted():
+                yield len(threads())
+        finally:
+            closed.append(wanted())
+
+    try:
+        with closing(prefetched(endless, 2)) as items:
+            assert [next(items) for _ in range(3)] == [1, 1, 1]
+            if error is not None:
+                raise error
+    except (RuntimeError, KeyboardInterrupt):
+        pass
+    assert threads() == []
+    assert closed == [False], "the items are closed, and can see that no more are wanted"
+
+
+def test_a_wait_ends_when_no_more_is_wanted():
+    started = time.perf_counter()
+
+    def slow(wanted):
+        while wanted():
+            time.sleep(0.01)
+        yield "too late"
+
+    items = prefetched(slow, 1, wanted=lambda: time.perf_counter() < started + 0.1)
+    assert list(items) in ([], ["too late"])
+    assert time.perf_counter() < started + 2
+    assert threads() == []
+
+
+@pytest.mark.parametrize("error", [None, MemoryError("crash"), KeyboardInterrupt()], ids=repr)
+def test_a_run_that_ends_early_leaves_no_thread(tmp_path, error):
+    found = []
+
+    class Break(p3.Callback):
+        def on_step_end(self, state):
+            found.append(len(threads()))
+            if state.global_step == 2:
+                state.should_stop = True
+                if error is not None:
+                    raise error
+
+    try:
+        p3.train(adapted_model(), chat_dataset(24), quiet_config(tmp_path, max_steps=50), callbacks=[Break()])
+    except MemoryError:
+        assert isinstance(error, MemoryError)
+    assert found == [1, 1]
+    assert threads() == []
+
+
+def test_an_error_while_a_batch_is_made_ends_the_run_unchanged(tmp_path, monkeypatch):
+    tensors, made = BatchPlan.tensors, []
+
+    def second_fails(plan, micro):
+        made.append(micro)
+        if len(made) == 2:
+            raise MemoryError("no room for the batch")
+        return tensors(plan, micro)
+
+    monkeypatch.setattr(BatchPlan, "tensors", second_fails)
+    with pytest.raises(MemoryError, match="no room for the batch"):
+        p3.train(adapted_model(), chat_dataset(24), quiet_config(tmp_path, max_steps=50))
+    assert threads() == []
+
+
+def test_the_seconds_of_a_run_include_waiting_for_its_batches(tmp_path, monkeypatch):
+    tensors = BatchPlan.tensors
+    monkeypatch.setattr(BatchPlan, "tensors", lambda plan, micro: time.sleep(0.2) or tensors(plan, micro))
+    result = p3.train(adapted_model(), chat_dataset(24), quiet_config(tmp_path, max_steps=3))
+    assert result.metrics["train_seconds"] >= 0.6
+
+
+def test_a_batch_for_the_cpu_is_returned_unchanged():
+    batch = BatchPlan(chat_dataset(4), 2, 64).tensors([(0,), (1,)])
+    assert pinned(batch, torch.device("cpu")) is batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_for_a_gpu_is_pinned():
+    batch = BatchPlan(chat_dataset(4), 2, 64).tensors([(0,), (1,)])
+    for key, value in pinned(batch, torch.device("cuda", 0)).items():
+        assert not isinstance(value, torch.Tensor) or (value.is_pinned() and torch.equal(value, batch[key]))
