@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError, Phi3LoRAError, as_path, is_text, short_repr
+from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, is_text, short_repr
 from ..files import parse_json, read_json, read_tensors, sha256_of, write_atomic
 from ..lora.inject import inject_layers, lora_layers, remove_lora
-from ..lora.layers import MergedLinear
+from ..lora.layers import ADAPTER_PARAMETERS, MergedLinear
 from .named import DEFAULT, list_adapters, loading_inactive, rename_active
 
 logger = logging.getLogger("phi3lora")
@@ -160,6 +160,7 @@ def install_adapter(
 def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Path) -> None:
     """Inject the file's layers into a plain model and load them; on an error the model is plain again."""
     assert metadata is not None
+    _check_ranks(state, metadata["layers"], path)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         inject_layers(model, metadata["layers"], LoraConfig(**metadata["config"]))
@@ -169,6 +170,20 @@ def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[
         for name, parameter in model.named_parameters():
             parameter.requires_grad = trainable[name]
         raise
+
+
+def _check_ranks(state: dict[str, Tensor], layers: dict[str, dict[str, Any]], path: Path) -> None:
+    """Raise AdapterError unless every layer's tensors are there and as large as its rank, before layers are built.
+
+    A rank that is only written down could take any amount of memory.
+    """
+    missing = [f"{layer}.{name}" for layer in layers for name in ADAPTER_PARAMETERS if f"{layer}.{name}" not in state]
+    if missing:
+        raise AdapterError(f"{str(path)!r} is incomplete: missing in the file: {_few(missing)}")
+    for layer, settings in layers.items():
+        r, shape = settings.get("r", 0), tuple(state[f"{layer}.lora_A"].shape)
+        if is_int(r, 1) and r > max(shape, default=0):
+            raise AdapterError(f"{str(path)!r}: {layer} has r={r} in the settings, and a lora_A of shape {shape}")
 
 
 def _load_checked(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Path) -> None:

@@ -228,7 +228,7 @@ def _convert(model: nn.Module, config: PeftConfig, modules: Mapping[str, _Module
     for path, names in _find_layers(model, fused, modules).items():
         layer, name = model.get_submodule(path), names.pop(None, None)
         if name is None:
-            layers[path], (A, B) = _merged_linear(path, layer, list(fused[path].values()), names, config, modules)
+            layers[path], (A, B) = _merged_linear(layer, list(fused[path].values()), names, config, modules)
         elif names:
             raise ValueError(f"it adapts both {path!r} and a part of it, {next(iter(names.values()))!r}")
         else:
@@ -266,26 +266,29 @@ def _find_layers(
 
 def _whole_layer(name: str, layer: nn.Module, module: _Module) -> tuple[str, tuple[Tensor, Tensor]]:
     """Return the class of ours for a module that is a layer of its own, and loralib's tensors."""
-    a_rest: tuple[int, ...]
     if isinstance(layer, nn.Embedding):
-        kind, a_rest, out = "Embedding", (layer.num_embeddings,), layer.embedding_dim
-    elif isinstance(layer, nn.Linear):
-        kind, a_rest, out = "Linear", (layer.in_features,), layer.out_features
-    elif isinstance(layer, (nn.Conv2d, Conv2d)):
+        return "Embedding", _checked_pair(name, module, (layer.num_embeddings,), layer.embedding_dim, True)
+    if isinstance(layer, nn.Linear):
+        return "Linear", _checked_pair(name, module, (layer.in_features,), layer.out_features)
+    if isinstance(layer, (nn.Conv2d, Conv2d)):
         base = layer.conv if isinstance(layer, Conv2d) else layer
-        kind, a_rest, out = "Conv2d", (base.in_channels, *base.kernel_size), base.out_channels
         if not is_plain_convolution(base):
             raise ValueError(f"{name!r}: {base}; allowed: no groups, no dilation, zero padding")
-    else:
-        raise ValueError(f"it adapts {name!r}, a {type(layer).__name__}; allowed: Linear, Embedding, Conv2d")
+        pair = _checked_pair(name, module, (base.in_channels, *base.kernel_size), base.out_channels)
+        return "Conv2d", conv_from_pair(pair)
+    raise ValueError(f"it adapts {name!r}, a {type(layer).__name__}; allowed: Linear, Embedding, Conv2d")
+
+
+def _checked_pair(name: str, module: _Module, a_shape: tuple[int, ...], out: int, is_embedding: bool = False) -> Pair:
+    """Return the module's pair. ValueError unless A is (r, *a_shape) and B (out, r), and both an embedding's or not."""
     A, B = module.pair
-    b_shape = (out, len(A), *(1,) * (A.dim() - 2))
-    if module.is_embedding != (kind == "Embedding") or A.shape[1:] != a_rest or B.shape != b_shape:
+    b_shape = (out, len(A), *(1,) * (A.dim() - 2))  # a convolution's B has a 1 x 1 kernel
+    if module.is_embedding != is_embedding or A.shape[1:] != a_shape or B.shape != b_shape:
         raise ValueError(
-            f"{name!r} has A {tuple(A.shape)} and B {tuple(B.shape)}; for this {kind} of the model "
-            f"allowed: A (r, {', '.join(map(str, a_rest))}), B ({out}, r)"
+            f"{name!r} has {'embedding ' * module.is_embedding}A {tuple(A.shape)} and B {tuple(B.shape)}; "
+            f"allowed for this part of the model: A (r, {', '.join(map(str, a_shape))}), B ({out}, r)"
         )
-    return kind, conv_from_pair(module.pair) if kind == "Conv2d" else (A, B)
+    return module.pair
 
 
 def is_plain_convolution(base: nn.Conv2d) -> bool:
@@ -294,12 +297,7 @@ def is_plain_convolution(base: nn.Conv2d) -> bool:
 
 
 def _merged_linear(
-    path: str,
-    layer: Any,
-    widths: list[int],
-    names: Mapping[int | None, str],
-    config: PeftConfig,
-    modules: Mapping[str, _Module],
+    layer: Any, widths: list[int], names: Mapping[int | None, str], config: PeftConfig, modules: Mapping[str, _Module]
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     """Convert separate q_proj, k_proj, ... to the settings and tensors of one ``MergedLinear`` on the fused layer.
 
@@ -307,24 +305,19 @@ def _merged_linear(
     largest rank and the ratio of the scalings is multiplied into B.
     """
     ordered = [(i, names[i]) for i in range(len(widths)) if i in names]
-    settings = {config.rank_and_alpha(name) for _, name in ordered}
-    r, scaling = max(rank for rank, _ in settings), config.scaling(ordered[0][1])
+    ranks_and_alphas = {config.rank_and_alpha(name) for _, name in ordered}
+    r, scaling = max(rank for rank, _ in ranks_and_alphas), config.scaling(ordered[0][1])
     alpha, use_rslora = r * scaling, False
-    if len(settings) == 1:
-        alpha, use_rslora = settings.pop()[1], config.common.use_rslora
+    if len(ranks_and_alphas) == 1:
+        alpha, use_rslora = ranks_and_alphas.pop()[1], config.common.use_rslora
     pairs = []
     for i, name in ordered:
-        A, B = modules[name].pair
-        if modules[name].is_embedding or A.shape[1:] != (layer.in_features,) or B.shape != (widths[i], len(A)):
-            raise ValueError(
-                f"{name!r} has A {tuple(A.shape)} and B {tuple(B.shape)}; "
-                f"for this part of {path!r} allowed: A (r, {layer.in_features}), B ({widths[i]}, r)"
-            )
+        A, B = _checked_pair(name, modules[name], (layer.in_features,), widths[i])
         ratio = config.scaling(name) / scaling
         if math.frexp(ratio)[0] != 0.5:  # not a power of two
             logger.info("the scaling of %s is rounded into its B", name)
         pairs.append(Pair(A, B * ratio).padded(r))
-    layer_settings = {
+    settings = {
         "class": "MergedLinear",
         "segments": widths,
         "enable_lora": [i in names for i in range(len(widths))],
@@ -332,4 +325,4 @@ def _merged_linear(
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
     }
-    return layer_settings, (torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs]))
+    return settings, (torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs]))

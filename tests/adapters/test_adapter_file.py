@@ -311,6 +311,14 @@ def test_settings_that_are_not_ours_are_refused(tmp_path, suffix, metadata):
         assert_refused(model, path, "not a readable adapter file|the settings stored with the tensors")
 
 
+def test_a_rank_beyond_the_tensors_allocates_nothing(tmp_path):
+    model = adapted()
+    metadata = adapter_metadata(model)
+    metadata["layers"][OUT]["r"] = 2**40
+    path = write(tmp_path / "adapter.safetensors", lora.lora_state_dict(model), metadata)
+    assert_refused(lively_model(), path, r"r=1099511627776 in the settings, and a lora_A of shape \(2, 32\)")
+
+
 @pytest.mark.parametrize("config", [3, {"r": "two"}, {"rank": 2}])
 def test_an_impossible_config_is_refused_where_it_is_needed(tmp_path, config):
     metadata = {"layers": {}, "config": config}

@@ -1,4 +1,4 @@
-"""Merging: the adapted model's logits from plain weights, and the base's own bits back."""
+"""Merged weights give the adapted model's logits; after a merged block the base has its own bits again."""
 
 from __future__ import annotations
 
@@ -25,33 +25,32 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("variant", ["grouped-query", "multi-head", "tied", "partial-rotary"])
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "up_proj"], ["o_proj"]])
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_a_merged_directory_is_the_adapted_model(tmp_path, variant, targets, use_rslora):
-    model = adapted_model(
-        changes=ATTENTION_VARIANTS[variant], target_modules=targets, use_rslora=use_rslora, head_scale=1
-    )
+@pytest.mark.parametrize(
+    ("variant", "lora"),
+    [
+        ("grouped-query", {"target_modules": "all-linear"}),
+        ("multi-head", {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True}),
+        ("tied", {"target_modules": ["o_proj"]}),
+        ("partial-rotary", {"target_modules": ["k_proj", "down_proj"], "use_rslora": True}),
+    ],
+)
+def test_a_merged_directory_is_the_adapted_model(tmp_path, variant, lora):
+    model = adapted_model(changes=ATTENTION_VARIANTS[variant], head_scale=1, **lora)
     before = weights(model)
     report = p3.save_merged(model, None, tmp_path)
     plain, loading = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(plain) is type(tiny_model())
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+    with p3.disabled(model):
+        assert (logits(model) - logits(plain)).abs().max() > 1e-3  # else equal logits would prove nothing
     assert report.max_logit_difference < 1e-4
     assert report.mean_kl < 1e-6
     assert report.greedy_agreement == 1
     assert same_tensors(weights(model), before)
 
 
-def test_the_adapters_did_something_to_the_logits():
-    model = adapted_model()
-    with p3.disabled(model):
-        base = logits(model)
-    assert (logits(model) - base).abs().max() > 0.05
-
-
-def test_tokenizer_stop_tokens_and_report_are_beside_the_weights(tmp_path):
+def test_the_tokenizer_the_stop_tokens_and_the_report_are_saved_too(tmp_path):
     tokenizer = make_tokenizer()
     report = p3.save_merged(adapted_model(), tokenizer, tmp_path)
     assert json.loads((tmp_path / "merge_report.json").read_text())["positions"] == report.positions
@@ -62,7 +61,7 @@ def test_tokenizer_stop_tokens_and_report_are_beside_the_weights(tmp_path):
     assert "same likeliest token 100.0%" in str(report)
 
 
-def test_bf16_is_rounded_once_and_the_report_says_how_much_that_was(tmp_path):
+def test_bf16_is_rounded_once_and_the_report_measures_it(tmp_path):
     model = adapted_model(dtype=torch.bfloat16)
     report = p3.save_merged(model, None, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
@@ -74,7 +73,7 @@ def test_bf16_is_rounded_once_and_the_report_says_how_much_that_was(tmp_path):
 
 
 def fp8_base(model):
-    """The model with its linear layers but the head in fp8."""
+    """The model with all its linear layers except the head in fp8."""
     for path, layer in list(model.model.named_modules()):
         if type(layer) is nn.Linear:
             parent, _, name = path.rpartition(".")
@@ -101,7 +100,7 @@ def test_a_quantised_base_is_dequantised_or_replaced_by_the_dense_one(tmp_path):
     torch.testing.assert_close(better.state_dict()[o_proj], dense.state_dict()[o_proj] + delta)
 
 
-def test_inside_merged_the_weights_have_the_adapters_and_after_it_their_own_bits():
+def test_merged_changes_the_weights_inside_the_block_and_restores_their_bits():
     model = adapted_model(dtype=torch.bfloat16)
     before, adapted = weights(model), logits(model)
     with p3.merged(model):
@@ -117,7 +116,7 @@ def test_inside_merged_the_weights_have_the_adapters_and_after_it_their_own_bits
     assert same_tensors(weights(model), before)
 
 
-def test_merged_holds_for_every_kind_of_layer():
+def test_every_kind_of_layer_can_be_merged():
     layers = nn.Sequential(p3.Linear(4, 6, r=2, fan_in_fan_out=True), p3.Linear(6, 5, r=2, lora_alpha=3))
     convolution, embedding = p3.Conv2d(3, 4, 3, r=2), p3.Embedding(7, 3, r=2)
     for module, x in ((layers, torch.randn(2, 4)), (convolution, torch.randn(1, 3, 5, 5)), (embedding, IDS % 7)):

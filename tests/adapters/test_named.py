@@ -170,7 +170,6 @@ def test_the_active_adapter_is_merged(files, tmp_path):
     assert same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("merged", "alone")))
 
 
-@pytest.mark.slow
 def test_adapters_are_switched_on_a_4_bit_base(files):
     require_four_bit()
 
