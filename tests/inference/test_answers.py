@@ -1,4 +1,4 @@
-"""Prompts and references from labels against the chats they came from; ROUGE against the package by hand."""
+"""Prompts and references against the chats they came from; ROUGE against the rouge-score package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model():
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
-def test_each_answer_is_generates_to_the_chat_without_its_last_turn(train_on):
+def test_each_answer_is_that_of_generate_to_the_chat_without_its_last_turn(train_on):
     net = model()
     answers = p3.sample_answers(net, TOKENIZER, load(train_on=train_on), count=9, max_new_tokens=8)
     assert [a.reference for a in answers] == [row["messages"][-1]["content"].strip() for row in ROWS]
@@ -34,7 +34,7 @@ def test_each_answer_is_generates_to_the_chat_without_its_last_turn(train_on):
 
 
 @pytest.mark.parametrize("name", ["phi-4", "phi-4-mini"])
-def test_other_members_templates_give_the_same_references(name):
+def test_other_templates_give_the_same_references(name):
     answers = p3.sample_answers(model(), make_tokenizer(name), load(name=name), count=9, max_new_tokens=1)
     assert [a.reference for a in answers] == [row["messages"][-1]["content"].strip() for row in ROWS]
 
@@ -48,7 +48,7 @@ def test_the_last_trained_turn_is_the_one_that_is_answered():
     assert answer.answer == p3.generate(model(), TOKENIZER, "One?", max_new_tokens=4)
 
 
-def test_chats_that_are_not_whole_are_passed_over():
+def test_chats_that_were_cut_are_skipped():
     long = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is. " * 40}]}
     short = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
     for overflow in ("truncate", "split"):
@@ -59,7 +59,7 @@ def test_chats_that_are_not_whole_are_passed_over():
             p3.sample_answers(model(), TOKENIZER, load([long], max_length=40, overflow=overflow))
 
 
-def test_without_prompts_there_is_nothing_to_answer():
+def test_chats_without_a_prompt_are_an_error():
     with pytest.raises(p3.DataError, match="train_on='all'"):
         p3.sample_answers(model(), TOKENIZER, load(train_on="all"))
 
@@ -70,7 +70,7 @@ def test_other_counts_are_refused(count):
         p3.sample_answers(model(), TOKENIZER, load(), count=count)
 
 
-def test_printing_shows_one_line_each_cut_on_the_side_that_matters_less():
+def test_printed_lines_are_shortened_away_from_the_answer():
     answers = p3.sample_answers(model(), TOKENIZER, load(), count=2, max_new_tokens=4)
     lines = str(answers).splitlines()
     names = ["prompt     ", "reference  ", "answer     "]
@@ -89,7 +89,7 @@ def test_printing_shows_one_line_each_cut_on_the_side_that_matters_less():
 # --- ROUGE
 
 
-def test_rouge_is_the_packages_mean_over_the_answers():
+def test_rouge_is_the_mean_of_the_package_s_scores():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
     net, data = model(), load()
     plain = p3.evaluate(net, data)
@@ -103,7 +103,7 @@ def test_rouge_is_the_packages_mean_over_the_answers():
         assert found == plain
 
 
-def test_a_model_that_says_the_references_has_rouge_one_and_another_less():
+def test_answers_equal_to_the_references_score_one_and_others_less():
     pytest.importorskip("rouge_score")
     net, tokenizer, _, _ = p3.demo.load()
     rows = [json.loads(line) for line in (p3.demo.FOLDER / "eval.jsonl").read_text().splitlines()[:6]]
@@ -121,7 +121,7 @@ def test_a_model_that_says_the_references_has_rouge_one_and_another_less():
     assert 0 < found[1]["rouge2"] <= found[1]["rouge1"] < 1
 
 
-def test_rouge_without_the_tokenizer_or_the_package_says_what_is_missing(monkeypatch):
+def test_rouge_names_the_missing_package_or_tokenizer(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(p3.Phi3LoRAError, match=r"pip install 'phi3lora\[eval\]'"):
