@@ -34,7 +34,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ..config import LoraConfig
 from ..errors import AdapterError
 from ..inference.generation import stop_token_ids
 from ..lora.inject import fused_segments, lora_layers
@@ -218,7 +217,7 @@ def _obstacle(at: str, layer: Any) -> str | None:
 
 def _named_segments(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return path -> {name: width} of the fused layers among ``layers``, to be split."""
-    fused = fused_segments(model, getattr(model, "lora_config", None) or LoraConfig())
+    fused = fused_segments(model)
     named = {path: fused[path] for path in layers if path in fused and not any(n.isdigit() for n in fused[path])}
     for path, settings in layers.items():
         if settings["class"] == "MergedLinear" and list(named.get(path, {}).values()) != settings["segments"]:

@@ -108,7 +108,7 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot import {str(folder)!r}: {error}") from error
     install_adapter(model, state, metadata, folder, name)
-    return injection_report(model, fused_segments(model, getattr(model, "lora_config", None) or LoraConfig()))
+    return injection_report(model)
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -222,7 +222,7 @@ def _restore_layers(metadata: dict[str, Any], config: PeftConfig, pairs: Mapping
 
 def _convert(model: nn.Module, config: PeftConfig, modules: Mapping[str, _Module]) -> Adapter:
     """Convert each module of the folder to a layer of ours."""
-    fused = fused_segments(model, getattr(model, "lora_config", None) or LoraConfig())
+    fused = fused_segments(model)
     layers: dict[str, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
     for path, names in _find_layers(model, fused, modules).items():

@@ -329,8 +329,9 @@ class _AdaptedLinear(AdaptedLayer):
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if isinstance(base, Dense):
             z = F.linear(self.lora_dropout(x), self.lora_A.to(dtype))  # (..., k*r)
-            weight, B = base.weight.to(dtype), self.lora_B.to(dtype)
-            return linear_plus_low_rank(x, z, weight, bias, B, self.segments, self.enable_lora, self.scaling)
+            W, B = base.weight.to(dtype), self.lora_B.to(dtype)
+            y: Tensor = linear_plus_low_rank(x, z, W, bias, B, self.segments, self.enable_lora, self.scaling)
+            return y
         y = base_linear(x, base)
         y = y if bias is None else y + bias
         return y + self._low_rank_update(x) if adapted else y
@@ -338,8 +339,8 @@ class _AdaptedLinear(AdaptedLayer):
     def _low_rank_update(self, x: Tensor) -> Tensor:
         """x (..., in) -> what the adapter adds to the output (..., out), where the base weight is quantised."""
         segments = self.adapted_segments
-        z = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)).split(self.r, -1)  # k times (..., r)
-        B = self.lora_B.to(x.dtype).split([self.segments[segment.position] for segment in segments])
+        z = torch.split(F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)), self.r, -1)  # k times (..., r)
+        B = torch.split(self.lora_B.to(x.dtype), [self.segments[segment.position] for segment in segments])
         update = x.new_zeros((*x.shape[:-1], self.out_features))
         for segment, z_i, B_i in zip(segments, z, B, strict=True):
             update[..., segment.columns] = F.linear(z_i, B_i) * self.scaling
@@ -424,6 +425,11 @@ class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
     As in loralib A starts at zero and B normal, and there is no dropout.
     """
 
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+
     def __init__(
         self, num_embeddings: int, embedding_dim: int, r: int = 0, lora_alpha: float = 1, merge_weights: bool = False,
         use_rslora: bool = False, **kwargs: Any,
@@ -488,9 +494,11 @@ class Conv2d(AdaptedLayer, lora.Conv2d):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, H, W) -> (B, out, H', W')."""
         if self.r == 0 or not self.enabled:
-            return self.conv(x)  # type: ignore[no-any-return]
+            base: Tensor = self.conv(x)
+            return base
         weight = self.conv.weight
-        return self.conv._conv_forward(x, weight + self.delta().to(weight.dtype), self.conv.bias)
+        y: Tensor = self.conv._conv_forward(x, weight + self.delta().to(weight.dtype), self.conv.bias)
+        return y
 
     def delta(self) -> Tensor:
         """Return ``scaling * B A`` viewed in the kernel's shape (out, in//groups, k, k), float32."""

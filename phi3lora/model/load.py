@@ -23,9 +23,9 @@ SUPPORTED = (
     "Phi-3.5-mini, Phi-4, Phi-4-mini"
 )
 
-_DEVICES = "a device of torch's that is there, 'cpu' or 'cuda' say"
-_MOST_LAYERS = 1000  # of one model; the family's largest has 40. Each is built before its weights are looked for
+_ATTENTIONS = (PACKED_ATTENTION, "sdpa", "eager")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MAX_LAYERS = 1000  # the family's largest model has 40; transformers builds every layer before it looks for weights
 
 
 def load_model(
@@ -44,11 +44,12 @@ def load_model(
     Args:
         name_or_path: a hub name (``"microsoft/Phi-3-mini-4k-instruct"``) or a local folder.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, the torch dtype, or ``"auto"`` (the checkpoint's own).
-        device: where to put it; None: the GPU if there is one, else the CPU.
+        device: where to put the model; None: the GPU if there is one, else the CPU.
         base_precision: None: the frozen weights stay in ``dtype``; ``"nf4"``: 4 bits and a quarter of the memory,
             quantised one by one as they are read, on any device (QLoRA); ``"fp8"``: e4m3 with a scale for each row,
-            faster on GPUs that multiply it (Hopper, Ada and later) and for the rest left out with a warning. A
-            checkpoint that bitsandbytes stored in 4 bits is loaded as it is, with None or ``"nf4"``.
+            faster on GPUs that multiply it (Hopper, Ada and later); on other devices a warning says that the weights
+            stay in ``dtype``. A checkpoint that bitsandbytes stored in 4 bits is loaded as it is, with None or
+            ``"nf4"``.
         attn_implementation: ``"phi3lora"`` (packed rows, torch's fastest kernels), ``"sdpa"`` or ``"eager"``.
         use_cache: the config's default. Training never uses the cache, generation always does.
         revision: branch, tag or commit on the hub.
@@ -65,88 +66,102 @@ def load_model(
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
     """
     _check(is_path(name_or_path), "name_or_path", name_or_path, "a hub name or a folder")
-    name = os.fspath(name_or_path)
-    allowed = "None (as dtype says), 'fp8', 'nf4'"
-    _check(is_one_of(base_precision, (None, "fp8", "nf4")), "base_precision", base_precision, allowed)
-    choices = (PACKED_ATTENTION, "sdpa", "eager")
-    known = is_one_of(attn_implementation, choices)
-    _check(known, "attn_implementation", attn_implementation, ", ".join(map(repr, choices)))
-    torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch.")) if isinstance(dtype, (str, torch.dtype)) else None
+    known = is_one_of(base_precision, (None, "fp8", "nf4"))
+    _check(known, "base_precision", base_precision, "None (as dtype says), 'fp8', 'nf4'")
+    known = is_one_of(attn_implementation, _ATTENTIONS)
+    _check(known, "attn_implementation", attn_implementation, ", ".join(map(repr, _ATTENTIONS)))
+    torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch."))
     _check(torch_dtype is not None or equals(dtype, "auto"), "dtype", dtype, f"{', '.join(map(repr, _DTYPES))}, 'auto'")
     _check(isinstance(use_cache, bool), "use_cache", use_cache, "True, False")
-    device = _usable_device(device)
-    found = check_family(name, revision)
-    _refuse_larger_than_files(Path(name), found)
-    in_four_bit = _four_bit_options(name, found, base_precision, torch_dtype, device)
+    device = _available_device(device)
+
+    name = os.fspath(name_or_path)
+    config = _read_config(name, revision)
+    _check_sizes(Path(name), config)
+    in_4_bits = _options_for_4_bits(name, config, base_precision, torch_dtype, device)
     register()
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    as_wished = {"dtype": torch_dtype or "auto", "attn_implementation": attn_implementation, **in_four_bit}
-    model, tokenizer = _read(name, where, use_cache, as_wished)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = {"dtype": torch_dtype or "auto", "attn_implementation": attn_implementation, **in_4_bits}
+    model, tokenizer = _read(name, source, use_cache, options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if longrope_boundary(model.config) is not None:
         logger.info(longrope_note(model.config))
     model = model.to(device).eval()
-    if in_four_bit:
+    if in_4_bits:
         keep_4bit_packing(model)
     elif base_precision is not None:
         quantize_base(model, base_precision)
     return model, tokenizer
 
 
-def _read(name: str, where: dict[str, Any], use_cache: bool, as_wished: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer as transformers reads them; not one weight may be missing."""
-    try:
-        config = AutoConfig.from_pretrained(name, **where)
-        config.use_cache = use_cache
-        model, told_by_loader = AutoModelForCausalLM.from_pretrained(
-            name, config=config, output_loading_info=True, **where, **as_wished
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
-        raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
-    missing = sorted(told_by_loader["missing_keys"])
-    if missing:  # which from_pretrained fills with random numbers
-        raise ModelError(
-            f"cannot load {short_repr(name)}: {len(missing)} weights are not in its files, {missing[0]!r} first"
-        )
-    return model, tokenizer
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ModelError(f"load_model: {name}={short_repr(value)}; allowed: {allowed}")
 
 
-def _usable_device(device: Any) -> torch.device:
-    """``device``, or the GPU if there is one; something can be put there."""
-    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    _check(isinstance(wanted, (str, torch.device)) or is_int(wanted, 0), "device", device, _DEVICES)
+def _available_device(device: Any) -> torch.device:
+    """Return ``device``, or the default one, after putting an empty tensor there."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise ModelError(
-            f"load_model: device={short_repr(device)}: {error_line(error)}; allowed: {_DEVICES}"
+            f"load_model: device={short_repr(device)}: {error_line(error)}; allowed: an available device of torch's, "
+            f"such as 'cpu' or 'cuda'"
         ) from error
 
 
-def _refuse_larger_than_files(folder: Path, config: dict[str, Any]) -> None:
-    """A damaged size in ``config.json`` would first be built, and filled with random numbers, before it is noticed."""
+def _read_config(name: str, revision: str | None) -> dict[str, Any]:
+    """Return the checkpoint's ``config.json``, which must say ``model_type: phi3``; no other file is read."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    # No such file, or no JSON object: also deep nesting, numbers of 5,000 digits, bytes that are not UTF-8.
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"cannot load {short_repr(name)}: its config.json is no JSON object")
+    model_type = config.get("model_type")
+    if not equals(model_type, "phi3"):
+        raise ModelError(
+            f"{short_repr(name)} has model_type {short_repr(model_type)}; supported: {SUPPORTED} (model_type 'phi3')"
+        )
+    layers, quantization = config.get("num_hidden_layers", 32), config.get("quantization_config")
+    if not is_int(layers, 1, _MAX_LAYERS + 1):
+        raise ModelError(f"{short_repr(name)} has num_hidden_layers {short_repr(layers)}; allowed: 1 to {_MAX_LAYERS}")
+    if not isinstance(quantization, (dict, type(None))):
+        raise ModelError(
+            f"{short_repr(name)} has quantization_config {short_repr(quantization)}; allowed: a JSON object"
+        )
+    return config
+
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Raise if ``config.json`` describes a larger matrix than the files hold.
+
+    transformers would build it, and fill it with random numbers, before it notices: a damaged size can take all memory.
+    """
     files = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern) if path.is_file()]
     hidden, heads = config.get("hidden_size", 3072), config.get("num_attention_heads", 32)
     kv, vocabulary = config.get("num_key_value_heads") or heads, config.get("vocab_size", 32064)
-    inner, head = config.get("intermediate_size", 8192), config.get("head_dim")
-    if not files or not all(is_int(size, 1) for size in (hidden, heads, kv, vocabulary, inner, head or 1)):
-        return  # from a hub, or for transformers to refuse
-    head = head or hidden // heads
-    described = hidden * max(vocabulary, 2 * inner, head * (heads + 2 * kv))
-    stored = sum(path.stat().st_size for path in files)
-    if described > 2 * stored:  # 4 bits a number
+    inner, head_dim = config.get("intermediate_size", 8192), config.get("head_dim")
+    if not files or not all(is_int(size, 1) for size in (hidden, heads, kv, vocabulary, inner, head_dim or 1)):
+        return  # on the hub, or for transformers to refuse
+    head_dim = head_dim or hidden // heads
+    described = hidden * max(vocabulary, 2 * inner, head_dim * (heads + 2 * kv))
+    stored_bytes = sum(path.stat().st_size for path in files)
+    if described > 2 * stored_bytes:  # two entries per byte: 4 bits each
         raise ModelError(
-            f"cannot load {short_repr(str(folder))}: its config.json describes a matrix of {described:,} numbers, its files "
-            f"hold {stored:,} bytes"
+            f"cannot load {short_repr(str(folder))}: its config.json describes a matrix of {described:,} numbers, "
+            f"but its files hold {stored_bytes:,} bytes"
         )
 
 
-def _four_bit_options(
-    name: str, config: dict[str, Any], base_precision: str | None, dtype: torch.dtype | None, device: Any
+def _options_for_4_bits(
+    name: str, config: dict[str, Any], base_precision: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> dict[str, Any]:
-    """What ``from_pretrained`` is told to load 4-bit weights where they are to stay; empty: they are not in 4 bits."""
+    """Return the options with which ``from_pretrained`` gives 4-bit weights on ``device``; empty for other weights."""
     stored = config.get("quantization_config")
     if stored is not None and not stored.get("load_in_4bit"):
         method = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else stored.get("quant_method")
@@ -158,47 +173,36 @@ def _four_bit_options(
     require_bitsandbytes()
     options: dict[str, Any] = {"device_map": {"": str(device)}}
     if stored is None:
-        computed = dtype or config.get("dtype") or config.get("torch_dtype")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=computed,
+            bnb_4bit_compute_dtype=dtype or config.get("dtype") or config.get("torch_dtype"),
         )
     return options
 
 
-def _check(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ModelError(f"load_model: {name}={short_repr(value)}; allowed: {allowed}")
-
-
-def check_family(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The checkpoint's ``config.json``, or an error unless it says ``model_type: phi3``. Reads no other file."""
+def _read(name: str, source: dict[str, Any], use_cache: bool, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Read model and tokenizer with transformers; every weight must be in the files."""
     try:
-        found, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    # Not there, or no JSON object of fields: deep nesting, numbers of 5,000 digits, bytes that are not UTF-8.
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        config = AutoConfig.from_pretrained(name, **source)
+        config.use_cache = use_cache
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, **source, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
         raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"cannot load {short_repr(name)}: its config.json is no JSON object")
-    model_type = found.get("model_type")
-    if not equals(model_type, "phi3"):
+    missing = sorted(loading_info["missing_keys"])
+    if missing:  # from_pretrained fills these with random numbers
         raise ModelError(
-            f"{short_repr(name)} has model_type {short_repr(model_type)}; supported: {SUPPORTED} (model_type 'phi3')"
+            f"cannot load {short_repr(name)}: {len(missing)} weights are not in its files, {missing[0]!r} first"
         )
-    layers, quantization = found.get("num_hidden_layers", 32), found.get("quantization_config")
-    if not is_int(layers, 1, _MOST_LAYERS + 1):
-        raise ModelError(f"{short_repr(name)} has num_hidden_layers {short_repr(layers)}; allowed: 1 to {_MOST_LAYERS}")
-    if not isinstance(quantization, (dict, type(None))):
-        raise ModelError(
-            f"{short_repr(name)} has quantization_config {short_repr(quantization)}; allowed: a JSON object"
-        )
-    return found
+    return model, tokenizer
 
 
 def longrope_boundary(config: Any) -> int | None:
-    """The length in tokens past which a 128k model switches to its long rotary factors; None for other models."""
+    """Return the length in tokens past which a 128k model uses its long rotary factors; None for other models."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None
@@ -206,7 +210,7 @@ def longrope_boundary(config: Any) -> int | None:
 
 
 def longrope_note(config: Any) -> str:
-    """Which lengths use which rotary factors, in words."""
+    """Say which lengths use which rotary factors."""
     boundary = longrope_boundary(config)
     return (
         f"longrope: documents of up to {boundary} tokens train the short rotary factors, longer ones the long factors; "
@@ -215,5 +219,5 @@ def longrope_note(config: Any) -> str:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
+    """Return the device of the model's first parameter."""
     return next(model.parameters()).device

@@ -238,12 +238,12 @@ def test_a_weight_that_bitsandbytes_repacked_is_packed_back():
 
 def test_8_bit_layers_are_refused_by_name_and_passed_over_by_all_linear():
     net = nn.ModuleDict({"a": bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False), "b": nn.Linear(16, 16)})
-    with pytest.raises(ModelError, match="matches 'a', a Linear8bitLt: load the model in 4 bits"):
+    with pytest.raises(ModelError, match="matches 'a' of class Linear8bitLt: load the model in 4 bits"):
         p3.inject_lora(net, p3.LoraConfig(target_modules=["a"]))
     report = p3.inject_lora(net, p3.LoraConfig(target_modules="all-linear"))
     assert [layer.module for layer in report] == ["b"]
-    assert "passed over a: a Linear8bitLt: load the model in 4 bits" in str(report)
-    with pytest.raises(ModelError, match=r"no nn\.Linear inside; 'a' is a Linear8bitLt"):
+    assert "skipped a: class Linear8bitLt: load the model in 4 bits" in str(report)
+    with pytest.raises(ModelError, match=r"no nn\.Linear inside; 'a' is of class Linear8bitLt"):
         p3.inject_lora(nn.ModuleDict({"a": net["a"]}), p3.LoraConfig(target_modules="all-linear"))
 
 

@@ -126,7 +126,7 @@ def test_segments_belong_to_the_layers_their_suffix_matches():
 
 
 def test_segments_without_names_are_no_targets():
-    with pytest.raises(ModelError, match=r"'0' matches 'blocks\.0', a Attention"):
+    with pytest.raises(ModelError, match=r"'0' matches 'blocks\.0' of class Attention"):
         p3.inject_lora(net(), p3.LoraConfig(target_modules=["0"], segments={"qkv": (8, 4, 4)}))
 
 
@@ -345,11 +345,11 @@ def test_all_linear_without_a_linear_layer_is_an_error():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"target_modules": ["norm"]}, "'norm' matches 'norm', a LayerNorm"),
-        ({"target_modules": ["blocks.0"]}, "a Attention"),
+        ({"target_modules": ["norm"]}, "'norm' matches 'norm' of class LayerNorm"),
+        ({"target_modules": ["blocks.0"]}, "of class Attention"),
         ({"segments": {"qkv": (8, 4)}}, "add up to 12; .*out_features=16"),
         ({"segments": {"nowhere": (8, 8)}}, "'nowhere' matches no module; Candidates: embed, qkv"),
-        ({"segments": {"conv": (1, 1)}}, "'conv' is a Conv2d"),
+        ({"segments": {"conv": (1, 1)}}, "'conv' is of class Conv2d"),
     ],
 )
 def test_targets_and_segments_that_do_not_fit_are_refused(config, message):
@@ -367,7 +367,7 @@ class Quantized(nn.Linear):
 def test_a_subclass_of_linear_is_refused_by_layer_name_and_by_segment_name(target):
     model = Phi3ForCausalLM(tiny_config())
     model.model.layers[0].self_attn.qkv_proj = Quantized(32, 64, bias=False)
-    with pytest.raises(ModelError, match="a Quantized"):
+    with pytest.raises(ModelError, match="of class Quantized"):
         p3.inject_lora(model, p3.LoraConfig(target_modules=[target]))
 
 
@@ -409,11 +409,11 @@ def test_multihead_attentions_out_proj_is_passed_over_and_listed():
     report = p3.inject_lora(layer, p3.LoraConfig(r=2))
     assert {row.module for row in report} == {"linear1", "linear2"}
     assert report.skipped.keys() == {"self_attn.out_proj"}
-    assert "passed over self_attn.out_proj: a NonDynamicallyQuantizableLinear" in str(report)
+    assert "skipped self_attn.out_proj: class NonDynamicallyQuantizableLinear" in str(report)
 
 
 def test_multihead_attentions_out_proj_as_a_target_is_refused():
-    with pytest.raises(ModelError, match=re.escape("'self_attn.out_proj', a NonDynamicallyQuantizableLinear")):
+    with pytest.raises(ModelError, match=re.escape("'self_attn.out_proj' of class NonDynamicallyQuantizableLinear")):
         p3.inject_lora(encoder(), p3.LoraConfig(target_modules=["out_proj"]))
 
 
@@ -477,7 +477,7 @@ def test_each_layer_gets_its_own_settings():
         ("model.layers.7.mlp.down_proj", {}, "no layer 'model.layers.7.mlp.down_proj'"),
         ("", {}, "no layer ''"),
         ("model.layers.0.mlp.down_proj", {"class": "Conv1d"}, "to adapt as 'Conv1d'"),
-        ("model.layers.0.mlp", {}, "is a Phi3MLP"),
+        ("model.layers.0.mlp", {}, "is of class Phi3MLP"),
         ("model.embed_tokens", {}, "takes a plain nn.Linear"),
         ("model.layers.0.mlp.down_proj", {"r": 0}, "r=0"),
         ("model.layers.0.mlp.down_proj", {"r": None}, "r=None"),
