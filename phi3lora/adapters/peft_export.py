@@ -127,7 +127,7 @@ def export_peft(
     """
     path = Path(path)
     _check_exportable(model, path, layout)
-    metadata, lora_config = adapter_metadata(model), getattr(model, "lora_config", None)
+    metadata = adapter_metadata(model)
     segments = _named_segments(model, metadata["layers"]) if layout == "split" else {}
     modules = _modules(model, metadata["layers"], segments)
     base_model = base_model or (None if layout == "split" else getattr(model, "name_or_path", None)) or None
@@ -137,43 +137,22 @@ def export_peft(
         ranks = _patterns(modules)
     else:
         pairs, ratios, ranks = _uniform(modules)
-    config = {
-        "peft_type": "LORA",
-        "task_type": getattr(lora_config, "task_type", "CAUSAL_LM")
-        if hasattr(model, "prepare_inputs_for_generation")
-        else None,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": ranks["r"],
-        "lora_alpha": ranks["lora_alpha"],
-        "lora_dropout": getattr(lora_config, "lora_dropout", 0.0),
-        "use_rslora": False,
-        "target_modules": _target_modules(model, metadata["layers"], segments, set(modules)),
-        "rank_pattern": ranks["rank_pattern"],
-        "alpha_pattern": ranks["alpha_pattern"],
-        "bias": "none",
-        "modules_to_save": None,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_dora": False,
-        "auto_mapping": None,
-        "revision": None,
-    }
+    targets = _target_modules(model, metadata["layers"], segments, set(modules))
+    config = json.dumps(_peft_config(model, ranks, targets, base_model), indent=2)
     tensors = {key: t for at, pair in pairs.items() for key, t in _tensors(at, pair, modules[at].is_embedding).items()}
     header = json.dumps({**metadata, "layout": layout, "segments": segments, "ratios": ratios})
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt", HEADER_KEY: header})
-    (path / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (path / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
     stops = [] if tokenizer is None else _save_tokenizer(tokenizer, path)
     if base_model and not (path / "README.md").exists():
-        write_model_card(path, base_model=base_model, lora=lora_config)
+        write_model_card(path, base_model=base_model, lora=getattr(model, "lora_config", None))
     rank = max(len(pair.A) for pair in pairs.values())
-    rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)
-    lines = commands(path, base_model, layout, rank, stops)
-    if not _is_phi3(model):
-        lines = {"PEFT": lines["PEFT"]}
+    rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)  # not 2^n
     notes = _notes(model, layout, rank, base_model, stops)
-    return PeftExport(path, layout, rank, tuple(modules), rounded, notes, lines)
+    lines = commands(path, base_model, layout, rank, stops)
+    only_peft = {"PEFT": lines["PEFT"]}
+    return PeftExport(path, layout, rank, tuple(modules), rounded, notes, lines if _is_phi3(model) else only_peft)
 
 
 def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
@@ -288,6 +267,34 @@ def _target_modules(
     base |= {path[: path.rfind(".") + 1] + name for path, names in segments.items() for name in names}
     names = {path.rpartition(".")[2] for path in adapted}
     return sorted(names if {path for path in base if path.rpartition(".")[2] in names} == adapted else adapted)
+
+
+def _peft_config(
+    model: nn.Module, ranks: Mapping[str, Any], target_modules: list[str], base_model: str | None
+) -> dict[str, Any]:
+    """Return the contents of ``adapter_config.json``: what PEFT, transformers, vLLM and llama.cpp read, and no more."""
+    lora_config = getattr(model, "lora_config", None)
+    generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT wraps a model by its task
+    return {
+        "peft_type": "LORA",
+        "task_type": getattr(lora_config, "task_type", "CAUSAL_LM") if generates else None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": ranks["r"],
+        "lora_alpha": ranks["lora_alpha"],
+        "lora_dropout": getattr(lora_config, "lora_dropout", 0.0),
+        "use_rslora": False,
+        "target_modules": target_modules,
+        "rank_pattern": ranks["rank_pattern"],
+        "alpha_pattern": ranks["alpha_pattern"],
+        "bias": "none",
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "auto_mapping": None,
+        "revision": None,
+    }
 
 
 def _tensors(at: str, pair: Pair, is_embedding: bool) -> dict[str, Tensor]:
