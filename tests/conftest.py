@@ -1,4 +1,4 @@
-"""Tiny models, a byte-level tokenizer with each family member's chat template, and chats."""
+"""Tiny models, a byte-level tokenizer with each family member's chat template, chats, and a few helpers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, line by line; Triton reads it when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, line by line; read by Triton's import
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi3lora.data.dataset import ChatDataset
 
 torch.set_num_threads(1)  # tests run in parallel processes; also makes float sums repeatable
+_STARTED_S = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--limit-s", type=float, help="skip the tests that have not begun after so many seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit_s = item.config.getoption("--limit-s")
+    if limit_s is not None and time.monotonic() - _STARTED_S > limit_s:
+        pytest.skip("out of time")
+
 
 PHI3_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant'] %}"
@@ -40,19 +52,6 @@ TEMPLATES = {
                    "<|endoftext|>"),
 }  # fmt: skip
 
-_STARTED_S = time.monotonic()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--limit-s", type=float, help="skip the tests that have not begun after so many seconds")
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    limit_s = item.config.getoption("--limit-s")
-    if limit_s is not None and time.monotonic() - _STARTED_S > limit_s:
-        pytest.skip("out of time")
-
-
 CORPUS = ["The quick brown fox says hello to the user and waits for an answer. " * 4, "What is the price? 42 dollars."]
 
 
@@ -68,7 +67,7 @@ def require_four_bit() -> None:
 
 
 def make_tokenizer(name: str = "phi-3") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 400 tokens with the markers and template of a family member."""
+    """Return a byte-level BPE tokenizer of 400 tokens with the markers and template of a family member."""
     template, swallowing, plain, eos = TEMPLATES[name]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,7 +88,7 @@ def make_tokenizer(name: str = "phi-3") -> PreTrainedTokenizerFast:
 
 
 def tiny_config(**changes) -> Phi3Config:
-    """A Phi-3 of 2 layers, grouped-query heads (4 and 2), hidden 32."""
+    """Return the config of a Phi-3 of 2 layers, hidden 32, 4 query heads and 2 key/value heads."""
     values = {
         "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -99,7 +98,7 @@ def tiny_config(**changes) -> Phi3Config:
 
 
 def tiny_model(seed: int = 0, **changes) -> Phi3ForCausalLM:
-    """A random model of :func:`tiny_config`, in eval mode."""
+    """Return a random model of :func:`tiny_config`, in eval mode."""
     torch.manual_seed(seed)
     return Phi3ForCausalLM(tiny_config(**changes)).eval()
 
@@ -115,7 +114,7 @@ def model() -> Phi3ForCausalLM:
 
 
 def chat_rows(count: int = 24) -> list[dict]:
-    """Short chats of one or two turns, of differing lengths."""
+    """Return short chats of one or two turns and different lengths."""
     rows = []
     for i in range(count):
         turns = [("user", f"What is item {i}?"), ("assistant", f"It is number {i * 7}." + " Really." * (i % 4))]
@@ -131,7 +130,7 @@ def rows() -> list[dict]:
 
 
 def adapted_model(seed: int = 0, dtype: torch.dtype = torch.float32, head_scale: float = 10.0, changes=None, **lora):
-    """A tiny model with adapters (r 4) that already act: lora_B is not zero. ``head_scale`` makes the logits matter."""
+    """Return a tiny model with adapters of rank 4 whose lora_B is not zero; ``head_scale`` spreads the logits."""
     import phi3lora as p3
 
     model = tiny_model(**(changes or {})).to(dtype)
@@ -146,24 +145,24 @@ def adapted_model(seed: int = 0, dtype: torch.dtype = torch.float32, head_scale:
 
 @functools.cache
 def chat_dataset(count: int = 24, max_length: int = 64, **options):
-    """:func:`chat_rows`, tokenised."""
+    """Return :func:`chat_rows` as a dataset."""
     import phi3lora as p3
 
     return p3.ChatDataset.load(chat_rows(count), make_tokenizer(), max_length=max_length, **options)
 
 
 def adapters_of(model) -> dict[str, torch.Tensor]:
-    """Copies of every lora_A and lora_B."""
+    """Return copies of every lora_A and lora_B."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B"))}
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two dicts hold the same tensors, bit for bit."""
+    """Compare two dicts of tensors bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def quiet_config(folder, **settings):
-    """A TrainingConfig that prints nothing, logs every step and saves nothing unless told."""
+    """Return a TrainingConfig that prints nothing, logs every step and, by default, saves nothing."""
     import phi3lora as p3
 
     quiet = {"disable_tqdm": True, "log_level": "error", "logging_steps": 1, "save_strategy": "no"}
@@ -172,7 +171,7 @@ def quiet_config(folder, **settings):
 
 
 def randomize_adapters(module: torch.nn.Module, seed: int = 0, std: float = 0.1) -> None:
-    """Every ``lora_A`` and ``lora_B`` normal: B starts at zero, where an adapter does nothing and A has no gradient."""
+    """Draw every ``lora_A`` and ``lora_B`` anew: B starts at zero, where an adapter does nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if name.rpartition(".")[2] in ("lora_A", "lora_B"):
@@ -181,7 +180,7 @@ def randomize_adapters(module: torch.nn.Module, seed: int = 0, std: float = 0.1)
 
 
 def packed_batch(rows: list[list[list[int]]], row_length: int) -> dict:
-    """Rows of documents (token ids, all supervised) in the layout of ``phi3lora.batches``, padded to ``row_length``."""
+    """Pack rows of documents (token ids, all supervised) as ``phi3lora.batches`` does, padded to ``row_length``."""
     shape = (len(rows), row_length)
     input_ids, position_ids = torch.full(shape, 3), torch.zeros(shape, dtype=torch.long)
     labels, edges = torch.full(shape, -100), [0]
@@ -206,13 +205,13 @@ def packed_batch(rows: list[list[list[int]]], row_length: int) -> dict:
 
 
 def random_documents(*lengths: int, seed: int = 0) -> list[list[int]]:
-    """Documents of those lengths, of random token ids that the tiny models know."""
+    """Return documents of the given lengths, made of random token ids in the tiny models' vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(10, 500, (n,), generator=generator).tolist() for n in lengths]
 
 
 def lively_model(seed: int = 0, **changes) -> Phi3ForCausalLM:
-    """:func:`tiny_model` with weights so large that a leak between documents shows in every digit."""
+    """Return a :func:`tiny_model` with large weights, so that a leak between documents changes every digit."""
     model = tiny_model(seed, **changes)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -237,7 +236,7 @@ ATTENTION_VARIANTS = {
 
 
 def token_documents(lengths, seed: int = 0, max_length: int | None = None) -> ChatDataset:
-    """Documents of the given lengths made of random tokens, about half of them trained, the first one included."""
+    """Return a dataset of random tokens in documents of the given lengths; about half of the tokens are supervised."""
     random = np.random.default_rng(seed)
     ids = random.integers(4, 300, sum(lengths), dtype=np.int32)
     labels = np.where(random.random(len(ids)) < 0.5, ids, -100).astype(np.int32)
@@ -250,7 +249,7 @@ def token_documents(lengths, seed: int = 0, max_length: int | None = None) -> Ch
 
 
 def longrope_model(boundary: int = 40, **options):
-    """:func:`adapted_model` with other rotary factors past ``boundary`` tokens, and attention that notices them."""
+    """Return an :func:`adapted_model` whose rotary factors change past ``boundary`` tokens, which its logits show."""
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": boundary,
         "short_factor": [1.0] * 4, "long_factor": [40.0] * 4, "factor": 8.0,
