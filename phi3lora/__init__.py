@@ -30,8 +30,7 @@ from .lora.inject import InjectionReport, inject_lora
 from .lora.layers import Conv2d, Embedding, Linear, MergedLinear
 from .model.forward import causal_lm_loss
 from .model.load import load_model
-from .training.loop import TrainingResult, train
-from .training.state import Callback
+from .training.loop import Callback, TrainingResult, train
 
 __version__ = "0.1.0"
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from ..data.template import ChatEncoder
 from ..errors import AdapterError
-from ..inference.generation import eval_mode, stop_token_ids
+from ..inference.generation import stop_token_ids
 from ..lora.base_weight import Dense, base_weight_of
 from ..lora.inject import lora_layers
+from ..model.forward import eval_mode
 from ..model.load import load_model
 from .named import disabled
 

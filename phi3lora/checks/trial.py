@@ -23,8 +23,9 @@ from ..lora.layers import Embedding, MergedLinear
 from ..model.activations import activation_checkpointing
 from ..model.backend import PLAIN, use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
+from ..model.forward import train_mode
 from ..model.load import model_device
-from ..training.step import OptimizerStep, resolve_precision, training_mode
+from ..training.step import OptimizerStep, resolve_precision
 from .planned_run import PlannedRun
 from .report import Verdict, error, first_of, ok, warning
 
@@ -83,7 +84,7 @@ def run_trial(planned: PlannedRun) -> Trial:
     unmoved: list[list[str]] = []
     seconds = math.inf
     precision = resolve_precision(planned.config, model, model_device(model))  # with its own gradient scaler
-    with _copied_adapters(model) as trained, training_mode(model), torch.enable_grad():
+    with _copied_adapters(model) as trained, train_mode(model), torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
         step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm)
         backend = planned.backend if planned.backend.kind == "fused" else PLAIN  # compiling takes longer than two steps

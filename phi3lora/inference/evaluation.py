@@ -25,7 +25,7 @@ from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import DataError, Phi3LoRAError
 from ..model.backend import PLAIN, use_backend
-from ..model.forward import supervised_hidden_states
+from ..model.forward import eval_mode, supervised_hidden_states
 from ..model.load import longrope_boundary
 from ..model.loss import token_losses
 from .generation import eval_mode, generate_answers

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data.template import ChatEncoder
 from ..errors import DataError
+from ..model.forward import eval_mode
 from ..model.load import longrope_boundary, model_device
 
 Prompt = str | Sequence[Mapping[str, Any]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,3 +121,29 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return ``batch`` with its tensors on ``device``."""
     return {key: _to_device(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+# --- Train and eval mode for the time of a block
+
+
+@contextmanager
+def train_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in train mode inside the block; afterwards every module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode without gradients inside the block; afterwards every module has its own mode again.
+
+    Layers that are compiled for training run eagerly here: other shapes would have them compiled again and again.
+    """
+    with train_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        yield

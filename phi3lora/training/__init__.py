@@ -1,1 +1,1 @@
-"""The training loop and what it leans on."""
+"""Training: the loop, one step, optimizers, checkpoints, output."""

@@ -1,27 +1,29 @@
-"""Training checkpoints: written whole or not at all, checked before use, and enough to go on bit for bit.
+"""Training checkpoints: whole or absent on disk, verified before use, and enough to resume bit for bit.
 
     output_dir/checkpoint-{step}/
-      lora.safetensors     the adapters (also a file for load_adapter)
-      lora_config.json     how they are built
-      trainer_state.json   TrainingState, the TrainingConfig, the dataset's fingerprint, versions
-      optimizer.pt         moments
-      scheduler.pt         step and learning rate (schedules are functions of the step), gradient scaler
-      rng_state_{rank}.pth torch, CUDA, NumPy and Python generators, all as tensors
-      manifest.json        SHA-256 of each file above
+      lora.safetensors      the adapters (load_adapter reads this file too)
+      lora_config.json      how the adapters are built
+      trainer_state.json    TrainingState, TrainingConfig, the dataset's fingerprint, versions
+      optimizer.pt          moments
+      scheduler.pt          step and learning rate (schedules are functions of the step), gradient scaler
+      rng_state_{rank}.pth  torch, CUDA, NumPy and Python generators, all as tensors
+      manifest.json         SHA-256 of each file above
 
-Written into a hidden temporary folder, each file and the folder fsynced, then renamed: a checkpoint renamed before its
-data is on disk is not saved. Read with ``weights_only=True``: nothing in a checkpoint is executed.
+A checkpoint is written to a hidden temporary folder, every file and the folder are fsynced, and only then is the folder
+renamed: a crash at any moment leaves the earlier checkpoints whole. It is read with ``weights_only=True``, so nothing
+in it is executed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import random
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,18 @@ from ..config import TrainingConfig
 from ..errors import AdapterError, CheckpointError, error_line, short_repr
 from ..files import fsync, read_json, read_pickled, sha256_of
 from .optim import check_optimizer_state
-from .state import TrainingState
 
 logger = logging.getLogger("phi3lora")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
-_ALWAYS = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
+_REQUIRED = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 
-# What reading a file of a known form meets where the form is another: JSON and pickles of any types.
+# The errors that a file with unexpected contents causes when it is read.
 _UNEXPECTED = (OSError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 
-# Settings that may differ between the run that saved and the run that resumes: when to stop, look, save and say.
+# Settings that may differ between the run that saved and the run that resumes: they change when a run stops, logs,
+# evaluates and saves, but not what it learns.
 _MAY_CHANGE = frozenset(
     """
     activation_checkpointing compile continue_on_save_error disable_tqdm early_stopping_patience
@@ -59,38 +61,89 @@ _MAY_CHANGE = frozenset(
 
 
 @dataclass
+class TrainingState:
+    """Everything that the loop knows between two steps, as JSON types.
+
+    Checkpoints hold it in ``trainer_state.json``. Callbacks receive it and may set ``should_stop``.
+    """
+
+    total_steps: int = 0
+    """Optimizer steps in the whole run."""
+    global_step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Epoch of the next step, counted from 0 (for a stream: its window)."""
+    step_in_epoch: int = 0
+    """Steps of that epoch already done. With ``epoch`` this is the data cursor."""
+    window: str | None = None
+    """Fingerprint of the stream's window that the cursor is in; None without a stream."""
+    epoch_progress: float = 0.0
+    """Epochs done, with a fraction."""
+    tokens_seen: int = 0
+    """Tokens of documents trained on, without padding."""
+    train_seconds: float = 0.0
+    """Seconds of training, summed over interruptions."""
+    loss_sum: float = 0.0
+    """Sum of token losses since the last log line, skipped steps excluded."""
+    loss_count: int = 0
+    """Supervised tokens in ``loss_sum``."""
+    run_loss_sum: float = 0.0
+    """Sum of token losses over the whole run, skipped steps excluded."""
+    run_loss_count: int = 0
+    """Supervised tokens in ``run_loss_sum``."""
+    nonfinite_in_a_row: int = 0
+    """Steps skipped in a row, up to the latest one."""
+    nonfinite_total: int = 0
+    """Steps skipped in the whole run."""
+    best_metric: float | None = None
+    """Best evaluation so far, by ``metric_for_best_model``."""
+    best_checkpoint: str | None = None
+    """Name of the best checkpoint's folder in ``output_dir``."""
+    best_checkpoint_metric: float | None = None
+    """Metric of the best checkpoint."""
+    evaluations_without_gain: int = 0
+    """Evaluations since the best one."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of ``metrics.jsonl``."""
+    should_stop: bool = False
+    """Set to True in a callback to end the run after this step."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types, without ``should_stop``."""
+        values = dataclasses.asdict(self)
+        del values["should_stop"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingState:
+        """Return the state that :meth:`to_dict` described; keys of a later version are ignored."""
+        names = {f.name for f in dataclasses.fields(cls)} - {"should_stop"}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+
+@dataclass
 class Resumable:
-    """What a checkpoint saves and restores in place."""
+    """The parts of a run that a checkpoint saves, and restores in place."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scaler: Any
+    scaler: torch.amp.GradScaler
     config: TrainingConfig
     data: dict[str, Any]
-    """What fixes the batches: the dataset's fingerprint and size, the row length."""
+    """Facts that fix the batches: the dataset's fingerprint and size, the row length."""
     base_dtype: str
-    """Of the frozen weights, and their format where it is another."""
+    """Dtype of the frozen weights, and their storage format if they are quantised."""
     rank: int = 0
 
 
-def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoint folders, newest first."""
-    folder = Path(output_dir)
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
+# --- Writing
 
 
 def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
-    """Write ``output_dir/checkpoint-{step}``; on return it is on disk. An older one of that name is replaced.
+    """Write ``output_dir/checkpoint-{step}`` and return when it is on disk. A checkpoint of that name is replaced.
 
     Raises:
-        CheckpointError: it cannot be written; the earlier ones are whole.
+        CheckpointError: it cannot be written; the earlier checkpoints are intact.
     """
     folder = Path(run.config.output_dir)
     final = folder / f"checkpoint-{state.global_step}"
@@ -104,10 +157,10 @@ def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
             fsync(path)
         fsync(temporary)
         _rename_over(temporary, final)
-    except (OSError, RuntimeError, AdapterError) as error:  # RuntimeError: how torch.save tells of a full disk
+    except (OSError, RuntimeError, AdapterError) as error:  # RuntimeError: torch.save on a full disk
         raise CheckpointError(
-            f"checkpoint {str(final)!r} could not be written: {error}. {_free(folder)}; the earlier checkpoints are "
-            f"whole. continue_on_save_error=True lets a run go on without it"
+            f"checkpoint {str(final)!r} could not be written: {error}. {_free_space(folder)}; the earlier checkpoints "
+            f"are whole. continue_on_save_error=True lets a run continue without it"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,11 +168,19 @@ def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
 
 
 def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
-    """Everything in a checkpoint, the manifest last."""
+    """Write the files of a checkpoint, the manifest last."""
     save_adapter(run.model, folder / "lora.safetensors")
+    trainer_state = {
+        "state": state.to_dict(),
+        "config": run.config.to_dict(),
+        "data": run.data,
+        "base_dtype": run.base_dtype,
+        "versions": _versions(),
+    }
     _write_json(folder / "lora_config.json", adapter_metadata(run.model))
-    _write_json(folder / "trainer_state.json", _about(run, state))
-    torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
+    _write_json(folder / "trainer_state.json", trainer_state)
+    # torch's own state_dict: bitsandbytes' overrides it with a nested format, for FSDP.
+    torch.save(torch.optim.Optimizer.state_dict(run.optimizer), folder / "optimizer.pt")
     rates = [group["lr"] for group in run.optimizer.param_groups]
     scheduler = {"last_step": state.global_step, "learning_rates": rates, "scaler": run.scaler.state_dict()}
     torch.save(scheduler, folder / "scheduler.pt")
@@ -128,7 +189,11 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
     _write_json(folder / _MANIFEST, {"format": 1, "sha256": files})
 
 
-def _free(folder: Path) -> str:
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _free_space(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
     except OSError as error:
@@ -136,7 +201,7 @@ def _free(folder: Path) -> str:
 
 
 def _rename_over(source: Path, target: Path) -> None:
-    """Give ``source`` the name ``target``; what had it goes only after."""
+    """Rename ``source`` to ``target``; an earlier ``target`` is set aside first and deleted last."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -146,88 +211,95 @@ def _rename_over(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _undo_cut_replacements(folder: Path) -> None:
-    """Where a replacement was cut between its two renames, the older checkpoint gets its name back."""
-    for old in folder.glob(".checkpoint-*.old"):
-        target = folder / old.name.removeprefix(".").removesuffix(".old")
-        if not target.exists() and damage(old) is None:
-            old.rename(target)
+def rotate(output_dir: str | os.PathLike[str], keep: int | None, best: str | None) -> list[Path]:
+    """Delete the oldest checkpoints until ``keep`` remain, and return the deleted ones.
+
+    The newest checkpoint and the one called ``best`` always stay.
+    """
+    if keep is None:
+        return []
+    paths = checkpoints(output_dir)
+    protected = [path for path in paths if path == paths[0] or path.name == best]
+    others = [path for path in paths if path not in protected]
+    deleted = others[max(0, keep - len(protected)) :]
+    for path in deleted:
+        shutil.rmtree(path)
+    return deleted
 
 
-def _about(run: Resumable, state: TrainingState) -> dict[str, Any]:
-    return {
-        "state": state.to_dict(),
-        "config": run.config.to_dict(),
-        "data": run.data,
-        "base_dtype": run.base_dtype,
-        "versions": _versions(),
-    }
+# --- Finding
 
 
-def _versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoint folders, newest first."""
+    found = {path: _NAME.fullmatch(path.name) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()}
+    steps = {path: int(match.group(1)) for path, match in found.items() if match}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None if it is whole."""
+    """Return why a checkpoint cannot be used, or None if every file matches the manifest."""
     try:
         files = read_json(path / _MANIFEST)["sha256"]
-        unlisted = [name for name in _ALWAYS if name not in files]
+        unlisted = [name for name in _REQUIRED if name not in files]
         if unlisted:
-            return f"its manifest lists no {unlisted[0]}"
+            return f"its manifest does not list {unlisted[0]}"
         for name, expected in files.items():
-            if Path(name).name != name or "\0" in name:
-                return f"its manifest names {name!r}, outside the folder"
             if not (path / name).is_file():
                 return f"{name} is missing"
             if sha256_of(path / name) != expected:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"no readable {_MANIFEST} ({error_line(error)})"
     return None
 
 
 def newest_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint; damaged ones are passed over with a warning each."""
-    _undo_cut_replacements(Path(output_dir))
+    """Return the newest checkpoint that is whole, and warn of each damaged one that is newer."""
+    for old in Path(output_dir).glob(".checkpoint-*.old"):  # left by a crash between the two renames of _rename_over
+        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists() and damage(old) is None:
+            old.rename(target)
     for path in checkpoints(output_dir):
-        why = damage(path)
-        if why is None:
+        reason = damage(path)
+        if reason is None:
             return path
-        logger.warning("passing over %s: %s", path, why)
+        logger.warning("skipping the damaged checkpoint %s: %s", path, reason)
     return None
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """What ``resume_from_checkpoint`` asks for; None for a fresh start.
+    """Return the checkpoint that ``resume_from_checkpoint`` selects, or None to start from scratch.
 
     Raises:
-        CheckpointError: it asks for a checkpoint and there is no good one.
+        CheckpointError: the selected checkpoint is missing or damaged.
     """
-    wanted = config.resume_from_checkpoint
-    if not wanted:
+    selected = config.resume_from_checkpoint
+    if not selected:
         return None
-    if wanted is True or wanted == "auto":
+    if selected is True or selected == "auto":
         found = newest_good_checkpoint(config.output_dir)
-        if found is None and wanted is True:
+        if found is None and selected is True:
             raise CheckpointError(
                 f"resume_from_checkpoint=True, but {config.output_dir!r} has no good checkpoint; "
-                f"'auto' starts afresh when there is none"
+                f"'auto' starts from scratch when there is none"
             )
         return found
-    path = Path(wanted)
-    why = damage(path) if path.is_dir() else "no such folder"
-    if why is not None:
-        raise CheckpointError(f"cannot resume from {short_repr(str(path))}: {why}")
+    path = Path(selected)
+    reason = damage(path) if path.is_dir() else "no such folder"
+    if reason is not None:
+        raise CheckpointError(f"cannot resume from {short_repr(str(path))}: {reason}")
     return path
 
 
+# --- Reading
+
+
 def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
-    """Put a whole checkpoint's adapters, optimizer, scaler and generators back.
+    """Restore adapters, optimizer, scaler and random generators from a checkpoint, and return its state.
 
     Raises:
-        CheckpointError: it is of another run (what differs is listed) or not readable.
+        CheckpointError: it is unreadable, or belongs to another run (the message lists the differences).
         AdapterError: its adapters do not fit the model.
     """
     try:
@@ -235,52 +307,47 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
         _check_same_run(path, about, run)
         state = TrainingState.from_dict(about["state"])
         optimizer = read_pickled(path / "optimizer.pt")
-        check_optimizer_state(optimizer, run.optimizer)
         scheduler = read_pickled(path / "scheduler.pt")
         generators = read_pickled(path / f"rng_state_{run.rank}.pth")
-    except CheckpointError:
+        check_optimizer_state(optimizer, run.optimizer)
+        run.optimizer.load_state_dict(optimizer)
+        run.scaler.load_state_dict(scheduler["scaler"])
+        tensors, _ = read_adapter(path / "lora.safetensors")
+        load_adapter_state(run.model, tensors, str(path))
+        set_rng_state(generators)
+        return state
+    except (CheckpointError, AdapterError):
         raise
     except _UNEXPECTED as error:
         raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {error_line(error)}") from error
-    tensors, _ = read_adapter(path / "lora.safetensors")
-    load_adapter_state(run.model, tensors, str(path))
-    try:
-        run.optimizer.load_state_dict(optimizer)
-        run.scaler.load_state_dict(scheduler["scaler"])
-        set_rng_state(generators)
-        return state
-    except _UNEXPECTED as error:
-        raise CheckpointError(
-            f"the checkpoint {str(path)!r} does not hold what a run needs: {error_line(error)}"
-        ) from error
 
 
 def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
-    """Refuse a checkpoint of other adapters; one of other data, settings or versions unless the user says so."""
-    facts, ours = read_json(path / "lora_config.json"), adapter_metadata(run.model)
+    """Refuse a checkpoint of other adapters; one of other data, settings or versions unless the user allows it."""
+    saved, current = read_json(path / "lora_config.json"), adapter_metadata(run.model)
     changes = _changes(about, run)
-    dropout = [config.get("lora_dropout") for config in (facts.get("config") or {}, ours.get("config") or {})]
+    dropout = [(facts.get("config") or {}).get("lora_dropout") for facts in (saved, current)]
     if dropout[0] != dropout[1]:
         changes.append(f"lora_dropout {short_repr(dropout[0])} then, {dropout[1]!r} now")
     if changes and run.config.resume_with_changes:
-        logger.warning("resuming %s although it is of another run: %s", path, "; ".join(changes))
+        logger.warning("resuming %s although it belongs to another run: %s", path, "; ".join(changes))
         changes = []
-    if about["config"].get("optim") != run.config.optim:  # whose state cannot be another's
+    if about["config"].get("optim") != run.config.optim:  # one optimizer cannot use another's state
         changes.append(f"optim {short_repr(about['config'].get('optim'))} then, {run.config.optim!r} now")
-    if facts["layers"] != ours["layers"]:
-        names = [n for n in {**facts["layers"], **ours["layers"]} if facts["layers"].get(n) != ours["layers"].get(n)]
-        first = names[0]
-        then, now = facts["layers"].get(first), ours["layers"].get(first)
-        changes.append(f"adapters of {len(names)} layers, {first}: {short_repr(then)} then, {short_repr(now)} now")
+    if saved["layers"] != current["layers"]:
+        layers = {**saved["layers"], **current["layers"]}
+        names = [name for name in layers if saved["layers"].get(name) != current["layers"].get(name)]
+        then, now = (short_repr(facts["layers"].get(names[0])) for facts in (saved, current))
+        changes.append(f"adapters of {len(names)} layers, {names[0]}: {then} then, {now} now")
     if changes:
         raise CheckpointError(
-            f"{str(path)!r} is a checkpoint of another run: {'; '.join(changes)}. Resume with what it was made with, "
-            f"start afresh in another output_dir, or (same adapters and optim) set resume_with_changes=True"
+            f"{str(path)!r} is a checkpoint of another run: {'; '.join(changes)}. Resume with the settings it was made "
+            f"with, start from scratch in another output_dir, or (same adapters and optim) set resume_with_changes=True"
         )
 
 
 def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
-    """What of the settings, the data, the base and the versions is not as it was."""
+    """Describe every difference in settings, data, base weights and versions."""
     changes = [
         f"{name} {short_repr(about['config'].get(name))} then, {value!r} now"
         for name, value in run.config.to_dict().items()
@@ -292,35 +359,24 @@ def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
         if about["data"].get(name) != value
     ]
     if about["base_dtype"] != run.base_dtype:
-        changes.append(f"base weights {short_repr(about['base_dtype'])[1:-1]} then, {run.base_dtype} now")
+        changes.append(f"base weights {about['base_dtype']} then, {run.base_dtype} now")
     for package, now in _versions().items():
         then = about.get("versions", {}).get(package, now)
         if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version
-            changes.append(f"{package} {short_repr(then)[1:-1]} then, {now} now")
+            changes.append(f"{package} {then} then, {now} now")
     return changes
 
 
-def rotate(output_dir: str | os.PathLike[str], keep: int | None, best: str | None) -> list[Path]:
-    """Delete the oldest checkpoints beyond ``keep``, never the one called ``best`` nor the newest; those deleted."""
-    if keep is None:
-        return []
-    deleted = []
-    paths = checkpoints(output_dir)
-    protected = {path.name for path in paths[:1]} | {best}
-    kept = sum(path.name in protected for path in paths)
-    for path in paths:
-        if path.name in protected:
-            continue
-        if kept < keep:
-            kept += 1
-            continue
-        shutil.rmtree(path)
-        deleted.append(path)
-    return deleted
+def _versions() -> dict[str, str]:
+    """Return the versions that the numbers depend on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+# --- Random generators
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator a run may draw from, as tensors."""
+    """Return the state of every generator that a run may draw from, as tensors and numbers."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -334,7 +390,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`rng_state` gave. CUDA's states apply to as many devices as there are."""
+    """Restore the generators from :func:`rng_state`; CUDA states apply to as many devices as there are."""
     torch.set_rng_state(state["torch"])
     for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda, device)
@@ -342,7 +398,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), state["python_gauss"]))
     position, has_gauss, cached = state["numpy_rest"]
     np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1))

@@ -1,10 +1,11 @@
-"""What a run shows: a banner of everything resolved, a progress bar, ``metrics.jsonl``, a picture of the loss."""
+"""Output of a run: banner, progress bar, ``metrics.jsonl``, trackers, loss picture; and metrics read late."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,29 +18,44 @@ from tqdm.auto import tqdm
 from ..checks.report import Finding
 from ..config import TrainingConfig
 from ..errors import TrainingError
-from .state import TrainingState
+from ..model.estimate import peak_flops
+from .checkpoint import TrainingState
 
 logger = logging.getLogger("phi3lora")
 
+T = TypeVar("T")
+
+_POSTFIX = {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s", "eval_loss": "eval_loss"}
+"""Names of metrics, and what the progress bar calls them."""
+
 
 class Reporter:
-    """Writes for one run. ``metrics.jsonl`` holds exactly ``state.history``, also after a resume."""
+    """Writes the output of one run. ``metrics.jsonl`` always holds exactly ``state.history``, also after a resume.
 
-    def __init__(self, config: TrainingConfig, state: TrainingState, is_main: bool = True) -> None:
-        self.config, self.state = config, state
+    Args:
+        config: the run's settings.
+        state: the run's state; log lines are appended to its history.
+        flops_per_token: floating-point operations of one token, for ``mfu`` (model FLOPs utilisation).
+        is_main: whether this process prints and shows a bar.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, state: TrainingState, flops_per_token: float = 0.0, is_main: bool = True
+    ) -> None:
+        self.config, self.state, self.flops_per_token = config, state, flops_per_token
         self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
         self.warns = is_main and config.log_level not in ("error", "critical")
-        self._bar_off = not is_main or bool(config.disable_tqdm)
-        self.path = Path(config.output_dir) / "metrics.jsonl"
-        self._writes = True
+        self._hide_bar = not is_main or bool(config.disable_tqdm)
+        self._path: Path | None = Path(config.output_dir) / "metrics.jsonl"
         self._trackers: list[Tracker] = []
         self._bar: Any = None
+        self.restart_clock()
 
     def __enter__(self) -> Reporter:
         self._write("w", self.state.history)
         self._trackers = open_trackers(self.config)
         total, done = self.state.total_steps, self.state.global_step
-        self._bar = tqdm(total=total, initial=done, disable=self._bar_off, unit="step", dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=done, disable=self._hide_bar, unit="step", dynamic_ncols=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -48,63 +64,74 @@ class Reporter:
             tracker.close()
 
     def banner(self, facts: Mapping[str, Any]) -> None:
-        """Every value that was resolved or inherited, once, before the first step."""
+        """Print every resolved setting, once, before the first step."""
         if not self.quiet:
             width = max(map(len, facts))
             print("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()), flush=True)
 
-    def problems(self, findings: Sequence[Finding]) -> None:
-        """What a look at the run before it starts found wrong, a line each."""
+    def findings(self, findings: Sequence[Finding]) -> None:
+        """Print the problems that the checks before a run found, one a line."""
         width = max((len(finding.name) for finding in findings), default=0)
         for finding in findings:
             tqdm.write(finding.lines(width, colour=False))
 
-    def step_done(self) -> None:
-        """Move the bar by one."""
-        self._bar.update(1)
-
-    def line(self, values: dict[str, Any]) -> None:
-        """One line of ``metrics.jsonl``, also to the trackers and, in short, beside the bar.
-
-        What is NaN or infinite (a skipped step's gradient norm, say) becomes null: JSON has no other word for it.
-        """
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.state.history.append(values)
-        self._write("a", [values])
-        for tracker in self._trackers:
-            tracker.write(values)
-        shown = {name: _short(values[key]) for key, name in _SHOWN.items() if values.get(key) is not None}
-        if shown:
-            self._bar.set_postfix(shown)
-
-    def _write(self, mode: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Into ``metrics.jsonl``. A full disk costs the file, not the run: the checkpoints have the lines too."""
-        if not self._writes:
-            return
-        try:
-            with open(self.path, mode) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            self._writes = False
-            logger.error("%s is not written any more: %s", self.path, error)
-
-    def say(self, text: str) -> None:
-        """A line of text above the bar."""
+    def print(self, text: str) -> None:
+        """Print a line of text above the progress bar."""
         if not self.quiet:
             tqdm.write(text)
 
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        self._bar.update(1)
 
-_SHOWN = {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s", "eval_loss": "eval_loss"}
+    def restart_clock(self) -> None:
+        """Measure speed from here: evaluations and checkpoints do not count."""
+        self._clock_s, self._clock_tokens = time.perf_counter(), self.state.tokens_seen
+
+    def speed(self, tokens_seen: int, device: torch.device) -> dict[str, float]:
+        """Return tokens per second since the last call; on a GPU also its peak memory and ``mfu`` if known."""
+        now = time.perf_counter()
+        rate = (tokens_seen - self._clock_tokens) / max(now - self._clock_s, 1e-9)
+        self._clock_s, self._clock_tokens = now, tokens_seen
+        figures = {"tokens_per_s": rate}
+        if device.type == "cuda":
+            figures["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            peak = peak_flops(device)
+            if peak is not None:
+                figures["mfu"] = rate * self.flops_per_token / peak
+        return figures
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write a line to ``metrics.jsonl`` and the trackers, and its main numbers beside the bar.
+
+        A NaN or infinite value, such as a skipped step's gradient norm, becomes null: JSON cannot spell it.
+        """
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.state.history.append(line)
+        self._write("a", [line])
+        for tracker in self._trackers:
+            tracker.write(line)
+        values = {name: line[key] for key, name in _POSTFIX.items() if line.get(key) is not None}
+        if values:
+            texts = {name: f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for name, x in values.items()}
+            self._bar.set_postfix(texts)
+
+    def _write(self, mode: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write to ``metrics.jsonl``. A full disk ends the file, not the run: the checkpoints have the lines too."""
+        if self._path is None:
+            return
+        try:
+            with open(self._path, mode) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            logger.error("%s is no longer written: %s", self._path, error)
+            self._path = None
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Draw the loss over the steps as a PNG (extra ``plot``), and return its path.
 
-
-def draw_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
-    """The loss over the steps as a PNG (extra ``plot``).
-
-    None without matplotlib, with fewer than two points, or (told) where it cannot be written.
+    Returns None without matplotlib, with fewer than two points, or (logged) if the file cannot be written.
     """
     train = [(line["step"], line["loss"]) for line in history if line.get("loss") is not None]
     held_out = [(line["step"], line["eval_loss"]) for line in history if line.get("eval_loss") is not None]
@@ -129,32 +156,31 @@ def draw_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | 
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
-        logger.error("the picture of the loss is not written: %s", error)
+        logger.error("the picture of the loss could not be written: %s", error)
         return None
-    return Path(path)
+    return path
 
 
-# ----------------------------------------------------------------------------------------------------
-# TensorBoard and Weights & Biases (extra ``tracking``), each a thin writer; imported only when asked for.
+# --- TensorBoard and Weights & Biases (extra ``tracking``), imported only when the config names them
 
 
 class Tracker(Protocol):
-    """Takes the lines of ``metrics.jsonl``."""
+    """Receives the lines of ``metrics.jsonl``."""
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line, with its ``step``."""
+        """Record a line at its ``step``."""
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
 
 
 class TensorBoard:
-    """Scalars under ``output_dir/tensorboard``."""
+    """Writes scalars to ``output_dir/tensorboard``."""
 
     def __init__(self, config: TrainingConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(f"{config.output_dir}/tensorboard")
+        self._writer: Any = SummaryWriter(f"{config.output_dir}/tensorboard")
 
     def write(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
@@ -166,12 +192,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run; ``WANDB_MODE=offline`` and its other variables work as usual."""
+    """Logs to a Weights & Biases run; ``WANDB_MODE=offline`` and its other variables work as usual."""
 
     def __init__(self, config: TrainingConfig) -> None:
         import wandb
 
-        self._run = wandb.init(name=config.run_name, config=config.to_dict(), dir=config.output_dir)
+        self._run: Any = wandb.init(name=config.run_name, config=config.to_dict(), dir=config.output_dir)
 
     def write(self, line: dict[str, Any]) -> None:
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
@@ -181,10 +207,10 @@ class WandB:
 
 
 def check_trackers(config: TrainingConfig) -> None:
-    """Raise in one line if a tracker that ``report_to`` names is not installed.
+    """Raise a one-line error if a tracker in ``report_to`` is not installed.
 
     Raises:
-        TrainingError: which, and what to install.
+        TrainingError: the tracker, and what to install.
     """
     for name in config.report_to:
         try:
@@ -194,45 +220,43 @@ def check_trackers(config: TrainingConfig) -> None:
 
 
 def open_trackers(config: TrainingConfig) -> list[Tracker]:
-    """The trackers that ``report_to`` names."""
-    check_trackers(config)
+    """Open the trackers in ``report_to``."""
     kinds: dict[str, Callable[[TrainingConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
-    assert isinstance(config.report_to, Sequence)
     return [kinds[name](config) for name in config.report_to]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Numbers that a GPU is still computing, read once they have arrived, so that no step waits for its own loss.
-
-T = TypeVar("T")
+# --- Numbers that a GPU is still computing
 
 
-class LateValues(Generic[T]):
-    """A queue of small tensors, each with a note. On the CPU they arrive at once."""
+class DeferredMetrics(Generic[T]):
+    """A queue of small tensors that are read once the GPU has computed them, so that no step waits for its own loss.
+
+    Each tensor carries a record of the step it belongs to. On the CPU every value is ready at once.
+    """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Tensor, Any, T]] = deque()
+        self._queue: deque[tuple[Tensor, Any, T]] = deque()
 
-    def add(self, values: Tensor, note: T) -> None:
+    def add(self, values: Tensor, record: T) -> None:
         """Start copying ``values`` (n,) to the host."""
         if not values.is_cuda:
-            self._waiting.append((values, None, note))
+            self._queue.append((values, None, record))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        self._waiting.append((host, done, note))
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        self._queue.append((host, copied, record))
 
-    def arrived(self, wait: bool = False) -> list[tuple[list[float], T]]:
-        """Those that are there, in order; with ``wait`` all of them."""
-        ready = []
-        while self._waiting:
-            host, done, note = self._waiting[0]
-            if done is not None and not done.query():
+    def ready(self, wait: bool = False) -> list[tuple[list[float], T]]:
+        """Remove and return the values that have been copied, in order; with ``wait`` all of them."""
+        found = []
+        while self._queue:
+            host, copied, record = self._queue[0]
+            if copied is not None and not copied.query():
                 if not wait:
                     break
-                done.synchronize()
-            self._waiting.popleft()
-            ready.append((host.tolist(), note))
-        return ready
+                copied.synchronize()
+            self._queue.popleft()
+            found.append((host.tolist(), record))
+        return found

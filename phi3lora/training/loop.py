@@ -1,7 +1,18 @@
-"""``train``: the loop. One place, for every precision and layout; read it top to bottom."""
+"""``train``: the training loop, for every precision and every way of computing the layers.
+
+    for each optimizer step:
+        take its micro-batches        a background thread has collated them already
+        forward, backward, update     step.py; nothing in it waits for the GPU
+        log                           the losses that have arrived; the GPU may be some steps behind
+        evaluate, save                where they are due
+
+:func:`train` shows the whole run. :class:`_Run` below it holds what the loop carries from step to step.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -12,50 +23,76 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.adapter_file import load_adapter_state, read_adapter
 from ..checks.doctor import problems
 from ..checks.planned_run import PlannedRun
 from ..config import TrainingConfig
-from ..data.batches import Cursor
+from ..data.batches import Cursor, Step
 from ..data.dataset import ChatDataset, ChatStream
+from ..errors import CheckpointError, TrainingError
+from ..inference.evaluation import evaluate
 from ..lora.base_weight import base_format
 from ..model.activations import activation_checkpointing
 from ..model.backend import use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
+from ..model.forward import train_mode
 from ..model.load import model_device
-from .checkpoint import Resumable, find_checkpoint, load_checkpoint
-from .distributed import World
-from .interrupts import Interrupts
-from .logging import Reporter, draw_loss
+from .checkpoint import Resumable, TrainingState, find_checkpoint, load_checkpoint, rotate, save_checkpoint
+from .distributed import Interrupts, World
+from .logging import DeferredMetrics, Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
-from .run import Run
 from .setup import (
     banner_facts,
     check_run,
     claim_output_dir,
-    explained,
+    explain_out_of_memory,
     locked,
-    resolve_backend,
-    resolve_checkpointing,
-    resolve_plans,
+    resolve,
 )
-from .state import TrainingState
-from .step import OptimizerStep, resolve_precision, training_mode
+from .step import OptimizerStep, StepOutcome
+
+logger = logging.getLogger("phi3lora")
+
+
+class Callback:
+    """Hooks into a run; override those you need. ``train(..., callbacks=[...])`` accepts any object with some of them.
+
+    Set ``state.should_stop = True`` in a hook to end the run after the step.
+    """
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        """Called before the first step, after a checkpoint has been loaded."""
+
+    def on_step_end(self, state: TrainingState) -> None:
+        """Called after each optimizer step, with its evaluation and checkpoint done."""
+
+    def on_log(self, state: TrainingState, line: dict[str, Any]) -> None:
+        """Called after a line of ``metrics.jsonl`` is written; on a GPU some steps after the step it describes."""
+
+    def on_evaluate(self, state: TrainingState, metrics: dict[str, float]) -> None:
+        """Called after an evaluation."""
+
+    def on_save(self, state: TrainingState, path: Path) -> None:
+        """Called after a checkpoint is on disk."""
+
+    def on_train_end(self, state: TrainingState) -> None:
+        """Called after the last step, also when the run was interrupted."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What :func:`train` returns."""
+    """The outcome of :func:`train`."""
 
     global_step: int
-    """Optimizer steps done, those before a resume included."""
+    """Optimizer steps done, including those before a resume."""
     metrics: dict[str, float]
     """``train_loss``, ``train_seconds``, ``tokens``, ``tokens_per_s``, and the last evaluation's ``eval_*``."""
     history: list[dict[str, Any]]
-    """The lines of ``metrics.jsonl``."""
+    """Lines of ``metrics.jsonl``."""
     best_checkpoint: str | None
     """Path of the best checkpoint by ``metric_for_best_model``; None without evaluations."""
     interrupted: bool = False
-    """Ended early by Ctrl-C or SIGTERM; ``resume_from_checkpoint=True`` goes on."""
+    """Whether Ctrl-C or SIGTERM ended the run; ``resume_from_checkpoint=True`` continues it."""
 
 
 def train(
@@ -72,100 +109,310 @@ def train(
     Args:
         model: a Phi-3 causal LM after ``inject_lora``, on the device to train on.
         train_dataset: tokenised documents, or a stream of them (which needs ``max_steps``).
-        config: how to train; default ``TrainingConfig()``.
-        eval_dataset: evaluated as ``eval_strategy`` says.
-        tokenizer: the dataset's; puts a batch that goes wrong into words.
-        callbacks: objects with some of :class:`phi3lora.Callback`'s hooks.
+        config: training settings; default ``TrainingConfig()``.
+        eval_dataset: documents for the evaluations that ``eval_strategy`` asks for.
+        tokenizer: the dataset's tokenizer, to show the text of a batch whose loss is not finite.
+        callbacks: objects with some of the hooks of :class:`phi3lora.Callback`.
 
     Returns:
-        Steps done, final metrics, the history and the best checkpoint. The model keeps its last adapters, or the best
+        Steps done, final metrics, the history and the best checkpoint. The model keeps the last adapters, or the best
         ones with ``load_best_model_at_end``.
 
     Raises:
-        TrainingError: no adapters, something else trainable, a loss that stays NaN or infinite, a GPU that is full,
+        TrainingError: no adapters, other trainable parameters, a loss that stays NaN or infinite, a GPU out of memory,
             one of several processes (torchrun).
         DataError: an empty dataset, documents that do not fit.
-        CheckpointError: another run in ``output_dir``, or its checkpoints; nothing to resume from; another run's
-            checkpoint; a checkpoint that cannot be written.
+        CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
+            a checkpoint belongs to another run or cannot be written.
     """
     config = config or TrainingConfig()
+    check_run(model, train_dataset, eval_dataset, config)
     with ExitStack() as stack:
-        check_run(model, train_dataset, eval_dataset, config)
         stack.enter_context(locked(config.output_dir))
-        run = _prepare(model, train_dataset, config, eval_dataset, tokenizer, callbacks)
-        state = run.state
+        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks)
+        state, resolved, report = run.state, run.resolved, run.report
         stack.enter_context(run.interrupts)
-        stack.enter_context(explained(config, *run.checkpointing))
-        stack.enter_context(training_mode(model))
-        stack.enter_context(activation_checkpointing(model, run.checkpointing[0]))
-        stack.enter_context(use_backend(model, run.backend))
-        run.report.banner(
-            banner_facts(model, run.steps, config, state, run.precision, eval_dataset, run.backend, run.checkpointing)
-        )
-        if run.report.warns:
-            known: dict[str, Any] = {"steps": run.steps, "backend": run.backend, "precision": run.precision}
-            run.report.problems(problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, **known)))
-        stack.enter_context(run.report)  # from here on there is a bar, which print would write into
-        run.tell("on_train_begin")
+        stack.enter_context(explain_out_of_memory(config, resolved))
+        stack.enter_context(train_mode(model))
+        stack.enter_context(activation_checkpointing(model, resolved.checkpointing))
+        stack.enter_context(use_backend(model, resolved.backend))
+        report.banner(banner_facts(model, config, resolved, state, eval_dataset))
+        if report.warns:
+            known: dict[str, Any] = {name: getattr(resolved, name) for name in ("precision", "backend", "steps")}
+            report.findings(problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, **known)))
+        stack.enter_context(report)  # opens the progress bar: print would write into it from here on
+        run.call_hooks("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
         cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
-        steps = run.steps.batches(
+        batches = resolved.steps.batches(
             state.global_step, cursor, model_device(model), wanted=lambda: not run.interrupts.requested
         )
-        batches = stack.enter_context(closing(steps))
+        stack.enter_context(closing(batches))
         started = time.perf_counter()
-        for rows, micro_batches in batches:
+        for step, micro_batches in batches:
             rate = learning_rate(config, state.global_step, state.total_steps)
-            outcome = run.step(micro_batches, rate)
-            run.advance(rows, outcome, rate)
-            run.read_arrived()
+            outcome = run.optimizer_step(micro_batches, rate)
+            run.advance(step, outcome, rate)
+            run.log_ready()
             state.train_seconds += time.perf_counter() - started
-            if run.is_due("eval", rows):
+            if is_due(config.eval_strategy, config.eval_steps or config.logging_steps, state, step.ends_epoch):
                 run.evaluate()
-            if run.is_due("save", rows) or run.new_best_unsaved():
+            if is_due(config.save_strategy, config.save_steps, state, step.ends_epoch) or run.must_save_best():
                 run.save()
-            run.report.step_done()
-            run.tell("on_step_end")
+            report.advance()
+            run.call_hooks("on_step_end")
             if run.interrupts.requested or state.should_stop:
                 break
             started = time.perf_counter()
         run.finish()
-    if run.world.is_main:
-        draw_loss(state.history, Path(config.output_dir) / "loss.png")
+    draw_loss(state.history, Path(config.output_dir) / "loss.png")
     best = run.best_checkpoint()
     return TrainingResult(
-        state.global_step, run.metrics(), list(state.history), str(best) if best else None, run.interrupts.requested
+        global_step=state.global_step,
+        metrics=run.metrics(),
+        history=list(state.history),
+        best_checkpoint=str(best) if best else None,
+        interrupted=run.interrupts.requested,
     )
 
 
-def _prepare(
-    model: nn.Module,
-    train_dataset: ChatDataset | ChatStream,
-    config: TrainingConfig,
-    eval_dataset: ChatDataset | None,
-    tokenizer: Any,
-    callbacks: Sequence[Any],
-) -> Run:
-    """Build the parts, and go back to a checkpoint if asked."""
-    checkpoint = find_checkpoint(config)
-    world, device = World(), model_device(model)
-    torch.manual_seed(config.seed)
-    precision = resolve_precision(config, model, device)
-    optimizer = build_optimizer(model, config)
-    backend = resolve_backend(model, config, precision)
-    steps = resolve_plans(model, train_dataset, config, backend)
-    base_dtype = f"{model.get_input_embeddings().weight.dtype} {base_format(model)}".rstrip()  # type: ignore[operator]
-    resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), base_dtype, world.rank)
-    state = load_checkpoint(checkpoint, resumable) if checkpoint else TrainingState()
-    claim_output_dir(config, resuming=checkpoint is not None)
-    state.total_steps = steps.total
-    context = mean_context_tokens(train_dataset.first_window.lengths)
-    return Run(
-        interrupts=Interrupts(), model=model, config=config, steps=steps, precision=precision, state=state, world=world,
-        step=OptimizerStep(model, optimizer, precision, config.max_grad_norm, world),
-        report=Reporter(config, state, world.is_main), resumable=resumable, eval_dataset=eval_dataset,
-        tokenizer=tokenizer, callbacks=callbacks, flops_per_token=flops_per_token(model, context),
-        resumed_from=checkpoint, backend=backend,
-        checkpointing=resolve_checkpointing(model, train_dataset, config, backend, precision),
-    )  # fmt: skip
+def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) -> bool:
+    """Return whether a log line, an evaluation or a checkpoint belongs to the step just done.
+
+    Args:
+        strategy: ``"no"``, ``"steps"`` or ``"epoch"``.
+        every: steps between two of them; below 1, a share of all steps.
+        state: the state after the step.
+        ends_epoch: whether the step was the last of its epoch.
+    """
+    if strategy == "epoch":
+        return ends_epoch
+    interval = math.ceil(every * state.total_steps) if every < 1 else int(every)
+    return strategy == "steps" and state.global_step % interval == 0
+
+
+@dataclass
+class _StepRecord:
+    """What is known about a step before its loss arrives."""
+
+    step: Step
+    number: int
+    learning_rate: float
+    supervised_tokens: int
+    tokens_seen: int
+    log: bool
+
+
+class _Run:
+    """The parts of a run, and what happens between two optimizer steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: ChatDataset | ChatStream,
+        config: TrainingConfig,
+        eval_dataset: ChatDataset | None,
+        tokenizer: Any,
+        callbacks: Sequence[Any],
+    ) -> None:
+        """Build the parts, and restore them from a checkpoint if the config says so."""
+        self.model, self.config, self.eval_dataset = model, config, eval_dataset
+        self.tokenizer, self.callbacks = tokenizer, callbacks
+        self.interrupts, self.pending = Interrupts(), DeferredMetrics[_StepRecord]()
+        self.resumed_from = find_checkpoint(config)
+        world = World()
+        torch.manual_seed(config.seed)
+        self.resolved = resolve(model, train_dataset, config)
+        steps, precision = self.resolved.steps, self.resolved.precision
+        optimizer = build_optimizer(model, config)
+        self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)
+        base_dtype = f"{model.get_input_embeddings().weight.dtype} {base_format(model)}".rstrip()  # type: ignore[operator]
+        data = steps.data_facts()
+        self.resumable = Resumable(model, optimizer, precision.scaler, config, data, base_dtype, world.rank)
+        self.state = load_checkpoint(self.resumed_from, self.resumable) if self.resumed_from else TrainingState()
+        claim_output_dir(config, resuming=self.resumed_from is not None)
+        self.state.total_steps = steps.total
+        context_tokens = mean_context_tokens(train_dataset.first_window.lengths)
+        self.report = Reporter(config, self.state, flops_per_token(model, context_tokens), world.is_main)
+        self.saved_at = self.state.global_step if self.resumed_from else -1
+        self.evaluated_at, self.last_eval = -1, dict[str, float]()
+        for line in self.state.history:
+            if "eval_loss" in line:
+                self.evaluated_at = line["step"]
+                values = {name: value for name, value in line.items() if name.startswith("eval_")}
+                self.last_eval = {name: math.nan if value is None else value for name, value in values.items()}
+
+    def call_hooks(self, hook: str, *details: Any) -> None:
+        """Call a hook of every callback. Ctrl-C inside one is a request to stop, as it is elsewhere."""
+        try:
+            for callback in self.callbacks:
+                method = getattr(callback, hook, None)
+                if method is not None:
+                    method(self.state, *details)
+        except KeyboardInterrupt:
+            self.interrupts.requested = True
+
+    def advance(self, step: Step, outcome: StepOutcome, rate: float) -> None:
+        """Move the data cursor past a step, and queue its loss for logging."""
+        state, config = self.state, self.config
+        state.global_step += 1
+        state.epoch, state.step_in_epoch, state.window = step.next_cursor
+        state.epoch_progress = step.epoch_progress
+        state.tokens_seen += step.tokens
+        first = config.logging_first_step and state.global_step == 1
+        last = config.logging_strategy != "no" and state.global_step == state.total_steps
+        log = first or last or is_due(config.logging_strategy, config.logging_steps, state, step.ends_epoch)
+        record = _StepRecord(step, state.global_step, rate, outcome.count, state.tokens_seen, log)
+        self.pending.add(outcome.values, record)
+
+    def log_ready(self, wait: bool = False) -> None:
+        """Count and log the steps whose losses have arrived (``wait``: all steps); stop if the loss stays NaN."""
+        state = self.state
+        for (loss_sum, norm, skipped), record in self.pending.ready(wait):
+            if not skipped:
+                state.nonfinite_in_a_row = 0
+                state.loss_sum += loss_sum
+                state.loss_count += record.supervised_tokens
+                state.run_loss_sum += loss_sum
+                state.run_loss_count += record.supervised_tokens
+            elif not (math.isfinite(loss_sum) and self.resolved.precision.can_scale_down()):
+                state.nonfinite_in_a_row += 1
+                state.nonfinite_total += 1
+                self._report_nonfinite(record, loss_sum, norm)
+            if not record.log:
+                continue
+            line: dict[str, Any] = {"step": record.number, "epoch": round(record.step.epoch_progress, 4)}
+            if state.loss_count:
+                line["loss"] = state.loss_sum / state.loss_count
+            line.update(learning_rate=record.learning_rate, grad_norm=norm, tokens=record.tokens_seen)
+            if state.nonfinite_total:
+                line["skipped_steps"] = state.nonfinite_total
+            line.update(self.report.speed(record.tokens_seen, model_device(self.model)))
+            state.loss_sum, state.loss_count = 0.0, 0
+            self.report.log(line)
+            self.call_hooks("on_log", line)
+
+    def _report_nonfinite(self, record: _StepRecord, loss_sum: float, norm: float) -> None:
+        """Warn of a skipped step; raise after ``max_nonfinite_steps`` in a row."""
+        config, in_a_row = self.config, self.state.nonfinite_in_a_row
+        dataset = record.step.plan.dataset
+        documents = [i for micro in record.step.micro_batches for row in micro for i in row]
+        rows = sorted({dataset.row_number(i) for i in documents})
+        listed = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"
+        details = f"loss {loss_sum / record.supervised_tokens}, gradient norm {norm}; rows {listed} of the data"
+        logger.warning("step %d is skipped: %s", record.number, details)
+        if in_a_row < min(config.max_nonfinite_steps, self.state.total_steps):
+            return
+        text = ""
+        if self.tokenizer is not None:
+            text = f" First document: {self.tokenizer.decode(dataset[documents[0]]['input_ids'])[:200]!r}."
+        raise TrainingError(
+            f"the loss or gradient was NaN or infinite {in_a_row} steps in a row, the last at step {record.number} "
+            f"({details}).{text} These steps did not change the adapters. Lower learning_rate "
+            f"({config.learning_rate}), use bf16 instead of fp16, or check the base weights; "
+            f"max_nonfinite_steps={config.max_nonfinite_steps} sets how many are allowed"
+        )
+
+    def evaluate(self) -> None:
+        """Evaluate, log the result, update the best metric, and stop early if it no longer improves."""
+        assert self.eval_dataset is not None
+        config, state = self.config, self.state
+        self.log_ready(wait=True)
+        with self.resolved.precision.autocast():
+            found = evaluate(self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size)
+        self.evaluated_at, self.last_eval = state.global_step, {f"eval_{name}": x for name, x in found.items()}
+        self.report.log({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})
+        best = state.best_metric
+        if best is None or self._gain(best) > config.early_stopping_threshold or math.isnan(best):
+            state.best_metric, state.evaluations_without_gain = self._metric(), 0
+        else:
+            state.evaluations_without_gain += 1
+        if config.early_stopping_patience and state.evaluations_without_gain >= config.early_stopping_patience:
+            count = state.evaluations_without_gain
+            self.report.print(f"step {state.global_step}: no improvement in {count} evaluations, stopping")
+            state.should_stop = True
+        self.call_hooks("on_evaluate", self.last_eval)
+        self.report.restart_clock()
+
+    def _metric(self) -> float:
+        """Return ``metric_for_best_model`` of the last evaluation."""
+        return self.last_eval["eval_" + (self.config.metric_for_best_model or "loss").removeprefix("eval_")]
+
+    def _gain(self, best: float) -> float:
+        """Return by how much the last evaluation is better than ``best``."""
+        greater = self.config.greater_is_better
+        if greater is None:
+            greater = (self.config.metric_for_best_model or "loss").removeprefix("eval_") not in ("loss", "perplexity")
+        return (self._metric() - best) * (1.0 if greater else -1.0)
+
+    def _is_best(self) -> bool:
+        """Return whether the model has just been evaluated, and is better than every checkpoint."""
+        best = self.state.best_checkpoint_metric
+        return self.evaluated_at == self.state.global_step and (best is None or self._gain(best) > 0)
+
+    def must_save_best(self) -> bool:
+        """Return whether the best model so far would be lost without a checkpoint now."""
+        return self.config.load_best_model_at_end and self._is_best()
+
+    def save(self) -> None:
+        """Write a checkpoint and delete old ones beyond ``save_total_limit``."""
+        self.log_ready(wait=True)
+        state = self.state
+        previous_best = state.best_checkpoint, state.best_checkpoint_metric
+        if self._is_best():
+            state.best_checkpoint, state.best_checkpoint_metric = f"checkpoint-{state.global_step}", self._metric()
+        try:
+            path = save_checkpoint(self.resumable, state)
+        except CheckpointError as error:
+            state.best_checkpoint, state.best_checkpoint_metric = previous_best
+            if not self.config.continue_on_save_error:
+                raise
+            logger.error("step %d: %s", state.global_step, error)
+            return
+        self.saved_at = state.global_step
+        rotate(self.config.output_dir, self.config.save_total_limit, state.best_checkpoint)
+        self.call_hooks("on_save", path)
+        self.report.restart_clock()
+
+    def finish(self) -> None:
+        """Log, evaluate and save the last step, and load the best adapters if the config says so."""
+        config, state = self.config, self.state
+        self.log_ready(wait=True)
+        complete = not self.interrupts.requested
+        unsaved = self.saved_at != state.global_step
+        if complete and config.eval_strategy != "no" and self.evaluated_at != state.global_step:
+            self.evaluate()
+            unsaved = True  # a checkpoint of this step does not have the evaluation yet
+        if unsaved and state.global_step > 0 and (config.save_strategy != "no" or not complete):
+            self.save()
+        best = self.best_checkpoint()
+        if complete and config.load_best_model_at_end and best is not None:
+            if best.is_dir():
+                path = best / "lora.safetensors"
+                load_adapter_state(self.model, read_adapter(path)[0], str(path))
+                metric = f"{config.metric_for_best_model or 'loss'} {state.best_checkpoint_metric:.4g}"
+                self.report.print(f"loaded the adapters of {state.best_checkpoint} (best {metric})")
+            else:
+                self.report.print(f"the best checkpoint {best} is gone: the adapters are those of the last step")
+        self.call_hooks("on_train_end")
+
+    def best_checkpoint(self) -> Path | None:
+        """Return the best checkpoint's folder: in ``output_dir``, or next to the checkpoint resumed from."""
+        if self.state.best_checkpoint is None:
+            return None
+        here = Path(self.config.output_dir) / self.state.best_checkpoint
+        if here.exists() or self.resumed_from is None:
+            return here
+        return self.resumed_from.parent / self.state.best_checkpoint
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``TrainingResult.metrics``."""
+        state = self.state
+        return {
+            "train_loss": state.run_loss_sum / state.run_loss_count if state.run_loss_count else math.nan,
+            "train_seconds": state.train_seconds,
+            "tokens": state.tokens_seen,
+            "tokens_per_s": state.tokens_seen / max(state.train_seconds, 1e-9),
+            **self.last_eval,
+        }

@@ -1,4 +1,4 @@
-"""Before the first step: what can be checked is checked, what is resolved is told."""
+"""Before the first step: validate the run, resolve its settings, lock its output folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,21 @@ from ..model.attention import use_packed_attention
 from ..model.backend import Backend, choose_backend
 from ..model.estimate import MemoryPlan, plan_memory
 from ..model.load import longrope_boundary, longrope_note, model_device
-from .checkpoint import checkpoints
+from .checkpoint import TrainingState, checkpoints
 from .distributed import require_one_process
 from .logging import check_trackers
 from .optim import optimizer_bytes, warmup_steps
-from .state import TrainingState
-from .step import Precision
+from .step import Precision, resolve_precision
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("phi3lora")
+
+
+# --- Validation
 
 
 def check_run(
@@ -40,7 +50,12 @@ def check_run(
     eval_dataset: ChatDataset | None,
     config: TrainingConfig,
 ) -> None:
-    """Raise before any work is lost: nothing to train, something else trainable, data that does not fit the model."""
+    """Raise if the run cannot succeed: nothing to train, something else trainable, data that does not fit the model.
+
+    Raises:
+        TrainingError: the model, the settings or the environment.
+        DataError: the datasets.
+    """
     require_one_process()
     layers = lora_layers(model)
     if not layers:
@@ -76,14 +91,14 @@ def check_run(
 
 
 def check_documents(model: nn.Module, dataset: ChatDataset, name: str, row_length: int | None) -> None:
-    """Raise where documents do not fit the model or, if it is given, the rows."""
+    """Raise if documents do not fit the model, or the rows if their length is given."""
     model_config: Any = model.config
     if len(dataset) == 0:
         raise DataError(f"{name} is empty: it has no documents")
     longest = int(dataset.lengths.max())
     if longest > model_config.max_position_embeddings:
         raise DataError(
-            f"{name} has a document of {longest} tokens; the model allowed "
+            f"{name} has a document of {longest} tokens; the model allows "
             f"{model_config.max_position_embeddings}. Load the dataset with a smaller max_length"
         )
     if row_length is not None and longest > row_length:
@@ -98,19 +113,39 @@ def check_documents(model: nn.Module, dataset: ChatDataset, name: str, row_lengt
         )
 
 
+# --- Resolved settings
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings of a run that follow from model, data and config together."""
+
+    precision: Precision
+    """Dtype of the forward."""
+    backend: Backend
+    """How the decoder layers are computed, and why."""
+    steps: StepSchedule
+    """Order of documents, rows, batches and steps."""
+    memory: MemoryPlan
+    """Predicted peak memory by activation checkpointing mode."""
+    checkpointing: str
+    """Activation checkpointing mode, ``"auto"`` resolved."""
+
+
+def resolve(model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig) -> Resolved:
+    """Resolve every setting that the config leaves open."""
+    precision = resolve_precision(config, model, model_device(model))
+    backend = resolve_backend(model, config, precision)
+    steps = resolve_plans(model, train_dataset, config, backend)
+    memory = plan_step_memory(model, train_dataset, config, backend, precision)
+    return Resolved(precision, backend, steps, memory, checkpointing_mode(config, memory, backend))
+
+
 def resolve_backend(model: nn.Module, config: TrainingConfig, precision: Precision) -> Backend:
     """Choose how the decoder layers of a run are computed."""
     with precision.autocast():
         offload = config.activation_checkpointing == "offload"
         return choose_backend(model, compile=config.compile, offload=offload, training=True)
-
-
-def resolve_checkpointing(
-    model: nn.Module, dataset: ChatDataset | ChatStream, config: TrainingConfig, backend: Backend, precision: Precision
-) -> tuple[str, MemoryPlan]:
-    """The activation checkpointing mode, ``"auto"`` resolved to the fastest that fits, and the prediction behind it."""
-    plan = plan_step_memory(model, dataset, config, backend, precision)
-    return checkpointing_mode(config, plan, backend), plan
 
 
 def plan_step_memory(
@@ -121,7 +156,7 @@ def plan_step_memory(
     precision: Precision,
     base_precision: str | None = None,
 ) -> MemoryPlan:
-    """The prediction for the largest micro-batch of a run."""
+    """Predict the peak memory of a run's largest micro-batch, with the base in another precision if one is given."""
     limit = config.max_length or dataset.max_length
     width = limit if config.packing else min(limit, dataset.max_document_tokens)
     tokens = config.per_device_train_batch_size * width
@@ -129,11 +164,11 @@ def plan_step_memory(
         return plan_memory(model, tokens, backend.kind, optimizer_bytes(config.optim), base_precision)
 
 
-def checkpointing_mode(config: TrainingConfig, plan: MemoryPlan, backend: Backend) -> str:
-    """The mode that is configured, ``"auto"`` resolved."""
+def checkpointing_mode(config: TrainingConfig, memory: MemoryPlan, backend: Backend) -> str:
+    """Return the configured activation checkpointing mode; ``"auto"`` becomes the fastest one that fits."""
     mode = str(config.activation_checkpointing)
     if mode == "auto":
-        mode = plan.fastest_that_fits()
+        mode = memory.fastest_that_fits()
         if mode == "offload" and backend.kind == "compiled":
             mode = "full"
     return mode
@@ -142,7 +177,7 @@ def checkpointing_mode(config: TrainingConfig, plan: MemoryPlan, backend: Backen
 def resolve_plans(
     model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, backend: Backend
 ) -> StepSchedule:
-    """The order of documents, rows, batches and steps."""
+    """Return the order of documents, rows, batches and steps."""
     plan = BatchPlan(
         train_dataset.first_window,
         batch_size=config.per_device_train_batch_size,
@@ -157,82 +192,66 @@ def resolve_plans(
 
 
 def banner_facts(
-    model: nn.Module,
-    steps: StepSchedule,
-    config: TrainingConfig,
-    state: TrainingState,
-    precision: Precision,
-    eval_dataset: ChatDataset | None,
-    backend: Backend,
-    checkpointing: tuple[str, MemoryPlan],
+    model: nn.Module, config: TrainingConfig, resolved: Resolved, state: TrainingState, eval_dataset: ChatDataset | None
 ) -> dict[str, Any]:
-    """Name -> value of everything that was resolved or inherited."""
+    """Return the lines of the banner: name -> every value that was resolved or inherited."""
     use_packed_attention(model)
-    plan, model_config = steps.plan, model.config
+    steps, memory = resolved.steps, resolved.memory
+    model_config: Any = model.config
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = base_format(model)
     rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
-    width = f"packed to {plan.max_length} tokens" if plan.packing else "one document each, padded"
+    width = f"packed to {steps.plan.max_length} tokens" if steps.plan.packing else "one document each, padded"
     warmup = warmup_steps(config, steps.total) if config.lr_scheduler_type != "constant" else 0
-    faster = "" if config.lora_plus_lr_ratio is None else f" (LoRA+: B times {config.lora_plus_lr_ratio:g})"
+    lora_plus = "" if config.lora_plus_lr_ratio is None else f" (LoRA+: B times {config.lora_plus_lr_ratio:g})"
+    peaks = f"; predicted peak by mode: {memory}" if memory.available_gib is not None else ""
     facts = {
         "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else ""),
-        "device": f"{model_device(model)}, {precision.name}, attention {model_config._attn_implementation}, "  # type: ignore[union-attr]
-        f"layers {backend}",
-        "memory": f"activation checkpointing {checkpointing[0]}"
-        + (f"; predicted peak by mode: {checkpointing[1]}" if checkpointing[1].available_gib is not None else ""),
+        "device": f"{model_device(model)}, {resolved.precision.name}, attention {model_config._attn_implementation}, "
+        f"layers {resolved.backend}",
+        "memory": f"activation checkpointing {resolved.checkpointing}{peaks}",
         "train data": steps.dataset,
         "eval data": eval_dataset,
         "step": f"{rows}, {width}",
         "steps": f"{steps.total:,} ({state.global_step:,} done)",
-        "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{faster}, "
+        "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{lora_plus}, "
         f"{warmup} warm-up steps, weight decay {config.weight_decay:g}, gradient clipped to {config.max_grad_norm:g}",
-        "seed": f"{config.seed} (data {plan.seed})",
+        "seed": f"{config.seed} (data {steps.plan.seed})",
         "output": config.output_dir,
         "without effect": ", ".join(config.inert) or None,
-        "longrope": longrope_note(model_config) if plan.boundary else None,
+        "longrope": longrope_note(model_config) if steps.plan.boundary else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
 
-# ----------------------------------------------------------------------------------------------------
-# A run's folder belongs to one run at a time, and to one run's checkpoints.
-#
-# The lock is the operating system's (flock, on the folder itself): it goes with the process, also one that is killed,
-# so
-# no stale lock is ever left behind.
-
-try:
-    import fcntl
-except ImportError:  # not a Unix: two runs in one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
-logger = logging.getLogger("phi3lora")
+# --- The output folder: one run at a time, and the checkpoints of one run
 
 
 @contextmanager
 def locked(output_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the folder for the time of the block; it is made where it is missing, and goes again if nothing came.
+    """Create the output folder and hold a lock on it inside the block; an empty folder that was created is removed.
+
+    The lock is the operating system's (``flock`` on the folder), so it ends with the process, even a killed one.
 
     Raises:
         CheckpointError: another run holds it, in this process or another; it cannot be written.
     """
     folder = Path(output_dir)
-    missing = not folder.exists()
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"output_dir={str(folder)!r} cannot be written: {error}; take another folder") from error
+        raise CheckpointError(f"output_dir={str(folder)!r} cannot be written: {error}; use another folder") from error
     try:
         _lock(descriptor, folder)
         yield
     finally:
-        os.close(descriptor)  # which unlocks
-        if missing and folder.is_dir() and not any(folder.iterdir()):
+        os.close(descriptor)  # releases the lock
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
@@ -243,15 +262,15 @@ def _lock(descriptor: int, folder: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CheckpointError(
-            f"output_dir={str(folder)!r} is in use by another run; wait for it, stop it, or take another folder"
+            f"output_dir={str(folder)!r} is in use by another run; wait for it, stop it, or use another folder"
         ) from None
     except OSError as error:
-        logger.warning("no lock on %s (%s): a second run in it would not be noticed", folder, error)
+        logger.warning("cannot lock %s (%s): a second run in it would go unnoticed", folder, error)
 
 
 def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
-    """Refuse a folder with another run's checkpoints, or clear it if ``overwrite_output_dir`` says so."""
-    for leftover in Path(config.output_dir).glob(".checkpoint-*.tmp"):  # of a save that was killed
+    """Refuse a folder with another run's checkpoints, or delete them if ``overwrite_output_dir`` says so."""
+    for leftover in Path(config.output_dir).glob(".checkpoint-*.tmp"):  # of a run killed while saving
         shutil.rmtree(leftover)
     found = check_output_dir(config, resuming)
     for path in found:
@@ -261,49 +280,44 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
 
 
 def check_output_dir(config: TrainingConfig, resuming: bool = False) -> list[Path]:
-    """Another run's checkpoints, which ``overwrite_output_dir`` lets a new run delete; without it they are an error."""
-    found = checkpoints(config.output_dir)
+    """Return the checkpoints that a new run would delete.
+
+    Raises:
+        CheckpointError: there are some, and ``overwrite_output_dir`` is not set.
+    """
     if resuming or config.resume_from_checkpoint:
         return []
+    found = checkpoints(config.output_dir)
     if found and not config.overwrite_output_dir:
         raise CheckpointError(
-            f"output_dir={config.output_dir!r} holds another run's checkpoints ({found[0].name} the newest); "
-            f"set resume_from_checkpoint=True to go on with it, overwrite_output_dir=True to delete them, or take "
+            f"output_dir={config.output_dir!r} holds another run's checkpoints (the newest is {found[0].name}); "
+            f"set resume_from_checkpoint=True to continue it, overwrite_output_dir=True to delete them, or use "
             f"another folder"
         )
     return found
 
 
-# ----------------------------------------------------------------------------------------------------
-# CUDA out of memory, in words: what was wanted, what there was, and the setting to change.
+# --- Out of memory
 
 
 @contextmanager
-def explained(config: TrainingConfig, mode: str, plan: MemoryPlan) -> Iterator[None]:
-    """Turn torch's error inside the block into a :class:`TrainingError` that says the way out.
-
-    Args:
-        config: of the run.
-        mode: the activation checkpointing that is on.
-        plan: what each mode was predicted to take.
-    """
+def explain_out_of_memory(config: TrainingConfig, resolved: Resolved) -> Iterator[None]:
+    """Turn torch's out-of-memory error inside the block into a TrainingError that lists the settings to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        wanted = str(error).partition("\n")[0]
-        raise TrainingError(f"{wanted} Predicted peak by mode: {plan}. {_way_out(config, mode)}") from error
-
-
-def _way_out(config: TrainingConfig, mode: str) -> str:
-    ways = []
-    if mode in ("none", "selective"):
-        ways.append('activation_checkpointing="full" (or "auto")')
-    if mode != "offload":
-        ways.append('activation_checkpointing="offload"')
-    rows, half = config.per_device_train_batch_size, config.per_device_train_batch_size // 2
-    if half:
-        steps = config.gradient_accumulation_steps * rows // half
-        ways.append(f"per_device_train_batch_size={half}, gradient_accumulation_steps={steps} (the same step)")
-    ways.append("a shorter max_length")
-    ways.append('load_model(..., base_precision="nf4")')
-    return f"Now: activation_checkpointing={mode!r}, {rows} rows. Ways out: {'; '.join(ways)}"
+        request = str(error).partition("\n")[0]
+        mode, rows = resolved.checkpointing, config.per_device_train_batch_size
+        ways = []
+        if mode in ("none", "selective"):
+            ways.append('activation_checkpointing="full" (or "auto")')
+        if mode != "offload":
+            ways.append('activation_checkpointing="offload"')
+        if rows > 1:
+            steps = config.gradient_accumulation_steps * rows // (rows // 2)
+            ways.append(f"per_device_train_batch_size={rows // 2}, gradient_accumulation_steps={steps} (the same step)")
+        ways += ["a shorter max_length", 'load_model(..., base_precision="nf4")']
+        raise TrainingError(
+            f"{request} Predicted peak by mode: {resolved.memory}. This run has activation_checkpointing={mode!r} and "
+            f"micro-batches of {rows} rows. Ways out: {'; '.join(ways)}"
+        ) from error

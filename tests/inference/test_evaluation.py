@@ -11,7 +11,7 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, longrope_model, same_tensors, tiny_model
 
 import phi3lora as p3
-from phi3lora.inference.generation import eval_mode
+from phi3lora.model.forward import eval_mode
 
 DATA = chat_dataset(16)
 

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, the picture, the banner, trackers; and silence when asked for."""
+"""Output of a run: metrics.jsonl, the loss picture, the banner, the bar, trackers; and metrics that are read late."""
 
 from __future__ import annotations
 
@@ -7,69 +7,64 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import adapted_model, chat_dataset, quiet_config
 
 import phi3lora as p3
-from phi3lora.training.logging import Reporter, draw_loss
-from phi3lora.training.state import TrainingState
+from phi3lora.training.checkpoint import TrainingState
+from phi3lora.training.logging import DeferredMetrics, Reporter, draw_loss
 
 DATA = chat_dataset(12)
 
 
-def train(folder, **settings):
+def train(folder, callbacks=(), **settings):
     config = quiet_config(folder, **{"max_steps": 3, **settings})
-    return p3.train(adapted_model(), DATA, config, eval_dataset=DATA if config.eval_strategy != "no" else None)
+    eval_dataset = DATA if config.eval_strategy != "no" else None
+    return p3.train(adapted_model(), DATA, config, eval_dataset=eval_dataset, callbacks=callbacks)
 
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_metrics_jsonl_equals_the_history(tmp_path):
-    result = train(tmp_path, eval_strategy="steps", eval_steps=2)
-    assert lines(tmp_path) == result.history
-    assert [sorted(line)[0] for line in result.history] == ["epoch"] * 3 + ["epoch", "epoch"]
-    assert [line["step"] for line in result.history] == [1, 2, 2, 3, 3]
+# --- Files
 
 
-def test_a_line_has_the_documented_figures(tmp_path):
-    line = train(tmp_path, max_steps=1).history[0]
-    assert set(line) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s"}
-    assert line["tokens_per_s"] > 0
-
-
-def test_a_line_is_on_disk_while_the_run_goes_on(tmp_path):
+def test_metrics_jsonl_equals_the_history_all_the_time_and_has_the_documented_figures(tmp_path):
     seen = []
 
     class Look(p3.Callback):
         def on_log(self, state, line):
             seen.append(lines(tmp_path) == state.history)
 
-    p3.train(adapted_model(), DATA, quiet_config(tmp_path, max_steps=2), callbacks=[Look()])
-    assert seen == [True, True]
-
-
-def test_a_resumed_reporter_rewrites_the_file_to_the_checkpoints_history(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lost": tr')  # a killed process
-    state = TrainingState(history=[{"step": 1}, {"step": 2}])
-    with Reporter(quiet_config(tmp_path), state) as report:
-        report.line({"step": 3})
-    assert lines(tmp_path) == state.history == [{"step": 1}, {"step": 2}, {"step": 3}]
-
-
-def test_the_loss_picture_is_a_png(tmp_path):
-    train(tmp_path, eval_strategy="steps", eval_steps=1)
+    result = train(tmp_path, [Look()], eval_strategy="steps", eval_steps=2)
+    assert seen == [True] * 3
+    assert lines(tmp_path) == result.history
+    assert [line["step"] for line in result.history] == [1, 2, 2, 3, 3]
+    figures = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s"}
+    evaluation = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_n_tokens"}
+    assert [set(line) for line in result.history] == [figures, figures, evaluation, figures, evaluation]
+    assert result.history[0]["tokens_per_s"] > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
     picture = (tmp_path / "loss.png").read_bytes()
-    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(picture) > 5000
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
+
+
+def test_a_resumed_run_rewrites_the_file_to_the_checkpoints_history_and_its_bar_starts_there(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lost": tr')  # a killed process
+    state = TrainingState(total_steps=10, global_step=7, history=[{"step": 1}, {"step": 2}])
+    with Reporter(quiet_config(tmp_path, disable_tqdm=False), state) as report:
+        report.log({"step": 3, "grad_norm": float("inf")})
+        report.advance()
+    assert lines(tmp_path) == state.history == [{"step": 1}, {"step": 2}, {"step": 3, "grad_norm": None}]
+    assert "8/10" in capsys.readouterr().err
 
 
 def test_the_picture_shows_the_held_out_loss_too(tmp_path):
     train_lines = [{"step": i, "loss": 3.0 / i} for i in range(1, 9)]
+    held_out = [{"step": 4, "eval_loss": 2.0}, {"step": 8, "eval_loss": 1.0}]
     alone = draw_loss(train_lines, tmp_path / "alone.png")
-    both = draw_loss(
-        [*train_lines, {"step": 4, "eval_loss": 2.0}, {"step": 8, "eval_loss": 1.0}], tmp_path / "both.png"
-    )
+    both = draw_loss([*train_lines, *held_out], tmp_path / "both.png")
     assert alone.read_bytes() != both.read_bytes()
 
 
@@ -79,58 +74,38 @@ def test_fewer_than_two_points_make_no_picture(tmp_path, history):
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_without_matplotlib_there_is_no_picture_and_no_complaint(tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = train(tmp_path)
-    assert result.global_step == 3
+    assert train(tmp_path).global_step == 3
     assert not (tmp_path / "loss.png").exists()
 
 
-@pytest.mark.parametrize("level", ["warning", "error", "critical"])
+# --- Terminal
+
+
+@pytest.mark.parametrize("level", ["warning", "error"])
 def test_a_quiet_log_level_prints_nothing(tmp_path, capsys, level):
     train(tmp_path, log_level=level, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == ""
+    assert (captured.out, captured.err) == ("", "")
 
 
-@pytest.mark.parametrize("level", ["passive", "info"])
-def test_other_levels_print_the_banner_once_with_the_names_without_effect(tmp_path, capsys, level):
-    train(tmp_path, log_level=level, remove_unused_columns=False, dataloader_num_workers=4)
-    out = capsys.readouterr().out
-    assert out.count("trainable") == 1
-    (row,) = [line for line in out.splitlines() if line.startswith("without effect")]
-    assert row.split(None, 2)[2] == "dataloader_num_workers, remove_unused_columns"
-
-
-def test_the_bar_begins_below_the_banner(tmp_path, monkeypatch):
-    """Before it, on one screen: the first fact stood behind the bar, on its line."""
+def test_the_default_level_prints_banner_findings_and_bar_in_this_order(tmp_path, monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("sys.stderr", screen)
-    config = quiet_config(tmp_path, max_steps=2, disable_tqdm=False, log_level="info", learning_rate=0)
-    p3.train(adapted_model(), chat_dataset(8), config)
-    lines = screen.getvalue().replace("\r", "\n").splitlines()
-    [first_bar] = [i for i, line in enumerate(lines) if " 0/2 " in line][:1]
-    [banner] = [i for i, line in enumerate(lines) if line.startswith("model  ")]
-    [finding] = [i for i, line in enumerate(lines) if line.startswith("warning  learning rate")]
+    train(tmp_path, disable_tqdm=False, log_level="passive", learning_rate=0, tf32=True, do_eval=False)
+    printed = screen.getvalue().replace("\r", "\n").splitlines()
+    [banner] = [i for i, line in enumerate(printed) if line.startswith("model  ")]
+    [finding] = [i for i, line in enumerate(printed) if line.startswith("warning  learning rate")]
+    first_bar = next(i for i, line in enumerate(printed) if " 0/3 " in line)
     assert banner < finding < first_bar
+    assert any("3/3" in line and "loss=" in line for line in printed)
+    [row] = [line for line in printed if line.startswith("without effect")]
+    assert row.split(None, 2)[2] == "do_eval, tf32"
 
 
-def test_disable_tqdm_hides_the_bar_and_its_absence_shows_it(tmp_path, capsys):
-    train(tmp_path / "off")
-    assert "step" not in capsys.readouterr().err
-    train(tmp_path / "on", disable_tqdm=False)
-    err = capsys.readouterr().err
-    assert "3/3" in err
-    assert "loss=" in err
-
-
-def test_the_bar_of_a_resumed_run_starts_where_it_stood(tmp_path, capsys):
-    config = quiet_config(tmp_path, disable_tqdm=False)
-    with Reporter(config, TrainingState(total_steps=10, global_step=7)) as report:
-        report.step_done()
-    assert "8/10" in capsys.readouterr().err
+# --- Trackers
 
 
 def test_tensorboard_gets_the_figures_of_every_line(tmp_path):
@@ -145,32 +120,8 @@ def test_tensorboard_gets_the_figures_of_every_line(tmp_path):
         assert [value for _, value in written] == pytest.approx([value for _, value in expected])
 
 
-def test_no_tracker_writes_nothing_of_its_own(tmp_path):
-    train(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("tracker", "module"),
-    [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")],
-    ids=["wandb", "tensorboard"],
-)
-def test_a_missing_tracker_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, tracker, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(p3.TrainingError, match=rf"report_to='{tracker}' needs {tracker}: pip install") as caught:
-        train(tmp_path / "run", report_to=tracker)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_tracker_is_noticed_before_any_file_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(p3.TrainingError):
-        train(tmp_path / "run", report_to="wandb")
-    assert not (tmp_path / "run").exists()
-
-
 class FakeWandb:
-    """Keeps what it is told."""
+    """Records what it receives."""
 
     def __init__(self):
         self.settings, self.logged, self.finished = None, [], 0
@@ -190,7 +141,74 @@ def test_wandb_gets_name_config_and_lines_and_is_finished(tmp_path, monkeypatch)
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     result = train(tmp_path, report_to=["wandb"], run_name="mine")
-    assert fake.settings["name"] == "mine"
-    assert fake.settings["config"]["learning_rate"] == 1e-2
+    assert (fake.settings["name"], fake.settings["config"]["learning_rate"]) == ("mine", 1e-2)
     assert fake.logged == [(x["step"], {k: v for k, v in x.items() if k != "step"}) for x in result.history]
     assert fake.finished == 1
+
+
+@pytest.mark.parametrize(("tracker", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_tracker_is_one_line_before_any_file_is_written(tmp_path, monkeypatch, tracker, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(p3.TrainingError, match=rf"report_to='{tracker}' needs {tracker}: pip install") as caught:
+        train(tmp_path / "run", report_to=tracker)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+# --- Metrics that a GPU is still computing
+
+
+class Copy:
+    """A copy to the host that is done when the test says so, in place of a CUDA event."""
+
+    def __init__(self):
+        self.done = self.waited = False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = self.waited = True
+
+
+@pytest.fixture
+def pending():
+    """A queue of three values whose copies are under way, and those copies."""
+    metrics, copies = DeferredMetrics(), [Copy() for _ in range(3)]
+    for i, copy in enumerate(copies):
+        metrics._queue.append((torch.tensor([float(i)]), copy, f"step {i}"))
+    return metrics, copies
+
+
+def test_on_the_cpu_values_are_ready_at_once_in_order_and_once():
+    metrics = DeferredMetrics()
+    metrics.add(torch.tensor([1.0, 2.0]), "a")
+    metrics.add(torch.tensor([3.0, 4.0]), "b")
+    assert metrics.ready() == [([1.0, 2.0], "a"), ([3.0, 4.0], "b")]
+    assert metrics.ready() == metrics.ready(wait=True) == []
+
+
+def test_a_value_that_is_not_ready_holds_back_those_after_it(pending):
+    metrics, copies = pending
+    copies[1].done = copies[2].done = True
+    assert metrics.ready() == []
+    copies[0].done, copies[2].done = True, False
+    assert metrics.ready() == [([0.0], "step 0"), ([1.0], "step 1")]
+    assert not any(copy.waited for copy in copies)
+
+
+def test_waiting_returns_everything_and_waits_only_for_what_is_missing(pending):
+    metrics, copies = pending
+    copies[0].done = True
+    assert metrics.ready(wait=True) == [([0.0], "step 0"), ([1.0], "step 1"), ([2.0], "step 2")]
+    assert [copy.waited for copy in copies] == [False, True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_value_is_the_one_at_the_time_of_adding():
+    metrics, value = DeferredMetrics(), torch.ones(2, device="cuda")
+    metrics.add(value, "before")
+    value.mul_(5)
+    metrics.add(value, "after")
+    assert metrics.ready(wait=True) == [([1.0, 1.0], "before"), ([5.0, 5.0], "after")]

@@ -19,7 +19,7 @@ from conftest import (
 )
 
 import phi3lora as p3
-from phi3lora.training import run as run_module
+from phi3lora.training import loop as run_module
 from phi3lora.training.checkpoint import checkpoints
 
 DATA = chat_dataset(24)
@@ -464,7 +464,8 @@ def test_overwriting_starts_afresh_in_a_used_folder(tmp_path):
         train(tmp_path, max_steps=2, save_strategy="steps")
     result = train(tmp_path, max_steps=2, save_strategy="steps", overwrite_output_dir=True)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2"]
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert [line["step"] for line in result.history] == [1, 2]
 
 

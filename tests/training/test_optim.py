@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import phi3lora as p3
-from phi3lora.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate, warmup_steps
+from phi3lora.training.optim import (
+    build_optimizer,
+    check_optimizer_state,
+    learning_rate,
+    optimizer_bytes,
+    parameter_groups,
+    set_learning_rate,
+    warmup_steps,
+)
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def reference(kind, warmup, total):
@@ -47,15 +58,10 @@ def test_a_share_of_warmup_is_rounded_up_under_either_name(total, ratio):
     assert steps == warmup_steps(quiet_config("unused", warmup_steps=ratio), total) == math.ceil(total * ratio)
 
 
-def test_warmup_steps_take_precedence_over_the_ratio():
+def test_warmup_steps_take_precedence_over_the_ratio_and_the_default_is_none():
     assert warmup_steps(quiet_config("unused", warmup_steps=7, warmup_ratio=0.5), 100) == 7
     assert warmup_steps(quiet_config("unused", warmup_steps=0.1, warmup_ratio=0.5), 100) == 10
-
-
-def test_there_is_no_warmup_unless_asked_for():
-    config = quiet_config("unused", learning_rate=0.5)
-    assert warmup_steps(config, 100) == 0
-    assert learning_rate(config, 0, 100) == 0.5
+    assert warmup_steps(quiet_config("unused"), 100) == 0
 
 
 class Biased(nn.Module):
@@ -93,13 +99,120 @@ def test_a_lora_model_has_one_group_with_every_adapter_once():
     assert len(group["params"]) == 2 * 2 * 4  # A and B, two layers, four projections
 
 
-def test_adamw_gets_the_configured_betas_and_epsilon():
-    config = quiet_config("unused", adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5, learning_rate=0.125)
-    optimizer = build_optimizer(adapted_model(), config)
-    assert isinstance(optimizer, torch.optim.AdamW)
+ADAMW = ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+
+
+@pytest.mark.parametrize("optim", ADAMW)
+def test_adamw_gets_the_configured_settings(optim, caplog):
+    if "8bit" in optim:
+        pytest.importorskip("bitsandbytes")
+    settings = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "learning_rate": 0.125}
+    optimizer = build_optimizer(adapted_model(), quiet_config("unused", optim=optim, weight_decay=0.25, **settings))
     (group,) = optimizer.param_groups
-    assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-5, 0.125)
-    assert isinstance(build_optimizer(adapted_model(), quiet_config("unused", optim="sgd")), torch.optim.SGD)
+    assert (group["betas"], group["eps"], group["lr"], group["weight_decay"]) == ((0.8, 0.95), 1e-5, 0.125, 0.25)
+    assert type(optimizer).__name__ == ("AdamW8bit" if "8bit" in optim else "AdamW")
+    used = "8-bit AdamW without pages" if "8bit" in optim else "torch's AdamW"
+    expected = [f"paged AdamW needs a CUDA GPU: using {used}"] if optim.startswith("paged") else []
+    assert caplog.messages == expected
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_without_bitsandbytes_one_line_says_what_to_install(optim, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(p3.Phi3LoRAError) as caught:
+        build_optimizer(adapted_model(), quiet_config("unused", optim=optim))
+    assert str(caught.value) == f"optim={optim!r} needs bitsandbytes: pip install 'phi3lora[qlora]'"
+
+
+def test_paged_32_bit_adamw_on_the_cpu_is_torchs_and_needs_no_bitsandbytes(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    trained = []
+    for optim in ("paged_adamw_32bit", "adamw_torch"):
+        model = adapted_model()
+        p3.train(model, chat_dataset(), quiet_config(tmp_path / optim, optim=optim, max_steps=3, weight_decay=0.1))
+        trained.append(adapters_of(model))
+    assert same_tensors(*trained)
+
+
+def updated(optimizer):
+    """The optimizer after one step with gradients of 1."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_optimizer_bytes_are_those_that_the_optimizers_hold():
+    pytest.importorskip("bitsandbytes")
+    for optim in ("adamw_8bit", "paged_adamw_32bit"):
+        model = nn.ModuleList([nn.Linear(64, 256, bias=False), nn.Linear(512, 16, bias=False)])
+        optimizer = updated(build_optimizer(model, quiet_config("unused", optim=optim)))
+        held = [v for s in optimizer.state.values() for n, v in s.items() if not n.startswith(("step", "qmap"))]
+        numbers = sum(p.numel() for p in model.parameters())
+        assert sum(t.numel() * t.element_size() for t in held) == optimizer_bytes(optim) * numbers
+    assert optimizer_bytes("paged_adamw_8bit") == optimizer_bytes("adamw_bnb_8bit") == optimizer_bytes("adamw_8bit")
+    assert (optimizer_bytes("sgd"), optimizer_bytes("adamw_torch")) == (0, 8)
+
+
+def test_the_state_of_another_librarys_adamw_is_refused():
+    pytest.importorskip("bitsandbytes")
+    ours, theirs = (
+        updated(build_optimizer(Biased(), quiet_config("unused", optim=o))) for o in ("adamw_torch", "adamw_8bit")
+    )
+    check_optimizer_state(ours.state_dict(), ours)
+    for saved, optimizer in ((ours, theirs), (theirs, ours)):
+        with pytest.raises(ValueError, match=f"is not one of {type(optimizer).__name__}"):
+            check_optimizer_state(torch.optim.Optimizer.state_dict(saved), optimizer)
+
+
+def test_8_bit_moments_train_about_as_well_as_32_bit_ones(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    losses = {}
+    for optim in ("adamw_torch", "adamw_8bit"):
+        config = quiet_config(tmp_path / optim, optim=optim, max_steps=12)
+        losses[optim] = [line["loss"] for line in p3.train(adapted_model(r=128), chat_dataset(), config).history]
+    assert losses["adamw_torch"][-1] < 0.9 * losses["adamw_torch"][0]
+    assert losses["adamw_8bit"][-1] == pytest.approx(losses["adamw_torch"][-1], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "adamw_8bit",
+        pytest.param("paged_adamw_8bit", marks=on_gpu),
+        pytest.param("paged_adamw_32bit", marks=on_gpu),
+    ],
+)
+def test_a_run_of_bitsandbytes_resumes_with_its_moments(tmp_path, optim):
+    """On the CPU bit for bit. 128 is the rank from which these tensors have moments of 8 bits."""
+    pytest.importorskip("bitsandbytes")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    class Stop(p3.Callback):
+        def on_step_end(self, state):
+            state.should_stop = state.global_step == 3
+
+    def run(folder, seed=0, callbacks=(), **resume):
+        model = adapted_model(seed=seed, r=128, lora_dropout=0.1).to(device)
+        settings = {"optim": optim, "max_steps": 6, "save_strategy": "steps", "save_steps": 6, "weight_decay": 0.1}
+        config = quiet_config(folder, compile=False, **settings, **resume)
+        losses = [line["loss"] for line in p3.train(model, chat_dataset(), config, callbacks=callbacks).history]
+        return adapters_of(model), losses
+
+    expected, losses = run(tmp_path / "uncut")
+    run(tmp_path / "cut", callbacks=[Stop()])
+    found, resumed_losses = run(tmp_path / "cut", seed=1, resume_from_checkpoint=True)
+    assert losses[-1] < losses[0]
+    if device == "cpu":
+        assert same_tensors(found, expected)
+    assert resumed_losses == pytest.approx(losses, rel=1e-2)
+    states = [
+        torch.load(tmp_path / name / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"]
+        for name in ("cut", "uncut")
+    ]
+    assert all(s["step"] == 6 for state in states for s in state.values())
+    assert {s["state1"].dtype for s in states[0].values()} == {torch.uint8 if "8bit" in optim else torch.float32}
 
 
 # --- LoRA+

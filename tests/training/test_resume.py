@@ -20,7 +20,7 @@ from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, sam
 
 import phi3lora as p3
 from phi3lora.training import checkpoint
-from phi3lora.training.logging import LateValues
+from phi3lora.training.logging import DeferredMetrics
 
 # 24 documents in 22 rows of 64 tokens; 2 rows x 2 a step: 6 steps an epoch, the last of fewer micro-batches
 RUN = {
@@ -391,8 +391,8 @@ def test_what_is_only_looked_at_saved_or_said_may_change(tmp_path):
 
 
 def test_numbers_that_arrive_late_are_in_the_checkpoint_and_the_history_all_the_same(tmp_path, monkeypatch):
-    real = LateValues.arrived  # as on a busy GPU, numbers are there only when waited for
-    monkeypatch.setattr(LateValues, "arrived", lambda late, wait=False: real(late, wait) if wait else [])
+    real = DeferredMetrics.ready  # as on a busy GPU, numbers are there only when waited for
+    monkeypatch.setattr(DeferredMetrics, "arrived", lambda late, wait=False: real(late, wait) if wait else [])
     with pytest.raises(MemoryError):
         train(tmp_path, callbacks=[Cut(7, by_crash)])
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["state"]

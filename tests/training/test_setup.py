@@ -1,6 +1,12 @@
-"""Before the first step: the right error, before any file is written or deleted; and a banner that says it all."""
+"""Before the first step: the right error before any file is touched, the banner, the folder's lock; out of memory."""
 
 from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,23 +14,21 @@ from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, sam
 
 import phi3lora as p3
 from phi3lora.model.backend import PLAIN, Backend
+from phi3lora.training import step as step_module
+from phi3lora.training.checkpoint import TrainingState
 from phi3lora.training.setup import (
     banner_facts,
     check_run,
     claim_output_dir,
+    locked,
+    plan_step_memory,
+    resolve,
     resolve_backend,
-    resolve_checkpointing,
     resolve_plans,
 )
-from phi3lora.training.state import TrainingState
+from phi3lora.training.step import resolve_precision
 
-
-def without_adapters():
-    return tiny_model().requires_grad_(False)
-
-
-def all_frozen():
-    return adapted_model().requires_grad_(False)
+# --- Validation
 
 
 def head_trainable():
@@ -33,26 +37,44 @@ def head_trainable():
     return model
 
 
-def cast_to_bfloat16():
-    return adapted_model().to(torch.bfloat16)
-
-
 BAD_MODELS = {
-    "no adapters": (without_adapters, p3.TrainingError, r"no adapters.*inject_lora"),
-    "all frozen": (all_frozen, p3.TrainingError, r"only adapters may be trainable, but nothing is"),
+    "no adapters": (lambda: tiny_model().requires_grad_(False), p3.TrainingError, r"no adapters.*inject_lora"),
+    "all frozen": (
+        lambda: adapted_model().requires_grad_(False), p3.TrainingError,
+        r"only adapters may be trainable, but nothing is",
+    ),
     "head": (head_trainable, p3.TrainingError, r"only adapters may be trainable, but lm_head.weight is"),
-    "cast": (cast_to_bfloat16, p3.TrainingError, r"lora_A is torch.bfloat16.*Cast the base model before inject_lora"),
+    "cast": (
+        lambda: adapted_model().to(torch.bfloat16), p3.TrainingError,
+        r"lora_A is torch.bfloat16.*Cast the base model before inject_lora",
+    ),
     "few positions": (
         lambda: adapted_model(changes={"max_position_embeddings": 40, "original_max_position_embeddings": 40}),
-        p3.DataError,
-        r"train_dataset has a document of 63 tokens; the model allowed 40",
+        p3.DataError, r"train_dataset has a document of 63 tokens; the model allows 40",
     ),
     "small vocabulary": (
-        lambda: adapted_model(changes={"vocab_size": 200}),
-        p3.DataError,
+        lambda: adapted_model(changes={"vocab_size": 200}), p3.DataError,
         r"train_dataset has token id \d+; the model's vocabulary has 200.*own tokenizer",
     ),
-}
+}  # fmt: skip
+
+
+def empty():
+    return chat_dataset().select([])
+
+
+STEPS = {"eval_strategy": "steps"}
+BAD_RUNS = {
+    "empty": ({}, empty, None, p3.DataError, r"train_dataset is empty"),
+    "no eval set": (STEPS, chat_dataset, None, p3.TrainingError, r"'steps' needs an eval_dataset"),
+    "empty eval set": (STEPS, chat_dataset, empty, p3.DataError, r"eval_dataset is empty"),
+    "document longer than a row": ({"max_length": 40}, chat_dataset, None, p3.DataError, r"max_length=40.*63 tokens"),
+    "eval on start without set": ({"eval_on_start": True}, chat_dataset, None, p3.TrainingError, r"eval_dataset"),
+    "unknown metric": (
+        {**STEPS, "metric_for_best_model": "rouge"}, chat_dataset, chat_dataset, p3.TrainingError,
+        r"metric_for_best_model='rouge'; allowed: loss",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD_MODELS)
@@ -63,28 +85,8 @@ def test_a_model_that_cannot_train_is_refused_before_any_file_is_written(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def empty():
-    return chat_dataset().select([])
-
-
-BAD_RUNS = {
-    "empty": ({}, empty, None, p3.DataError, r"train_dataset is empty"),
-    "no eval set": ({"eval_strategy": "steps"}, chat_dataset, None, p3.TrainingError, r"'steps' needs an eval_dataset"),
-    "empty eval set": ({"eval_strategy": "steps"}, chat_dataset, empty, p3.DataError, r"eval_dataset is empty"),
-    "document longer than a row": ({"max_length": 40}, chat_dataset, None, p3.DataError, r"max_length=40.*63 tokens"),
-    "the same, steps given": (
-        {"max_length": 40, "max_steps": 3}, chat_dataset, None, p3.DataError, r"max_length=40.*63 tokens",
-    ),
-    "eval on start without set": ({"eval_on_start": True}, chat_dataset, None, p3.TrainingError, r"eval_dataset"),
-    "unknown metric": (
-        {"eval_strategy": "steps", "metric_for_best_model": "rouge"}, chat_dataset, chat_dataset, p3.TrainingError,
-        r"metric_for_best_model='rouge'; allowed: loss",
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("what", BAD_RUNS)
-def test_a_run_that_cannot_go_well_is_refused_before_any_file_is_written_or_deleted(tmp_path, what):
+def test_a_run_that_cannot_succeed_is_refused_before_any_file_is_written_or_deleted(tmp_path, what):
     settings, train_set, eval_set, error, message = BAD_RUNS[what]
     kept = tmp_path / "run" / "checkpoint-1" / "file"
     kept.parent.mkdir(parents=True)
@@ -94,98 +96,55 @@ def test_a_run_that_cannot_go_well_is_refused_before_any_file_is_written_or_dele
     config = quiet_config(tmp_path / "run", overwrite_output_dir=True, **settings)
     with pytest.raises(error, match=message):
         p3.train(model, train_set(), config, eval_dataset=eval_set and eval_set())
-    assert kept.is_file()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-1"]
+    assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [kept.relative_to(tmp_path)]
     assert same_tensors(adapters_of(model), before)
 
 
-def test_trainable_biases_are_no_stranger():
+def test_trainable_biases_are_allowed():
     model = adapted_model()
     o_proj = model.model.layers[0].self_attn.o_proj
     o_proj.bias = torch.nn.Parameter(torch.zeros(o_proj.out_features))
     check_run(model, chat_dataset(), None, quiet_config("unused"))
 
 
-@pytest.fixture
-def used(tmp_path):
-    """A folder with another run's checkpoint, metrics, and a file of the user's."""
-    for name in ("checkpoint-2/x", "checkpoint-10/x", "metrics.jsonl", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("old")
-    return tmp_path
+# --- Resolved settings
 
 
-def test_a_folder_with_another_runs_checkpoints_is_refused_and_left_alone(used):
-    before = sorted(used.rglob("*"))
-    with pytest.raises(
-        p3.CheckpointError, match=r"checkpoint-10 the newest.*resume_from_checkpoint.*overwrite_output_dir"
-    ):
-        p3.train(adapted_model(), chat_dataset(), quiet_config(used))
-    assert sorted(used.rglob("*")) == before
-
-
-def test_overwriting_deletes_that_runs_checkpoints_and_metrics_and_nothing_else(used):
-    claim_output_dir(quiet_config(used, overwrite_output_dir=True), resuming=False)
-    assert [p.name for p in used.iterdir()] == ["notes.txt"]
-
-
-@pytest.mark.parametrize("resume", [True, "auto"])
-def test_resuming_wins_over_overwriting(used, resume):
-    before = sorted(used.rglob("*"))
-    claim_output_dir(quiet_config(used, overwrite_output_dir=True, resume_from_checkpoint=resume), resuming=True)
-    assert sorted(used.rglob("*")) == before
-
-
-def test_a_folder_without_checkpoints_is_anybodys(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    claim_output_dir(quiet_config(tmp_path), resuming=False)
-    claim_output_dir(quiet_config(tmp_path / "new"), resuming=False)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_the_memory_plan_counts_the_state_of_the_optimizer_at_hand():
+def test_the_memory_plan_counts_the_state_of_the_configured_optimizer():
     model = adapted_model()
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    precision = p3.training.step.resolve_precision(quiet_config("there"), model, torch.device("cpu"))
+    precision = resolve_precision(quiet_config("unused"), model, torch.device("cpu"))
 
     def planned_bytes(optim):
-        config = quiet_config("there", optim=optim)
-        _, plan = resolve_checkpointing(model, chat_dataset(), config, PLAIN, precision)
-        return plan.peak_gib["full"] * 2**30
+        config = quiet_config("unused", optim=optim)
+        return plan_step_memory(model, chat_dataset(), config, PLAIN, precision).peak_gib["full"] * 2**30
 
     for optim, each in {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2 + 8 / 256}.items():
         assert planned_bytes(optim) - planned_bytes("sgd") == pytest.approx(each * numbers)
 
 
-def facts(**settings):
-    model, dataset, config = adapted_model(), chat_dataset(), quiet_config("there", **settings)
-    precision = p3.training.step.resolve_precision(config, model, torch.device("cpu"))
-    backend = resolve_backend(model, config, precision)
-    steps = resolve_plans(model, dataset, config, backend)
-    memory = resolve_checkpointing(model, dataset, config, backend, precision)
-    state = TrainingState(total_steps=steps.total, global_step=3)
-    told = banner_facts(model, steps, config, state, precision, None, backend, memory)
-    return {name: str(value) for name, value in told.items()}
+def banner(**settings):
+    model, config = adapted_model(), quiet_config("there", **settings)
+    resolved = resolve(model, chat_dataset(), config)
+    state = TrainingState(total_steps=resolved.steps.total, global_step=3)
+    return {name: str(value) for name, value in banner_facts(model, config, resolved, state, None).items()}
 
 
-def test_the_banner_says_what_was_resolved():
-    told = facts(
+def test_the_banner_lists_what_was_resolved():
+    facts = banner(
         bf16=True, seed=5, data_seed=6, warmup_ratio=0.5, max_steps=11, gradient_accumulation_steps=2, weight_decay=0.25
     )
-    model = adapted_model()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert f"{trainable:,} trainable in 8 layers" in told["model"]
-    assert "cpu, bf16" in told["device"]
-    assert "layers plain (not on a CUDA device)" in told["device"]
-    assert told["memory"] == "activation checkpointing none"
-    assert told["step"] == "4 x 2 rows, packed to 64 tokens"
-    assert told["steps"] == "11 (3 done)"
-    assert "adamw_torch, linear from 0.01, 6 warm-up steps, weight decay 0.25" in told["optimizer"]
-    assert "from 0.01 (LoRA+: B times 16), 0 warm-up" in facts(lora_plus_lr_ratio=16)["optimizer"]
-    assert told["seed"] == "5 (data 6)"
-    assert told["output"] == "there"
-    assert "eval data" not in told
-    assert "without effect" not in told
+    trainable = sum(p.numel() for p in adapted_model().parameters() if p.requires_grad)
+    assert f"{trainable:,} trainable in 8 layers" in facts["model"]
+    assert "cpu, bf16" in facts["device"]
+    assert "layers plain (not on a CUDA device)" in facts["device"]
+    assert facts["memory"] == "activation checkpointing none"
+    assert facts["step"] == "4 x 2 rows, packed to 64 tokens"
+    assert facts["steps"] == "11 (3 done)"
+    assert "adamw_torch, linear from 0.01, 6 warm-up steps, weight decay 0.25" in facts["optimizer"]
+    assert (facts["seed"], facts["output"]) == ("5 (data 6)", "there")
+    assert "eval data" not in facts and "without effect" not in facts
+    assert "from 0.01 (LoRA+: B times 16), 0 warm-up" in banner(lora_plus_lr_ratio=16)["optimizer"]
 
 
 @pytest.mark.parametrize(
@@ -199,20 +158,139 @@ def test_the_banner_says_what_was_resolved():
 )
 def test_how_the_layers_are_computed_and_why(settings, backend):
     model, config = adapted_model(), quiet_config("unused", **settings)
-    precision = p3.training.step.resolve_precision(config, model, torch.device("cpu"))
+    precision = resolve_precision(config, model, torch.device("cpu"))
     assert resolve_backend(model, config, precision) == Backend(*backend)
-
-
-def test_the_banner_lists_the_names_without_effect():
-    assert facts(remove_unused_columns=False, dataloader_num_workers=4)["without effect"] == (
-        "dataloader_num_workers, remove_unused_columns"
-    )
 
 
 def test_the_order_of_documents_follows_data_seed_and_without_it_the_seed():
     def order(**seeds):
-        return resolve_plans(adapted_model(), chat_dataset(), quiet_config("unused", **seeds), PLAIN).steps_of_epoch(0)
+        steps = resolve_plans(adapted_model(), chat_dataset(), quiet_config("unused", **seeds), PLAIN)
+        return steps.steps_of_epoch(0)
 
     assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7)
     assert order(seed=7, data_seed=1) != order(seed=7)
     assert order(seed=7, data_seed=0) == order(seed=0)
+
+
+# --- The output folder
+
+
+@pytest.fixture
+def used(tmp_path):
+    """A folder with another run's checkpoints, metrics, and a file of the user's."""
+    for name in ("checkpoint-2/x", "checkpoint-10/x", "metrics.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    return tmp_path
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused_and_left_alone(used):
+    before = sorted(used.rglob("*"))
+    message = r"newest is checkpoint-10.*resume_from_checkpoint.*overwrite_output_dir"
+    with pytest.raises(p3.CheckpointError, match=message):
+        p3.train(adapted_model(), chat_dataset(), quiet_config(used))
+    assert sorted(used.rglob("*")) == before
+
+
+def test_overwriting_deletes_that_runs_checkpoints_and_metrics_and_nothing_else_and_resuming_wins(used):
+    before = sorted(used.rglob("*"))
+    for resume in (True, "auto"):
+        claim_output_dir(quiet_config(used, overwrite_output_dir=True, resume_from_checkpoint=resume), resuming=True)
+    assert sorted(used.rglob("*")) == before
+    claim_output_dir(quiet_config(used, overwrite_output_dir=True), resuming=False)
+    assert [p.name for p in used.iterdir()] == ["notes.txt"]
+    claim_output_dir(quiet_config(used), resuming=False)  # a folder without checkpoints is free
+
+
+def run(folder, callbacks=(), **changes):
+    config = quiet_config(folder, **{"max_steps": 1, **changes})
+    return p3.train(adapted_model(), chat_dataset(), config, callbacks=callbacks)
+
+
+def test_a_second_run_in_the_same_process_is_refused_and_the_first_continues(tmp_path):
+    class Second(p3.Callback):
+        def on_step_end(self, state):
+            with pytest.raises(p3.CheckpointError, match="in use by another run"):
+                run(tmp_path)
+
+    assert run(tmp_path, [Second()], max_steps=2).global_step == 2
+    run(tmp_path)  # the folder is free again
+
+
+HOLD = """
+import sys
+from phi3lora.training.setup import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_another_process_holds_the_folder_until_it_is_killed(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(p3.CheckpointError, match="in use by another run"):
+            run(tmp_path)
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        run(tmp_path)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_new_folder_is_removed_if_it_stays_empty(tmp_path):
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "empty"):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "empty").exists()
+    with locked(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    steps = []
+
+    class Count(p3.Callback):
+        def on_step_end(self, state):
+            steps.append(state.global_step)
+
+    for folder in (tmp_path / "file" / "run", Path("/proc/self")):  # nobody can create a file there, not even root
+        with pytest.raises(p3.CheckpointError, match="cannot be written"):
+            run(folder, [Count()])
+    assert steps == []
+
+
+# --- Out of memory
+
+REQUEST = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB."
+
+
+@pytest.mark.parametrize(
+    ("settings", "ways"),
+    [
+        (
+            {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
+            ['"full"', '"offload"', "per_device_train_batch_size=3, gradient_accumulation_steps=4", "nf4"],
+        ),
+        ({"per_device_train_batch_size": 1, "activation_checkpointing": "full"}, ['"offload"', "max_length"]),
+    ],
+)
+def test_an_out_of_memory_error_lists_the_settings_to_change(tmp_path, monkeypatch, settings, ways):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(REQUEST + "\nmore lines of torch's")
+
+    monkeypatch.setattr(step_module, "causal_lm_loss", full)
+    with pytest.raises(p3.TrainingError) as caught:
+        run(tmp_path, **settings)
+    message = str(caught.value)
+    assert message.startswith(REQUEST) and "\n" not in message
+    assert "Predicted peak by mode: none " in message
+    assert all(way in message for way in ways)
+    assert ("per_device_train_batch_size" in message) == (settings["per_device_train_batch_size"] > 1)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)

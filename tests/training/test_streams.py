@@ -13,8 +13,8 @@ from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_t
 
 import phi3lora as p3
 from phi3lora.model.backend import PLAIN
+from phi3lora.training.loop import Callback
 from phi3lora.training.setup import plan_step_memory
-from phi3lora.training.state import Callback
 from phi3lora.training.step import resolve_precision
 
 ROWS = chat_rows(23)
