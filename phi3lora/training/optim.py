@@ -103,17 +103,24 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 
 def check_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse the state of another library's AdamW: ``load_state_dict`` would accept it, and the next step fail.
+    """Refuse moments that are missing or have another shape: the next step would fail, or write past their end.
 
-    ``paged_adamw_32bit`` is bitsandbytes' AdamW on a CUDA GPU and torch's elsewhere.
+    ``paged_adamw_32bit`` is bitsandbytes' AdamW on a CUDA GPU and torch's elsewhere, and neither reads the other's.
 
     Raises:
-        ValueError: torch's state for an optimizer of bitsandbytes, or the reverse.
+        ValueError: a moment is missing or has another shape than its parameter.
     """
-    names = {name for state in saved["state"].values() for name in state}
-    foreign = "state1" if isinstance(optimizer, torch.optim.AdamW) else "exp_avg"
-    if foreign in names:
-        raise ValueError(f"its optimizer state ({', '.join(sorted(names))}) is not one of {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.SGD):
+        return
+    parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+    is_torch = isinstance(optimizer, torch.optim.AdamW)
+    for index, state in saved["state"].items():
+        moment = parameters[index].shape
+        shapes = {"exp_avg": moment, "exp_avg_sq": moment, "step": torch.Size()}
+        for name, shape in (shapes if is_torch else {"state1": moment, "state2": moment}).items():
+            found = getattr(state.get(name), "shape", None)
+            if found != shape:
+                raise ValueError(f"{name} of parameter {index} is {found and tuple(found)}; allowed: {tuple(shape)}")
 
 
 def optimizer_bytes(optim: str) -> float:

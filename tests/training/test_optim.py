@@ -155,15 +155,18 @@ def test_optimizer_bytes_are_those_that_the_optimizers_hold():
     assert (optimizer_bytes("sgd"), optimizer_bytes("adamw_torch")) == (0, 8)
 
 
-def test_the_state_of_another_librarys_adamw_is_refused():
+def test_state_of_another_librarys_adamw_or_of_another_shape_is_refused():
     pytest.importorskip("bitsandbytes")
-    ours, theirs = (
-        updated(build_optimizer(Biased(), quiet_config("unused", optim=o))) for o in ("adamw_torch", "adamw_8bit")
-    )
-    check_optimizer_state(ours.state_dict(), ours)
-    for saved, optimizer in ((ours, theirs), (theirs, ours)):
-        with pytest.raises(ValueError, match=f"is not one of {type(optimizer).__name__}"):
-            check_optimizer_state(torch.optim.Optimizer.state_dict(saved), optimizer)
+    configs = (quiet_config("unused", optim=optim) for optim in ("adamw_torch", "adamw_8bit"))
+    ours, theirs = (updated(build_optimizer(Biased(), config)) for config in configs)
+    states = [torch.optim.Optimizer.state_dict(optimizer) for optimizer in (ours, theirs)]
+    for optimizer, good, bad, name in ((ours, *states, "exp_avg"), (theirs, *states[::-1], "state1")):
+        check_optimizer_state(good, optimizer)
+        with pytest.raises(ValueError, match=rf"{name} of parameter 0 is None; allowed: \(3, 2\)"):
+            check_optimizer_state(bad, optimizer)
+        good["state"][1] = {**good["state"][1], name: torch.zeros(2)}
+        with pytest.raises(ValueError, match=rf"{name} of parameter 1 is \(2,\); allowed: \(3,\)"):
+            check_optimizer_state(good, optimizer)
 
 
 def test_8_bit_moments_train_about_as_well_as_32_bit_ones(tmp_path):
