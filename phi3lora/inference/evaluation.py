@@ -28,7 +28,7 @@ from ..model.backend import PLAIN, use_backend
 from ..model.forward import eval_mode, supervised_hidden_states
 from ..model.load import longrope_boundary
 from ..model.loss import token_losses
-from .generation import eval_mode, generate_answers
+from .generation import generate_answers
 
 METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
 """Metrics that :func:`evaluate` always returns."""

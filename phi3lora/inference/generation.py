@@ -98,22 +98,6 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block in ``model.eval()`` without gradients; restore every module's own mode afterwards.
-
-    Compiled layers run uncompiled: the other shapes would recompile them again and again.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Seed torch's generators inside the block; restore them afterwards."""
     device = model_device(model)
