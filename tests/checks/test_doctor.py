@@ -358,7 +358,7 @@ def test_another_run_s_checkpoints_are_reported_and_kept(tmp_path):
     kept.write_text("another run's")
     found = examine(tmp_path)["output"]
     assert found.status == "error"
-    assert "checkpoint-3 the newest" in found.text
+    assert "the newest is checkpoint-3" in found.text
     assert examine(tmp_path, settings={"overwrite_output_dir": True})["output"].status == "ok"
     assert kept.exists()
 
