@@ -112,6 +112,7 @@ def test_every_public_name_has_a_docstring_and_is_in_the_api_page():
         assert re.search(rf"\b{name}\b", page), f"{name} is not in docs/api.md"
 
 
+@pytest.mark.slow
 def test_own_loop_example_lowers_the_loss(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path(str(ROOT / "examples" / "own_loop.py"))
