@@ -111,11 +111,8 @@ def test_the_loss_takes_tensors_only():
     ("path", "source"),
     [
         ("data/batches.py", "from ..model.loss import linear_cross_entropy"),
-        ("lora/layers.py", "from ..data import dataset"),
         ("config.py", "import phi3lora.lora.layers"),
-        ("errors.py", "from .config import LoraConfig"),
         ("inference/generation.py", "from phi3lora import train"),
-        ("inference/generation.py", "from .. import demo"),
         ("adapters/adapter_file.py", "def f():\n    from ..training import loop"),
         ("training/step.py", "def f():\n    from .loop import train"),
     ],
