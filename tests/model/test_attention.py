@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from transformers import Phi3ForCausalLM
 
 from phi3lora.errors import ModelError
 from phi3lora.model.attention import (
+    _VARLEN_NAMES_GQA,
     NAME,
     _fixed_sizes,
     document_mask,
     packed_attention,
     packed_forward_kwargs,
+    packed_layout,
     register,
     use_packed_attention,
 )
@@ -184,7 +187,7 @@ def test_the_cache_is_off_in_a_packed_forward():
     assert packed_forward_kwargs(tiny_model(), packed_batch(ROWS, 15), torch.float32)["use_cache"] is False
 
 
-@pytest.mark.parametrize("documents", [1, 2, 3, 4, 5, 8, 9, 100])
+@pytest.mark.parametrize("documents", [1, 2, 3, 8, 9, 100])
 def test_documents_are_filled_up_to_a_power_of_two_with_empty_ones(documents):
     edges = torch.arange(documents + 1, dtype=torch.int32) * 3
     filled = _fixed_sizes(edges, 3 * documents)
@@ -195,7 +198,67 @@ def test_documents_are_filled_up_to_a_power_of_two_with_empty_ones(documents):
     assert filled.numel() - 1 < 2 * documents
 
 
-# --- On a GPU: the kernel for packed documents, without a mask
+# --- Without a mask in memory: a stand-in for torch's kernel on a CPU, the kernel itself on a GPU
+
+
+def varlen_reference(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
+    """``torch.nn.attention.varlen.varlen_attn`` document by document: (tokens, heads, head_dim) each."""
+    assert q.dtype == k.dtype == v.dtype and cu_seqlens is cu_seqlens_k
+    assert longest == longest_k == cu_seqlens.diff().max() and window_size[1] == 0
+    assert enable_gqa == (_VARLEN_NAMES_GQA and q.shape[1] != k.shape[1])
+    out = torch.empty_like(q)
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        window = None if window_size[0] == -1 else window_size[0] + 1
+        mask = document_mask(torch.arange(stop - start)[None], window)
+        one = (t[start:stop].transpose(0, 1)[None] for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale, enable_gqa=True)
+        out[start:stop] = attended[0].transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 4, 8])
+def test_attention_over_packed_documents_is_that_under_the_mask(monkeypatch, kv_heads, window):
+    """But for a document of window + 1 tokens, whose last position predicts nothing: plain causal, which is faster."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
+    batch, generator = packed_batch([[DOCUMENTS[0]], [DOCUMENTS[1]]], 9), torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 9, 8, generator=generator, dtype=torch.float64)  # rotated in another dtype than v has
+    k, v = (torch.randn(2, kv_heads, 9, 8, generator=generator) for _ in range(2))
+    attention = lively_model(num_key_value_heads=kv_heads).model.layers[0].self_attn
+    layout = {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_seqlen"]}
+    found, _ = packed_attention(attention, q, k, v, scaling=0.5, sliding_window=window, **layout)
+    mask = document_mask(batch["position_ids"], None if window == 8 else window)
+    expected, _ = packed_attention(attention, q.float(), k, v, mask, scaling=0.5)
+    assert found.dtype == v.dtype and found.shape == (2, 9, 4, 8)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_rows_of_one_document_are_causal_attention(kv_heads):
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    k, v = k[:, :kv_heads], v[:, :kv_heads]
+    attention = lively_model(num_key_value_heads=kv_heads).model.layers[0].self_attn
+    found, _ = packed_attention(attention, q, k, v, scaling=0.5, full_rows=True)
+    torch.testing.assert_close(found, packed_attention(attention, q, k, v, scaling=0.5)[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "edges", "window", "full"),
+    [
+        (8, [0, 8, 16], None, True),
+        (8, [0, 8, 16], 7, True),  # window + 1 tokens: the last position predicts nothing
+        (8, [0, 8, 16], 6, False),
+        (8, [0, 3, 8, 16], None, False),
+        (16, [0, 7, 16], None, False),  # as many documents as rows, none of them full
+    ],
+)
+def test_the_layout_on_a_gpu_is_full_rows_or_the_documents_edges(tokens, edges, window, full):
+    position_ids = SimpleNamespace(is_cuda=True, shape=(2, tokens))
+    edges = torch.tensor(edges, dtype=torch.int32)
+    batch = {"position_ids": position_ids, "cu_seqlens": edges, "max_seqlen": int(edges.diff().max())}
+    expected = {"full_rows": True} if full else {"cu_seq_lens_q": edges, "max_length_q": batch["max_seqlen"]}
+    assert packed_layout(SimpleNamespace(sliding_window=window), batch) == expected
+
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GPU_CONFIG = {"hidden_size": 128, "intermediate_size": 96}  # heads of 32
