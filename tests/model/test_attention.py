@@ -221,7 +221,7 @@ def varlen_reference(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, *, s
 def test_attention_over_packed_documents_is_that_under_the_mask(monkeypatch, kv_heads, window):
     """But for a document of window + 1 tokens, whose last position predicts nothing: plain causal, which is faster."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
-    batch, generator = packed_batch([[DOCUMENTS[0]], [DOCUMENTS[1]]], 9), torch.Generator().manual_seed(0)
+    batch, generator = packed_batch([[DOCUMENTS[0]], random_documents(5, 4)], 9), torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 9, 8, generator=generator, dtype=torch.float64)  # rotated in another dtype than v has
     k, v = (torch.randn(2, kv_heads, 9, 8, generator=generator) for _ in range(2))
     attention = lively_model(num_key_value_heads=kv_heads).model.layers[0].self_attn
