@@ -96,7 +96,7 @@ def check_trainable_parameters(planned: PlannedRun) -> Verdict:
 
 def check_layers(planned: PlannedRun) -> Verdict:
     """Report how attention and the decoder layers are computed, and why not faster."""
-    backend = planned.backend
+    backend = planned.resolved.backend
     device, config = model_device(planned.model), planned.config
     model_config: Any = planned.model.config
     text = f"{device}, attention {model_config._attn_implementation}, layers {backend}"
@@ -108,7 +108,7 @@ def check_layers(planned: PlannedRun) -> Verdict:
 def check_precision(planned: PlannedRun) -> Verdict:
     """Check that the base weights suit the precision of the forward, and that a CPU has instructions for it."""
     weight = planned.model.get_input_embeddings().weight  # type: ignore[operator]
-    name, dtype = planned.precision.name, str(weight.dtype).removeprefix("torch.")
+    name, dtype = planned.resolved.precision.name, str(weight.dtype).removeprefix("torch.")
     base = base_format(planned.model)
     text = f"{name} forward, base weights {dtype}" + (f" and {base}" if base else "") + ", adapters and moments float32"
     if (name, dtype) == ("fp16", "bfloat16"):

@@ -1,4 +1,4 @@
-"""``PlannedRun``: a run before it starts, its settings resolved as ``train`` resolves them, each on first use."""
+"""``PlannedRun``: a run before it starts, the subject of all checks."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 from torch import nn
 
 from ..config import TrainingConfig
-from ..data.batches import StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import DataError
 from ..model.backend import Backend
 from ..model.estimate import MemoryPlan
 from ..model.load import model_device
-from ..training.setup import checkpointing_mode, plan_step_memory, resolve_backend, resolve_plans
-from ..training.step import Precision, resolve_precision
+from ..training.setup import Resolved, checkpointing_mode, plan_step_memory, resolve
 from .spans import TrainedSpans, trained_spans
 
 
 class PlannedRun:
-    """The subject of all checks. A property that cannot be resolved raises the ``Phi3LoRAError`` of ``train``.
+    """A run's model, data and settings, and what follows from them, resolved as ``train`` resolves it on first use.
+
+    A property that cannot be resolved raises the ``Phi3LoRAError`` that ``train`` would.
 
     Args:
         model, tokenizer, dataset, config, eval_dataset: the arguments of ``train``; of a stream, the first window is
             checked.
         device_memory_gib: memory of the card that the run is planned for; None: the card that the model is on.
-        known: properties that the caller has resolved already.
+        resolved: the resolved settings, if the caller has them already.
     """
 
     def __init__(
@@ -38,28 +38,18 @@ class PlannedRun:
         config: TrainingConfig,
         eval_dataset: ChatDataset | None = None,
         device_memory_gib: float | None = None,
-        **known: Any,
+        resolved: Resolved | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.train_dataset, self.dataset = dataset, dataset.first_window
         self.eval_dataset, self.device_memory_gib = eval_dataset, device_memory_gib
-        vars(self).update(known)
+        self._resolved = resolved
 
     @cached_property
-    def precision(self) -> Precision:
-        """Precision of the forward."""
-        return resolve_precision(self.config, self.model, model_device(self.model))
-
-    @cached_property
-    def backend(self) -> Backend:
-        """How the decoder layers are computed."""
-        return resolve_backend(self.model, self.config, self.precision)
-
-    @cached_property
-    def steps(self) -> StepSchedule:
-        """Order of documents, rows, batches and steps."""
+    def resolved(self) -> Resolved:
+        """Precision, backend, steps, memory and checkpointing mode of the run on the model's own device."""
         self._require_documents()
-        return resolve_plans(self.model, self.train_dataset, self.config, self.backend)
+        return self._resolved or resolve(self.model, self.train_dataset, self.config)
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
@@ -79,15 +69,15 @@ class PlannedRun:
 
     @cached_property
     def memory_backend(self) -> Backend:
-        """Way the layers will be computed on the card that memory is predicted for."""
+        """Backend of the decoder layers on the card that memory is predicted for."""
         elsewhere = self.device_memory_gib is not None and model_device(self.model).type != "cuda"
-        if elsewhere and self.config.compile is None and self.precision.name != "fp32":
+        if elsewhere and self.config.compile is None and self.resolved.precision.name != "fp32":
             return Backend("fused")
-        return self.backend
+        return self.resolved.backend
 
     def memory(self, base_precision: str | None = None) -> MemoryPlan:
         """Predict the peaks with the base as it is loaded, or in ``"fp8"`` or ``"nf4"``."""
-        run = (self.model, self.train_dataset, self.config, self.memory_backend, self.precision)
+        run = (self.model, self.train_dataset, self.config, self.memory_backend, self.resolved.precision)
         plan = plan_step_memory(*run, base_precision)
         if self.device_memory_gib is not None:
             plan = dataclasses.replace(plan, available_gib=self.device_memory_gib)
@@ -95,7 +85,7 @@ class PlannedRun:
 
     @cached_property
     def checkpointing(self) -> str:
-        """Activation checkpointing mode, with ``"auto"`` resolved."""
+        """Activation checkpointing mode on the card that memory is predicted for, with ``"auto"`` resolved."""
         return checkpointing_mode(self.config, self.memory(), self.memory_backend)
 
     @cached_property

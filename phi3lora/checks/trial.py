@@ -87,7 +87,9 @@ def run_trial(planned: PlannedRun) -> Trial:
     with _copied_adapters(model) as trained, train_mode(model), torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
         step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm)
-        backend = planned.backend if planned.backend.kind == "fused" else PLAIN  # compiling takes longer than two steps
+        backend = planned.resolved.backend
+        if backend.kind == "compiled":
+            backend = PLAIN  # compiling takes longer than two steps
         before = {name: part.detach().clone() for name, part, _ in _adapter_parts(model)}
         with activation_checkpointing(model, planned.checkpointing), use_backend(model, backend):
             for _ in range(_MAX_ATTEMPTS):
@@ -113,7 +115,7 @@ def _trial_rows(planned: PlannedRun) -> list[PackedRow]:
     lengths = planned.dataset.lengths
     room = _MAX_FLOPS.get(device, 1e11) / flops_per_token(planned.model, mean_context_tokens(lengths))  # tokens
     rows: list[PackedRow] = []
-    for row in planned.steps.steps_of_epoch(0)[0][0]:
+    for row in planned.resolved.steps.steps_of_epoch(0)[0][0]:
         taken: list[int] = []
         for i in row:
             if (rows or taken) and lengths[i] > room:

@@ -138,8 +138,8 @@ def train(
         stack.enter_context(use_backend(model, resolved.backend))
         report.banner(banner_facts(model, config, resolved, state, eval_dataset))
         if report.warns:
-            known: dict[str, Any] = {name: getattr(resolved, name) for name in ("precision", "backend", "steps")}
-            report.findings(problems(PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, **known)))
+            planned = PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, resolved=resolved)
+            report.findings(problems(planned))
         stack.enter_context(report)  # opens the progress bar: print would write into it from here on
         run.call_hooks("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
