@@ -209,12 +209,11 @@ def test_unequal_layers_come_back_as_they_were(tmp_path, layout):
         torch.testing.assert_close(tensor, adapters_of(model)[name], rtol=2**-22 if is_rounded else 0, atol=0)
 
 
-@layouts
-def test_an_import_is_exported_and_saved_again_like_any_adapter(tmp_path, layout):
+def test_an_import_is_exported_and_saved_again_like_any_adapter(tmp_path):
     peft_made(base_model(), tmp_path / "theirs", target_modules=["qkv_proj", "o_proj"], rank_pattern={"o_proj": 2})
     model = base_model()
     p3.import_peft(model, tmp_path / "theirs")
-    p3.export_peft(model, tmp_path / "ours", layout=layout)
+    p3.export_peft(model, tmp_path / "ours")
     p3.save_adapter(model, tmp_path / "ours.safetensors")
     for load, path in ((p3.import_peft, tmp_path / "ours"), (p3.load_adapter, tmp_path / "ours.safetensors")):
         again = base_model()
@@ -253,7 +252,7 @@ def test_without_our_header_each_module_becomes_a_layer(tmp_path, layout):
     p3.export_peft(model, tmp_path, layout=layout)
     change_tensors(tmp_path, lambda tensors: None)
     p3.import_peft(again, tmp_path)
-    kinds = {facts["class"] for facts in adapter_metadata(again)["layers"].values()}
+    kinds = {layer["class"] for layer in adapter_metadata(again)["layers"].values()}
     assert kinds == ({"Linear", "MergedLinear"} if layout == "split" else {"Linear"})
     assert_same_logits(again, model)
 
