@@ -11,6 +11,7 @@ from phi3lora.data.dataset import ChatDataset
 from phi3lora.data.formats import COLUMNS, detect_format, known_format, to_messages
 from phi3lora.errors import DataError
 
+TOKENIZER = make_tokenizer()
 QUESTION, ANSWER = "Where is it?", "On its way."
 CHAT = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 ROWS = {
@@ -41,14 +42,11 @@ def test_a_row_of_each_format_is_recognised_and_gives_the_same_chat(name):
     assert to_messages(row, name, 1) == CHAT
 
 
-@pytest.mark.parametrize("other", [name for name in ROWS if name != "prompt_completion"])
-def test_a_forced_format_wins_over_the_columns_that_would_be_recognised(other):
-    row = {**ROWS[other], "prompt": "forced?", "completion": "yes"}
-    tokenizer = make_tokenizer()
-    forced = ChatDataset.load([row], tokenizer, max_length=64, format="prompt_completion")
-    plain = ChatDataset.load([{"prompt": "forced?", "completion": "yes"}], tokenizer, max_length=64)
-    assert forced.format == "prompt_completion"
-    assert list(forced) == list(plain)
+def test_a_forced_format_wins_over_the_columns_that_would_be_recognised():
+    forced = {"prompt": "forced?", "completion": "yes"}
+    chats = ChatDataset.load([{**ROWS["messages"], **forced}], TOKENIZER, max_length=64, format="prompt_completion")
+    assert chats.format == "prompt_completion"
+    assert list(chats) == list(ChatDataset.load([forced], TOKENIZER, max_length=64))
 
 
 def test_a_column_that_is_present_but_empty_does_not_decide_the_format():
@@ -67,7 +65,7 @@ def test_other_spellings_of_a_format_are_known_and_unknown_ones_list_the_allowed
 TURNS = st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(TURNS, st.none() | st.text(min_size=1, max_size=20))
 def test_messages_and_sharegpt_keep_every_role_and_character_of_a_chat(turns, system):
     chat = [] if system is None else [{"role": "system", "content": system}]
@@ -83,24 +81,16 @@ def test_messages_and_sharegpt_keep_every_role_and_character_of_a_chat(turns, sy
     assert to_messages(as_cell, "messages", 1) == chat
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["human", "user", "gpt", "assistant", "chatgpt", "bing", "bard", "model", "observation", "function_response"],
-)
-def test_a_sharegpt_speaker_has_the_role_it_had_in_its_dataset(name):
-    role = {"human": "user", "user": "user", "observation": "tool", "function_response": "tool"}.get(name, "assistant")
-    turns = {
-        "user": [(name, "a"), ("gpt", "b")],
-        "assistant": [("human", "a"), (name, "b")],
-        "tool": [("human", "a"), ("gpt", "b"), (name, "c"), ("gpt", "d")],
-    }[role]
-    chat = to_messages({"conversations": [{"from": who, "value": text} for who, text in turns]}, "sharegpt", 1)
-    at = [who for who, _ in turns].index(name)
-    assert chat[at] == {"role": role, "content": turns[at][1]}
+SPEAKERS = [("human", "gpt"), ("user", "chatgpt"), ("human", "bing"), ("human", "bard"), ("human", "model")]
 
 
-def test_sharegpt_turns_may_be_spelled_role_and_content():
-    assert to_messages({"conversations": CHAT}, "sharegpt", 1) == CHAT
+@pytest.mark.parametrize("tool", ["observation", "function_response", "tool"])
+@pytest.mark.parametrize(("user", "model"), SPEAKERS)
+def test_a_sharegpt_speaker_has_the_role_it_had_in_its_dataset(user, model, tool):
+    speakers = [user, model, tool, model]
+    turns = [{"from": who, "value": m["content"]} for who, m in zip(speakers, TOOL_CHAT, strict=True)]
+    assert to_messages({"conversations": turns}, "sharegpt", 1) == TOOL_CHAT
+    assert to_messages({"conversations": TOOL_CHAT}, "sharegpt", 1) == TOOL_CHAT, "role and content are known too"
 
 
 def test_a_turn_keeps_whether_it_is_trained():
@@ -135,13 +125,8 @@ def test_a_system_column_becomes_the_system_message_and_an_empty_one_none(name):
     ]
     assert to_messages({**ROWS[name], "system": ""}, name, 1) == CHAT
     assert to_messages({**ROWS[name], "system": None}, name, 1) == CHAT
-
-
-@pytest.mark.parametrize("name", ["sharegpt", "alpaca", "prompt_completion"])
-@pytest.mark.parametrize("system", [float("nan"), {"a": 1}, 3])
-def test_a_system_column_that_is_no_text_is_refused(name, system):
-    """pandas has NaN in the cells that are empty: it must not become the system prompt "nan"."""
-    assert "row 7" in refusal({**ROWS[name], "system": system}, name)
+    for system in (float("nan"), {"a": 1}):  # pandas has NaN in empty cells: not a system prompt "nan"
+        assert "row 7" in refusal({**ROWS[name], "system": system}, name)
 
 
 def test_alpaca_s_input_follows_the_instruction_after_an_empty_line():
@@ -177,7 +162,6 @@ def test_text_keeps_all_four_roles_and_line_ends_inside_a_turn():
         "no marker at all",
         f"stray <|user|>\n{QUESTION}<|end|>\n<|assistant|>\n{ANSWER}<|end|>",
         f"<|user|>\n{QUESTION}<|end|>\nstray<|assistant|>\n{ANSWER}<|end|>",
-        f"<|user|>\n{QUESTION}<|end|>\n<|assistant|>\n{ANSWER}<|end|> stray",
         f"<|im_start|>user<|im_sep|>{QUESTION}<|im_end|>stray<|im_start|>assistant<|im_sep|>{ANSWER}<|im_end|>",
         "",
     ],
@@ -195,21 +179,15 @@ def test_columns_maps_our_names_to_the_row_s(name):
     assert detect_format(row, columns) == name
     assert to_messages(row, name, 1, columns) == CHAT
     assert "'my_" in refusal({}, name, columns=columns), "what is missing is named as the file would spell it"
-
-
-def test_columns_maps_the_optional_columns_too():
-    row = {"q": "Translate.", "extra": "Bonjour", "a": "Hello", "rules": "Be brief."}
-    columns = {"instruction": "q", "input": "extra", "output": "a", "system": "rules"}
-    assert [m["content"] for m in to_messages(row, "alpaca", 1, columns)] == [
-        "Be brief.",
-        "Translate.\n\nBonjour",
-        "Hello",
-    ]
+    if name == "alpaca":  # the optional columns too
+        row, columns = {**row, "extra": "Now.", "rules": "Brief."}, {**columns, "input": "extra", "system": "rules"}
+        contents = [m["content"] for m in to_messages(row, name, 1, columns)]
+        assert contents == ["Brief.", f"{QUESTION}\n\nNow.", ANSWER]
 
 
 def test_a_name_in_columns_that_no_format_has_is_refused():
     with pytest.raises(DataError, match=r"'question' is not one of .*completion.*prompt"):
-        ChatDataset.load([ROWS["messages"]], make_tokenizer(), max_length=64, columns={"question": "prompt"})
+        ChatDataset.load([ROWS["messages"]], TOKENIZER, max_length=64, columns={"question": "prompt"})
 
 
 def test_an_unknown_format_shows_the_row_s_keys_and_what_each_format_needs():
@@ -225,7 +203,7 @@ def test_an_unknown_format_shows_the_row_s_keys_and_what_each_format_needs():
 def test_a_later_row_without_the_columns_is_named_with_its_number_and_keys(name):
     good, bad = ROWS[name], {"wrong": "keys"}
     with pytest.raises(DataError, match=rf"row 3: .*'{COLUMNS[name][0]}'.*the keys 'wrong'"):
-        ChatDataset.load([good, good, bad], make_tokenizer(), max_length=64)
+        ChatDataset.load([good, good, bad], TOKENIZER, max_length=64)
 
 
 def roles(*names):
@@ -237,11 +215,8 @@ def roles(*names):
     [
         ("assistant",),
         ("user", "user", "assistant"),
-        ("user", "assistant", "assistant"),
         ("user", "system", "assistant"),
-        ("user", "assistant", "system"),
         ("system", "assistant"),
-        ("system", "system", "user", "assistant"),
         ("user", "tool", "assistant"),
         ("user", "assistant", "tool", "user", "assistant"),
     ],
@@ -252,7 +227,7 @@ def test_roles_out_of_order_are_refused_and_the_order_is_shown(names):
     assert ", ".join(names) in message
 
 
-@pytest.mark.parametrize("names", [("user",), ("system", "user"), ("system",), ()])
+@pytest.mark.parametrize("names", [("user",), ("system", "user"), ()])
 def test_a_chat_with_no_assistant_turn_is_refused(names):
     message = refusal(roles(*names))
     assert "row 7" in message
@@ -270,7 +245,7 @@ def test_an_unknown_role_is_refused_and_the_known_ones_are_listed(role):
 IMAGE = [{"type": "image_url", "image_url": "x.png"}, {"type": "text", "text": "What is it?"}]
 
 
-@pytest.mark.parametrize("content", [None, 3, 1.5, float("nan"), {"text": "x"}, IMAGE, [], ["x"], b"x"], ids=repr)
+@pytest.mark.parametrize("content", [None, 3, float("nan"), {"text": "x"}, IMAGE, [], ["x"], b"x"], ids=repr)
 def test_a_content_that_is_no_text_is_refused_with_its_type(content):
     message = refusal({"messages": [{"role": "user", "content": content}, CHAT[1]]})
     assert "row 7" in message
@@ -281,12 +256,10 @@ def test_a_content_that_is_no_text_is_refused_with_its_type(content):
 
 def test_text_with_half_of_a_surrogate_pair_is_refused_with_its_row():
     r"""Legal in JSON ("\ud83d", an emoji cut in half), but not text that any tokenizer takes."""
-    rows = [{"prompt": "whole", "completion": "yes"}, {"prompt": "half \ud83d", "completion": "no"}]
-    with pytest.raises(DataError, match="row 2"):
-        ChatDataset.load(rows, make_tokenizer(), max_length=64)
+    assert "row 7" in refusal({"prompt": "half \ud83d", "completion": "no"}, "prompt_completion")
 
 
-@pytest.mark.parametrize("value", ["not JSON", "[1, 2]", '{"role": "user"}', [1], {"role": "user"}, 5], ids=repr)
+@pytest.mark.parametrize("value", ["not JSON", "[1, 2]", '{"role": "user"}', [1], 5], ids=repr)
 @pytest.mark.parametrize("name", ["messages", "sharegpt"])
 def test_turns_that_are_no_list_of_dicts_are_refused_with_the_column(name, value):
     message = refusal({COLUMNS[name][0]: value}, name)
@@ -301,11 +274,11 @@ def test_a_tool_role_is_rendered_where_the_template_knows_it_and_refused_where_n
     trained = known.decode([label for label in document["labels"] if label >= 0])
     assert trained == "weather()<|end|>It rains.<|end|>"
     with pytest.raises(DataError, match=r"row 2: .*role 'tool'"):
-        ChatDataset.load([{"messages": CHAT}, {"messages": TOOL_CHAT}], make_tokenizer("phi-3"), max_length=64)
+        ChatDataset.load([{"messages": CHAT}, {"messages": TOOL_CHAT}], TOKENIZER, max_length=64)
 
 
 def test_the_caller_s_rows_are_left_as_they_were():
     row = {"messages": [{**CHAT[0]}, {**CHAT[1], "train": True, "weight": 1}]}
     before = json.dumps(row)
-    ChatDataset.load([row], make_tokenizer(), max_length=64)
+    ChatDataset.load([row], TOKENIZER, max_length=64)
     assert json.dumps(row) == before

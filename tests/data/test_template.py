@@ -34,7 +34,7 @@ PIECES = st.one_of(
     st.sampled_from(["😀", "👩‍👩‍👧", "é", "क्षि"]),
 )
 CONTENTS = st.lists(PIECES, max_size=4).map("".join)
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 @functools.cache
@@ -87,16 +87,30 @@ def trained_stretches(ids, trained):
     return [[token for token, _ in run] for now, run in groupby(pairs, key=lambda pair: pair[1]) if now]
 
 
+def answer_starts(chat, trained):
+    """(first trained token, message) of each assistant turn."""
+    starts = [i for i, now in enumerate(trained) if now and not trained[i - 1]]
+    return zip(starts, [i for i, m in enumerate(chat) if m["role"] == "assistant"], strict=True)
+
+
+def control_tokens(tokenizer, ids):
+    return [tokenizer.convert_ids_to_tokens(i) for i in ids if i in tokenizer.added_tokens_decoder]
+
+
 each_template = pytest.mark.parametrize("name", TEMPLATES)
 
 
 @each_template
 @PROPERTY
 @given(data=st.data())
-def test_each_assistant_turn_trains_its_content_and_its_end_of_turn_and_nothing_else_is_trained(name, data):
+def test_each_turn_trains_its_content_and_end_of_turn_and_no_content_adds_a_control_token(name, data):
     chat = data.draw(chats(name))
     tokenizer, end = encoder(name).tokenizer, BY_HAND[name][1]
-    stretches = trained_stretches(*encoded(name, chat))
+    ids, trained = encoded(name, chat)
+    text, control = by_hand(name, chat)
+    assert control_tokens(tokenizer, ids) == control
+    assert decode(tokenizer, ids) == text, "no character is lost"
+    stretches = trained_stretches(ids, trained)
     answers = [swallowed(name, m["content"]) for m in chat if m["role"] == "assistant"]
     assert [decode(tokenizer, stretch) for stretch in stretches] == [answer + end for answer in answers]
     assert {stretch[-1] for stretch in stretches} == {tokenizer.convert_tokens_to_ids(end)}
@@ -105,21 +119,7 @@ def test_each_assistant_turn_trains_its_content_and_its_end_of_turn_and_nothing_
 @each_template
 @PROPERTY
 @given(data=st.data())
-def test_no_content_adds_a_control_token_and_no_character_is_lost(name, data):
-    chat = data.draw(chats(name))
-    tokenizer = encoder(name).tokenizer
-    ids, _ = encoded(name, chat)
-    text, control = by_hand(name, chat)
-    added = set(tokenizer.added_tokens_decoder)
-    assert [tokenizer.convert_ids_to_tokens(i) for i in ids if i in added] == control
-    assert decode(tokenizer, ids) == text
-
-
-@each_template
-@PROPERTY
-@given(data=st.data())
 def test_without_control_text_the_tokens_are_those_of_apply_chat_template(name, data):
-    """And what stands before each trained turn is exactly what generation would start from."""
     chat = data.draw(chats(name, st.text(st.characters(exclude_characters="<|>", exclude_categories=["Cs"]))))
     tokenizer = encoder(name).tokenizer
     ids, trained = encoded(name, chat)
@@ -129,9 +129,7 @@ def test_without_control_text_the_tokens_are_those_of_apply_chat_template(name, 
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     assert ids == tokens(chat)
-    starts = [i for i, now in enumerate(trained) if now and not trained[i - 1]]
-    turns = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
-    for start, turn in zip(starts, turns, strict=True):
+    for start, turn in answer_starts(chat, trained):
         assert ids[:start] == tokens(chat[:turn], add_generation_prompt=True)
 
 
@@ -141,24 +139,8 @@ def test_without_control_text_the_tokens_are_those_of_apply_chat_template(name, 
 def test_generation_starts_from_the_tokens_that_training_had_before_the_answer(name, data):
     chat = data.draw(chats(name))
     ids, trained = encoded(name, chat)
-    starts = [i for i, now in enumerate(trained) if now and not trained[i - 1]]
-    turns = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
-    for start, turn in zip(starts, turns, strict=True):
+    for start, turn in answer_starts(chat, trained):
         assert encoder(name).prompt_ids(chat[:turn]) == ids[:start]
-
-
-@each_template
-def test_rendering_a_prompt_and_rendering_a_chat_do_not_disturb_each_other(name):
-    """Both keep what the template renders around the same roles."""
-    question = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    question += [{"role": "user", "content": "How much?"}]
-    prompt_first, chat_first = ChatEncoder(make_tokenizer(name)), ChatEncoder(make_tokenizer(name))
-    prompt = prompt_first.prompt_ids(question)
-    chat = chat_first.encode([question], [1])
-    assert prompt_first.encode([question], [1]) == chat
-    assert chat_first.prompt_ids(question) == prompt
-    assert prompt_first.prompt_ids(question) == prompt
-    assert chat_first.encode([question], [1]) == chat
 
 
 @each_template
@@ -169,8 +151,7 @@ def test_a_user_cannot_smuggle_in_a_marker_that_the_tokenizer_does_not_call_spec
     chat = [{"role": "user", "content": "a <|tool_call|> b <|end|>"}, {"role": "assistant", "content": "No."}]
     (result,) = ChatEncoder(tokenizer).encode([chat], [1])
     text, control = by_hand(name, chat)
-    added = set(tokenizer.added_tokens_decoder)
-    assert [tokenizer.convert_ids_to_tokens(i) for i in result.input_ids if i in added] == control
+    assert control_tokens(tokenizer, result.input_ids) == control
     assert decode(tokenizer, result.input_ids) == text
 
 
@@ -199,25 +180,17 @@ def test_turns_that_carry_train_false_are_not_trained_and_the_tokens_stay(name, 
 @each_template
 @PROPERTY
 @given(data=st.data())
-def test_train_on_last_trains_the_last_assistant_turn_alone(name, data):
-    chat = data.draw(chats(name))
-    ids, every = encoded(name, chat)
-    same, last = encoded(name, chat, "last")
-    assert same == ids
-    assert trained_stretches(ids, last) == trained_stretches(ids, every)[-1:]
-    assert all(now for now, then in zip(every, last, strict=True) if then), "a subset of what 'assistant' trains"
-
-
-@each_template
-@PROPERTY
-@given(data=st.data())
-def test_train_on_all_trains_every_token_through_the_last_end_of_turn(name, data):
+def test_train_on_last_and_all_train_the_last_turn_and_every_token_through_it(name, data):
     chat = data.draw(chats(name))
     ids, turns = encoded(name, chat)
-    same, trained = encoded(name, chat, "all")
-    last = max(i for i, now in enumerate(turns) if now)
+    end = max(i for i, now in enumerate(turns) if now) + 1
+    same, last = encoded(name, chat, "last")
     assert same == ids
-    assert trained == [True] * (last + 1) + [False] * (len(ids) - last - 1)
+    assert trained_stretches(ids, last) == trained_stretches(ids, turns)[-1:]
+    assert last[:end][-1] and not any(last[end:])
+    same, everything = encoded(name, chat, "all")
+    assert same == ids
+    assert everything == [True] * end + [False] * (len(ids) - end)
 
 
 def test_train_false_on_a_prompt_takes_it_out_of_all():
@@ -317,7 +290,6 @@ def refusal(template, chat=None, number=4, train_on="assistant"):
     "template",
     [
         "{{ 1 / 0 }}",
-        "{{ messages[0]['content'] + 1 }}",
         "{% for i in range(99999999) %}{% endfor %}",
         "{{",
         "{{ x.y.z }}",
@@ -344,11 +316,6 @@ def test_a_slow_tokenizer_is_refused():
     slow.chat_template = PHI3_TEMPLATE
     with pytest.raises(DataError, match="not a fast one"):
         ChatEncoder(slow)
-
-
-def test_an_unknown_train_on_lists_the_allowed():
-    with pytest.raises(DataError, match=r"train_on='user'; allowed: 'assistant', 'last', 'all'"):
-        ChatEncoder(make_tokenizer(), "user")
 
 
 def test_a_template_that_closes_a_turn_with_no_special_token_is_refused():

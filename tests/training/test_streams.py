@@ -32,12 +32,11 @@ class StopAfter(Callback):
         state.should_stop = state.global_step == self.step
 
 
-def run(folder, data=None, stop_at: int | None = None, **settings):
+def run(folder, data=None, callback: Callback | None = None, **settings):
     model = adapted_model(lora_dropout=0.1)
     settings = {"max_steps": 12, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **settings}
     config = quiet_config(folder, **settings)
-    callbacks = [StopAfter(stop_at)] if stop_at else []
-    result = p3.train(model, data or stream(), config, callbacks=callbacks)
+    result = p3.train(model, data or stream(), config, callbacks=[callback] if callback else [])
     history = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in result.history]
     return adapters_of(model), history, result
 
@@ -46,7 +45,7 @@ def run(folder, data=None, stop_at: int | None = None, **settings):
 def test_a_cut_run_goes_on_bit_for_bit(tmp_path, stop_at):
     expected, history, _ = run(tmp_path / "uncut")
     settings = {"save_strategy": "steps", "save_steps": 1}
-    run(tmp_path / "cut", stop_at=stop_at, **settings)
+    run(tmp_path / "cut", callback=StopAfter(stop_at), **settings)
     found, again, result = run(tmp_path / "cut", resume_from_checkpoint=True, **settings)
     assert result.global_step == 12
     assert same_tensors(found, expected)
@@ -59,46 +58,41 @@ def test_a_stream_of_one_window_is_a_dataset(tmp_path):
     assert same_tensors(one[0], many[0])
 
 
+class Cursors(Callback):
+    """Notes the cursor after each step, and stops a run at one of them."""
+
+    def __init__(self, stop_at: tuple[int, int] | None = None) -> None:
+        self.seen, self.stop_at = [], stop_at
+
+    def on_step_end(self, state) -> None:
+        self.seen.append((state.epoch, state.step_in_epoch))
+        state.should_stop = self.seen[-1] == self.stop_at
+
+
 def test_every_window_is_trained_on_and_then_the_first_again(tmp_path):
-    seen = []
-
-    class Cursor(Callback):
-        def on_step_end(self, state) -> None:
-            seen.append((state.epoch, state.step_in_epoch))
-
-    model = adapted_model()
-    config = quiet_config(tmp_path, max_steps=30, per_device_train_batch_size=2)
-    p3.train(model, stream(), config, callbacks=[Cursor()])
-    windows = [window for window, _ in seen]
+    run(tmp_path, callback=(cursors := Cursors()), max_steps=30, gradient_accumulation_steps=1)
+    windows = [window for window, _ in cursors.seen]
     assert windows == sorted(windows)
     assert set(windows) >= {0, 1, 2, 3, 4}  # three windows a pass
 
 
 def test_other_data_or_another_buffer_is_another_run(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1}
-    run(tmp_path, stop_at=2, **settings)
+    run(tmp_path, callback=StopAfter(2), **settings)
     for data, said in ((stream(8), "buffer_size of the data 9 then, 8 now"), (stream(rows=ROWS[1:]), "fingerprint")):
         with pytest.raises(p3.CheckpointError, match=said):
             run(tmp_path, data, resume_from_checkpoint=True, **settings)
 
 
 def test_rows_that_changed_in_the_window_of_the_cursor_are_another_run(tmp_path, caplog):
-    rows, settings = list(ROWS), {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1}
-    model, cursors = adapted_model(), []
-
-    class InALaterWindow(Callback):
-        def on_step_end(self, state) -> None:
-            cursors.append((state.epoch, state.step_in_epoch))
-            state.should_stop = state.epoch == 1 and state.step_in_epoch > 0
-
-    p3.train(model, stream(4, rows), quiet_config(tmp_path, max_steps=40, **settings), callbacks=[InALaterWindow()])
-    assert cursors[-1] == (1, 1)
+    rows, settings = list(ROWS), {"save_strategy": "steps", "save_steps": 1, "max_steps": 40}
+    run(tmp_path, stream(4, rows), cursors := Cursors((1, 1)), **settings)
+    assert cursors.seen[-1] == (1, 1)
     rows[5] = rows[20]  # of window 1
-    settings |= {"max_steps": 40, "resume_from_checkpoint": True}
+    settings["resume_from_checkpoint"] = True
     with pytest.raises(p3.CheckpointError, match="window 1 of the stream is not what it was"):
-        p3.train(adapted_model(), stream(4, rows), quiet_config(tmp_path, **settings))
-    config = quiet_config(tmp_path, **settings, resume_with_changes=True)
-    p3.train(adapted_model(), stream(4, rows), config, callbacks=[StopAfter(len(cursors) + 1)])
+        run(tmp_path, stream(4, rows), **settings)
+    run(tmp_path, stream(4, rows), StopAfter(len(cursors.seen) + 1), **settings, resume_with_changes=True)
     assert "window 1 of the stream is not what it was" in caplog.text
 
 
