@@ -12,47 +12,35 @@ import phi3lora as p3
 
 IDS = torch.arange(10, 30)[None]
 R, ALPHA = 2, 4
+SEGMENTS = {"qkv_proj": 3, "o_proj": 1, "gate_up_proj": 2, "down_proj": 1}
 
 
 def ours(seed: int) -> nn.Module:
-    """Multi-head, so that q, k, v are equal segments, which loralib can express; adapted by phi3lora."""
+    """A model adapted by phi3lora; multi-head, so that q, k and v are equal segments, which loralib supports."""
     model = lively_model(num_key_value_heads=4)
     p3.inject_lora(model, p3.LoraConfig(r=R, lora_alpha=ALPHA))
     randomize_adapters(model, seed)
     return model
 
 
-def by_hand(seed: int) -> nn.Module:
-    """The same model, its layers swapped one by one for loralib's."""
+def loralibs(seed: int) -> nn.Module:
+    """The same model with its layers replaced by loralib's."""
     model = lively_model(num_key_value_heads=4)
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for parent, name, segments in (
-            (attention, "qkv_proj", 3),
-            (attention, "o_proj", 1),
-            (mlp, "gate_up_proj", 2),
-            (mlp, "down_proj", 1),
-        ):
-            base = getattr(parent, name)
-            settings = {"r": R, "lora_alpha": ALPHA, "merge_weights": False, "bias": False}
-            shape = (base.in_features, base.out_features)
-            if segments == 1:
-                new = lora.Linear(*shape, **settings)
-            else:
-                new = lora.MergedLinear(*shape, enable_lora=[True] * segments, **settings)
-            new.load_state_dict(base.state_dict(), strict=False)
-            setattr(parent, name, new)
+    settings = {"r": R, "lora_alpha": ALPHA, "merge_weights": False, "bias": False}
+    for path, base in [(p, m) for p, m in model.named_modules() if p.rpartition(".")[2] in SEGMENTS]:
+        parent, _, name = path.rpartition(".")
+        kind = {} if SEGMENTS[name] == 1 else {"enable_lora": [True] * SEGMENTS[name]}
+        new = (lora.MergedLinear if kind else lora.Linear)(base.in_features, base.out_features, **kind, **settings)
+        new.load_state_dict(base.state_dict(), strict=False)
+        setattr(model.get_submodule(parent), name, new)
     lora.mark_only_lora_as_trainable(model)
     randomize_adapters(model, seed)
     return model
 
 
-builders = pytest.mark.parametrize("build", [ours, by_hand])
-
-
-@builders
-@pytest.mark.parametrize("build_other", [ours, by_hand])
-def test_loralibs_checkpoint_goes_from_any_model_to_any_other(build, build_other, tmp_path, monkeypatch):
+@pytest.mark.parametrize("build", [ours, loralibs])
+@pytest.mark.parametrize("build_other", [ours, loralibs])
+def test_a_checkpoint_loads_into_either_kind_of_model(build, build_other, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = build(seed=0)
     want = model(IDS).logits
@@ -67,10 +55,9 @@ def test_loralibs_checkpoint_goes_from_any_model_to_any_other(build, build_other
     torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-4)
 
 
-def test_pretrained_weights_first_then_the_lora_checkpoint(tmp_path, monkeypatch):
+def test_the_pretrained_weights_load_first_and_the_lora_checkpoint_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pretrained = lively_model(num_key_value_heads=4)
-    torch.save(pretrained.state_dict(), "ckpt_pretrained.pt")
+    torch.save(lively_model(num_key_value_heads=4).state_dict(), "ckpt_pretrained.pt")
     tuned = ours(seed=0)
     torch.save(lora.lora_state_dict(tuned), "ckpt_lora.pt")
 
@@ -85,7 +72,7 @@ def test_pretrained_weights_first_then_the_lora_checkpoint(tmp_path, monkeypatch
     assert torch.equal(model(IDS).logits, tuned(IDS).logits)
 
 
-def test_marking_only_lora_as_trainable_agrees_with_the_injection():
+def test_mark_only_lora_as_trainable_agrees_with_the_injection():
     model = ours(seed=0)
     injected = [name for name, p in model.named_parameters() if p.requires_grad]
     for parameter in model.parameters():
@@ -94,19 +81,18 @@ def test_marking_only_lora_as_trainable_agrees_with_the_injection():
     lora.mark_only_lora_as_trainable(model)
 
     assert [name for name, p in model.named_parameters() if p.requires_grad] == injected
-    assert injected == [name for name, p in by_hand(seed=0).named_parameters() if p.requires_grad]
+    assert injected == [name for name, p in loralibs(seed=0).named_parameters() if p.requires_grad]
     assert len(injected) == 2 * 4 * 2
 
 
-def test_one_training_step_is_loralibs(tmp_path):
-    steps = []
-    for build in (ours, by_hand):
+def test_one_training_step_equals_loralib_s():
+    start, steps = lora.lora_state_dict(ours(seed=0)), []
+    for build in (ours, loralibs):
         model = build(seed=0)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
         steps.append(lora.lora_state_dict(model))
-    start = lora.lora_state_dict(ours(seed=0))
     for key in start:
         moved, reference = steps[0][key] - start[key], steps[1][key] - start[key]
         assert reference.abs().max() > 1e-4

@@ -14,8 +14,8 @@ TOKENIZER = make_tokenizer()
 ROWS = chat_rows(9)
 
 
-def load(rows=ROWS, max_length=200, name="phi-3", **options):
-    return p3.ChatDataset.load(rows, make_tokenizer(name), max_length=max_length, **options)
+def load(rows=ROWS, max_length=200, tokenizer=TOKENIZER, **options):
+    return p3.ChatDataset.load(rows, tokenizer, max_length=max_length, **options)
 
 
 def model():
@@ -35,7 +35,8 @@ def test_each_answer_is_that_of_generate_to_the_chat_without_its_last_turn(train
 
 @pytest.mark.parametrize("name", ["phi-4", "phi-4-mini"])
 def test_other_templates_give_the_same_references(name):
-    answers = p3.sample_answers(model(), make_tokenizer(name), load(name=name), count=9, max_new_tokens=1)
+    tokenizer = make_tokenizer(name)
+    answers = p3.sample_answers(model(), tokenizer, load(tokenizer=tokenizer), count=9, max_new_tokens=1)
     assert [a.reference for a in answers] == [row["messages"][-1]["content"].strip() for row in ROWS]
 
 
@@ -59,15 +60,13 @@ def test_chats_that_were_cut_are_skipped():
             p3.sample_answers(model(), TOKENIZER, load([long], max_length=40, overflow=overflow))
 
 
-def test_chats_without_a_prompt_are_an_error():
-    with pytest.raises(p3.DataError, match="train_on='all'"):
-        p3.sample_answers(model(), TOKENIZER, load(train_on="all"))
-
-
-@pytest.mark.parametrize("count", [0, -1, 1.5])
-def test_other_counts_are_refused(count):
-    with pytest.raises(p3.DataError, match=f"{count} answers; allowed"):
-        p3.sample_answers(model(), TOKENIZER, load(), count=count)
+@pytest.mark.parametrize(
+    ("options", "count", "message"),
+    [({"train_on": "all"}, 4, "train_on='all'"), ({}, 0, "0 answers; allowed"), ({}, 1.5, "1.5 answers; allowed")],
+)
+def test_chats_without_a_prompt_and_other_counts_are_errors(options, count, message):
+    with pytest.raises(p3.DataError, match=message):
+        p3.sample_answers(model(), TOKENIZER, load(**options), count=count)
 
 
 def test_printed_lines_are_shortened_away_from_the_answer():
@@ -108,17 +107,14 @@ def test_answers_equal_to_the_references_score_one_and_others_less():
     net, tokenizer, _, _ = p3.demo.load()
     rows = [json.loads(line) for line in (p3.demo.FOLDER / "eval.jsonl").read_text().splitlines()[:6]]
     prompts = [row["messages"][:-1] for row in rows]
-    said = p3.generate(net, tokenizer, prompts, max_new_tokens=24)
-    own = [{"messages": [*p, {"role": "assistant", "content": a}]} for p, a in zip(prompts, said, strict=True)]
-    found = [
-        p3.evaluate(
-            net, p3.ChatDataset.load(data, tokenizer, max_length=256), rouge=True, tokenizer=tokenizer,
-            max_new_tokens=24,
-        )
+    answers = p3.generate(net, tokenizer, prompts, max_new_tokens=24)
+    own = [{"messages": [*p, {"role": "assistant", "content": a}]} for p, a in zip(prompts, answers, strict=True)]
+    same, other = (
+        p3.evaluate(net, load(data, 256, tokenizer=tokenizer), rouge=True, tokenizer=tokenizer, max_new_tokens=24)
         for data in (own, rows)
-    ]  # fmt: skip
-    assert (found[0]["rouge1"], found[0]["rouge2"], found[0]["rougeL"]) == (1.0, 1.0, 1.0)
-    assert 0 < found[1]["rouge2"] <= found[1]["rouge1"] < 1
+    )
+    assert (same["rouge1"], same["rouge2"], same["rougeL"]) == (1.0, 1.0, 1.0)
+    assert 0 < other["rouge2"] <= other["rouge1"] < 1
 
 
 def test_rouge_names_the_missing_package_or_tokenizer(monkeypatch):
