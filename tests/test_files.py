@@ -1,4 +1,4 @@
-"""Files of tensors: read exactly, or refused with a reason; never larger in memory than on disk."""
+"""Files are written whole or not at all; tensors are read exactly or refused, and never larger than the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phi3lora.files import read_pickled, read_safetensors
+from phi3lora.files import read_pickled, read_safetensors, sha256_of, write_atomic
+
+
+def test_a_write_replaces_the_file_whole_or_leaves_it(tmp_path):
+    path = tmp_path / "a"
+    write_atomic(path, lambda file: file.write_bytes(b"abc"))
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+
+    def fail(file):
+        file.write_bytes(b"half")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_atomic(path, fail)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"abc")]
 
 
 def test_tensors_and_metadata_come_back(tmp_path):
@@ -56,7 +70,7 @@ def test_tensors_that_are_not_dense_are_refused(tmp_path, tensor):
         read_pickled(tmp_path / "a.pt")
 
 
-class Runs:
+class RunsCode:
     def __init__(self, folder):
         self.folder = folder
 
@@ -65,13 +79,15 @@ class Runs:
 
 
 def test_nothing_is_executed(tmp_path):
-    torch.save({"a": Runs(str(tmp_path / "ran"))}, tmp_path / "a.pt")
+    torch.save({"a": RunsCode(str(tmp_path / "ran"))}, tmp_path / "a.pt")
     with pytest.raises(ValueError):
         read_pickled(tmp_path / "a.pt")
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"garbage", b"\x80\x02]" * 50])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"garbage", b"\x80\x02]" * 50, b"\x80\x02cos\nsystem\n.", b"\x80\x02h\x05."]
+)
 def test_garbage_is_a_value_error(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     for read in (read_pickled, read_safetensors):

@@ -89,7 +89,7 @@ def test_the_tables_have_the_settings_and_the_metrics(folder):
     assert "phi3lora" in text.split("## Versions")[1]
 
 
-def test_local_paths_do_not_leave(folder, tmp_path):
+def test_local_paths_are_not_written(folder, tmp_path):
     data = tmp_path / "customers.jsonl"
     data.touch()
     front, text = parts(p3.write_model_card(folder, base_model=tmp_path / "base", dataset=str(data)))
