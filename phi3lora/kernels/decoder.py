@@ -44,7 +44,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLay
 
 from ..lora.base_weight import base_linear, base_weight_of, compute_dtype, plain_linear_classes
 from ..lora.layers import Linear, MergedLinear
-from ..model.activations import recomputes_feed_forward, recomputes_layer
+from ..model.activations import recompute, recomputes_feed_forward, recomputes_layer
 from ..model.attention import NAME, packed_attention, packed_layout
 
 _LARGEST_R = 128  # beyond it no block of the kernels fits in shared memory everywhere
@@ -164,8 +164,7 @@ def _layer_forward(
         return h, (base_linear(x, base_weight_of(layer.mlp.down_proj)), z, fused_inputs[1][-1])
     if not recomputes_layer(layer):
         return _WholeLayer(layer, fused_inputs, recomputed=False)(hidden_states)
-    whole = _WholeLayer(layer, fused_inputs, recomputed=True)
-    return layer._gradient_checkpointing_func(whole, hidden_states, preserve_rng_state=False)  # the seeds are drawn
+    return recompute(layer, _WholeLayer(layer, fused_inputs, recomputed=True), hidden_states)
 
 
 class _WholeLayer:

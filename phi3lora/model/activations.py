@@ -155,3 +155,15 @@ def recomputes_feed_forward(layer: Any) -> bool:
     if getattr(forward, "func", None) is not checkpoint:
         return False
     return getattr(forward.args[0], "__func__", None) is type(layer.mlp).forward
+
+
+def recompute(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``function(x)``, recomputed in the backward, for a layer that :func:`recomputes_layer`.
+
+    ``function`` draws no random numbers. Unless x goes to the host this is torch's non-reentrant checkpoint, whatever
+    the layer's own is: transformers' may be the reentrant one, which needs an x with a gradient.
+    """
+    switch = layer._gradient_checkpointing_func
+    if getattr(getattr(switch, "func", None), "__func__", None) is HostInputs.checkpoint:
+        return switch(function, x, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]

@@ -208,9 +208,9 @@ def test_a_hook_on_a_layer_sees_the_hidden_states_of_transformers_layer():
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("offload", marks=slow)])
 def test_a_hook_on_a_recomputed_layer_runs_once(mode):
-    model, calls = adapted(), []
+    model, calls = adapted(num_hidden_layers=1), []
     expected = hidden_and_gradients(model, False)
-    model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     assert_equal_to_rounding(hidden_and_gradients(model, True, mode), expected)
     assert len(calls) == 1
 
@@ -229,8 +229,7 @@ def test_a_wrapper_s_subclass_is_computed_and_a_subclass_with_a_forward_of_its_o
     expected = hidden_and_gradients(model, False)
     model.model.layers[0].__class__ = Wrapped
     assert decoder_unsupported_reason(model.model) is None
-    for mode in ("none", "full"):
-        assert_equal_to_rounding(hidden_and_gradients(model, True, mode), expected)
+    assert_equal_to_rounding(hidden_and_gradients(model, True, "full"), expected)
     model.model.layers[0].__class__ = Changed
     assert "a Changed that is not transformers' Phi-3 layer" in decoder_unsupported_reason(model.model)
 
@@ -323,7 +322,7 @@ def test_dropout_has_one_mask_in_forward_and_backward():
     model.zero_grad()
     loss().backward()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not name.endswith("lora_A"):  # whose gradients need the masks
             continue
         direction = parameter.grad / parameter.grad.norm()
         with torch.no_grad():
@@ -340,13 +339,13 @@ def test_dropout_keeps_the_share_and_the_mean():
     A = torch.eye(r, width)
     segments = adapted_segments([8], [True], r)
     adapter = Adapter(A, torch.zeros(8, r), A, torch.zeros(8, r), r, r, segments, 1.0, 0.25, 1234)
-    z = project(torch.ones(1024, width), adapter)  # the first 16 columns of dropout(1)
+    z = project(torch.ones(512, width), adapter)  # the first 16 columns of dropout(1)
     torch.testing.assert_close(z.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert z.mean() == pytest.approx(1.0, abs=0.02)
-    back = project_backward_(torch.zeros(1024, width), torch.ones(1024, r), adapter)
+    back = project_backward_(torch.zeros(512, width), torch.ones(512, r), adapter)
     assert torch.equal(back[:, :r] > 0, z > 0)
     sums = PartialSums()
-    summed = lora_weight_gradient(sums, torch.ones(1024, 1), torch.ones(1024, width), adapter)
+    summed = lora_weight_gradient(sums, torch.ones(512, 1), torch.ones(512, width), adapter)
     sums.reduce()
     torch.testing.assert_close(summed[0, :r], z.sum(0))
 
