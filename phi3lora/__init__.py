@@ -1,4 +1,4 @@
-"""phi3lora: LoRA fine-tuning of the Phi-3 family on chat data, in plain PyTorch on loralib.
+"""phi3lora: LoRA fine-tuning of the Phi-3 family on chat data, in plain PyTorch on loralib::
 
 import phi3lora as p3
 

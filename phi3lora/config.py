@@ -211,9 +211,8 @@ def _names(value: Any, most: int = 100_000) -> list[Any]:
         return [value]
     if not isinstance(value, Iterable) or isinstance(value, Mapping):
         return [None]
-    return (
-        sorted(value) if isinstance(value, (set, frozenset)) and all(map(is_text, value)) else list(islice(value, most))
-    )
+    names = list(islice(value, most))
+    return sorted(names) if isinstance(value, (set, frozenset)) and all(map(is_text, names)) else names
 
 
 def _are_segments(value: object) -> bool:
@@ -221,19 +220,22 @@ def _are_segments(value: object) -> bool:
     if not isinstance(value, Mapping):
         return False
     for suffix, widths in value.items():
-        names = list(widths) if isinstance(widths, Mapping) else []
+        names = [suffix, *widths] if isinstance(widths, Mapping) else [suffix]
         numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
         if not (isinstance(numbers, (list, tuple)) and numbers and all(is_int(n, 1) for n in numbers)):
             return False
-        if not all(map(is_text, [suffix, *names])):
+        if not all(map(is_text, names)):
             return False
     return True
 
 
-def _to_dict(config: Any) -> dict[str, Any]:
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=list))
-    return plain
+class _Config:
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, in field order; ``type(config)(**config.to_dict())`` is an equal config."""
+        config: Any = self
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(config) if f.init}
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=list))
+        return plain
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 @_accept_foreign_arguments(IGNORED_LORA_ARGUMENTS)
 @dataclass
-class LoraConfig:
+class LoraConfig(_Config):
     """Which layers to adapt and how, under PEFT's names. ``LoraConfig(**peft_config)`` accepts a dict made for PEFT.
 
     Raises:
@@ -298,14 +300,10 @@ class LoraConfig:
         """Factor of the adapter's output, see :func:`lora_scaling`."""
         return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, in field order; ``LoraConfig(**config.to_dict())`` is an equal config."""
-        return _to_dict(self)
-
 
 @_accept_foreign_arguments(IGNORED_TRAINING_ARGUMENTS)
 @dataclass
-class TrainingConfig:
+class TrainingConfig(_Config):
     """How to train, under transformers' names. ``TrainingConfig(**training_config)`` accepts a dict made for it.
 
     Defaults are transformers', too. A step is an optimizer step; ``logging_steps``, ``eval_steps`` and ``save_steps``
@@ -461,7 +459,3 @@ class TrainingConfig:
             )
         self.activation_checkpointing = mode or other or "none"
         self.gradient_checkpointing = self.activation_checkpointing != "none"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, in field order; ``TrainingConfig(**config.to_dict())`` is an equal config."""
-        return _to_dict(self)
