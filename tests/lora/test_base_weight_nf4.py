@@ -1,4 +1,4 @@
-"""4-bit frozen weights through bitsandbytes: products, adapters on them, models made in three ways."""
+"""4-bit frozen weights through bitsandbytes: its own numbers, whole models, checkpoints; more in test_base_weight.py."""
 
 from __future__ import annotations
 
@@ -22,17 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import phi3lora as p3
 from phi3lora.errors import ModelError
-from phi3lora.lora.base_weight import (
-    LINEAR4BIT_SETTINGS,
-    Nf4,
-    base_format,
-    base_weight_of,
-    nf4_linear,
-    quantize_base,
-)
-from phi3lora.lora.base_weight import (
-    base_linear as base_product,
-)
+from phi3lora.lora.base_weight import base_format, base_linear, base_weight_of, nf4_linear, quantize_base
 from phi3lora.lora.inject import remove_lora
 from phi3lora.model.estimate import flops_per_token, plan_memory
 
@@ -41,12 +31,11 @@ import bitsandbytes as bnb  # noqa: E402
 
 CPU = {"": "cpu"}
 IDS = torch.arange(10, 30)[None]
-SIZES = [(64, 96), (32, 48), (48, 33)]  # in, out; blocks of 64 that end with a row, and that do not
 
 
-def base_linear(size=(64, 96), dtype=torch.float32, bias=False, seed=0) -> nn.Linear:
+def linear(size=(64, 96), dtype=torch.float32, seed=0) -> nn.Linear:
     torch.manual_seed(seed)
-    return nn.Linear(*size, bias=bias, dtype=dtype)
+    return nn.Linear(*size, bias=False, dtype=dtype)
 
 
 def nf4_model(seed: int = 0, **changes):
@@ -56,21 +45,20 @@ def nf4_model(seed: int = 0, **changes):
     return model
 
 
-def packing(model) -> list[torch.Tensor]:
-    """Every packed weight and scale, copied."""
+def packed_tensors(model) -> list[torch.Tensor]:
+    """Copies of every packed weight and scale."""
     return [t.clone() for m in model.modules() if isinstance(m, nn.Linear) for t in base_weight_of(m).tensors()]
 
 
-# --- One weight
+# --- One layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [(64, 96), (48, 33)])  # in, out; blocks of 64 that end with a row, and that do not
 def test_products_are_bitsandbytes_own(size, dtype):
-    layer = nf4_linear(base_linear(size, dtype))
+    layer = nf4_linear(linear(size, dtype))
     x = torch.randn(2, 3, size[0], dtype=dtype, requires_grad=True)
-    y = base_product(x, base_weight_of(layer))
-    theirs = layer(x)
+    y, theirs = base_linear(x, base_weight_of(layer)), layer(x)
     assert y.dtype == dtype
     assert torch.equal(y, theirs)
     dy = torch.randn_like(y)
@@ -80,25 +68,16 @@ def test_products_are_bitsandbytes_own(size, dtype):
 def test_the_backward_keeps_nothing_and_gives_the_weight_no_gradient():
     kept = []
     x = torch.randn(5, 64, requires_grad=True)
-    layer = nf4_linear(base_linear())
+    layer = nf4_linear(linear())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        base_product(x, base_weight_of(layer)).sum().backward()
+        base_linear(x, base_weight_of(layer)).sum().backward()
     assert kept == []
     torch.testing.assert_close(x.grad, base_weight_of(layer).dequantize().sum(0).expand(5, -1))
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_weight_in_nf4_is_near_the_weight(size):
-    base = base_linear(size)
-    frozen = base_weight_of(nf4_linear(base))
-    assert isinstance(frozen, Nf4)
-    assert frozen.dequantize().shape == base.weight.shape
-    assert 0.05 < (frozen.dequantize() - base.weight).norm() / base.weight.norm() < 0.11
-
-
 def test_the_bytes_of_each_format():
-    base = base_linear((1024, 1024))
+    base = linear((1024, 1024))
     assert base_weight_of(base).nbytes == 4 * 2**20
     blocks = 2**20 // 64
     scales = blocks + 4 * (blocks // 256) + 4 * (256 + 16) + 4  # 8 bits each, theirs, two tables of values, an offset
@@ -116,43 +95,8 @@ def test_a_layer_computes_in_the_dtype_of_its_input_or_autocasts(dtype, storage)
         assert adapted(torch.randn(3, 64, dtype=dtype)).dtype == torch.bfloat16
 
 
-# --- One adapted layer
-
-
-def adapted_layers(bias: bool = False):
-    base = nf4_linear(base_linear(bias=bias))
-    yield base, p3.Linear.adapt(base, r=4)
-    yield base, p3.MergedLinear.adapt(base, r=4, segments=(64, 32), enable_lora=[False, True])
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_an_adapter_on_a_4_bit_base_is_itself_exact(bias):
-    for base, layer in adapted_layers(bias):
-        x = torch.randn(3, 64, requires_grad=True)
-        assert torch.equal(layer(x), base(x))  # B is zero
-        randomize_adapters(layer)
-        y = layer(x)
-        torch.testing.assert_close(y - base(x), x @ layer.delta().t())
-        y.sum().backward()
-        torch.testing.assert_close(x.grad, (base_weight_of(base).dequantize() + layer.delta()).sum(0).expand(3, -1))
-        assert layer.lora_A.grad.norm() > 0
-
-
-def test_an_adapted_layer_keeps_the_packed_weight_and_gives_the_layer_back():
-    for base, layer in adapted_layers(bias=True):
-        assert layer.weight is base.weight
-        assert layer.lora_A.dtype == torch.float32
-        plain = layer.base_layer()
-        assert type(plain) is bnb.nn.Linear4bit
-        assert plain.weight is base.weight
-        assert plain.bias is base.bias
-        assert all(getattr(plain, name, None) == getattr(base, name, None) for name in LINEAR4BIT_SETTINGS)
-        x = torch.randn(3, 64)
-        assert torch.equal(plain(x), base(x))
-
-
 def test_a_state_dict_carries_the_scales_as_bitsandbytes_has_them():
-    ours, theirs = (p3.Linear.adapt(nf4_linear(base_linear(seed=seed)), r=4) for seed in (0, 1))
+    ours, theirs = (p3.Linear.adapt(nf4_linear(linear(seed=seed)), r=4) for seed in (0, 1))
     randomize_adapters(ours)
     state = ours.state_dict()
     assert state.keys() == {*ours.base_layer().state_dict(), "lora_A", "lora_B"}
@@ -166,6 +110,7 @@ def test_a_state_dict_carries_the_scales_as_bitsandbytes_has_them():
 
 def test_a_4_bit_model_has_the_dense_ones_report_and_flops_and_less_memory():
     dense, model = lively_model(), nf4_model()
+    assert type(model.lm_head) is nn.Linear
     reports = [str(p3.inject_lora(m, p3.LoraConfig(r=4))) for m in (dense, model)]
     assert reports[0] == reports[1]
     assert flops_per_token(model, 64) == flops_per_token(dense, 64)
@@ -181,30 +126,20 @@ def test_a_4_bit_model_has_the_dense_ones_report_and_flops_and_less_memory():
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
 def test_injecting_and_removing_leaves_the_packed_weights_and_the_function(targets):
     model = nf4_model()
-    before, logits = packing(model), model(IDS).logits
+    before, logits = packed_tensors(model), model(IDS).logits
     p3.inject_lora(model, p3.LoraConfig(r=4, target_modules=targets))
     assert torch.equal(model(IDS).logits, logits)
     randomize_adapters(model)
-    assert not torch.equal(model(IDS).logits, logits)
+    adapted = model(IDS).logits
+    assert not torch.equal(adapted, logits)
+    for same in (copy.deepcopy(model), model.to("cpu"), model.train().eval()):
+        assert torch.equal(same(IDS).logits, adapted)
     with p3.disabled(model):
         assert torch.equal(model(IDS).logits, logits)
     remove_lora(model)
     assert torch.equal(model(IDS).logits, logits)
     assert {type(m) for m in model.model.modules() if isinstance(m, nn.Linear)} == {bnb.nn.Linear4bit}
-    assert all(torch.equal(a, b) for a, b in zip(before, packing(model), strict=True))
-
-
-def test_the_head_stays_dense():
-    assert type(nf4_model().lm_head) is nn.Linear
-
-
-@pytest.mark.parametrize("moved", [copy.deepcopy, lambda model: model.to("cpu"), lambda model: model.train().eval()])
-def test_copies_and_moves_keep_the_function(moved):
-    model = nf4_model()
-    p3.inject_lora(model, p3.LoraConfig(r=4))
-    randomize_adapters(model)
-    logits = model(IDS).logits
-    assert torch.equal(moved(model)(IDS).logits, logits)
+    assert all(torch.equal(a, b) for a, b in zip(before, packed_tensors(model), strict=True))
 
 
 def test_the_packed_loss_and_generation_run():
@@ -233,10 +168,7 @@ def test_a_weight_that_bitsandbytes_repacked_is_packed_back():
     assert change < 0.05  # it kept the scales in bf16 only
 
 
-# --- What is refused
-
-
-def test_8_bit_layers_are_refused_by_name_and_passed_over_by_all_linear():
+def test_8_bit_layers_are_refused_by_name_and_skipped_by_all_linear():
     net = nn.ModuleDict({"a": bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False), "b": nn.Linear(16, 16)})
     with pytest.raises(ModelError, match="matches 'a' of class Linear8bitLt: load the model in 4 bits"):
         p3.inject_lora(net, p3.LoraConfig(target_modules=["a"]))
@@ -248,7 +180,7 @@ def test_8_bit_layers_are_refused_by_name_and_passed_over_by_all_linear():
 
 
 @pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
-def test_a_missing_package_is_one_line(monkeypatch, package, tmp_path):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     line = rf"missing \(.*{package}.*\): pip install 'phi3lora\[qlora\]'"
     with pytest.raises(ModelError, match=line):
@@ -268,17 +200,12 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def stored(checkpoint, tmp_path_factory):
-    """The same as transformers writes it once it is in 4 bits."""
-    folder = tmp_path_factory.mktemp("tiny-phi3-4bit")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(
+def load_quantised(checkpoint, **settings):
+    """The checkpoint, quantised by transformers."""
+    config = BitsAndBytesConfig(load_in_4bit=True, **settings)
+    return AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, quantization_config=config, device_map=CPU
     )
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
@@ -289,38 +216,29 @@ def test_loading_in_nf4_is_quantising_what_was_loaded(checkpoint, dtype):
     assert not loaded.training
     assert type(loaded.lm_head) is nn.Linear
     assert loaded.dtype == model.dtype
-    assert all(torch.equal(a, b) for a, b in zip(packing(loaded), packing(model), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(packed_tensors(loaded), packed_tensors(model), strict=True))
     assert loaded.model.layers[0].mlp.down_proj.weight.quant_state.nested
-    logits = loaded(IDS).logits
-    assert torch.equal(logits, model(IDS).logits)
-    p3.inject_lora(loaded, p3.LoraConfig(r=4))
-    assert torch.equal(loaded(IDS).logits, logits)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("base_precision", [None, "nf4"])
-def test_a_checkpoint_in_4_bits_is_loaded_as_it_is(checkpoint, stored, base_precision):
-    model, _ = p3.load_model(stored, dtype="float32", device="cpu", base_precision=base_precision)
+def test_a_checkpoint_in_4_bits_is_loaded_as_it_is(checkpoint, tmp_path):
+    load_quantised(checkpoint, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     fresh, _ = p3.load_model(checkpoint, dtype="float32", device="cpu", base_precision="nf4")
-    assert torch.equal(model(IDS).logits, fresh(IDS).logits)
-    assert len(p3.inject_lora(model, p3.LoraConfig(r=4))) == 8
+    for base_precision in (None, "nf4"):
+        model, _ = p3.load_model(tmp_path, dtype="float32", device="cpu", base_precision=base_precision)
+        assert torch.equal(model(IDS).logits, fresh(IDS).logits)
+        assert len(p3.inject_lora(model, p3.LoraConfig(r=4))) == 8
 
 
 def test_a_model_that_transformers_quantised_is_adapted(checkpoint):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)  # fp4, plain scales
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, quantization_config=config, device_map=CPU
-    )
+    model = load_quantised(checkpoint, bnb_4bit_compute_dtype=torch.float32)  # fp4, plain scales
     logits = model(IDS).logits
     report = p3.inject_lora(model, p3.LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "o_proj"]))
     assert report.layers[0].shape == (32, 32)
     assert torch.equal(model(IDS).logits, logits)
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert model.model.layers[0].self_attn.qkv_proj.lora_B.grad.any()
-
-
-def rewrite_config(folder, **quantization):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
 
 
 @pytest.mark.parametrize(
@@ -331,10 +249,11 @@ def rewrite_config(folder, **quantization):
         ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "fp8", "is already in 4 bits; allowed: None, 'nf4'"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_quantised_otherwise_is_refused_before_its_weights_are_read(
+def test_a_checkpoint_quantised_in_another_way_is_refused_before_its_weights_are_read(
     tmp_path, quantization, precision, message
 ):
     tiny_model().config.save_pretrained(tmp_path)
-    rewrite_config(tmp_path, **quantization)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
     with pytest.raises(ModelError, match=message):
         p3.load_model(tmp_path, device="cpu", base_precision=precision)

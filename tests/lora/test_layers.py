@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import loralib as lora
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 
 import phi3lora as p3
 from phi3lora.errors import ModelError
-
-PLAIN = settings(deadline=None, max_examples=80, derandomize=True, database=None)
+from phi3lora.lora.layers import Segment, adapted_segments, linear_plus_low_rank, low_rank_backward
 
 
 def both(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:
@@ -34,36 +32,29 @@ def both(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
-def result_and_gradients(module: Callable[[Tensor], Tensor], x: Tensor, parameters: dict[str, Tensor]) -> dict:
-    """Output, and gradients of ``x`` (if real) and of the parameters, under one fixed upstream gradient."""
-    x = x.clone().requires_grad_(x.is_floating_point())
-    y = module(x)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    wanted = {**({"x": x} if x.requires_grad else {}), **parameters}
-    return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), upstream), strict=True))
-
-
 def assert_same_function(ours: nn.Module, reference: nn.Module, x: Tensor) -> None:
     """Equal outputs, and equal gradients of the input and of everything trainable."""
-    got = result_and_gradients(ours, x, {n: p for n, p in ours.named_parameters() if p.requires_grad})
-    want = result_and_gradients(reference, x, {n: p for n, p in reference.named_parameters() if p.requires_grad})
+    results = []
+    for module in (ours, reference):
+        leaf = x.clone().requires_grad_(x.is_floating_point())
+        y = module(leaf)
+        wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        wanted |= {"x": leaf} if leaf.requires_grad else {}
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+        results.append({"y": y.detach(), **dict(zip(wanted, gradients, strict=True))})
+    got, want = results
     assert {"lora_A", "lora_B"} <= got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # One of each class, as (name, constructor arguments, an input).
-INPUT = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-IMAGES = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 LAYERS = [
-    ("Linear", {"in_features": 6, "out_features": 8}, INPUT),
-    (
-        "MergedLinear",
-        {"in_features": 6, "out_features": 9, "enable_lora": [True, False, True]},
-        INPUT,
-    ),
+    ("Linear", {"in_features": 6, "out_features": 8}, torch.randn(3, 6)),
+    ("MergedLinear", {"in_features": 6, "out_features": 9, "enable_lora": [True, False, True]}, torch.randn(3, 6)),
     ("Embedding", {"num_embeddings": 11, "embedding_dim": 5}, torch.tensor([[1, 2], [10, 2]])),
-    ("Conv2d", {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, IMAGES),
+    ("Conv2d", {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, torch.randn(2, 4, 5, 5)),
 ]
 every_layer = pytest.mark.parametrize(("name", "kwargs", "x"), LAYERS, ids=[name for name, _, _ in LAYERS])
 
@@ -84,17 +75,25 @@ def plain_base(name: str, kwargs: dict) -> nn.Module:
 
 
 def adapted(name: str, base: nn.Module, **more) -> nn.Module:
-    """``base`` inside our layer, built by ``adapt``."""
+    """Our layer around ``base``, built by ``adapt``."""
     if name == "MergedLinear":
         more["enable_lora"] = [True, False, True]
     return getattr(p3, name).adapt(base, 2, 3, **more)
 
 
-# --- Equal to loralib
+# --- The same function as loralib's layers
 
 
-@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (0, 6)])
-@pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"fan_in_fan_out": True}, {"fan_in_fan_out": True, "bias": 0}])
+@pytest.mark.parametrize(
+    ("kwargs", "shape"),
+    [
+        ({}, (6,)),
+        ({}, (0, 6)),
+        ({"bias": False}, (3, 6)),
+        ({"fan_in_fan_out": True}, (2, 3, 6)),
+        ({"fan_in_fan_out": True, "bias": False}, (2, 3, 6)),
+    ],
+)
 def test_linear_equals_loralib(kwargs, shape):
     ours, theirs = both("Linear", 6, 8, r=3, lora_alpha=5, **kwargs)
     assert_same_function(ours, theirs, torch.randn(shape))
@@ -104,7 +103,7 @@ def test_linear_equals_loralib(kwargs, shape):
 @pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"fan_in_fan_out": True}])
 def test_merged_linear_equals_loralib(kwargs, enable):
     ours, theirs = both("MergedLinear", 6, 12, r=3, lora_alpha=5, enable_lora=enable, **kwargs)
-    assert_same_function(ours, theirs, torch.randn(2, 3, 6))
+    assert_same_function(ours, theirs, torch.randn(6, 2, 3).permute(1, 2, 0))  # not contiguous
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"padding_idx": 2}, {"padding_idx": -1}, {"scale_grad_by_freq": True}])
@@ -116,9 +115,7 @@ def test_embedding_equals_loralib(kwargs):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {},
         {"bias": False},
-        {"groups": 2},
         {"groups": 4, "stride": 2, "padding": 1},
         {"padding": 1, "padding_mode": "reflect"},
         {"dilation": 2, "padding": "same"},
@@ -139,37 +136,22 @@ def test_in_eval_a_layer_with_dropout_equals_loralib(name):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_trained_weight_and_bias_get_linears_gradients(bias):
+def test_a_trainable_weight_and_bias_get_linears_gradients(bias):
     ours, theirs = both("MergedLinear", 6, 8, r=3, lora_alpha=5, enable_lora=[True, False], bias=bias)
     for layer in (ours, theirs):
         layer.weight.requires_grad = True
     assert_same_function(ours, theirs, torch.randn(2, 3, 6))
 
 
-def test_inputs_that_are_not_contiguous_are_read_in_their_own_order():
-    ours, theirs = both("MergedLinear", 6, 8, r=3, lora_alpha=5, enable_lora=[True, True])
-    assert_same_function(ours, theirs, torch.randn(6, 2, 3).permute(1, 2, 0))
+# --- Segments of unequal width
 
 
-fused_layers = st.builds(
-    lambda segments, r, in_features, tokens, bias, alpha: SimpleNamespace(
-        widths=tuple(w for w, _ in segments),
-        enable=[on for _, on in segments],
-        r=r,
-        in_features=in_features,
-        tokens=tokens,
-        bias=bias,
-        alpha=alpha,
-    ),
-    segments=st.lists(st.tuples(st.integers(1, 7), st.booleans()), min_size=1, max_size=4).filter(
-        lambda segments: any(on for _, on in segments)
-    ),
-    r=st.integers(1, 4),
-    in_features=st.integers(1, 8),
-    tokens=st.lists(st.integers(1, 3), min_size=0, max_size=2),
-    bias=st.booleans(),
-    alpha=st.sampled_from([1, 0.5, 16]),
-)
+def test_adapted_segments_gives_the_places_in_A_B_and_the_output():
+    """Phi-3-medium's q, k and v, the example at the top of the module."""
+    assert adapted_segments((5120, 1280, 1280), (True, False, True), 16) == (
+        Segment(0, slice(0, 16), slice(0, 5120), slice(0, 5120)),
+        Segment(2, slice(16, 32), slice(5120, 6400), slice(6400, 7680)),
+    )
 
 
 class SeparateLinears(nn.Module):
@@ -194,26 +176,29 @@ class SeparateLinears(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
-@PLAIN
+fused_layers = st.builds(
+    SimpleNamespace,
+    segments=st.lists(st.tuples(st.integers(1, 7), st.booleans()), min_size=1, max_size=4).filter(
+        lambda segments: any(on for _, on in segments)
+    ),
+    r=st.integers(1, 4),
+    in_features=st.integers(1, 8),
+    tokens=st.lists(st.integers(1, 3), min_size=0, max_size=2),
+    bias=st.booleans(),
+    alpha=st.sampled_from([1, 0.5, 16]),
+)
+
+
+@settings(deadline=None, max_examples=80, derandomize=True, database=None)
 @given(fused_layers)
 def test_any_segments_match_separate_linears(case):
     torch.manual_seed(0)
+    widths, enable = zip(*case.segments, strict=True)
     layer = p3.MergedLinear(
-        case.in_features, sum(case.widths), case.r, case.alpha, enable_lora=case.enable, segments=case.widths,
-        bias=case.bias,
-    )  # fmt: skip
-    randomize_adapters(layer, std=1)
-    assert_same_function(layer, SeparateLinears(layer, case.widths), torch.randn(*case.tokens, case.in_features))
-
-
-@PLAIN
-@given(fused_layers, st.integers(1, 6))
-def test_equal_segments_match_loralib(case, width):
-    out = width * len(case.enable)
-    ours, theirs = both(
-        "MergedLinear", case.in_features, out, r=case.r, lora_alpha=case.alpha, enable_lora=case.enable, bias=case.bias
+        case.in_features, sum(widths), case.r, case.alpha, enable_lora=enable, segments=widths, bias=case.bias
     )
-    assert_same_function(ours, theirs, torch.randn(*case.tokens, case.in_features))
+    randomize_adapters(layer, std=1)
+    assert_same_function(layer, SeparateLinears(layer, widths), torch.randn(*case.tokens, case.in_features))
 
 
 def test_unequal_qkv_matches_three_linears():
@@ -228,15 +213,68 @@ def test_unequal_qkv_matches_three_linears():
     torch.testing.assert_close(y, torch.cat([q, base[:, 8:10], v], dim=1))
 
 
-def test_lora_ind_merge_ab_and_zero_pad_are_loralibs():
-    for fan_in_fan_out in (False, True):
-        ours, theirs = both(
-            "MergedLinear", 6, 12, r=2, lora_alpha=7, enable_lora=[True, False, True], fan_in_fan_out=fan_in_fan_out
-        )
-        assert torch.equal(ours.lora_ind, theirs.lora_ind)
-        torch.testing.assert_close(ours.merge_AB(), theirs.merge_AB())
-        x = torch.randn(8, 6)
-        assert torch.equal(ours.zero_pad(x), theirs.zero_pad(x))
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_lora_ind_merge_ab_and_zero_pad_are_loralibs(fan_in_fan_out):
+    ours, theirs = both(
+        "MergedLinear", 6, 12, r=2, lora_alpha=7, enable_lora=[True, False, True], fan_in_fan_out=fan_in_fan_out
+    )
+    assert torch.equal(ours.lora_ind, theirs.lora_ind)
+    torch.testing.assert_close(ours.merge_AB(), theirs.merge_AB())
+    x = torch.randn(8, 6)
+    assert torch.equal(ours.zero_pad(x), theirs.zero_pad(x))
+
+
+# --- The operator
+
+
+def operands(widths: list[int], enable_lora: list[bool], tokens: tuple[int, ...], bias: bool = True) -> list:
+    """x, z, weight, bias and lora_B in float64 with gradients, in 4, out 7, r 2; then the segments and a scaling."""
+    torch.manual_seed(0)
+    last = adapted_segments(widths, enable_lora, 2)[-1]
+    shapes = [(*tokens, 4), (*tokens, last.rows_of_A.stop), (7, 4), (7,), (last.rows_of_B.stop, 2)]
+    values = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    values[3] = values[3] if bias else None
+    return [*values, widths, enable_lora, 1.7]
+
+
+@pytest.mark.parametrize(
+    ("widths", "enable_lora", "tokens", "bias"),
+    [
+        ([7], [True], (3,), True),
+        ([3, 2, 2], [True, False, True], (2, 3), False),
+        ([2, 1, 4], [False, True, False], (3,), True),
+        ([2, 2, 3], [True, True, True], (), True),
+    ],
+)
+def test_the_backward_matches_finite_differences(widths, enable_lora, tokens, bias):
+    assert torch.autograd.gradcheck(linear_plus_low_rank, operands(widths, enable_lora, tokens, bias))
+
+
+def test_the_operators_are_registered_as_torch_compile_expects():
+    """Shapes, dtypes and strides without data, and the backward, agree with the real run."""
+    x, z, weight, bias, lora_B, *rest = operands([3, 2, 2], [True, False, True], (2, 3))
+    torch.library.opcheck(linear_plus_low_rank, (x, z, weight, bias, lora_B, *rest))
+    dy = torch.randn(2, 3, 7, dtype=torch.float64)
+    torch.library.opcheck(low_rank_backward, (dy, z.detach(), lora_B.detach(), *rest))
+
+
+def test_the_backward_accepts_an_expanded_gradient():
+    """``y.sum().backward()`` passes one element with strides 0."""
+    given = operands([3, 2, 2], [True, False, True], (2, 3))
+    y = linear_plus_low_rank(*given)
+    got = torch.autograd.grad(y.sum(), given[:5], retain_graph=True)
+    want = torch.autograd.grad(y, given[:5], torch.ones_like(y))
+    for ours, reference in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_the_input_is_not_kept_for_a_frozen_weight():
+    x, z, weight, *others = operands([7], [True], (3,))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear_plus_low_rank(x, z, weight.detach(), *others)
+    assert kept
+    assert not any(t.data_ptr() == x.data_ptr() for t in kept)
 
 
 # --- loralib's contract
@@ -272,11 +310,9 @@ def test_each_layer_is_an_instance_of_loralibs(name, kwargs, x):
 @every_layer
 def test_adapters_have_loralibs_initial_distribution(name, kwargs, x):
     torch.manual_seed(0)
-    theirs = getattr(lora, name)(**kwargs, r=2)
-    layer = getattr(p3, name)(**kwargs, r=2)
+    theirs, layer = getattr(lora, name)(**kwargs, r=2), getattr(p3, name)(**kwargs, r=2)
     for parameter in ("lora_A", "lora_B"):
-        ours, reference = getattr(layer, parameter), getattr(theirs, parameter)
-        assert bool(ours.any()) == bool(reference.any())
+        assert bool(getattr(layer, parameter).any()) == bool(getattr(theirs, parameter).any())
     bound = 1 / math.sqrt(layer.lora_A.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's own
     if name == "Embedding":
         assert layer.lora_B.abs().max() > 1  # normal
@@ -284,25 +320,46 @@ def test_adapters_have_loralibs_initial_distribution(name, kwargs, x):
         assert 0.5 * bound < layer.lora_A.abs().max() <= bound
 
 
-# --- The base
+@pytest.mark.parametrize("strict", [False, True])
+def test_conv2d_loads_the_weights_it_had_before_the_swap(strict):
+    pretrained = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU())
+    model = nn.Sequential(p3.Conv2d(2, 4, 3, r=0 if strict else 2), nn.ReLU())
+    state = pretrained.state_dict()
+    result = model.load_state_dict(state, strict=strict)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == (set() if strict else {"0.lora_A", "0.lora_B"})
+    assert torch.equal(model[0].conv.weight, pretrained[0].weight)
+    assert torch.equal(model[0].conv.bias, pretrained[0].bias)
+    assert state.keys() == {"0.weight", "0.bias"}  # the caller's dict is left alone
+
+
+# --- The base layer
 
 
 @every_layer
-def test_a_fresh_adapter_changes_nothing(name, kwargs, x):
+def test_adapt_shares_the_pretrained_parameters_and_changes_nothing(name, kwargs, x):
     base = plain_base(name, kwargs)
     want = base(x)
-    assert torch.equal(adapted(name, base)(x), want)
-
-
-@every_layer
-def test_adapt_shares_the_pretrained_parameters(name, kwargs, x):
-    base = plain_base(name, kwargs)
     layer = adapted(name, base)
+    assert torch.equal(layer(x), want)
     assert layer.base_layer().weight is base.weight
     assert not base.weight.requires_grad
     assert {n for n, p in layer.named_parameters() if p.requires_grad} - {"bias", "conv.bias"} == {"lora_A", "lora_B"}
     if name != "Embedding":
-        assert (layer.conv if name == "Conv2d" else layer).bias is base.bias
+        assert layer.base_layer().bias is base.bias
+
+
+@every_layer
+def test_a_released_base_is_the_plain_layer_until_it_is_attached_again(name, kwargs, x):
+    layer = built(name, kwargs)
+    y, order = layer(x), [name for name, _ in layer.named_parameters()]
+    base = layer.release_base()
+    assert type(base) is type(plain_base(name, kwargs))
+    assert [name for name, _ in layer.named_parameters()] == ["lora_A", "lora_B"]
+    layer.attach_base(base.eval())
+    assert torch.equal(layer(x), y)
+    assert [name for name, _ in layer.named_parameters()] == order
+    assert not any(module.training for module in layer.modules())
 
 
 @every_layer
@@ -322,25 +379,13 @@ def test_no_segment_enabled_is_the_base_layer():
 
 
 @every_layer
-def test_a_layer_switched_off_is_the_base_layer(name, kwargs, x):
+def test_a_layer_switched_off_is_the_base_layer_and_delta_is_what_it_lacks(name, kwargs, x):
     layer = built(name, kwargs)
-    base = plain_base(name, kwargs)
-    base.load_state_dict(
-        {key.removeprefix("conv."): v for key, v in layer.state_dict().items() if not key.startswith("lora_")}
-    )
-    assert not torch.equal(layer(x), base(x))
+    y, delta = layer(x), layer.delta()
     layer.enabled = False
-    assert torch.equal(layer(x), base(x))
-
-
-@every_layer
-def test_delta_is_what_the_forward_adds(name, kwargs, x):
-    layer = built(name, kwargs)
-    y = layer(x)
-    delta = layer.delta()
+    assert torch.equal(layer(x), layer.base_layer()(x))
     assert delta.dtype == torch.float32
     assert delta.shape == layer.base_layer().weight.shape
-    layer.enabled = False
     with torch.no_grad():
         layer.base_layer().weight.add_(delta)
     torch.testing.assert_close(layer(x), y)
@@ -362,13 +407,12 @@ def test_reset_parameters_puts_the_adapter_back_to_no_effect(name, kwargs, x):
     assert torch.equal(y, layer(x))
 
 
-# --- Modes
+# --- Modes and dropout
 
 
 @every_layer
-@pytest.mark.parametrize("merge_weights", [False, True])
-def test_train_and_eval_return_self_and_never_change_a_bit(name, kwargs, x, merge_weights):
-    layer = built(name, kwargs, merge_weights=merge_weights).to(torch.bfloat16)
+def test_train_and_eval_return_self_and_never_change_a_bit(name, kwargs, x):
+    layer = built(name, kwargs, merge_weights=True).to(torch.bfloat16)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     for _ in range(20):
         assert layer.eval() is layer
@@ -383,8 +427,7 @@ def test_train_and_eval_return_self_and_never_change_a_bit(name, kwargs, x, merg
 @pytest.mark.parametrize("mode", [True, False])
 @every_layer
 def test_adapt_keeps_the_mode_of_the_base_in_every_submodule(name, kwargs, x, mode):
-    more = {} if name == "Embedding" else {"lora_dropout": 0.5}
-    layer = adapted(name, plain_base(name, kwargs).train(mode), **more)
+    layer = adapted(name, plain_base(name, kwargs).train(mode), lora_dropout=0.5)
     assert {module.training for module in layer.modules()} == {mode}
 
 
@@ -402,46 +445,31 @@ def identity_layers(p: float) -> list[nn.Module]:
 def test_dropout_drops_the_share_and_keeps_the_mean():
     torch.manual_seed(0)
     for layer in identity_layers(0.25):
-        y = layer.train()(torch.ones(500, 64))
+        x = torch.ones(500, 64, requires_grad=True)
+        y = layer.train()(x)
         torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / 0.75]))
         assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
         assert y.mean().item() == pytest.approx(1, abs=0.02)
+        y[:, :64].sum().backward()
+        assert torch.equal(x.grad, y[:, :64].detach())  # d y / d x is the mask over 1 - p, and so is y
+        assert torch.equal(y[:, :64], y[:, -64:])  # all segments see one mask, as in loralib
         assert torch.equal(layer.eval()(torch.ones(5, 64)), torch.ones_like(y[:5]))
 
 
-def test_segments_see_one_dropout_mask_as_in_loralib():
-    torch.manual_seed(0)
-    y = identity_layers(0.5)[1].train()(torch.ones(50, 64))
-    assert torch.equal(y[:, :64], y[:, 64:])
-
-
-def test_dropout_leaves_the_frozen_path_alone():
+def test_dropout_leaves_the_base_product_alone():
     torch.manual_seed(0)
     layer = p3.Linear(8, 8, r=2, lora_dropout=0.5)
     x = torch.randn(20, 8)
     assert torch.equal(layer.train()(x), F.linear(x, layer.weight, layer.bias))  # lora_B is zero
 
 
-def test_gradients_flow_through_the_dropout_mask():
-    torch.manual_seed(0)
-    layer = identity_layers(0.5)[0].train()
-    x = torch.ones(50, 64, requires_grad=True)
-    y = layer(x)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())  # d y / d x is the mask over 1 - p, and so is y
-
-
-def test_rslora_divides_alpha_by_the_root_of_the_rank():
-    for name, kwargs, x in LAYERS:
-        layer = built(name, kwargs, r=4)
-        assert layer.scaling == 3 / 4
-        rslora = getattr(p3, name)(**kwargs, r=4, lora_alpha=3, use_rslora=True)
-        rslora.load_state_dict(layer.state_dict())
-        torch.testing.assert_close(rslora.delta(), layer.delta() * math.sqrt(4))
-        rslora.enabled = layer.enabled = True
-        y, y_rslora = layer(x), rslora(x)
-        layer.enabled = False
-        torch.testing.assert_close(y_rslora - layer(x), (y - layer(x)) * math.sqrt(4), rtol=1e-4, atol=1e-5)
+@every_layer
+def test_rslora_divides_alpha_by_the_root_of_the_rank(name, kwargs, x):
+    layer, rslora = built(name, kwargs, r=4), built(name, kwargs, r=4, use_rslora=True)
+    assert layer.scaling == 3 / 4
+    torch.testing.assert_close(rslora.delta(), layer.delta() * math.sqrt(4))
+    base = layer.base_layer()(x)
+    torch.testing.assert_close(rslora(x) - base, (layer(x) - base) * math.sqrt(4), rtol=1e-4, atol=1e-5)
 
 
 # --- Dtypes and devices
@@ -468,9 +496,8 @@ def test_adapters_are_float32_on_a_bf16_base_and_the_output_is_bf16(name, kwargs
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["Linear", "MergedLinear"])
-def test_within_autocast_the_products_run_in_its_dtype(name, base_dtype):
-    _, kwargs, x = next(case for case in LAYERS if case[0] == name)
+@pytest.mark.parametrize(("name", "kwargs", "x"), LAYERS[:2], ids=["Linear", "MergedLinear"])
+def test_within_autocast_the_products_run_in_its_dtype(name, kwargs, x, base_dtype):
     layer = adapted(name, plain_base(name, kwargs).to(base_dtype))
     randomize_adapters(layer)
     with torch.autocast("cpu", torch.bfloat16):
@@ -479,15 +506,6 @@ def test_within_autocast_the_products_run_in_its_dtype(name, base_dtype):
     y.float().sum().backward()
     assert layer.lora_A.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), copy.deepcopy(layer).float()(x), rtol=0.02, atol=0.02)
-
-
-def test_float64_layers_compute_in_float64():
-    layer = p3.MergedLinear(6, 9, r=2, segments=(4, 5), enable_lora=[True, True], dtype=torch.float64)
-    randomize_adapters(layer, std=1)
-    x = torch.randn(3, 6, dtype=torch.float64)
-    want = F.linear(x, layer.weight + layer.delta().double(), layer.bias)
-    torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)
-    assert layer(x).dtype == torch.float64
 
 
 @every_layer
@@ -521,22 +539,6 @@ def test_to_moves_the_adapters_with_the_base(name, kwargs, x):
     torch.testing.assert_close(wide.float(), y)
 
 
-# --- Conv2d's renamed weight
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_conv2d_loads_the_weights_it_had_before_the_swap(strict):
-    pretrained = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU())
-    model = nn.Sequential(p3.Conv2d(2, 4, 3, r=0 if strict else 2), nn.ReLU())
-    state = pretrained.state_dict()
-    result = model.load_state_dict(state, strict=strict)
-    assert not result.unexpected_keys
-    assert set(result.missing_keys) == (set() if strict else {"0.lora_A", "0.lora_B"})
-    assert torch.equal(model[0].conv.weight, pretrained[0].weight)
-    assert torch.equal(model[0].conv.bias, pretrained[0].bias)
-    assert state.keys() == {"0.weight", "0.bias"}  # the caller's dict is left alone
-
-
 # --- Errors
 
 
@@ -545,17 +547,15 @@ def test_conv2d_loads_the_weights_it_had_before_the_swap(strict):
     [
         ({"segments": (4, 4), "enable_lora": [True, True]}, "add up to 8"),
         ({"segments": (10, -1), "enable_lora": [True, True]}, "positive widths"),
-        ({"segments": (9, 0), "enable_lora": [True, True]}, "positive widths"),
         ({"segments": (4, 5), "enable_lora": [True]}, "differ in length"),
         ({"enable_lora": [True, False]}, "2 equal segments do not divide out_features=9"),
         ({"enable_lora": []}, "0 equal segments"),
         ({"enable_lora": [True], "r": -1}, "r=-1"),
         ({"enable_lora": [True], "r": 1.5}, r"r=1\.5"),
         ({"enable_lora": [True], "lora_dropout": 1.0}, r"lora_dropout=1\.0"),
-        ({"enable_lora": [True], "lora_dropout": -0.1}, r"lora_dropout=-0\.1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(kwargs, message):
+def test_invalid_settings_are_refused(kwargs, message):
     with pytest.raises(ModelError, match=message):
         p3.MergedLinear(6, 9, **{"r": 2, **kwargs})
 
