@@ -1,4 +1,4 @@
-"""4-bit frozen weights through bitsandbytes: its own numbers, whole models, checkpoints; more in test_base_weight.py."""
+"""4-bit frozen weights through bitsandbytes: its own numbers, whole models and checkpoints."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -39,7 +40,7 @@ def damaged(checkpoint, tmp_path) -> Path:
 # --- What comes out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["float32", "float16", torch.bfloat16])
 def test_the_model_has_the_dtype_asked_for_and_the_checkpoints_function(checkpoint, dtype):
     model, tokenizer = p3.load_model(checkpoint, dtype=dtype, device="cpu")
     expected = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
@@ -50,9 +51,12 @@ def test_the_model_has_the_dtype_asked_for_and_the_checkpoints_function(checkpoi
     assert tokenizer.encode("hello") == make_tokenizer().encode("hello")
 
 
-def test_bfloat16_is_the_default(checkpoint):
+def test_the_defaults_are_bfloat16_packed_attention_and_no_cache(checkpoint):
     model, _ = p3.load_model(checkpoint, device="cpu")
     assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "phi3lora"
+    assert model.config.use_cache is False
+    assert model(IDS).past_key_values is None
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16])
@@ -63,15 +67,10 @@ def test_auto_is_the_checkpoints_own_dtype(saved, tmp_path):
     assert {p.dtype for p in model.parameters()} == {saved}
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
-def test_use_cache_is_set_in_the_config(checkpoint, use_cache):
-    model, _ = p3.load_model(checkpoint, use_cache=use_cache, device="cpu")
-    assert model.config.use_cache is use_cache
-    assert (model(IDS).past_key_values is not None) == use_cache
-
-
-def test_the_cache_is_off_unless_asked_for(checkpoint):
-    assert p3.load_model(checkpoint, device="cpu")[0].config.use_cache is False
+def test_use_cache_is_set_in_the_config(checkpoint):
+    model, _ = p3.load_model(checkpoint, use_cache=True, device="cpu")
+    assert model.config.use_cache is True
+    assert model(IDS).past_key_values is not None
 
 
 @pytest.mark.parametrize("attention", ["phi3lora", "sdpa", "eager"])
@@ -79,10 +78,6 @@ def test_each_attention_computes_the_same(checkpoint, attention):
     model, _ = p3.load_model(checkpoint, dtype="float32", attn_implementation=attention, device="cpu")
     assert model.config._attn_implementation == attention
     torch.testing.assert_close(model(IDS).logits, lively_model()(IDS).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_packed_attention_is_the_default(checkpoint):
-    assert p3.load_model(checkpoint, device="cpu")[0].config._attn_implementation == "phi3lora"
 
 
 def test_the_model_goes_to_the_device_asked_for(checkpoint):
@@ -101,13 +96,6 @@ def test_a_tokenizer_without_padding_pads_with_eos(damaged):
     assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
 
 
-def test_the_loaded_model_trains(checkpoint):
-    model, _ = p3.load_model(checkpoint, device="cpu")
-    p3.inject_lora(model, p3.LoraConfig(r=2))
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    assert model.model.layers[0].self_attn.qkv_proj.lora_B.grad.any()
-
-
 # --- What is refused
 
 
@@ -119,11 +107,13 @@ def test_the_loaded_model_trains(checkpoint):
         ({"dtype": None}, "dtype=None"),
         ({"base_precision": "int3"}, "base_precision='int3'; allowed: None"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2'; allowed: 'phi3lora'"),
+        ({"device": "gpu"}, "device='gpu': .*allowed: an available device"),
+        ({"device": "xpu"}, "device='xpu': .*allowed: an available device"),
     ],
 )
 def test_a_setting_that_is_not_one_of_the_listed_is_refused(checkpoint, setting, message):
     with pytest.raises(ModelError, match=message):
-        p3.load_model(checkpoint, device="cpu", **setting)
+        p3.load_model(checkpoint, **{"device": "cpu", **setting})
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config()], ids=["llama", "gpt2"])
@@ -138,21 +128,17 @@ def test_a_missing_folder_is_refused(tmp_path):
         p3.load_model(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_folder_without_one_of_its_files_is_refused(damaged, name):
-    (damaged / name).unlink()
-    if name == "tokenizer.json":
-        (damaged / "tokenizer_config.json").unlink()
-    with pytest.raises(ModelError, match=re.escape(str(damaged))):
-        p3.load_model(damaged, device="cpu")
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_half_written_file_is_refused(damaged, name):
+def test_a_missing_or_half_written_file_is_refused(damaged, name, half):
     path = damaged / name
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match="cannot load"):
+    path.unlink()
+    if half:
+        path.write_bytes(content[: len(content) // 2])
+    elif name == "tokenizer.json":
+        (damaged / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match=re.escape(str(damaged))):
         p3.load_model(damaged, device="cpu")
 
 
@@ -192,14 +178,20 @@ def test_a_field_that_cannot_be_is_refused_before_anything_is_built(damaged, nam
         p3.load_model(damaged, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe{}", b"[1]", b'{"a": ' + b"9" * 5000 + b"}"])
-def test_json_of_another_form_is_no_error_of_another_family(damaged, name, content):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[" * 100_000),
+        ("config.json", b"[1]"),
+        ("tokenizer.json", b"\xff\xfe{}"),
+        ("tokenizer_config.json", b"[1]"),
+        ("generation_config.json", b'{"a": ' + b"9" * 5000 + b"}"),
+    ],
+)
+def test_json_of_another_form_raises_no_other_error(damaged, name, content):
     (damaged / name).write_bytes(content)
-    try:
+    with contextlib.suppress(ModelError):  # transformers does without some of these files
         p3.load_model(damaged, device="cpu")
-    except ModelError as error:
-        assert str(error)
 
 
 # --- longrope
