@@ -89,6 +89,7 @@ def adapted(name: str, base: nn.Module, **more) -> nn.Module:
 
 
 VECTORS, IMAGES = normal(2, 3, 6), normal(2, 4, 7, 7)
+NOT_CONTIGUOUS = normal(6, 2, 3).permute(1, 2, 0)
 TOKENS = torch.tensor([[0, 2, 9, 2], [9, 9, 1, 0]])
 
 
