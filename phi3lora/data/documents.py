@@ -47,28 +47,17 @@ class NoDocumentsError(DataError):
 class Documents:
     """Tokenised documents, end to end in flat arrays: the arguments of ``ChatDataset``."""
 
-    input_ids: np.ndarray
-    """Token ids, int32 (tokens,)."""
-    labels: np.ndarray
-    """The token's own id where it is trained, else -100, int32 (tokens,)."""
-    starts: np.ndarray
-    """Position of each document's first token, and the end, int64 (documents + 1,)."""
-    rows: np.ndarray
-    """Number of the source row of each document, (documents,)."""
-    truncated: np.ndarray
-    """Mask of the documents that were cut, bool (documents,)."""
-    dropped_rows: int
-    """Number of rows of which truncation left nothing to train."""
-    bad_rows: tuple[int, ...]
-    """Numbers of the rows that were skipped."""
+    input_ids: np.ndarray  # int32 (tokens,)
+    labels: np.ndarray  # the token's own id where it is trained, else -100, int32 (tokens,)
+    starts: np.ndarray  # position of each document's first token, and the end, int64 (documents + 1,)
+    rows: np.ndarray  # number of each document's source row (documents,)
+    truncated: np.ndarray  # whether it was cut, bool (documents,)
+    dropped_rows: int  # number of rows of which truncation left nothing to train
+    bad_rows: tuple[int, ...]  # numbers of the rows that were skipped
     max_length: int
-    """Limit of a document's length, in tokens."""
     pad_token_id: int
-    """Padding token."""
     end_of_turn_id: int
-    """Token that closes an assistant turn."""
     format: str
-    """Format of the rows."""
 
 
 class RowTokenizer:

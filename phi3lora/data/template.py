@@ -85,7 +85,7 @@ class ChatEncoder:
     def _find_end_of_turn(self, name: str) -> str:
         """Return the special token that follows the answer of a chat of two messages."""
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER-REWSNA"}]
-        closing = self._closing(self._template(chat, 0).partition("ANSWER-REWSNA")[2])
+        closing = self._closing(self._apply_template(chat, 0).partition("ANSWER-REWSNA")[2])
         if closing is None:
             raise DataError(f"the chat template of {name!r} closes an assistant turn with no special token")
         return closing.group(1)
@@ -100,7 +100,7 @@ class ChatEncoder:
         encoded = []
         for (ids, starts), chat, number in zip(self._tokenize(rendered), rendered, numbers, strict=True):
             trained = _inside(starts, chat.spans)
-            self._check(ids, trained, number)
+            self._check_mask(ids, trained, number)
             encoded.append(EncodedChat(ids, trained))
         return encoded
 
@@ -140,7 +140,7 @@ class ChatEncoder:
                 f"the tokenizer cannot encode a chat: {error_line(error)}; is its folder damaged?"
             ) from error
 
-    def _check(self, ids: list[int], trained: list[bool], number: int) -> None:
+    def _check_mask(self, ids: list[int], trained: list[bool], number: int) -> None:
         """Check that something is trained, and that every trained turn includes its end-of-turn token."""
         if not any(trained):
             raise DataError(f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)")
@@ -150,9 +150,10 @@ class ChatEncoder:
             assert not (now and not after) or token == self.end_of_turn_id, "a trained turn lost its end-of-turn token"
 
     def _render(self, messages: Sequence[Message], number: int, prompt: bool = False) -> _Rendered:
+        """Render a chat, and find its trained and its escaped characters."""
         plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
-        text = self._template(plain, number, add_generation_prompt=prompt)
-        literals = self._template_literals(tuple(m["role"] for m in messages), number, prompt)
+        text = self._apply_template(plain, number, add_generation_prompt=prompt)
+        literals = self._find_literals(tuple(m["role"] for m in messages), number, prompt)
         trained = set() if prompt else self._trained_turns(messages)
         spans: list[tuple[int, int]] = []
         escaped: list[tuple[int, int]] = []
@@ -195,7 +196,7 @@ class ChatEncoder:
             turns = list(range(turns[-1] + 1))
         return {i for i in turns if messages[i].get("train", True)}
 
-    def _template(self, messages: Iterable[Message], number: int, **options: Any) -> str:
+    def _apply_template(self, messages: Iterable[Message], number: int, **options: Any) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
             return text
@@ -207,12 +208,12 @@ class ChatEncoder:
         """Match the special token that ``literal`` begins with, after optional white space."""
         return re.match(rf"\s*({self._special.pattern})", literal)
 
-    def _template_literals(self, roles: tuple[str, ...], number: int, prompt: bool = False) -> list[str]:
+    def _find_literals(self, roles: tuple[str, ...], number: int, prompt: bool = False) -> list[str]:
         """Return the template's own text around the contents, len(roles) + 1 pieces. Checked once per roles."""
         if (roles, prompt) in self._literals:
             return self._literals[roles, prompt]
         chat = [{"role": role, "content": f"CONTENT-{i}-TNETNOC"} for i, role in enumerate(roles)]
-        text = self._template(chat, number, add_generation_prompt=prompt)
+        text = self._apply_template(chat, number, add_generation_prompt=prompt)
         literals, position = [], 0
         for i, message in enumerate(chat):
             start = text.find(message["content"], position)
@@ -230,7 +231,7 @@ class ChatEncoder:
 
     def _check_prompt(self, turns: list[Message], rendered: str, number: int) -> None:
         """Check that the text before an answer is the prompt that generation starts from."""
-        if self._template(turns, number, add_generation_prompt=True) != rendered:
+        if self._apply_template(turns, number, add_generation_prompt=True) != rendered:
             raise DataError(
                 f"row {number}: the chat template renders the turns before message {len(turns) + 1} differently when "
                 f"generating and when complete, so no mask can be right; use the model's own template"
