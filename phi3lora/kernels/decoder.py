@@ -14,11 +14,11 @@ output, the gate/up product and the low-rank activations; with ``"selective"`` c
 ``"full"`` only h, with ``"offload"`` h on the host.
 
 How it is plugged in. Inside :func:`fused_layers` each decoder layer's ``forward`` is :func:`_layer_forward`, and
-:func:`fused_decoder` calls the layers one after the other, so that whatever hangs on the call of a layer works: hooks,
-recomputation, FSDP2's gathering of parameters. Between two layers goes either
+:func:`fused_decoder` calls the layers one after the other. So all that depends on the call of a layer works: hooks,
+recomputation, FSDP2's gathering of parameters. One layer hands the next either
 
-    h (N, D), pending       the last product is still to be added to h: the next layer's first kernel does it
-    h (B, S, D)             as in transformers: where a hook sees it, or where the backward recomputes the layer
+    h (N, D), pending       the last product is still to be added to h, by the next layer's first kernel
+    h (B, S, D)             as in transformers, where a hook sees it or the backward recomputes the layer
 
 :func:`unsupported_reason` says why a model must go through transformers' own layers instead.
 
@@ -134,13 +134,14 @@ def _dropout_seeds(projections: Sequence[Any]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A micro-batch but for its hidden states."""
+    """Layout and positions of a micro-batch's tokens."""
 
     rows: tuple[int, int]
-    """B and S."""
+    """(B, S)."""
     cos: Tensor
-    """(N, n), of each token's position, in the compute dtype."""
+    """(N, n), at each token's position, in the compute dtype."""
     sin: Tensor
+    """As ``cos``."""
     layout: dict[str, Any]
     """Where documents end, as :func:`packed_attention` takes it."""
 
@@ -153,11 +154,19 @@ def _layer_forward(
     fused_inputs: tuple[_Tokens, Sequence[Any]] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A decoder layer's ``forward`` inside :func:`fused_layers`.
+    """Compute a decoder layer; this is its ``forward`` inside :func:`fused_layers`.
 
-    h (N, D), pending -> h (N, D), pending;  or, without pending, h (B, S, D) -> h (B, S, D).
+    Args:
+        layer: the layer.
+        hidden_states: h (N, D) with ``pending``, (B, S, D) without.
+        pending: the output of the layer before that is still to be added to h.
+        fused_inputs: the micro-batch, and the adapters of the layer's four projections; None: the caller is not
+            :func:`fused_decoder`, and transformers' forward computes the layer from the other arguments.
+
+    Returns:
+        h (N, D) and pending, or (B, S, D).
     """
-    if fused_inputs is None:  # not called by fused_decoder
+    if fused_inputs is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     if pending is not None:
         h, x, z = _up_to_down_proj(layer, *fused_inputs, hidden_states, pending, False)
@@ -192,10 +201,16 @@ class _WholeLayer:
 def _up_to_down_proj(
     layer: Any, tokens: _Tokens, adapters: Sequence[Any], h: Tensor, pending: Any, recomputed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer but for its last product.
+    """Compute a layer up to its last product.
 
-    h (N, D) and what has still to be added to it -> h (N, D), the down projection's input x (N, I) and its low-rank
-    activations z (N, R).
+    Args:
+        layer, tokens, adapters: as in :func:`_layer_forward`.
+        h: (N, D).
+        pending: what is still to be added to h.
+        recomputed: whether the whole layer is recomputed in the backward.
+
+    Returns:
+        h (N, D), the down projection's input x (N, I) and its low-rank activations z (N, R).
     """
     from .norm import add_norm
     from .o_proj import linear_and_lora_a
@@ -309,7 +324,7 @@ def _has_hooks(module: Any) -> bool:
 
 
 def _layer_reason(layer: Any, training: bool | None) -> str | None:
-    """As :func:`decoder_unsupported_reason`, of one layer."""
+    """Return what in one layer is not as the kernels need it; None: nothing."""
     parts = {
         "input_layernorm": Phi3RMSNorm, "post_attention_layernorm": Phi3RMSNorm, "self_attn": Phi3Attention,
         "mlp": Phi3MLP,

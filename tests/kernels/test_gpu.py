@@ -1,4 +1,4 @@
-"""On a GPU: fused passes, compiled layers and fp8 against the plain path: loss and each gradient."""
+"""On a GPU: fused kernels, compiled layers and fp8 against transformers' plain layers: loss and each gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phi3lora.lora.base_weight import Fp8Linear, quantize_base
 from phi3lora.lora.inject import remove_lora
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import packed_forward_kwargs, use_packed_attention
-from phi3lora.model.backend import choose_backend
+from phi3lora.model.backend import Backend, choose_backend, use_backend
 from phi3lora.model.forward import batch_to
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -42,23 +42,34 @@ def assert_close(fast, plain, cosine: float = 0.999, relative: float = 1e-3) -> 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("path", ["fused", "compiled"])
-def test_the_fast_paths_have_the_plain_paths_loss_and_gradients(path, layout, kv_heads):
+@pytest.mark.parametrize("kind", ["fused", "compiled"])
+def test_faster_layers_have_the_plain_layers_loss_and_gradients(kind, layout, kv_heads):
     batch = packed_batch(LAYOUTS[layout], 128)
     model = adapted(kv_heads)
     model.set_attn_implementation("eager")
     plain = loss_and_gradients(model, batch)
     model.set_attn_implementation("sdpa")  # which use_packed_attention replaces by ours
     use_packed_attention(model)
-    if path == "compiled":
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
-    assert (choose_backend(model).kind == "fused") == (path == "fused")
-    assert_close(loss_and_gradients(model, batch), plain)
+    assert choose_backend(model).kind == "fused"
+    with use_backend(model, Backend(kind)):
+        assert_close(loss_and_gradients(model, batch), plain)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_hooked_layers_are_fused_and_see_hidden_states(mode):
+    batch, model, seen = packed_batch(LAYOUTS["chats"], 128), adapted(), []
+    expected = loss_and_gradients(model, batch)
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    assert choose_backend(model).kind == "fused"
+    with activation_checkpointing(model, mode):
+        assert_close(loss_and_gradients(model, batch), expected, cosine=0.9999)
+    assert len(seen) == 3 and all(t.shape == (2, 128, 256) for pair in seen for t in pair)
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full", "offload"])
-def test_recomputing_changes_no_bit_of_the_fused_gradients(mode):
+def test_recomputing_changes_the_fused_gradients_by_rounding_alone(mode):
     batch, model = packed_batch(LAYOUTS["chats"], 128), adapted()
     _, kept = loss_and_gradients(model, batch)
     with activation_checkpointing(model, mode):
