@@ -1,4 +1,4 @@
-"""Our pass over an nf4 weight against bitsandbytes' own: the same numbers, bit for bit."""
+"""Our kernel for nf4 weights against bitsandbytes' own: the same numbers, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing against the same pass without it."""
+"""Activation checkpointing against the same forward and backward without it."""
 
 from __future__ import annotations
 
@@ -17,76 +17,61 @@ from phi3lora.model.activations import HostInputs, activation_checkpointing
 BATCH = packed_batch([random_documents(9, 5)], 16)
 
 
-@pytest.fixture
-def adapted() -> nn.Module:
-    """In training mode, with adapters that do something."""
+def adapted_model(dropout: float = 0.0) -> nn.Module:
+    """A model in training mode, with adapters that do something."""
     model = tiny_model()
-    p3.inject_lora(model, p3.LoraConfig(r=2))
+    p3.inject_lora(model, p3.LoraConfig(r=2, lora_dropout=dropout))
     randomize_adapters(model)
     return model.train()
+
+
+@pytest.fixture
+def adapted() -> nn.Module:
+    return adapted_model()
 
 
 def switched_on(model: nn.Module) -> int:
     return sum(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def one_step(model: nn.Module, mode: str) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """Loss, adapter gradients, and how often an MLP was entered."""
-    runs: list[int] = []
-    hooks = [m.register_forward_pre_hook(lambda *_: runs.append(1)) for m in model.modules() if isinstance(m, Phi3MLP)]
+def one_step(model: nn.Module, mode: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and adapter gradients."""
     with activation_checkpointing(model, mode):
         model.zero_grad()
         loss, _ = p3.causal_lm_loss(model, BATCH)
         loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    for hook in hooks:
-        hook.remove()
-    return loss.detach(), gradients, len(runs)
+    return loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
-def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode):
-    loss, gradients, runs = one_step(adapted, "none")
-    again, recomputed, more_runs = one_step(adapted, mode)
+@pytest.mark.parametrize(
+    ("mode", "mlps", "qkvs", "gate_ups"), [("selective", 2, 2, 4), ("full", 4, 4, 4), ("offload", 4, 4, 4)]
+)
+def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode, mlps, qkvs, gate_ups):
+    """And runs no more modules twice than the mode says; hooks on an mlp are outside what "selective" recomputes."""
+    loss, gradients = one_step(adapted, "none")
+    calls: list[str] = []
+    for name, module in adapted.named_modules():
+        if isinstance(module, Phi3MLP) or name.endswith(("qkv_proj", "gate_up_proj")):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(name.rpartition(".")[2]))
+    again, recomputed = one_step(adapted, mode)
     assert torch.equal(again, loss)
     for got, want in zip(recomputed, gradients, strict=True):
         torch.testing.assert_close(got, want)
-    assert runs == 2
-    assert more_runs == (
-        2 if mode == "selective" else 4
-    )  # hooks run around "selective"'s recomputed forward, not in it
+    assert [calls.count(name) for name in ("mlp", "qkv_proj", "gate_up_proj")] == [mlps, qkvs, gate_ups]
 
 
-def test_selective_recomputes_the_feed_forward_parts_alone(adapted):
-    runs: list[str] = []
-    for layer in adapted.model.layers:
-        for module in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
-            module.register_forward_pre_hook(lambda module, _: runs.append(str(module.out_features)))
-    widths = [str(m.out_features) for m in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj)]
-    one_step(adapted, "selective")
-    assert [runs.count(width) for width in widths] == [2, 4]
-
-
-def test_selective_gives_back_a_forward_that_somebody_replaced(adapted):
-    mlp = adapted.model.layers[0].mlp
-    mlp.forward = own = lambda x: x
-    with activation_checkpointing(adapted, "selective"):
-        assert mlp.forward is not own
-    assert mlp.forward is own
-    assert all("forward" not in vars(layer.mlp) for layer in adapted.model.layers[1:])
-
-
-def test_dropout_is_recomputed_with_the_same_mask():
+@pytest.mark.parametrize("mode", ["full", "offload"])
+def test_dropout_is_recomputed_with_the_same_mask(mode):
     results = []
-    for mode in ("none", "full", "offload"):
-        model = tiny_model()
-        p3.inject_lora(model, p3.LoraConfig(r=2, lora_dropout=0.5))
-        randomize_adapters(model)
+    for each in ("none", mode):
+        model = adapted_model(dropout=0.5)
         torch.manual_seed(1)
-        results.append(one_step(model.train(), mode))
-    for recomputed in results[1:]:
-        for got, want in zip(recomputed[1], results[0][1], strict=True):
-            torch.testing.assert_close(got, want)
+        results.append(one_step(model, each)[1])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# --- Inputs on the host
 
 
 def three_layers(through) -> tuple[torch.Tensor, nn.Linear]:
@@ -97,26 +82,24 @@ def three_layers(through) -> tuple[torch.Tensor, nn.Linear]:
     return h.sum(), layer
 
 
-def test_offloaded_inputs_come_back_as_often_as_they_are_asked_for():
-    loss, layer = three_layers(HostInputs().checkpoint)
+def test_offloaded_inputs_serve_every_backward_and_go_with_the_graph():
+    host = HostInputs()
+    loss, layer = three_layers(host.checkpoint)
     loss.backward(retain_graph=True)
     loss.backward()
     plain, expected = three_layers(lambda _, function, x: function(x))
     plain.backward()
     torch.testing.assert_close(layer.weight.grad, 2 * expected.weight.grad)
-
-
-def test_an_input_on_the_host_goes_with_the_graph_that_wanted_it():
-    host = HostInputs()
-    loss, _ = three_layers(host.checkpoint)
     last = host._last
-    assert last() is not None
+    loss, _ = three_layers(host.checkpoint)
+    assert host._last is not last and host._last() is not None
+    last = host._last
     del loss
     gc.collect()
     assert last() is None
 
 
-def test_without_gradients_or_anything_that_learns_nothing_is_offloaded(adapted):
+def test_nothing_is_offloaded_without_gradients_or_trainable_parameters(adapted):
     host, frozen = HostInputs(), nn.Linear(2, 2).requires_grad_(False)
     with torch.no_grad():
         host.checkpoint(nn.Linear(2, 2), torch.sin, torch.zeros(2))
@@ -124,46 +107,43 @@ def test_without_gradients_or_anything_that_learns_nothing_is_offloaded(adapted)
     assert host._last is None
     for path, parameter in adapted.named_parameters():  # adapters in the last layer alone
         parameter.requires_grad_("layers.1" in path and "lora_" in path)
-    _, kept, _ = one_step(adapted, "none")
-    _, recomputed, _ = one_step(adapted, "offload")
-    for got, want in zip(recomputed, kept, strict=True):
+    for got, want in zip(one_step(adapted, "offload")[1], one_step(adapted, "none")[1], strict=True):
         torch.testing.assert_close(got, want)
 
 
+# --- The switch
+
+
 def test_the_model_is_left_as_it_was(adapted):
-    with activation_checkpointing(adapted, "full"):
-        assert switched_on(adapted) > 0
-    assert switched_on(adapted) == 0
-    with pytest.raises(KeyboardInterrupt), activation_checkpointing(adapted, "full"):
-        raise KeyboardInterrupt
-    assert switched_on(adapted) == 0
-
-
-def test_the_embeddings_still_need_no_gradient(adapted):
-    """transformers' own switch makes them, for good: the first layer then computes one that nobody uses."""
-    with activation_checkpointing(adapted, "full"):
-        assert not adapted.get_input_embeddings()(BATCH["input_ids"]).requires_grad
-    assert not adapted.get_input_embeddings()(BATCH["input_ids"]).requires_grad
-
-
-def test_a_model_that_checkpoints_already_goes_on_doing_so(adapted):
-    with activation_checkpointing(adapted, "full"):
+    mlp = adapted.model.layers[0].mlp
+    mlp.forward = own = lambda x: x  # somebody has replaced it
+    for mode in ("full", "offload", "selective"):
+        with pytest.raises(KeyboardInterrupt), activation_checkpointing(adapted, mode):
+            assert switched_on(adapted) > 0 or mlp.forward is not own
+            raise KeyboardInterrupt
+        assert switched_on(adapted) == 0 and mlp.forward is own
+        assert all("forward" not in vars(layer.mlp) for layer in adapted.model.layers[1:])
+    with activation_checkpointing(adapted, "full"):  # a model that recomputes already goes on doing so
         before = switched_on(adapted)
         with activation_checkpointing(adapted, "full"):
             assert switched_on(adapted) == before
         assert switched_on(adapted) == before
 
 
-def test_another_mode_is_refused(adapted):
-    refused = pytest.raises(ModelError, match="'half'; allowed: 'none', 'selective', 'full', 'offload'")
-    with refused, activation_checkpointing(adapted, "half"):
-        pass
+def test_the_embeddings_still_need_no_gradient(adapted):
+    """With transformers' own switch they do, for good: the first layer then computes one that nobody uses."""
+    with activation_checkpointing(adapted, "full"):
+        assert not adapted.get_input_embeddings()(BATCH["input_ids"]).requires_grad
+    assert not adapted.get_input_embeddings()(BATCH["input_ids"]).requires_grad
 
 
-def test_a_model_without_checkpointing_is_refused_only_where_it_is_asked_for():
+def test_an_unknown_mode_and_a_model_without_such_layers_are_errors():
     model = nn.Linear(2, 2)
     with activation_checkpointing(model, "none"):
         pass
-    refused = pytest.raises(ModelError, match="Linear has no layers that can be recomputed")
-    with refused, activation_checkpointing(model, "full"):
-        pass
+    for mode, message in [
+        ("half", "'none', 'selective', 'full', 'offload'"),
+        ("full", "Linear has no layers that can"),
+    ]:
+        with pytest.raises(ModelError, match=message), activation_checkpointing(model, mode):
+            pass
