@@ -51,7 +51,7 @@ class ChatDataset:
     """
 
     known_length = True
-    """Whether the number of documents is known: True of a dataset, False of a stream."""
+    """True: the number of documents is known, and an epoch ends. False for a stream."""
 
     def __init__(
         self,
@@ -289,7 +289,7 @@ class ChatStream:
     """
 
     known_length = False
-    """Whether the number of documents is known: True of a dataset, False of a stream."""
+    """False: the number of documents is not known, and there is no end. True for a dataset."""
 
     def __init__(
         self,

@@ -81,8 +81,9 @@ def prefetched(
 
 
 def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return ``batch`` with its tensors in page-locked memory, from where they are copied to a CUDA device in the
-    background; for any other device, ``batch`` itself.
+    """Return ``batch`` with its tensors in page-locked memory; ``batch`` itself if ``device`` is not CUDA.
+
+    From page-locked memory, copies to the device run in the background.
     """
     if device.type != "cuda":
         return batch

@@ -112,7 +112,7 @@ def test_the_tensors_have_the_types_that_torch_wants():
 
 @PROPERTY
 @given(LENGTHS, st.booleans(), st.booleans(), st.integers(0, 3), st.integers(0, 3), st.none() | st.integers(1, 24))
-def test_an_epoch_has_each_document_once_in_an_order_that_no_batch_size_changes(
+def test_an_epoch_has_each_document_once_in_an_order_independent_of_batch_size(
     lengths, packing, shuffle, seed, epoch, boundary
 ):
     orders = []
@@ -131,7 +131,7 @@ def test_an_epoch_has_each_document_once_in_an_order_that_no_batch_size_changes(
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_seed_and_epoch_each_change_the_order_and_the_company_of_documents(packing):
+def test_seed_and_epoch_each_change_the_order_and_the_packing(packing):
     lengths = [3 + i % 7 for i in range(50)]
 
     def rows(seed, epoch, shuffle=True):
@@ -169,7 +169,7 @@ def test_only_documents_near_each_other_in_the_order_share_a_row(monkeypatch):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("max_length", [64, 200])
-def test_the_largest_position_of_a_batch_is_on_its_documents_side_of_the_boundary(packing, max_length):
+def test_position_ids_stay_on_the_same_side_of_the_boundary_as_the_documents(packing, max_length):
     """Padding counts: a longrope model takes its factors from the largest position in the batch, padded or not."""
     boundary = int(np.median(DATA.lengths))
     plan, kinds = BatchPlan(DATA, 3, max_length, packing, boundary=boundary), set()
@@ -187,7 +187,7 @@ def test_a_boundary_spreads_the_rarer_kind_over_the_epoch():
     assert {b - a for a, b in pairwise(at)} == {11}
 
 
-def test_a_boundary_that_parts_nothing_changes_nothing():
+def test_a_boundary_outside_all_lengths_changes_nothing():
     without = plan_of(SOME).micro_batches(1)
     assert plan_of(SOME, 12).micro_batches(1) == without
     assert plan_of(SOME, 1).micro_batches(1) == without
@@ -198,7 +198,7 @@ def test_a_boundary_that_parts_nothing_changes_nothing():
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_batches_are_full_but_the_last_and_as_wide_as_they_must_be(packing):
+def test_all_batches_but_the_last_are_full_and_have_the_documented_width(packing):
     dataset = token_documents(SOME, max_length=20)
     made = list(batches(dataset, batch_size=3, packing=packing))
     assert [len(batch["documents"]) for batch in made[:-1]] == [3] * (len(made) - 1)
@@ -240,7 +240,7 @@ def schedule(batch=2, accumulation=2, packing=True, seed=0, boundary=None, **con
 
 
 @pytest.mark.parametrize("boundary", [None, 40])
-def test_the_micro_batches_of_the_steps_are_those_of_p3_batches(boundary):
+def test_steps_and_batches_give_the_same_micro_batches(boundary):
     steps = list(schedule(3, 2, seed=5, num_train_epochs=2, boundary=boundary).steps())
     options = {"batch_size": 3, "seed": 5, "boundary": boundary}
     made = [b["documents"] for epoch in (0, 1) for b in batches(DATA, epoch=epoch, **options)]
@@ -271,7 +271,7 @@ def test_the_number_of_steps_follows_epochs_unless_max_steps_is_given(epochs, ma
     assert plan.total == expected == len(list(plan.steps()))
 
 
-def test_the_last_step_of_an_epoch_has_what_is_left_and_no_step_spans_two_epochs():
+def test_the_last_step_of_an_epoch_has_the_remaining_rows_and_no_step_spans_two_epochs():
     steps = list(schedule(5, 2, packing=False, num_train_epochs=2).steps())
     assert [[len(micro) for micro in step.micro_batches] for step in steps] == [[5, 5], [5, 5], [4]] * 2
     assert [step.ends_epoch for step in steps] == [False, False, True] * 2
@@ -280,7 +280,7 @@ def test_the_last_step_of_an_epoch_has_what_is_left_and_no_step_spans_two_epochs
     assert [step.next_cursor for step in steps] == [Cursor(*cursor) for cursor in cursors]
 
 
-def test_the_batches_of_a_schedule_are_the_tensors_of_its_steps_from_the_cursor_on():
+def test_prefetched_batches_equal_the_tensors_of_the_steps():
     plan, cursor = schedule(accumulation=1, num_train_epochs=2), Cursor(0, 3)
     assert list(plan.steps()) == list(plan.steps(0, START))
     expected, found = list(plan.steps(3, cursor)), list(plan.batches(3, cursor, torch.device("cpu")))
@@ -292,7 +292,7 @@ def test_the_batches_of_a_schedule_are_the_tensors_of_its_steps_from_the_cursor_
             assert all(torch.equal(batch[k], v) for k, v in plain.items() if isinstance(v, torch.Tensor))
 
 
-def test_data_facts_tell_other_data_and_other_row_lengths_apart():
+def test_data_facts_change_with_the_data_and_the_row_length():
     facts = schedule().data_facts()
     assert facts == schedule(batch=3, accumulation=1, seed=4).data_facts()  # the config says those
     others = [

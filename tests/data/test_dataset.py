@@ -89,7 +89,7 @@ def test_overflow_error_takes_a_document_of_max_length_and_names_the_row_of_a_lo
     assert load(rows, limit - 1, overflow="error", on_bad_row="skip").bad_rows == (2,)
 
 
-def test_a_max_length_that_leaves_nothing_to_train_says_which_would_do():
+def test_a_max_length_that_leaves_nothing_to_train_is_refused_with_one_that_works():
     rows = [row("a long question " * 5, "yes"), row("a longer question " * 6, "no")]
     with pytest.raises(DataError, match=r"max_length=5 is too small.* 2 rows.*overflow='split'") as caught:
         load(rows, 5)
@@ -112,7 +112,7 @@ def test_a_max_length_that_leaves_nothing_to_train_says_which_would_do():
         ({"on_bad_row": "ignore"}, "on_bad_row='ignore'; allowed: 'error', 'skip'"),
     ],
 )
-def test_an_option_outside_its_values_is_refused_with_the_values_allowed(options, words):
+def test_an_invalid_option_is_refused_with_the_allowed_values(options, words):
     with pytest.raises(DataError) as caught:
         ChatDataset.load(chat_rows(2), TOKENIZER, **{"max_length": 64, **options})
     assert words in str(caught.value)
@@ -254,7 +254,7 @@ def test_the_fingerprint_sees_the_borders_of_documents_that_repeat_one_token():
     assert len(prints) == 5
 
 
-def test_facts_of_the_tokenizer_travel_with_the_set():
+def test_a_dataset_and_its_splits_know_the_special_tokens():
     dataset = load(chat_rows(4))
     assert dataset.pad_token_id == TOKENIZER.pad_token_id
     assert TOKENIZER.convert_ids_to_tokens(dataset.end_of_turn_id) == "<|end|>"

@@ -246,7 +246,7 @@ IMAGE = [{"type": "image_url", "image_url": "x.png"}, {"type": "text", "text": "
 
 
 @pytest.mark.parametrize("content", [None, 3, float("nan"), {"text": "x"}, IMAGE, [], ["x"], b"x"], ids=repr)
-def test_a_content_that_is_no_text_is_refused_with_its_type(content):
+def test_content_that_is_not_text_is_refused_with_its_type(content):
     message = refusal({"messages": [{"role": "user", "content": content}, CHAT[1]]})
     assert "row 7" in message
     assert type(content).__name__ in message
@@ -261,13 +261,13 @@ def test_text_with_half_of_a_surrogate_pair_is_refused_with_its_row():
 
 @pytest.mark.parametrize("value", ["not JSON", "[1, 2]", '{"role": "user"}', [1], 5], ids=repr)
 @pytest.mark.parametrize("name", ["messages", "sharegpt"])
-def test_turns_that_are_no_list_of_dicts_are_refused_with_the_column(name, value):
+def test_turns_that_are_not_a_list_of_dicts_are_refused_with_the_column(name, value):
     message = refusal({COLUMNS[name][0]: value}, name)
     assert "row 7" in message
     assert "list of turns" in message
 
 
-def test_a_tool_role_is_rendered_where_the_template_knows_it_and_refused_where_not():
+def test_a_tool_role_is_rendered_if_the_template_knows_it_and_refused_otherwise():
     known = make_tokenizer("phi-4-mini")
     document = ChatDataset.load([{"messages": TOOL_CHAT}], known, max_length=64)[0]
     assert known.decode(document["input_ids"]).count("<|tool|>rain<|end|>") == 1

@@ -38,7 +38,7 @@ def test_the_items_are_the_same_in_the_same_order(count, ahead):
 
 @pytest.mark.parametrize("error", [DataError("row 3"), MemoryError("full"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("count", [0, 5])
-def test_an_exception_keeps_its_type_and_its_place(error, count):
+def test_an_exception_is_raised_unchanged_in_its_turn(error, count):
     def failing(wanted):
         yield from range(count)
         raise error
@@ -53,7 +53,7 @@ def test_an_exception_keeps_its_type_and_its_place(error, count):
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_a_slow_consumer_finds_ahead_items_ready_and_no_more(ahead):
+def test_at_most_ahead_items_are_prepared(ahead):
     made = []
     prefetched(counted(made), ahead).close()
     assert made == [], "nothing is made before the first item is asked for"
@@ -87,7 +87,7 @@ def test_leaving_early_ends_the_thread(error):
     assert closed == [False], "the items are closed, and can see that no more are wanted"
 
 
-def test_a_wait_ends_when_no_more_is_wanted():
+def test_a_wait_ends_when_wanted_is_false():
     started = time.perf_counter()
 
     def slow(wanted):

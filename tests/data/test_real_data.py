@@ -75,7 +75,7 @@ def test_a_real_chat_file_trains_without_a_code_change(tmp_path):
     assert p3.evaluate(model, chats)["loss"] < before - 0.5
 
 
-def test_rows_of_another_form_are_refused_with_their_keys():
+def test_rows_of_an_unknown_format_are_refused_with_their_keys():
     with pytest.raises(DataError, match=r"row 1 .*'instances'"):
         load(TASKS)
 

@@ -1,4 +1,4 @@
-"""The same chats from every kind of source; what cannot be read or trained on is named with its row, or skipped."""
+"""Every kind of source gives the same chats; a row that cannot be read or trained on is named, or skipped."""
 
 import csv
 import json

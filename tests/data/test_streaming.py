@@ -1,4 +1,4 @@
-"""A stream's windows: the documents of the whole dataset, in its order, from any number on, pass after pass."""
+"""The windows of a stream: the documents of the whole dataset in their order, from any number on, pass after pass."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_take_and_skip_share_no_row():
         (lambda: stream("missing.jsonl"), "no such file"),
     ],
 )
-def test_what_a_stream_cannot_be_is_refused_in_words(call, said):
+def test_a_wrong_use_of_a_stream_is_refused_with_the_way_out(call, said):
     with pytest.raises(p3.DataError) as error:
         call()
     assert said in str(error.value)
@@ -124,7 +124,7 @@ TOO_LONG = {"messages": [{"role": "user", "content": "why " * 90}, {"role": "ass
 
 @pytest.mark.parametrize("at", [22, 10])
 @pytest.mark.parametrize(("bad", "options"), [(TOO_LONG, {}), ({"messages": "none"}, {"on_bad_row": "skip"})])
-def test_a_window_without_a_usable_row_is_passed_over_and_keeps_its_number(at, bad, options, caplog):
+def test_a_window_without_a_usable_row_is_skipped_and_keeps_its_number(at, bad, options, caplog):
     rows = [*ROWS[:at], bad, *ROWS[at + 1 :]]
     chats = stream(rows, buffer_size=1, **options)
     numbers = [number for number, _ in chats.windows(endless=False)]
@@ -134,7 +134,7 @@ def test_a_window_without_a_usable_row_is_passed_over_and_keeps_its_number(at, b
     assert again == [at + 1, at + 2, at + 3]
 
 
-def test_another_use_of_the_tokenizer_meanwhile_changes_no_window():
+def test_using_the_tokenizer_at_the_same_time_changes_no_window():
     tokenizer = make_tokenizer()
     rows = [{"prompt": f"<|end|> said {i}, or not?", "completion": "A word."} for i in range(400)]
     chats = p3.ChatDataset.load(rows, tokenizer, max_length=64, streaming=True, buffer_size=4)
@@ -153,7 +153,7 @@ def test_another_use_of_the_tokenizer_meanwhile_changes_no_window():
     assert found == expected
 
 
-def test_reading_ends_when_no_more_is_wanted():
+def test_reading_ends_when_wanted_is_false():
     read = []
 
     class Slow:

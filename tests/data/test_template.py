@@ -1,4 +1,4 @@
-"""Which tokens of a chat are trained, against the three templates written out by hand."""
+"""Trained tokens of a chat, compared with the three templates written out by hand."""
 
 import functools
 from itertools import groupby
@@ -144,7 +144,7 @@ def test_generation_starts_from_the_tokens_that_training_had_before_the_answer(n
 
 
 @each_template
-def test_a_user_cannot_smuggle_in_a_marker_that_the_tokenizer_does_not_call_special(name):
+def test_a_user_cannot_smuggle_in_an_added_token_that_is_not_flagged_as_special(name):
     """Tokenizers have markers with "special": false, so that decoding shows them: tool calls, for one."""
     tokenizer = make_tokenizer(name)
     tokenizer.add_tokens([AddedToken("<|tool_call|>", special=False, normalized=False)])
@@ -180,7 +180,7 @@ def test_turns_that_carry_train_false_are_not_trained_and_the_tokens_stay(name, 
 @each_template
 @PROPERTY
 @given(data=st.data())
-def test_train_on_last_and_all_train_the_last_turn_and_every_token_through_it(name, data):
+def test_train_on_last_trains_the_last_turn_and_all_every_token_up_to_its_end(name, data):
     chat = data.draw(chats(name))
     ids, turns = encoded(name, chat)
     end = max(i for i, now in enumerate(turns) if now) + 1
@@ -193,7 +193,7 @@ def test_train_on_last_and_all_train_the_last_turn_and_every_token_through_it(na
     assert everything == [True] * end + [False] * (len(ids) - end)
 
 
-def test_train_false_on_a_prompt_takes_it_out_of_all():
+def test_train_false_excludes_a_prompt_from_train_on_all():
     chat = [
         {"role": "user", "content": "one", "train": False},
         {"role": "assistant", "content": "two"},
@@ -234,7 +234,7 @@ def test_a_batch_of_chats_encodes_as_its_chats_one_by_one(name):
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As Phi-3-mini's own: a space is put before every stretch of text, unknown characters fall back to bytes."""
+    """A tokenizer like Phi-3-mini's: every stretch of text gets a leading space, unknown characters become bytes."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -323,7 +323,7 @@ def test_a_template_that_closes_a_turn_with_no_special_token_is_refused():
 
 
 @pytest.mark.parametrize("closing", ["'<|end|>\\n'", "'\\n'"], ids=["another token", "no token"])
-def test_a_template_that_closes_inner_turns_otherwise_than_the_last_is_refused_with_the_row(closing):
+def test_a_template_with_two_end_of_turn_tokens_is_refused_with_the_row(closing):
     """Then some turns would train a stop token that is not the one generation waits for, or none."""
     template = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}"
@@ -335,13 +335,13 @@ def test_a_template_that_closes_inner_turns_otherwise_than_the_last_is_refused_w
     assert "row 4" in refusal(template, chat)
 
 
-def test_a_template_that_renders_the_turns_before_differently_when_generating_is_refused():
+def test_a_template_whose_generation_prompt_differs_from_the_chat_is_refused():
     template = PHI3_TEMPLATE.replace("{% if add", "{% if add_generation_prompt %}{{ '(new)' }}{% endif %}{% if add")
     assert "differently when generating" in refusal(template)
 
 
 def test_a_template_that_drops_part_of_an_earlier_content_is_refused_with_the_row():
-    """As reasoning models' templates do with the thoughts of turns gone by."""
+    """Templates of reasoning models drop the thoughts of earlier turns."""
     template = PHI3_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hm</think>Hello!"}]
     message = refusal(template, chat)

@@ -1,4 +1,4 @@
-"""Training on a stream: a run goes on bit for bit from any window and step, and sees what a dataset's run sees."""
+"""Training on a stream: it resumes bit for bit from any window and step, and trains on what a dataset would."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(folder, data=None, callback: Callback | None = None, **settings):
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 8])
-def test_a_cut_run_goes_on_bit_for_bit(tmp_path, stop_at):
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, stop_at):
     expected, history, _ = run(tmp_path / "uncut")
     settings = {"save_strategy": "steps", "save_steps": 1}
     run(tmp_path / "cut", callback=StopAfter(stop_at), **settings)
@@ -76,7 +76,7 @@ def test_every_window_is_trained_on_and_then_the_first_again(tmp_path):
     assert set(windows) >= {0, 1, 2, 3, 4}  # three windows a pass
 
 
-def test_other_data_or_another_buffer_is_another_run(tmp_path):
+def test_resuming_with_other_data_or_another_buffer_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1}
     run(tmp_path, callback=StopAfter(2), **settings)
     for data, said in ((stream(8), "buffer_size of the data 9 then, 8 now"), (stream(rows=ROWS[1:]), "fingerprint")):
@@ -84,7 +84,7 @@ def test_other_data_or_another_buffer_is_another_run(tmp_path):
             run(tmp_path, data, resume_from_checkpoint=True, **settings)
 
 
-def test_rows_that_changed_in_the_window_of_the_cursor_are_another_run(tmp_path, caplog):
+def test_resuming_is_refused_if_the_window_of_the_cursor_changed(tmp_path, caplog):
     rows, settings = list(ROWS), {"save_strategy": "steps", "save_steps": 1, "max_steps": 40}
     run(tmp_path, stream(4, rows), cursors := Cursors((1, 1)), **settings)
     assert cursors.seen[-1] == (1, 1)
@@ -109,7 +109,7 @@ class Sluggish:
             yield row
 
 
-def test_ctrl_c_while_a_window_is_waited_for_saves_and_ends(tmp_path):
+def test_ctrl_c_while_waiting_for_a_window_saves_and_ends(tmp_path):
     class Later(Callback):
         def on_step_end(self, state) -> None:
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -123,20 +123,20 @@ def test_ctrl_c_while_a_window_is_waited_for_saves_and_ends(tmp_path):
     assert not [t for t in threading.enumerate() if t.name.startswith("phi3lora-prefetch")]
 
 
-def test_a_run_that_is_done_waits_for_no_further_window(tmp_path):
+def test_a_finished_run_does_not_wait_for_the_next_window(tmp_path):
     started = time.perf_counter()
     p3.train(adapted_model(), stream(6, Sluggish(6, 0.4)), quiet_config(tmp_path, max_steps=1))
     assert time.perf_counter() - started < 2
 
 
-def test_memory_is_planned_for_the_longest_document_there_may_be():
+def test_memory_is_planned_for_the_longest_possible_document():
     model, config = adapted_model(), quiet_config("unused", packing=False, max_steps=1)
     precision = resolve_precision(config, model, torch.device("cpu"))
     plans = [plan_step_memory(model, data, config, PLAIN, precision) for data in (stream(), stream().first_window)]
     assert plans[0].peak_gib["none"] > plans[1].peak_gib["none"]
 
 
-def test_what_a_stream_needs_is_said_before_the_run(tmp_path):
+def test_a_stream_without_max_steps_or_as_eval_dataset_is_refused_before_the_run(tmp_path):
     model = adapted_model()
     with pytest.raises(p3.TrainingError, match="set max_steps"):
         p3.train(model, stream(), quiet_config(tmp_path / "a"))
@@ -163,7 +163,7 @@ def test_a_later_window_that_does_not_fit_the_model_stops_the_run(tmp_path):
         run(tmp_path, data)
 
 
-def test_evaluating_a_stream_is_evaluating_its_documents():
+def test_evaluating_a_stream_evaluates_its_documents():
     model = adapted_model()
     found, expected = p3.evaluate(model, stream()), p3.evaluate(model, chat_dataset(23))
     assert found["n_tokens"] == expected["n_tokens"]

@@ -13,7 +13,7 @@ import pytest
 from conftest import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, chat_rows, make_tokenizer
 from pyarrow import Table, parquet
 
-from phi3lora.data import documents as cache
+from phi3lora.data import documents
 from phi3lora.data.dataset import ChatDataset
 from phi3lora.data.template import ChatEncoder
 from phi3lora.errors import DataError
@@ -25,7 +25,7 @@ PAIRS = [{"prompt": f"What is item {i}?", "completion": f"It is {i}.", "short": 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "kept")
-    monkeypatch.setattr(cache, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(documents, "SMALLEST_BYTES", 0)
     return tmp_path / "kept"
 
 
@@ -82,14 +82,14 @@ def test_a_second_load_tokenises_nothing_and_gives_the_same_documents(name, tmp_
 
 def test_lists_and_small_files_are_not_kept(tmp_path, monkeypatch, encoded, empty_cache):
     load(ROWS)
-    monkeypatch.setattr(cache, "SMALLEST_BYTES", 2**20)
+    monkeypatch.setattr(documents, "SMALLEST_BYTES", 2**20)
     load(written(tmp_path / "a.jsonl"))
     load(datasets.Dataset.from_list(ROWS))
     assert len(encoded) == 27
     assert not empty_cache.exists()
 
 
-def test_the_tokenizer_s_last_call_and_what_comes_after_the_tokens_may_change(tmp_path, encoded):
+def test_max_length_overflow_and_the_tokenizer_s_last_call_may_change(tmp_path, encoded):
     path, used = written(tmp_path / "a.jsonl"), make_tokenizer()
     used(["a", "b c"], padding=True, truncation=True, max_length=5)  # leaves settings in the tokenizer
     load(path, used)
@@ -150,8 +150,8 @@ def test_other_code_of_the_library_tokenises_again(tmp_path, monkeypatch, encode
     path = written(tmp_path / "a.jsonl")
     load(path)
     newer = tmp_path / "template.py"
-    newer.write_text(Path(cache.template.__file__).read_text() + "# changed\n")
-    monkeypatch.setattr(cache, "_MODULES", (*cache._MODULES[:2], str(newer), cache._MODULES[3]))
+    newer.write_text(Path(documents.template.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(documents, "_MODULES", (*documents._MODULES[:2], str(newer), documents._MODULES[3]))
     load(path)
     assert len(encoded) == 18
 
@@ -167,7 +167,7 @@ def own_class():
 
 
 @pytest.mark.parametrize("why", ["own class", "template that asks for the time", "caching is off"])
-def test_what_a_digest_cannot_tell_apart_is_not_kept(why, tmp_path, monkeypatch, encoded, empty_cache):
+def test_nothing_is_kept_without_a_reliable_digest_or_cache(why, tmp_path, monkeypatch, encoded, empty_cache):
     tokenizer = own_class() if why == "own class" else make_tokenizer()
     if why == "template that asks for the time":
         tokenizer.chat_template = PHI3_TEMPLATE + "{# strftime_now #}"
@@ -178,7 +178,7 @@ def test_what_a_digest_cannot_tell_apart_is_not_kept(why, tmp_path, monkeypatch,
     assert not empty_cache.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, caplog):
+def test_a_cache_that_cannot_be_written_is_skipped_with_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "a file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a file" / "kept")
     assert same(load(written(tmp_path / "a.jsonl")), load(ROWS))
@@ -192,7 +192,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_an_error_is_the_one_without_a_cache_every_time(name, tmp_path):
+def test_the_cache_changes_no_error_message(name, tmp_path):
     row, message = BAD[name]
     path = written(tmp_path / "a.jsonl", ROWS[:3])
     with path.open("a") as file:
@@ -203,7 +203,7 @@ def test_an_error_is_the_one_without_a_cache_every_time(name, tmp_path):
     assert same(load(written(path)), load(ROWS)), "the file mended"
 
 
-def test_the_row_of_a_document_that_is_too_long_is_named_also_from_the_cache(tmp_path):
+def test_a_document_that_is_too_long_is_named_when_it_comes_from_the_cache(tmp_path):
     path = written(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "Hi", "completion": "long " * 99}])
     for _ in range(2):
         with pytest.raises(DataError, match=r"row 10: .* max_length=64"):
@@ -213,8 +213,8 @@ def test_the_row_of_a_document_that_is_too_long_is_named_also_from_the_cache(tmp
 def keys(path) -> list[str | None]:
     dataset = datasets.Dataset.from_list(PAIRS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "SMALLEST_BYTES", 0)
-        return [cache.cache_key(source, make_tokenizer(), train_on="last") for source in (Path(path), dataset)]
+        patch.setattr(documents, "SMALLEST_BYTES", 0)
+        return [documents.cache_key(source, make_tokenizer(), train_on="last") for source in (Path(path), dataset)]
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_the_key_is_the_same_in_another_process(tmp_path):
     path = written(tmp_path / "a.jsonl")
     folders = [Path(__file__).parent, *Path(__file__).parents[1:3]]
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    probe = "import sys; from test_documents_cache import keys; print(keys(sys.argv[1]))"
+    probe = "import sys; from test_documents import keys; print(keys(sys.argv[1]))"
     command = [sys.executable, "-c", probe, str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[-2] == str(keys(path))
