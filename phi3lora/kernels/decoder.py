@@ -109,7 +109,7 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def decoder_projections(decoder: Any) -> list[Any]:
-    """The four projections of each layer, in order."""
+    """Return the four projections of each layer, in order."""
     return [
         projection
         for layer in decoder.layers
@@ -141,9 +141,9 @@ class _Tokens:
     cos: Tensor
     """(N, n), at each token's position, in the compute dtype."""
     sin: Tensor
-    """As ``cos``."""
+    """(N, n), like ``cos``."""
     layout: dict[str, Any]
-    """Where documents end, as :func:`packed_attention` takes it."""
+    """Arguments of :func:`packed_attention` that tell where documents end."""
 
 
 def _layer_forward(
@@ -171,16 +171,16 @@ def _layer_forward(
     if pending is not None:
         h, x, z = _up_to_down_proj(layer, *fused_inputs, hidden_states, pending, False)
         return h, (base_linear(x, base_weight_of(layer.mlp.down_proj)), z, fused_inputs[1][-1])
-    if not recomputes_layer(layer):
-        return _WholeLayer(layer, fused_inputs, recomputed=False)(hidden_states)
-    return recompute(layer, _WholeLayer(layer, fused_inputs, recomputed=True), hidden_states)
+    recomputed = recomputes_layer(layer)
+    whole = _WholeLayer(layer, fused_inputs, recomputed)
+    return recompute(layer, whole, hidden_states) if recomputed else whole(hidden_states)
 
 
 class _WholeLayer:
-    """A layer from hidden states to hidden states, (B, S, D) both: what a hook sees and what is recomputed.
+    """A layer from hidden states to hidden states, (B, S, D) both, for hooks and for recomputation.
 
-    Where it is recomputed, the second call, in the backward, is made for the graph: nobody reads the layer's output any
-    more, so its last product, a seventh of the layer's work, and the sum after it are left out.
+    Recomputation calls it a second time, in the backward, for the graph alone: nothing reads the layer's output then,
+    so its last product, a seventh of the layer's work, and the sum after it are left out.
     """
 
     def __init__(self, layer: Any, fused_inputs: tuple[_Tokens, Sequence[Any]], recomputed: bool) -> None:
@@ -300,7 +300,7 @@ def decoder_unsupported_reason(decoder: Any, training: bool | None = None) -> st
 
 
 def _runs_forward_of(cls: type[nn.Module], module: Any) -> bool:
-    """Whether the module's class is ``cls`` or a subclass with the same forward, such as FSDP2's ``FSDPPhi3...``.
+    """Return whether a module is a ``cls``, or of a subclass with the same forward such as FSDP2's ``FSDPPhi3...``.
 
     transformers wraps the forward of each subclass of a decoder layer once more, always in the same code.
     """
@@ -317,7 +317,7 @@ def _runs_forward_of(cls: type[nn.Module], module: Any) -> bool:
 
 
 def _has_hooks(module: Any) -> bool:
-    """Whether something besides the forward runs when the module is called, or in its backward."""
+    """Return whether something besides the forward runs when the module is called, or in its backward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

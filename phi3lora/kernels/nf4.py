@@ -38,7 +38,7 @@ def _dequantize(
 
 
 def is_supported(packed: Tensor, state: Any) -> bool:
-    """Whether :func:`dequantize` reads this weight: nf4, doubly quantised, in whole blocks of bytes."""
+    """Return whether :func:`dequantize` reads this weight: nf4, doubly quantised, in whole blocks of bytes."""
     return bool(
         state.nested
         and state.quant_type == "nf4"

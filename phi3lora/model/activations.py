@@ -145,12 +145,12 @@ def _unpack(kept: _HostInput | Tensor) -> Tensor:
 
 
 def recomputes_layer(layer: Any) -> bool:
-    """Whether a decoder layer called now is recomputed as a whole in the backward (``"full"``, ``"offload"``)."""
+    """Return whether a layer called now is recomputed as a whole in the backward (``"full"``, ``"offload"``)."""
     return bool(torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing)
 
 
 def recomputes_feed_forward(layer: Any) -> bool:
-    """Whether ``"selective"`` is on for a decoder layer, around its feed-forward part's own forward."""
+    """Return whether ``"selective"`` is on for a decoder layer, around its feed-forward part's own forward."""
     forward = vars(layer.mlp).get("forward")
     if getattr(forward, "func", None) is not checkpoint:
         return False

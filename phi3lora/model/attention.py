@@ -38,7 +38,7 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import ModelError
 
 NAME = "phi3lora"
-"""The name of this attention in ``model.config._attn_implementation``."""
+"""Name of this attention in ``model.config._attn_implementation``."""
 
 _SUPPORTED = (NAME, "sdpa", "eager")
 
@@ -107,7 +107,7 @@ _FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SD
 
 
 def _varlen_names_gqa() -> bool:
-    """Whether this torch's ``varlen_attn`` wants grouped-query heads announced (2.13 does, 2.11 cannot)."""
+    """Return whether this torch's ``varlen_attn`` wants grouped-query heads announced (2.13 does, 2.11 cannot)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -1,13 +1,13 @@
-"""Which code computes the decoder layers: chosen once, installed for a block.
+"""The code that computes the decoder layers: chosen once, installed for a block.
 
     fused       each layer's ``forward`` is replaced by the fused Triton kernels (kernels/decoder.py)
     compiled    transformers' layers, each through ``torch.compile``
     plain       transformers' layers as they are
 
 ``train`` chooses before its first step and installs the choice for the whole run. ``causal_lm_loss`` and ``evaluate``
-use what is installed; in a loop of your own, where nothing is, they choose and install for each call, so they notice
-whatever has happened to the model in between. Inside a block of fused layers a change is noticed too where it matters:
-when another adapter was set or a hook was registered, the choice between fused and plain is made again.
+use what is installed. In a loop of your own nothing is, so they choose and install for each call and notice whatever has
+happened to the model in between. Inside a block of fused layers the choice between fused and plain is made again when
+another adapter was set or a hook was registered; other changes of the modules are not noticed before the block ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .attention import use_packed_attention
 
 @dataclass(frozen=True)
 class Backend:
-    """How the decoder layers are computed."""
+    """The code that computes the decoder layers."""
 
     kind: Literal["fused", "compiled", "plain"]
     """Fused kernels, compiled layers or transformers' plain layers."""
@@ -42,7 +42,7 @@ class Backend:
 
 
 PLAIN = Backend("plain", "fused=False")
-"""What ``fused=False`` means."""
+"""Backend for ``fused=False``."""
 
 
 def choose_backend(
@@ -73,7 +73,7 @@ def choose_backend(
 
 
 def _compiles_on(device: torch.device) -> bool:
-    """Whether ``torch.compile`` makes kernels for this device."""
+    """Return whether ``torch.compile`` makes kernels for this device."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (7, 0)
@@ -81,10 +81,10 @@ def _compiles_on(device: torch.device) -> bool:
 
 @dataclass
 class _Installed:
-    """A backend in use, with the marks by which a change of the model is noticed."""
+    """A backend in use, and a fingerprint that changes with the model."""
 
     backend: Backend
-    marks: tuple[Any, ...]
+    fingerprint: tuple[Any, ...]
 
 
 _INSTALLED: WeakKeyDictionary[nn.Module, _Installed] = WeakKeyDictionary()  # by decoder
@@ -108,7 +108,7 @@ def use_backend(model: nn.Module, backend: Backend | None = None) -> Iterator[Ba
         yield _current(model, decoder, outer)
         return
     backend = backend or choose_backend(model)
-    _INSTALLED[decoder] = _Installed(backend, _marks(decoder) if backend.kind == "fused" else ())
+    _INSTALLED[decoder] = _Installed(backend, _fingerprint(decoder) if backend.kind == "fused" else ())
     try:
         if backend.kind == "fused":
             with fused_layers(model):
@@ -126,26 +126,27 @@ def use_backend(model: nn.Module, backend: Backend | None = None) -> Iterator[Ba
 
 
 def _current(model: nn.Module, decoder: Any, installed: _Installed) -> Backend:
-    """The installed backend; in a block of fused layers plain ones where the model has changed and needs them."""
-    if installed.marks:
-        marks = _marks(decoder)
-        if marks != installed.marks:
-            installed.backend, installed.marks = choose_backend(model), marks
+    """Return the installed backend; choose again inside a block of fused layers whose model has changed."""
+    if installed.fingerprint:
+        fingerprint = _fingerprint(decoder)
+        if fingerprint != installed.fingerprint:
+            installed.backend, installed.fingerprint = choose_backend(model), fingerprint
     return installed.backend
 
 
-def _marks(decoder: Any) -> tuple[Any, ...]:
-    """What differs after a hook was registered anywhere or another adapter was set: microseconds, each micro-batch."""
+def _fingerprint(decoder: Any) -> tuple[Any, ...]:
+    """Return what changes when a hook is registered anywhere or another adapter is set. It costs microseconds."""
     return RemovableHandle.next_id, decoder_projections(decoder)
 
 
 @contextmanager
 def _compiled_layers(decoder: Any) -> Iterator[None]:
-    """Each decoder layer through ``torch.compile`` for the block."""
+    """Call each decoder layer through ``torch.compile`` for the block."""
+    before = [layer._compiled_call_impl for layer in decoder.layers]
     for layer in decoder.layers:
         layer.compile(dynamic=False)
     try:
         yield
     finally:
-        for layer in decoder.layers:
-            layer._compiled_call_impl = None
+        for layer, compiled in zip(decoder.layers, before, strict=True):
+            layer._compiled_call_impl = compiled

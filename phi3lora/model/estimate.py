@@ -1,4 +1,4 @@
-"""What a training step will take, from the model's shape: GPU memory and floating-point operations.
+"""Predict what a training step takes, from the model's shape: GPU memory and floating-point operations.
 
     peak = what is allocated already (weights, adapters)
          + gradients and optimizer state of what trains
@@ -56,7 +56,7 @@ class MemoryPlan:
         return next((mode for mode in self.peak_gib if self.fits(mode)), "offload")
 
     def fits(self, mode: str) -> bool:
-        """Whether a mode's peak is within 92 % of what is available (the allocator leaves gaps), or there is no GPU."""
+        """Return whether a mode's peak is within 92 % of what is available (the allocator leaves gaps)."""
         return self.available_gib is None or self.peak_gib[mode] <= 0.92 * self.available_gib
 
     def __str__(self) -> str:
