@@ -5,9 +5,9 @@
     plain       transformers' layers as they are
 
 ``train`` chooses before its first step and installs the choice for the whole run. ``causal_lm_loss`` and ``evaluate``
-use what is installed. In a loop of your own nothing is, so they choose and install for each call and notice whatever has
-happened to the model in between. Inside a block of fused layers the choice between fused and plain is made again when
-another adapter was set or a hook was registered; other changes of the modules are not noticed before the block ends.
+use what is installed. In a loop of your own nothing is, so they choose and install for each call and notice whatever
+has happened to the model in between. Inside a block of fused layers the choice between fused and plain is made again
+when another adapter was set or a hook was registered; other changes of the modules go unnoticed until the block ends.
 """
 
 from __future__ import annotations
