@@ -1,4 +1,4 @@
-"""Which precision a run computes in, and float16 with its scaler, on the CPU."""
+"""Precision of a run, and float16 with its gradient scaler, on the CPU."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ def test_bf16_on_a_gpu_without_it_is_an_error_that_names_fp16(monkeypatch):
         resolve_precision(quiet_config("unused", bf16=True), tiny_model(), torch.device("cuda"))
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"fp16": True}, {}], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [({"bf16": True}, torch.float32), ({"fp16": True}, torch.bfloat16), ({}, torch.float16), ({}, torch.float32)],
+)
 def test_adapters_and_moments_stay_float32_and_the_loss_falls_in_every_precision(tmp_path, settings, dtype):
     model = adapted_model(dtype=dtype)
     result = p3.train(model, chat_dataset(8), quiet_config(tmp_path, max_steps=8, save_strategy="steps", **settings))
@@ -59,7 +61,7 @@ def test_adapters_and_moments_stay_float32_and_the_loss_falls_in_every_precision
 
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"fp16": True}], ids=["bf16", "fp16"])
 def test_half_precision_steps_are_float32s_to_half_precision(tmp_path, settings):
-    """Loss, gradient norm and clipped update: what the scaler multiplied by is out again before they are looked at."""
+    """Loss, gradient norm and clipped update: the scaler's factor is removed before they are used."""
 
     class Stop(p3.Callback):
         def on_step_end(self, state):
@@ -82,7 +84,7 @@ def test_half_precision_steps_are_float32s_to_half_precision(tmp_path, settings)
 
 
 def overflowing_model():
-    """In float16 its gradients overflow at the scaler's first scales (2**16, ...) and not at smaller ones."""
+    """A model whose float16 gradients overflow at the scaler's first scales (2**16, ...) and not at smaller ones."""
     return adapted_model(head_scale=2000.0, lora_dropout=0.1)
 
 
@@ -162,7 +164,7 @@ def test_evaluations_run_in_the_precision_of_the_training(tmp_path, settings):
         ("AVX512", None, {"bf16"}),
     ],
 )
-def test_what_a_cpu_computes_quickly(monkeypatch, capability, known, quick):
+def test_has_instructions_knows_what_a_cpu_computes_quickly(monkeypatch, capability, known, quick):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     if known is None:  # a torch without it
         monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
