@@ -1,4 +1,4 @@
-"""How a frozen weight is stored and multiplied: dense, fp8 or nf4. Nothing else in the package knows the formats.
+"""Storage and products of a frozen weight: dense, fp8 or nf4. Nothing else in the package knows the formats.
 
     matmul(x) = x W'          matmul_backward(dy) = dy W          dequantize() = W
 

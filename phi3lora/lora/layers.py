@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import loralib as lora
 import torch
@@ -50,8 +50,6 @@ from .base_weight import (
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Layer = TypeVar("Layer", bound=nn.Module)
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 """Names of an adapter's own parameters; a layer's other parameters are the base layer's."""
@@ -104,8 +102,8 @@ def linear_plus_low_rank(
     weight: Tensor,  # (out, in)
     bias: Tensor | None,  # (out,)
     lora_B: Tensor,  # (sum of enabled widths, r)
-    widths: Sequence[int],
-    enable_lora: Sequence[bool],
+    widths: list[int],
+    enable_lora: list[bool],
     scaling: float,
 ) -> Tensor:
     """Return ``x W' + b`` with ``scaling * z_i B_i'`` added to segment i's columns; all tensors have one dtype."""
@@ -123,7 +121,7 @@ def _(x: Tensor, z: Tensor, weight: Tensor, *others: Any) -> Tensor:
 
 @torch.library.custom_op("phi3lora::low_rank_backward", mutates_args=())
 def low_rank_backward(
-    dy: Tensor, z: Tensor, lora_B: Tensor, widths: Sequence[int], enable_lora: Sequence[bool], scaling: float
+    dy: Tensor, z: Tensor, lora_B: Tensor, widths: list[int], enable_lora: list[bool], scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of z and B."""
     dy2, z2 = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])  # (N, out), (N, k*r)
@@ -165,7 +163,7 @@ linear_plus_low_rank.register_autograd(_backward, setup_context=_save_for_backwa
 
 
 class AdaptedLayer(nn.Module):
-    """What the four layers share: settings, float32 adapters, and modes that leave the weights alone."""
+    """Base class of the four layers: settings, float32 adapters, and modes that leave the weights alone."""
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -179,7 +177,7 @@ class AdaptedLayer(nn.Module):
 
         ``more``: ``segments`` and ``enable_lora`` of a :class:`MergedLinear`.
         """
-        layer = _without_parameters(cls, base.training)
+        layer: Self = _without_parameters(cls, base.training)
         layer._share(base)
         layer._set_up(r, lora_alpha, lora_dropout, use_rslora, **more)
         return layer
@@ -250,7 +248,7 @@ class AdaptedLayer(nn.Module):
         _share_parameters(base, self)
 
 
-def _without_parameters(cls: type[Layer], training: bool) -> Layer:
+def _without_parameters(cls: type[nn.Module], training: bool) -> Any:
     """Return an instance of ``cls`` on which no initialiser has run."""
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
@@ -280,7 +278,7 @@ class _AdaptedLinear(AdaptedLayer):
     segments: tuple[int, ...]
     """Widths of the segments, which add up to ``out_features``."""
     enable_lora: list[bool]
-    """Whether each segment has an adapter."""
+    """One switch per segment: True where it has an adapter."""
 
     def _set_up(
         self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, fan_in_fan_out: bool = False,
@@ -493,11 +491,10 @@ class Conv2d(AdaptedLayer, lora.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, H, W) -> (B, out, H', W')."""
-        if self.r == 0 or not self.enabled:
-            base: Tensor = self.conv(x)
-            return base
-        weight = self.conv.weight
-        y: Tensor = self.conv._conv_forward(x, weight + self.delta().to(weight.dtype), self.conv.bias)
+        weight: Tensor = self.conv.weight
+        if self.r > 0 and self.enabled:
+            weight = weight + self.delta().to(weight.dtype)
+        y: Tensor = self.conv._conv_forward(x, weight, self.conv.bias)
         return y
 
     def delta(self) -> Tensor:

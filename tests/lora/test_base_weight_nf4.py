@@ -152,7 +152,7 @@ def test_the_packed_loss_and_generation_run():
 
 
 def test_a_weight_that_bitsandbytes_repacked_is_packed_back():
-    """What its ``Linear4bit`` does in ``eval()`` on a CPU with AVX512-BF16, called by hand."""
+    """Repack as ``Linear4bit`` does in ``eval()`` on a CPU with AVX512-BF16, by hand."""
     model = nf4_model(hidden_size=64, intermediate_size=64, head_dim=16)
     logits = model(IDS).logits
     for layer in model.model.modules():

@@ -1,4 +1,4 @@
-"""Which layers are swapped, what stays trainable, and what is refused, on any tree and on the whole Phi-3 family."""
+"""Injection on any module tree and on the whole Phi-3 family: swapped layers, trainable parameters, refusals."""
 
 from __future__ import annotations
 

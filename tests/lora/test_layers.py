@@ -143,7 +143,7 @@ def test_adapted_segments_gives_the_places_in_A_B_and_the_output():
 
 
 class SeparateLinears(nn.Module):
-    """What a fused layer stands for: one linear per segment, each adapted one with an A and a B of its own."""
+    """The linears that a fused layer stands for: one per segment, each adapted one with an A and a B of its own."""
 
     def __init__(self, layer: p3.MergedLinear, widths: tuple[int, ...]) -> None:
         super().__init__()
