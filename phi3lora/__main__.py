@@ -53,9 +53,9 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .demo.show import run
+    from .demo.show import run_demo
 
-    reached = run(options.seeds, options.output_dir, options.random_init)
+    reached = run_demo(options.seeds, options.output_dir, options.random_init)
     return 0 if reached != options.random_init else 1
 
 
@@ -138,7 +138,7 @@ def _add_chat(commands: Any) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--top-p", type=float, default=1.0, help="total probability of the tokens to sample from")
     parser.set_defaults(run=_chat)
 
 

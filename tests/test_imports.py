@@ -118,7 +118,7 @@ def test_the_loss_takes_tensors_only():
         ("training/step.py", "from ..model.loss import x\nfrom .loop import train\nimport torch.data", True),
         ("lora/base_weight.py", "def f():\n    from ..kernels import nf4", True),
         ("demo/__init__.py", "def f():\n    from ..data.dataset import ChatDataset", True),
-        ("__main__.py", "from . import train\nfrom .demo.show import run", True),
+        ("__main__.py", "from . import train\nfrom .demo.show import run_demo", True),
     ],
 )
 def test_the_rule_itself(path, source, allowed):

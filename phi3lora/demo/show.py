@@ -61,7 +61,7 @@ def score(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]]) -> Score
     return Score(answers, exact / len(rows), content / len(rows), plain / len(rows))
 
 
-def run(seeds: list[int], output_dir: str, random_init: bool = False) -> bool:
+def run_demo(seeds: list[int], output_dir: str, random_init: bool = False) -> bool:
     """Tune once for each seed and print the scores; return whether every seed reached 95 % exact match."""
     started = time.perf_counter()
     rows = [json.loads(line) for line in (FOLDER / "eval.jsonl").read_text().splitlines()]
