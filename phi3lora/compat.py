@@ -44,50 +44,32 @@ IGNORED_LORA_ARGUMENTS = frozenset(
 )
 """Arguments of PEFT's ``LoraConfig`` that have no effect here, whatever their value."""
 
+_SWITCHES = """
+    auto_find_batch_size dataloader_drop_last enable_jit_checkpoint ensure_weight_tying fan_in_fan_out
+    full_determinism group_by_length ignore_data_skip lora_bias no_cuda push_to_hub save_only_model use_bdlora use_cpu
+    use_dora use_qalora
+"""
+_OPTIONS = """
+    alora_invocation_tokens arrow_config deepspeed kasa_config layer_replication layers_to_transform lora_ga_config
+    modules_to_save monteclora_config neftune_noise_alpha optim_target_modules parallelism_config
+    trainable_token_indices velora_config
+"""
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_SWITCHES.split(), (False, None)),
+    **dict.fromkeys(_OPTIONS.split(), (None,)),
     "label_smoothing_factor": (0, 0.0, None),
-    "neftune_noise_alpha": (None,),
-    "deepspeed": (None,),
     "fsdp": (None, "", [], False),
     "fsdp_config": (None, {}),
-    "parallelism_config": (None,),
-    "push_to_hub": (False, None),
-    "auto_find_batch_size": (False, None),
     "optim_args": (None, ""),
-    "optim_target_modules": (None,),
     "lr_scheduler_kwargs": (None, {}),
-    "enable_jit_checkpoint": (False, None),
-    "save_only_model": (False, None),
-    "ignore_data_skip": (False, None),
     "eval_delay": (0, None),
     "train_sampling_strategy": ("random", None),
-    "group_by_length": (False, None),
-    "dataloader_drop_last": (False, None),
     "dataset_text_field": ("text", None),
-    "use_cpu": (False, None),
-    "no_cuda": (False, None),
-    "full_determinism": (False, None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
     "exclude_modules": (None, [], ""),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
     "init_lora_weights": (True, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "ensure_weight_tying": (False, None),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "lora_ga_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "modules_to_save": (None,),
 }
 """Argument that would change the result -> its accepted values, which change nothing."""
 

@@ -111,7 +111,6 @@ _SHARE: Rule = (lambda value: is_number(value) and 0 <= value < 1), "0 <= x < 1"
 _SEED: Rule = (lambda value: is_int(value, 0, SEED_END)), "a whole number >= 0, below 2**63"
 _NAME: Rule = _optional((is_text, "a name"))
 _SWITCH: Rule = (lambda value: isinstance(value, bool)), "True, False"
-_STRATEGY: Rule = _choice("no", "steps", "epoch")
 _INTERVAL: Rule = (
     lambda value: is_number(value) and value > 0 and (value < 1 or float(value).is_integer()),
     "a whole number >= 1, or a share of all steps in (0, 1)",
@@ -136,58 +135,44 @@ _LORA_RULES: dict[str, Rule] = {
         "None, or a dict of suffix -> positive widths (a list, or a dict of names)",
     ),
 }
+_BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
+)  # fmt: skip
 _TRAINING_RULES: dict[str, Rule] = {
+    **dict.fromkeys((*_BATCH_SIZES, "max_nonfinite_steps"), _COUNT),
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), _optional(_COUNT)),
+    **dict.fromkeys(("num_train_epochs", "adam_epsilon"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"), _NOT_NEGATIVE),
+    **dict.fromkeys(("warmup_ratio", "adam_beta1", "adam_beta2"), _SHARE),
+    **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), _choice("no", "steps", "epoch")),
+    **dict.fromkeys(("logging_steps", "save_steps"), _INTERVAL),
+    "eval_steps": _optional(_INTERVAL),
+    **dict.fromkeys(("run_name", "metric_for_best_model"), _NAME),
+    **dict.fromkeys(
+        ("gradient_checkpointing", "compile", "disable_tqdm", "greater_is_better"), _choice(None, True, False)
+    ),
     "output_dir": (is_path, "a path"),
-    "per_device_train_batch_size": _COUNT,
-    "per_device_eval_batch_size": _COUNT,
-    "gradient_accumulation_steps": _COUNT,
-    "num_train_epochs": _POSITIVE,
     "max_steps": (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"),
-    "learning_rate": _NOT_NEGATIVE,
     "lora_plus_lr_ratio": _optional((lambda value: is_number(value) and value >= 1, "a number >= 1")),
     "lr_scheduler_type": _choice("linear", "cosine", "constant", "constant_with_warmup"),
-    "warmup_steps": _NOT_NEGATIVE,
-    "warmup_ratio": _SHARE,
-    "optim": _choice(
-        "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
-        "sgd",
-    ),
-    "weight_decay": _NOT_NEGATIVE,
-    "adam_beta1": _SHARE,
-    "adam_beta2": _SHARE,
-    "adam_epsilon": _POSITIVE,
+    "optim": _choice(*_OPTIMIZERS),
     "max_grad_norm": (is_number, "a number; 0 for no clipping"),
-    "max_nonfinite_steps": _COUNT,
     "seed": _SEED,
     "data_seed": _optional(_SEED),
     "max_length": _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole")),
     "activation_checkpointing": _choice(None, True, False, *_CHECKPOINTING_MODES),
-    "gradient_checkpointing": _choice(None, True, False),
-    "compile": _choice(None, True, False),
     "parallel": (lambda value: value is None, "None (one process, one device)"),
-    "logging_strategy": _STRATEGY,
-    "logging_steps": _INTERVAL,
     "log_level": _choice("passive", "detail", "debug", "info", "warning", "error", "critical"),
-    "disable_tqdm": _choice(None, True, False),
     "report_to": (
         lambda value: all(is_one_of(name, ("none", "tensorboard", "wandb")) for name in value),
         "'none', 'tensorboard', 'wandb', or a list of them",
     ),
-    "run_name": _NAME,
-    "eval_strategy": _STRATEGY,
-    "eval_steps": _optional(_INTERVAL),
-    "save_strategy": _STRATEGY,
-    "save_steps": _INTERVAL,
-    "save_total_limit": _optional(_COUNT),
-    "metric_for_best_model": _NAME,
-    "greater_is_better": _choice(None, True, False),
-    "early_stopping_patience": _optional(_COUNT),
-    "early_stopping_threshold": _NOT_NEGATIVE,
     "resume_from_checkpoint": (
         lambda value: value is None or isinstance(value, bool) or is_path(value),
         "False, True, 'auto', a path",
     ),
-}  # fmt: skip
+}
 """Field -> its rule; the other fields are switches."""
 
 
