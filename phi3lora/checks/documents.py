@@ -125,7 +125,7 @@ def check_lengths(planned: PlannedRun) -> Verdict:
 
 def check_packing(planned: PlannedRun) -> Verdict:
     """Check how full the rows are, and report the number of steps."""
-    steps, plan = planned.resolved.steps, planned.resolved.steps.plan
+    steps, plan = planned.steps, planned.steps.plan
     micro_batches = plan.micro_batches(0)
     lengths = plan.dataset.lengths
     rows = sum(map(len, micro_batches))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import TrainingConfig
+from ..data.batches import StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import DataError
 from ..model.backend import Backend
@@ -48,8 +49,13 @@ class PlannedRun:
     @cached_property
     def resolved(self) -> Resolved:
         """Precision, backend, steps, memory and checkpointing mode of the run on the model's own device."""
-        self._require_documents()
         return self._resolved or resolve(self.model, self.train_dataset, self.config)
+
+    @property
+    def steps(self) -> StepSchedule:
+        """Order of documents, rows, batches and steps."""
+        self._require_documents()
+        return self.resolved.steps
 
     @cached_property
     def statistics(self) -> dict[str, Any]:

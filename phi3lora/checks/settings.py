@@ -50,7 +50,7 @@ def check_learning_rate(planned: PlannedRun) -> Verdict:
 
 def check_schedule(planned: PlannedRun) -> Verdict:
     """Check that the learning rate reaches its peak before the run ends."""
-    config, total = planned.config, planned.resolved.steps.total
+    config, total = planned.config, planned.steps.total
     warmup = 0 if config.lr_scheduler_type == "constant" else warmup_steps(config, total)
     text = f"{config.lr_scheduler_type}, {warmup:,} warm-up steps of {total:,}"
     if warmup and warmup >= total:
@@ -60,7 +60,7 @@ def check_schedule(planned: PlannedRun) -> Verdict:
 
 def check_saving(planned: PlannedRun) -> Verdict:
     """Check that a long run saves checkpoints to resume from."""
-    config, total = planned.config, planned.resolved.steps.total
+    config, total = planned.config, planned.steps.total
     if config.save_strategy == "no" and total > _LONG_RUN_STEPS:
         return warning(f"save_strategy='no' in a run of {total:,} steps: if the run is killed, everything is lost")
     interval = {"no": "none", "epoch": "one an epoch", "steps": f"one every {config.save_steps:g} steps"}
@@ -153,7 +153,7 @@ def checkpoint_bytes(planned: PlannedRun) -> int:
 
 def checkpoints_at_once(planned: PlannedRun) -> int:
     """Predict the largest number of checkpoints on disk; an old one is deleted only after the new one is complete."""
-    config, total = planned.config, planned.resolved.steps.total
+    config, total = planned.config, planned.steps.total
 
     def due(every: float) -> int:
         return math.ceil(total / max(1, math.ceil(every * total) if every < 1 else int(every)))
@@ -163,7 +163,7 @@ def checkpoints_at_once(planned: PlannedRun) -> int:
     elif config.save_strategy == "no":
         count = 1  # an interrupted run saves one in any case
     elif config.max_steps > 0:
-        count = math.ceil(total / max(len(planned.resolved.steps.steps_of_epoch(0)), 1))
+        count = math.ceil(total / max(len(planned.steps.steps_of_epoch(0)), 1))
     else:
         count = math.ceil(config.num_train_epochs)
     if config.load_best_model_at_end:
@@ -182,7 +182,7 @@ def _format_bytes(count: float) -> str:
 
 def estimate_time(planned: PlannedRun, trial: Trial | None) -> Verdict:
     """Estimate the run's duration from a measured step, by the number of operations."""
-    steps, lengths = planned.resolved.steps, planned.dataset.lengths
+    steps, lengths = planned.steps, planned.dataset.lengths
     tokens = int(lengths.sum()) * steps.total / max(len(steps.steps_of_epoch(0)), 1)
     flops = tokens * flops_per_token(planned.model, mean_context_tokens(lengths))
     text = f"{steps.total:,} steps, {tokens:,.0f} tokens, {flops:.2g} operations"

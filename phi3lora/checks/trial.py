@@ -115,7 +115,7 @@ def _trial_rows(planned: PlannedRun) -> list[PackedRow]:
     lengths = planned.dataset.lengths
     room = _MAX_FLOPS.get(device, 1e11) / flops_per_token(planned.model, mean_context_tokens(lengths))  # tokens
     rows: list[PackedRow] = []
-    for row in planned.resolved.steps.steps_of_epoch(0)[0][0]:
+    for row in planned.steps.steps_of_epoch(0)[0][0]:
         taken: list[int] = []
         for i in row:
             if (rows or taken) and lengths[i] > room:
