@@ -195,7 +195,7 @@ class _WholeLayer:
         h, x, z = _up_to_down_proj(self.layer, *self.fused_inputs, h, NOTHING_PENDING, self.recomputed)
         again, self.called = self.called, True
         y = base_linear(x, base_weight_of(self.layer.mlp.down_proj), h.shape[1] if again else 0)
-        return add(h, (y, z, self.fused_inputs[1][-1]), needed=not again).view(hidden_states.shape)
+        return add(h.view(hidden_states.shape), (y, z, self.fused_inputs[1][-1]), needed=not again)
 
 
 def _up_to_down_proj(

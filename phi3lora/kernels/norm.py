@@ -216,7 +216,8 @@ class _AddNorm(torch.autograd.Function):
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h, y, z, before_B, before, needed):
-        (N, D), summed = h.shape, torch.empty_like(h)
+        D, summed = h.shape[-1], torch.empty_like(h)
+        N = h.numel() // D
         if needed:
             launch(
                 _norm_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
@@ -231,24 +232,26 @@ class _Add(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh):
         (z,), before, dh = ctx.saved_tensors, ctx.before, dh.contiguous()
+        dy = dh.view(-1, dh.shape[-1])
         sums = PartialSums()
-        dB = lora_weight_gradient(sums, z, dh, scale=before.scaling, wide_first=True)
+        dB = lora_weight_gradient(sums, z, dy, scale=before.scaling, wide_first=True)
         sums.reduce()
         dB = before.gradient_of_B(dB)
-        return dh, dh, (dh @ before.B).mul_(before.scaling), dB, None, None
+        return dh, dy, (dy @ before.B).mul_(before.scaling), dB, None, None
 
 
 def add(h: Tensor, pending: Pending, needed: bool = True) -> Tensor:
-    """Return ``h + y + scaling z B'`` (N, D), for where no norm follows that could add it.
+    """Return ``h + y + scaling z B'``, for where no norm follows that could add it.
 
     Args:
-        h, pending: as in :func:`add_norm`.
+        h: the residual stream, (N, D) or (B, S, D); the sum has its shape.
+        pending: as in :func:`add_norm`.
         needed: False where a recomputation needs the sum's place in the graph and not its numbers.
     """
     y, z, before = pending
     if y is None:
         return h
-    return h + y if before is None or z is None else _Add.apply(h, y, z, before.lora_B, before, needed)
+    return h + y.view(h.shape) if before is None or z is None else _Add.apply(h, y, z, before.lora_B, before, needed)
 
 
 def add_norm(
