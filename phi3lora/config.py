@@ -161,7 +161,10 @@ _TRAINING_RULES: dict[str, Rule] = {
     "seed": _SEED,
     "data_seed": _optional(_SEED),
     "max_length": _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole")),
-    "activation_checkpointing": _choice(None, True, False, *_CHECKPOINTING_MODES),
+    "activation_checkpointing": (
+        lambda value: value is None or isinstance(value, bool) or is_one_of(value, _CHECKPOINTING_MODES),
+        ", ".join(map(repr, _CHECKPOINTING_MODES)),
+    ),
     "parallel": (lambda value: value is None, "None (one process, one device)"),
     "log_level": _choice("passive", "detail", "debug", "info", "warning", "error", "critical"),
     "report_to": (
@@ -184,10 +187,8 @@ def _check(config: Any, name: str, rule: Rule, value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return the text of an enum's member (transformers has enums for its choices) and of a path."""
-    if isinstance(value, Enum) and isinstance(value.value, str):
-        return str(value.value)
-    return os.fspath(value) if isinstance(value, os.PathLike) and is_path(value) else value
+    """Return the text of an enum's member (transformers has enums for its choices), or any other value as it is."""
+    return str(value.value) if isinstance(value, Enum) and isinstance(value.value, str) else value
 
 
 def _names(value: Any, most: int = 100_000) -> list[Any]:
@@ -417,6 +418,8 @@ class TrainingConfig(_Config):
             value = _plain(getattr(self, name))
             if name == "report_to":
                 value = [] if value is None else _names(value)
+            elif name in ("output_dir", "resume_from_checkpoint"):
+                value = os.fspath(value) if isinstance(value, os.PathLike) and is_path(value) else value
             _check(self, name, _TRAINING_RULES.get(name, _SWITCH), value)
             setattr(self, name, value)
         self.report_to = [name for name in self.report_to if name != "none"]
