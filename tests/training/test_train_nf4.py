@@ -86,6 +86,7 @@ def test_a_resumed_run_is_the_uncut_one_and_must_be_on_the_same_base(tmp_path):
         p3.train(dense, chat_dataset(), config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_precision", [None, "nf4"])
 def test_every_held_out_answer_of_the_demo_is_right_on_either_base(tmp_path, base_precision):
     """``make demo`` with half its batch and fewer steps, the learning rate doubled, on every fourth question."""
