@@ -154,17 +154,10 @@ def _layer_forward(
     fused_inputs: tuple[_Tokens, Sequence[Any]] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Compute a decoder layer; this is its ``forward`` inside :func:`fused_layers`.
+    """Compute a decoder layer: h (N, D), pending -> h (N, D), pending; without pending h (B, S, D) -> h (B, S, D).
 
-    Args:
-        layer: the layer.
-        hidden_states: h (N, D) with ``pending``, (B, S, D) without.
-        pending: the output of the layer before that is still to be added to h.
-        fused_inputs: the micro-batch, and the adapters of the layer's four projections; None: the caller is not
-            :func:`fused_decoder`, and transformers' forward computes the layer from the other arguments.
-
-    Returns:
-        h (N, D) and pending, or (B, S, D).
+    This is the layer's ``forward`` inside :func:`fused_layers`. ``fused_inputs`` are the micro-batch and the adapters
+    of the four projections; without them the caller is another than :func:`fused_decoder` and gets transformers' code.
     """
     if fused_inputs is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
@@ -201,16 +194,9 @@ class _WholeLayer:
 def _up_to_down_proj(
     layer: Any, tokens: _Tokens, adapters: Sequence[Any], h: Tensor, pending: Any, recomputed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute a layer up to its last product.
+    """Compute a layer up to its last product: h (N, D), pending -> h (N, D), the product's input x (N, I), z (N, R).
 
-    Args:
-        layer, tokens, adapters: as in :func:`_layer_forward`.
-        h: (N, D).
-        pending: what is still to be added to h.
-        recomputed: whether the whole layer is recomputed in the backward.
-
-    Returns:
-        h (N, D), the down projection's input x (N, I) and its low-rank activations z (N, R).
+    ``recomputed``: whether the whole layer is recomputed in the backward.
     """
     from .norm import add_norm
     from .o_proj import linear_and_lora_a

@@ -13,8 +13,8 @@ when another adapter was set or a hook was registered; other changes of the modu
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -74,9 +74,8 @@ def choose_backend(
 
 def _compiles_on(device: torch.device) -> bool:
     """Return whether ``torch.compile`` makes kernels for this device."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)
+    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 @dataclass
@@ -109,14 +108,9 @@ def use_backend(model: nn.Module, backend: Backend | None = None) -> Iterator[Ba
         return
     backend = backend or choose_backend(model)
     _INSTALLED[decoder] = _Installed(backend, _fingerprint(decoder) if backend.kind == "fused" else ())
+    install: dict[str, Callable[[nn.Module], Any]] = {"fused": fused_layers, "compiled": _compiled_layers}
     try:
-        if backend.kind == "fused":
-            with fused_layers(model):
-                yield backend
-        elif backend.kind == "compiled":
-            with _compiled_layers(decoder):
-                yield backend
-        else:
+        with install.get(backend.kind, nullcontext)(model):
             yield backend
     finally:
         if outer is None:
@@ -140,13 +134,14 @@ def _fingerprint(decoder: Any) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _compiled_layers(decoder: Any) -> Iterator[None]:
+def _compiled_layers(model: nn.Module) -> Iterator[None]:
     """Call each decoder layer through ``torch.compile`` for the block."""
-    before = [layer._compiled_call_impl for layer in decoder.layers]
-    for layer in decoder.layers:
+    layers = list(model.get_decoder().layers)  # type: ignore[operator]
+    before = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
         layer.compile(dynamic=False)
     try:
         yield
     finally:
-        for layer, compiled in zip(decoder.layers, before, strict=True):
+        for layer, compiled in zip(layers, before, strict=True):
             layer._compiled_call_impl = compiled
