@@ -16,8 +16,8 @@ from random import Random
 from typing import Any
 
 PLAIN_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 0.5, 1.5, -0.5, 1e-9, 1e308, math.nan, math.inf, -math.inf, 2**31, 10**12,
-    "", " ", "text", "no", "auto", "none", "true", "1", "1e-4", "q_proj", "a/b", "../../outside", "é" * 100,
+    None, True, False, 0, 1, -1, 2, 7, 0.5, 1.5, -0.5, 1e-9, 1e308, math.nan, math.inf, -math.inf, 2**31,
+    "", " ", "text", "no", "auto", "none", "true", "1", "1e-4", "q_proj", "a/b", "../../outside", "é",
     "x" * 10_000, [], {}, [None], [[]], [1, "a", None], ["q_proj", "q_proj"], [math.nan], {"": None}, {"a": 1},
     {"a": {"b": [1, {}]}},
 )  # fmt: skip
