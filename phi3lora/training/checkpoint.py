@@ -36,6 +36,7 @@ from ..adapters.adapter_file import adapter_metadata, load_adapter_state, read_a
 from ..config import TrainingConfig
 from ..errors import AdapterError, CheckpointError, error_line, short_repr
 from ..files import fsync, read_json, read_pickled, sha256_of
+from ..lora.base_weight import base_format
 from .optim import check_optimizer_state
 
 logger = logging.getLogger("phi3lora")
@@ -131,9 +132,13 @@ class Resumable:
     config: TrainingConfig
     data: dict[str, Any]
     """Facts that fix the batches: the dataset's fingerprint and size, the row length."""
-    base_dtype: str
-    """Dtype of the frozen weights, and their storage format if they are quantised."""
     rank: int = 0
+    """Number of this process; each has its own random generators."""
+
+    @property
+    def base_dtype(self) -> str:
+        """Dtype of the frozen weights, and their storage format if they are quantised."""
+        return f"{self.model.get_input_embeddings().weight.dtype} {base_format(self.model)}".rstrip()  # type: ignore[operator]
 
 
 # --- Writing

@@ -31,7 +31,6 @@ from ..data.batches import Cursor, Step
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import CheckpointError, TrainingError
 from ..inference.evaluation import evaluate
-from ..lora.base_weight import base_format
 from ..model.activations import activation_checkpointing
 from ..model.backend import use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
@@ -194,14 +193,18 @@ def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) 
 
 @dataclass
 class _StepRecord:
-    """What is known about a step before its loss arrives."""
+    """Facts about a step that are known before its loss arrives."""
 
     step: Step
+    """Documents of the step."""
     number: int
+    """Optimizer steps done, including this one."""
     learning_rate: float
     supervised_tokens: int
     tokens_seen: int
+    """Tokens trained on in the whole run, including this step."""
     log: bool
+    """Whether a log line is due."""
 
 
 class _Run:
@@ -227,9 +230,7 @@ class _Run:
         steps, precision = self.resolved.steps, self.resolved.precision
         optimizer = build_optimizer(model, config)
         self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)
-        base_dtype = f"{model.get_input_embeddings().weight.dtype} {base_format(model)}".rstrip()  # type: ignore[operator]
-        data = steps.data_facts()
-        self.resumable = Resumable(model, optimizer, precision.scaler, config, data, base_dtype, world.rank)
+        self.resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), world.rank)
         self.state = load_checkpoint(self.resumed_from, self.resumable) if self.resumed_from else TrainingState()
         claim_output_dir(config, resuming=self.resumed_from is not None)
         self.state.total_steps = steps.total

@@ -1,4 +1,4 @@
-"""``train``: what happens at which step, what is kept, what is put back, and what stops it."""
+"""``train``: events at their steps, the best model, non-finite losses, early stopping, what a run leaves unchanged."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_logged_loss_is_the_mean_over_the_tokens_since_the_last_line(tmp_path)
 
 def test_callbacks_are_called_in_order_with_the_documented_arguments(tmp_path):
     first, second = Recorder(), Recorder()
-    second.calls = first.calls  # one list: who comes first is seen too
+    second.calls = first.calls  # one list, to see their order
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     result = train(tmp_path, recorder=first, callbacks=[second], eval_dataset=DATA, max_steps=2, **settings)
     assert [call[:2] for call in first.calls[::2]] == [
@@ -176,7 +176,7 @@ def test_the_result_describes_the_run(tmp_path):
     assert result.best_checkpoint == str(tmp_path / f"checkpoint-{result.global_step}")
 
 
-def scripted(monkeypatch, values, metric="loss"):
+def fake_evaluations(monkeypatch, values, metric="loss"):
     """Make the evaluations return these values, one after the other."""
     left = iter(values)
 
@@ -201,13 +201,12 @@ def scripted(monkeypatch, values, metric="loss"):
 def test_load_best_model_at_end_restores_exactly_the_best_adapters(
     tmp_path, monkeypatch, settings, metric, values, best
 ):
-    scripted(monkeypatch, values, metric)
+    fake_evaluations(monkeypatch, values, metric)
     model = adapted_model()
     recorder = Recorder(model)
-    wanted = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "load_best_model_at_end": True}
-    result = train(
-        tmp_path, model, recorder, eval_dataset=DATA, **{"max_steps": 5, "save_steps": 1, **wanted, **settings}
-    )
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {"max_steps": 5, "load_best_model_at_end": True, **every_step, **settings}
+    result = train(tmp_path, model, recorder, eval_dataset=DATA, **options)
     assert result.best_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert same_tensors(adapters_of(model), recorder.adapters["evaluate", best])
     assert best == 5 or not same_tensors(adapters_of(model), recorder.adapters["evaluate", 5])
@@ -215,8 +214,8 @@ def test_load_best_model_at_end_restores_exactly_the_best_adapters(
     assert same_tensors(adapters_of(other), adapters_of(model))
 
 
-def test_the_last_evaluation_can_be_the_best_though_its_checkpoint_was_due_anyway(tmp_path, monkeypatch):
-    scripted(monkeypatch, [3, 1])  # at step 2 and, because it is the last, at step 3
+def test_the_last_evaluation_can_be_the_best_one(tmp_path, monkeypatch):
+    fake_evaluations(monkeypatch, [3, 1])  # at step 2 and, because it is the last, at step 3
     model = adapted_model()
     recorder = Recorder(model)
     settings = {"eval_steps": 2, "save_steps": 3, "save_strategy": "steps", "load_best_model_at_end": True}
@@ -226,7 +225,7 @@ def test_the_last_evaluation_can_be_the_best_though_its_checkpoint_was_due_anywa
 
 
 def test_without_load_best_the_last_adapters_stay_and_the_best_checkpoint_is_named(tmp_path, monkeypatch):
-    scripted(monkeypatch, [3, 1, 2])
+    fake_evaluations(monkeypatch, [3, 1, 2])
     model = adapted_model()
     recorder = Recorder(model)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -249,7 +248,7 @@ def test_without_load_best_the_last_adapters_stay_and_the_best_checkpoint_is_nam
 def test_early_stopping_waits_for_patience_evaluations_without_gain(
     tmp_path, monkeypatch, patience, threshold, values, stops_at
 ):
-    scripted(monkeypatch, [*values, 0.5])
+    fake_evaluations(monkeypatch, [*values, 0.5])
     settings = {"early_stopping_patience": patience, "early_stopping_threshold": threshold}
     result = train(tmp_path, eval_dataset=DATA, max_steps=6, eval_strategy="steps", eval_steps=1, **settings)
     assert result.global_step == stops_at
@@ -283,7 +282,7 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_step_and_rows(tmp_path, n
     assert len(recorder.steps("step")) == limit - 1
 
 
-class Sick(p3.Callback):
+class NanSteps(p3.Callback):
     """Makes the loss NaN in steps ``first`` to ``last``."""
 
     def __init__(self, model, first, last):
@@ -291,29 +290,25 @@ class Sick(p3.Callback):
 
     def on_step_end(self, state):
         if state.global_step == self.first - 1:
-            self.heal = poison(self.model, POISONED[0])
+            self.restore = poison(self.model, POISONED[0])
         if state.global_step == self.last:
-            self.heal()
+            self.restore()
 
 
-def test_fewer_bad_steps_than_the_limit_are_skipped_logged_with_their_rows_and_counted(tmp_path, caplog):
+def test_fewer_bad_steps_in_a_row_than_the_limit_are_skipped_logged_and_counted(tmp_path, caplog):
     model = adapted_model()
     recorder = Recorder(model)
-    result = train(tmp_path, model, recorder, callbacks=[Sick(model, 3, 4)], max_steps=7, max_nonfinite_steps=3)
+    bad = [NanSteps(model, 3, 4), NanSteps(model, 7, 8)]
+    result = train(tmp_path, model, recorder, callbacks=bad, max_steps=9, max_nonfinite_steps=3)
     for step in (3, 4):
         assert same_tensors(recorder.adapters["step", step], recorder.adapters["step", 2])
     assert not same_tensors(recorder.adapters["step", 5], recorder.adapters["step", 4])
-    assert [line["step"] for line in result.history if "loss" in line] == [1, 2, 5, 6, 7]
-    assert [line.get("skipped_steps", 0) for line in result.history] == [0, 0, 1, 2, 2, 2, 2]
+    assert [line["step"] for line in result.history if "loss" in line] == [1, 2, 5, 6, 9]
+    assert [line.get("skipped_steps", 0) for line in result.history] == [0, 0, 1, 2, 2, 2, 3, 4, 4]
     assert result.metrics["train_loss"] == result.metrics["train_loss"]  # not NaN
-    said = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]
-    assert [m.split(" is")[0] for m in said] == ["step 3", "step 4"] and all("rows [" in m for m in said)
-
-
-def test_only_bad_steps_in_a_row_stop_a_run(tmp_path):
-    model = adapted_model()
-    sick = [Sick(model, 2, 3), Sick(model, 5, 6)]
-    assert train(tmp_path, model, callbacks=sick, max_steps=8, max_nonfinite_steps=3).global_step == 8
+    logged = [m for m in caplog.messages if "is skipped" in m]
+    assert [m.split(" is")[0] for m in logged] == ["step 3", "step 4", "step 7", "step 8"]
+    assert all("rows [" in m for m in logged)
 
 
 def test_a_run_of_bad_steps_alone_is_an_error_however_short(tmp_path):
@@ -405,7 +400,7 @@ def test_a_longrope_model_trains_each_document_in_its_own_regime(tmp_path, max_l
 def test_seed_decides_the_dropout(tmp_path):
     def run(name, seed):
         model = adapted_model(lora_dropout=0.3)
-        torch.manual_seed(ord(name))  # what was drawn before does not matter
+        torch.manual_seed(ord(name))  # earlier draws do not matter
         train(tmp_path / name, model, max_steps=3, seed=seed, data_seed=5)
         return adapters_of(model)
 

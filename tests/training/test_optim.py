@@ -203,6 +203,27 @@ def test_a_run_of_bitsandbytes_resumes_with_its_moments(tmp_path, optim):
     assert {s["state1"].dtype for s in states[0].values()} == {torch.uint8 if "8bit" in optim else torch.float32}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_paged_moments_of_a_large_tensor_survive_a_checkpoint(tmp_path, optim):
+    config = quiet_config("unused", optim=optim, learning_rate=1e-2)
+    weights, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layer = nn.Linear(512, 512, bias=False, device="cuda")
+        weights.append(layer.weight)
+        optimizers.append(updated(build_optimizer(layer, config)))
+    torch.save(torch.optim.Optimizer.state_dict(optimizers[1]), tmp_path / "optimizer.pt")
+    saved = torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True)
+    resumed = build_optimizer(layer, config)
+    check_optimizer_state(saved, resumed)
+    resumed.load_state_dict(saved)
+    for optimizer in (optimizers[0], resumed):
+        updated(optimizer)
+    assert torch.equal(*weights)
+
+
 # --- LoRA+
 
 
