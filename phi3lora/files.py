@@ -69,55 +69,42 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a ``.safetensors`` file or of a pickled dict, and the metadata (a pickle has none)."""
+    """Return the tensors of a ``.safetensors`` file or of a pickled dict, on the CPU, and the header's metadata."""
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except Exception as error:  # OSError, torch's errors for a shape, and a class of the Rust library's own
+            raise ValueError(error_line(error)) from error
     tensors = read_pickled(path)
-    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-        raise ValueError("it does not hold a dict of tensors")
-    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    is_dict = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
+    if not (is_dict and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
         raise ValueError("it does not hold a dict of tensors")
     return tensors, {}
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors, on the CPU, and the metadata of the header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except Exception as error:  # OSError, torch's errors for a shape, and a class of the Rust library's own
-        raise ValueError(error_line(error)) from error
-
-
 def read_pickled(path: Path) -> Any:
     """Return what ``torch.save`` wrote: tensors, numbers, strings and containers of them, on the CPU."""
-    _check_zip(path)
     try:
+        if zipfile.is_zipfile(path):  # else torch's older format, or damage that torch.load reports
+            _check_zip(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises errors of many kinds for damaged bytes
+    except Exception as error:  # zipfile and the unpickler raise errors of many kinds for damaged bytes
         raise ValueError(error_line(error)) from error
     for tensor in _tensors_in(value):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            kind = "quantized" if tensor.is_quantized else f"{tensor.layout}, on {tensor.device}"
-            raise ValueError(f"it holds a tensor that is {kind}; allowed: dense ones")
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"it holds a tensor that is {kind}; allowed: dense ones on the CPU")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"it holds a tensor of shape {tuple(tensor.shape)} that is larger than its data")
     return value
 
 
 def _check_zip(path: Path) -> None:
-    """Raise ValueError if a member of the zip is compressed: ``torch.save`` compresses nothing."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return  # torch's older format, or damage that torch.load reports
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise ValueError(f"a damaged zip: {error_line(error)}") from error
-    size_bytes = path.stat().st_size
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size > size_bytes:
-            raise ValueError(f"{member.filename!r} in it is compressed, which torch.save does not do")
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+                raise ValueError(f"{member.filename!r} in it is compressed, which torch.save does not do")
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

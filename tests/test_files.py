@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phi3lora.files import read_pickled, read_safetensors, sha256_of, write_atomic
+from phi3lora.files import read_pickled, read_tensors, sha256_of, write_atomic
 
 
 def test_a_write_replaces_the_file_whole_or_leaves_it(tmp_path):
@@ -29,7 +29,7 @@ def test_a_write_replaces_the_file_whole_or_leaves_it(tmp_path):
 def test_tensors_and_metadata_come_back(tmp_path):
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2])}
     save_file(state, tmp_path / "a.safetensors", {"key": "value"})
-    found, metadata = read_safetensors(tmp_path / "a.safetensors")
+    found, metadata = read_tensors(tmp_path / "a.safetensors")
     assert metadata == {"key": "value"} and all(torch.equal(found[name], state[name]) for name in state)
 
 
@@ -89,7 +89,7 @@ def test_nothing_is_executed(tmp_path):
     "content", [b"", b"PK\x03\x04", b"garbage", b"\x80\x02]" * 50, b"\x80\x02cos\nsystem\n.", b"\x80\x02h\x05."]
 )
 def test_garbage_is_a_value_error(tmp_path, content):
-    (tmp_path / "a").write_bytes(content)
-    for read in (read_pickled, read_safetensors):
+    for path in (tmp_path / "a.pt", tmp_path / "a.safetensors"):
+        path.write_bytes(content)
         with pytest.raises(ValueError):
-            read(tmp_path / "a")
+            read_tensors(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, is_text, short_repr
 from ..files import parse_json, read_json, read_tensors, sha256_of, write_atomic
 from ..lora.inject import inject_layers, lora_layers, remove_lora
-from ..lora.layers import ADAPTER_PARAMETERS, MergedLinear
+from ..lora.layers import MergedLinear
 from .named import DEFAULT, list_adapters, loading_inactive, rename_active
 
 logger = logging.getLogger("phi3lora")
@@ -81,10 +81,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Raises:
         AdapterError: a model without adapters, another suffix, a path that cannot be written.
     """
-    path = as_path(path, "an adapter file", AdapterError)
+    path = _adapter_path(path)
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
-    _check_suffix(path)
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
     metadata = adapter_metadata(model)
     try:
@@ -119,52 +118,52 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEF
             ``disabled`` or ``merged``.
         ModelError: the file's targets match nothing in this model.
     """
-    path = as_path(path, "an adapter file", AdapterError)
-    check_name(name)
     state, metadata = read_adapter(path)
-    if (metadata or {}).get("config") is None and not list_adapters(model).get(name):
-        raise AdapterError(f"{str(path)!r} does not say how to build its layers; call inject_lora(model, config) first")
-    install_adapter(model, state, metadata, path, name)
-
-
-def check_name(name: object) -> None:
-    """Raise AdapterError unless ``name`` is a string that is not empty."""
-    if not (is_text(name) and name):
-        raise AdapterError(f"an adapter cannot be called {short_repr(name)}; allowed: a string that is not empty")
+    install_adapter(model, state, metadata, os.fspath(path), name)
 
 
 def install_adapter(
-    model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Path, name: str = DEFAULT
+    model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, source: str, name: str
 ) -> None:
     """Load ``state`` into the adapter called ``name``, or into a new one built from ``metadata``; all or nothing.
 
-    ``metadata`` is that of :func:`adapter_metadata`, with a config unless ``name`` is active; ``path`` is for messages.
+    ``metadata`` is that of :func:`adapter_metadata`; ``source`` is for messages.
     """
+    if not (is_text(name) and name):
+        raise AdapterError(f"an adapter cannot be called {short_repr(name)}; allowed: a string that is not empty")
     loaded = list_adapters(model)
     if loaded.get(name):
-        _load_checked(model, state, metadata, path)
-    elif not loaded:
-        _inject_and_load(model, state, metadata, path)
+        _load_checked(model, state, metadata, source)
+        return
+    if metadata is None or metadata["config"] is None:
+        raise AdapterError(f"{source!r} does not say how to build its layers; call inject_lora(model, config) first")
+    if not loaded:
+        _inject_and_load(model, state, metadata, source)
         rename_active(model, name)
-    else:
-        biases = [key for key in state if key.endswith("bias")]
-        if biases:
-            raise AdapterError(
-                f"{str(path)!r} holds trained biases of the base ({_few(biases)}), which "
-                f"{', '.join(map(repr, loaded))} would share; load it into a model of its own"
-            )
-        with loading_inactive(model, name):
-            _inject_and_load(model, state, metadata, path)
+        return
+    biases = [key for key in state if key.endswith("bias")]
+    if biases:
+        raise AdapterError(
+            f"{source!r} holds trained biases of the base ({_few(biases)}), which "
+            f"{', '.join(map(repr, loaded))} would share; load it into a model of its own"
+        )
+    with loading_inactive(model, name):
+        _inject_and_load(model, state, metadata, source)
 
 
-def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Path) -> None:
+def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any], source: str) -> None:
     """Inject the file's layers into a plain model and load them; on an error the model is plain again."""
-    assert metadata is not None
-    _check_ranks(state, metadata["layers"], path)
+    for layer, settings in metadata["layers"].items():
+        lora_A, r = state.get(f"{layer}.lora_A"), settings.get("r")
+        if lora_A is None:
+            raise AdapterError(f"{source!r} is incomplete: missing in the file: {layer}.lora_A")
+        if is_int(r, 1) and r > max(lora_A.shape, default=0):  # a layer of that rank could take any amount of memory
+            shape = tuple(lora_A.shape)
+            raise AdapterError(f"{source!r}: {layer} has r={r} in the settings, and a lora_A of shape {shape}")
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         inject_layers(model, metadata["layers"], LoraConfig(**metadata["config"]))
-        _load_checked(model, state, metadata, path)
+        _load_checked(model, state, metadata, source)
     except Phi3LoRAError:
         remove_lora(model)
         for name, parameter in model.named_parameters():
@@ -172,24 +171,10 @@ def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[
         raise
 
 
-def _check_ranks(state: dict[str, Tensor], layers: dict[str, dict[str, Any]], path: Path) -> None:
-    """Raise AdapterError unless every layer's tensors are there and as large as its rank, before layers are built.
-
-    A rank that is only written down could take any amount of memory.
-    """
-    missing = [f"{layer}.{name}" for layer in layers for name in ADAPTER_PARAMETERS if f"{layer}.{name}" not in state]
-    if missing:
-        raise AdapterError(f"{str(path)!r} is incomplete: missing in the file: {_few(missing)}")
-    for layer, settings in layers.items():
-        r, shape = settings.get("r", 0), tuple(state[f"{layer}.lora_A"].shape)
-        if is_int(r, 1) and r > max(shape, default=0):
-            raise AdapterError(f"{str(path)!r}: {layer} has r={r} in the settings, and a lora_A of shape {shape}")
-
-
-def _load_checked(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Path) -> None:
+def _load_checked(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, source: str) -> None:
     """Compare the settings of layers that both have, then load; keys and shapes are compared with the tensors."""
     if metadata is None:
-        logger.warning("%s carries no settings: alpha and segments cannot be checked against the model's", path)
+        logger.warning("%s carries no settings: alpha and segments cannot be checked against the model's", source)
     theirs, ours = (metadata or {}).get("layers", {}), adapter_metadata(model)["layers"]
     for layer in theirs.keys() & ours.keys():
         wrong = [
@@ -198,8 +183,8 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], metadata: dict[str
             if theirs[layer].get(name) != value
         ]
         if wrong:
-            raise AdapterError(f"{str(path)!r} was made for other adapters: {layer}: {'; '.join(wrong)}")
-    load_adapter_state(model, state, str(path))
+            raise AdapterError(f"{source!r} was made for other adapters: {layer}: {'; '.join(wrong)}")
+    load_adapter_state(model, state, source)
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -208,16 +193,16 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
     Raises:
         AdapterError: unexpected or missing keys, other shapes, NaN, infinite values or integers. Nothing is loaded.
     """
-    own = model.state_dict()
-    needed = adapter_state_dict(model)
-    unexpected = [key for key in state if key not in own or not (key in needed or key.endswith("bias"))]
-    missing = [key for key in needed if key not in state]
-    shapes = [
-        f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in state
-        if key in own and state[key].shape != own[key].shape
-    ]
-    kinds = {"not in the model": unexpected, "missing in the file": missing, "other shape": shapes}
+    own, needed = model.state_dict(), adapter_state_dict(model)
+    kinds = {
+        "not in the model": [key for key in state if key not in own or not (key in needed or key.endswith("bias"))],
+        "missing in the file": [key for key in needed if key not in state],
+        "other shape": [
+            f"{key}: {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the model"
+            for key, tensor in state.items()
+            if key in own and tensor.shape != own[key].shape
+        ],
+    }
     problems = [f"{kind}: {_few(keys)}" for kind, keys in kinds.items() if keys]
     if problems:
         raise AdapterError(f"{source!r} does not fit the model's adapters: " + "; ".join(problems))
@@ -238,59 +223,44 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Return an adapter file's tensors, on the CPU, and its metadata if it has any. No code in the file is executed."""
-    path = as_path(path, "an adapter file", AdapterError)
-    _check_suffix(path)
+    path = _adapter_path(path)
     if not path.is_file():
         raise AdapterError(f"there is no adapter file {str(path)!r}")
     try:
         state, header = read_tensors(path)
-        if path.suffix == ".safetensors":
-            has_metadata = HEADER_KEY in header
-            metadata = parse_json(header[HEADER_KEY]) if has_metadata else None
+        if path.suffix == ".pt":
+            metadata = _read_sidecar(path)
         else:
-            has_metadata, metadata = _read_sidecar(path)
+            metadata = parse_json(header[HEADER_KEY]) if HEADER_KEY in header else None
+        if metadata is not None:
+            metadata["config"] = metadata.get("config") or None
+            if not all(isinstance(value, dict) for value in (*metadata["layers"].values(), metadata["config"] or {})):
+                raise TypeError
     except (OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} is not a readable adapter file: {error}") from error
-    if has_metadata and not _is_metadata(metadata):
-        raise AdapterError(f"{str(path)!r}: the settings stored with the tensors are not phi3lora's")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{str(path)!r}: the settings stored with the tensors are not phi3lora's") from error
     return state, metadata
 
 
-def is_adapter_file(path: Path) -> bool:
-    """Return whether a ``.safetensors`` file is an adapter of ours, from its header alone: the file may be a model."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return HEADER_KEY in (file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+def _read_sidecar(path: Path) -> Any:
+    """Return the settings beside a ``.pt``, or None; settings of an earlier file do not count."""
+    metadata = read_json(_sidecar(path)) if _sidecar(path).is_file() else {}
+    if metadata.get(_SHA256) not in (None, sha256_of(path)):
+        logger.warning("%s was made for another %s: its settings are not used", _sidecar(path), path.name)
+        return None
+    return {key: value for key, value in metadata.items() if key != _SHA256} or None
 
 
-def _is_metadata(value: Any) -> bool:
-    """Return whether ``value`` has the form of :func:`adapter_metadata`."""
-    if not isinstance(value, dict) or not isinstance(value.get("layers"), dict):
-        return False
-    config = value.get("config")
-    return all(isinstance(layer, dict) for layer in value["layers"].values()) and isinstance(config, (dict, type(None)))
-
-
-def _check_suffix(path: Path) -> None:
+def _adapter_path(value: object) -> Path:
+    path = as_path(value, "an adapter file", AdapterError)
     if path.suffix not in (".safetensors", ".pt"):
         raise AdapterError(f"an adapter file cannot be called {path.name!r}; allowed: *.safetensors, *.pt")
+    return path
 
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
-
-
-def _read_sidecar(path: Path) -> tuple[bool, Any]:
-    """Return whether a ``.pt`` has settings beside it, and those; settings of an earlier file do not count."""
-    if not _sidecar(path).is_file():
-        return False, None
-    metadata = read_json(_sidecar(path))
-    if isinstance(metadata, dict) and _SHA256 in metadata and metadata.pop(_SHA256) != sha256_of(path):
-        logger.warning("%s was made for another %s: its settings are not used", _sidecar(path), path.name)
-        return False, None
-    return True, metadata
 
 
 def _few(names: list[str], count: int = 3) -> str:

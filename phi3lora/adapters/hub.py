@@ -6,23 +6,26 @@ holds others: a training run's folder also has optimizer state, generators and p
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from importlib.metadata import distributions
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from jinja2 import Template
+from safetensors import SafetensorError, safe_open
 
 from ..config import LoraConfig, TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import AdapterError, is_path
+from ..errors import AdapterError
 from ..files import read_json
-from .adapter_file import is_adapter_file
+from .adapter_file import HEADER_KEY
+from .peft_format import CONFIG_NAME, TENSORS_NAME
 
 PUBLISHED = (
     "README.md", "LICENSE*", "NOTICE*", "*.safetensors", "*.safetensors.index.json", "adapter_config.json",
@@ -32,7 +35,7 @@ PUBLISHED = (
 )  # fmt: skip
 """Names of the files that are uploaded; a folder with others is refused."""
 
-_PEFT_TENSORS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _NEVER_SENT = (".git/*", ".cache/huggingface/*")  # upload_folder leaves these out
 _LORA_ROWS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules")
 _TRAINING_ROWS = (
@@ -53,19 +56,13 @@ This is {{ kind }}, made with phi3lora.
 
 {{ data }}
 
-{% endif %}{% if settings %}## Hyperparameters
+{% endif %}{% for heading, column, rows in tables if rows %}## {{ heading }}
 
-| setting | value |
+| {{ column }} | value |
 |---|---|
-{% for name, value in settings %}| {{ name }} | {{ value }} |
+{% for name, value in rows %}| {{ name }} | {{ value }} |
 {% endfor %}
-{% endif %}{% if metrics %}## Metrics
-
-| metric | value |
-|---|---|
-{% for name, value in metrics %}| {{ name }} | {{ value }} |
-{% endfor %}
-{% endif %}## How to load it
+{% endfor %}## How to load it
 
 {% if merged %}It is a plain transformers model:
 
@@ -146,9 +143,10 @@ def write_model_card(
         raise AdapterError(f"{str(folder)!r} holds no merged model (config.json and *.safetensors); see save_merged")
     if not merged and not files:
         raise AdapterError(f"{str(folder)!r} holds no adapter; save_adapter or export_peft writes one (or merged=True)")
-    own, for_peft = [name for name in files if name != _PEFT_TENSORS], _PEFT_TENSORS in files
+    own, for_peft = [name for name in files if name != TENSORS_NAME], TENSORS_NAME in files
+    link, is_on_hub = _link(base_model), _is_hub_name(base_model)
     front_matter = ModelCardData(
-        base_model=str(base_model) if _is_hub_name(base_model) else None,
+        base_model=str(base_model) if is_on_hub else None,
         library_name="transformers" if merged else "peft" if for_peft else "phi3lora",
         tags=["lora", "phi3lora"],
         pipeline_tag="text-generation",
@@ -156,24 +154,31 @@ def write_model_card(
         language=[language] if isinstance(language, str) else list(language) if language else None,
         license=license,
     )
-    link = _link(base_model)
     data = None if dataset is None else _link(dataset, "datasets/") if isinstance(dataset, str) else dataset.describe()
+    numbers = [
+        (name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        for name, value in (metrics or {}).items()
+        if type(value) in (int, float)
+    ]
+    versions = [  # none for phi3lora in a clone that is not installed
+        f"{name} {package.version}"
+        for name in ("phi3lora", "torch", "transformers", "loralib")
+        for package in islice(distributions(name=name), 1)
+    ]
     text = Template(_CARD, keep_trailing_newline=True).render(
         card_data=front_matter.to_yaml(),
         title=folder.resolve().name,
         kind=f"{link} with a LoRA adapter merged into its weights" if merged else f"a LoRA adapter for {link}",
         data=data,
-        settings=[*_rows(lora, _LORA_ROWS), *_rows(training, _TRAINING_ROWS)],
-        metrics=[
-            (name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
-            for name, value in (metrics or {}).items()
-            if type(value) in (int, float)
+        tables=[
+            ("Hyperparameters", "setting", [*_rows(lora, _LORA_ROWS), *_rows(training, _TRAINING_ROWS)]),
+            ("Metrics", "metric", numbers),
         ],
         merged=merged,
-        base=str(base_model) if _is_hub_name(base_model) else Path(base_model).name,
+        base=str(base_model) if is_on_hub else Path(base_model).name,
         load=f'p3.load_adapter(model, f"{{folder}}/{own[0]}")' if own else "p3.import_peft(model, folder)",
         for_peft=for_peft,
-        versions=_versions(),
+        versions=", ".join(versions),
     )
     card = folder / "README.md"
     card.write_text(text, encoding="utf-8")
@@ -214,8 +219,7 @@ def push_to_hub(
         raise AdapterError(
             f"{str(folder)!r} holds neither an adapter nor a model; save_adapter, export_peft and save_merged write one"
         )
-    _check_files(folder)
-    _check_base(folder / _PEFT_CONFIG)
+    _check_publishable(folder)
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -226,42 +230,47 @@ def push_to_hub(
             allow_patterns=list(PUBLISHED),
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        reason = _reason(error, api.endpoint)
-        raise AdapterError(f"{str(folder)!r} was not uploaded to {repo_id!r}: {reason}") from error
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        raise AdapterError(
+            f"{str(folder)!r} was not uploaded to {repo_id!r} at {api.endpoint}: {' '.join(str(cause).split())}; "
+            f"the token needs write access: give token=, or run 'hf auth login'"
+        ) from error
     return str(commit.commit_url)
 
 
-def is_local(name: Any) -> bool:
+def is_local(name: str | None) -> bool:
     """Return whether a base's name is a path that exists here, or that can be no name on the hub."""
-    if not (isinstance(name, str) and name) or "://" in name or not is_path(name) or _is_hub_name(name):
+    if name is None or "://" in name or _is_hub_name(name):
         return False
-    return "/" in name or "\\" in name or Path(name).exists()
+    return "/" in name or "\\" in name or os.path.exists(name)
 
 
 def _is_hub_name(name: Any) -> bool:
     """Return whether ``name`` is ``owner/name``, and not a path that exists here."""
-    return isinstance(name, str) and is_path(name) and _has_hub_form(name) and not Path(name).exists()
-
-
-def _has_hub_form(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    return isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
 
 
 def _adapter_files(folder: Path) -> list[str]:
     """Return the names of the adapter files in a folder: PEFT's first, if its config is there, then ours."""
     if not folder.is_dir():
         raise AdapterError(f"there is no folder {str(folder)!r}")
-    peft = [_PEFT_TENSORS] if all((folder / name).is_file() for name in (_PEFT_TENSORS, _PEFT_CONFIG)) else []
-    others = [file for file in sorted(folder.glob("*.safetensors")) if file.name != _PEFT_TENSORS]
-    return peft + [file.name for file in others if is_adapter_file(file)]
+    names = [TENSORS_NAME] if all((folder / name).is_file() for name in (TENSORS_NAME, CONFIG_NAME)) else []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:  # the header alone: the file may be a large model
+                if path.name != TENSORS_NAME and HEADER_KEY in (file.metadata() or {}):
+                    names.append(path.name)
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+    return names
 
 
 def _holds_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
 
-def _check_files(folder: Path) -> None:
-    """Raise AdapterError for files that are not to be published."""
+def _check_publishable(folder: Path) -> None:
+    """Raise AdapterError for files of other names than :data:`PUBLISHED`, or a config that reveals a local path."""
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if not file.is_dir()]
     names = [name for name in names if not any(fnmatch(name, pattern) for pattern in _NEVER_SENT)]
     others = [name for name in names if "/" in name or not any(fnmatch(name, pattern) for pattern in PUBLISHED)]
@@ -271,34 +280,15 @@ def _check_files(folder: Path) -> None:
             f"{str(folder)!r} holds files that should not be published: {first}. Allowed: {', '.join(PUBLISHED)}. "
             f"Copy the files to publish into a folder of their own"
         )
-
-
-def _check_base(config: Path) -> None:
-    """Raise AdapterError if PEFT's config names a base that only this machine has, and so would publish a path."""
     try:
-        base = read_json(config)["base_model_name_or_path"]
+        base = read_json(folder / CONFIG_NAME)["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):  # no PEFT folder, or one that PEFT itself will refuse
         return
-    if is_local(base) and not _has_hub_form(base):
+    if isinstance(base, str) and is_local(base) and not _HUB_NAME.fullmatch(base):
         raise AdapterError(
-            f"{str(config)!r} names {base!r} as the base, a folder of this machine; allowed: its name on the hub. "
-            f"Write the folder again with export_peft(..., base_model='owner/name')"
+            f"{str(folder / CONFIG_NAME)!r} names {base!r} as the base, a folder of this machine; allowed: its name on "
+            f"the hub. Write the folder again with export_peft(..., base_model='owner/name')"
         )
-
-
-def _reason(error: Exception, endpoint: str) -> str:
-    """Return what failed, and the way out."""
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to upload"
-    if status in (401, 403):
-        return f"{endpoint} refuses the token ({status}); give token= with write access there, or run 'hf auth login'"
-    if status == 404:
-        return f"{endpoint} has no such repository or owner, or the token may not see it"
-    if isinstance(cause, HTTPError) and status is None:
-        return f"{endpoint} cannot be reached ({cause})"
-    return " ".join(str(cause).split())
 
 
 def _link(name: str | os.PathLike[str], kind: str = "") -> str:
@@ -312,13 +302,3 @@ def _rows(config: LoraConfig | TrainingConfig | None, names: Sequence[str]) -> l
     unused = "num_train_epochs" if values.get("max_steps", 0) > 0 else "max_steps"
     rows = [(name, values[name]) for name in names if name != unused and values.get(name) is not None]
     return [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in rows]
-
-
-def _versions() -> str:
-    found = []
-    for name in ("phi3lora", "torch", "transformers", "loralib"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
-            continue
-    return ", ".join(found)

@@ -23,15 +23,14 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from ..errors import AdapterError
@@ -39,7 +38,7 @@ from ..inference.generation import stop_token_ids
 from ..lora.inject import fused_segments, lora_layers
 from ..lora.layers import Conv2d, Embedding
 from ..model.load import longrope_boundary, longrope_note
-from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict
+from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite
 from .hub import is_local, write_model_card
 from .peft_format import CONFIG_NAME, PREFIX, TENSORS_NAME, Pair, to_modules
 from .peft_import import is_plain_convolution
@@ -88,7 +87,6 @@ class _Module(NamedTuple):
     scaling: float
     layer: str
     """Path of the layer that it comes from."""
-    is_embedding: bool
 
 
 def export_peft(
@@ -128,31 +126,41 @@ def export_peft(
     path = Path(path)
     _check_exportable(model, path, layout)
     metadata = adapter_metadata(model)
-    segments = _named_segments(model, metadata["layers"]) if layout == "split" else {}
-    modules = _modules(model, metadata["layers"], segments)
-    base_model = base_model or (None if layout == "split" else getattr(model, "name_or_path", None)) or None
+    layers = metadata["layers"]
+    segments = _named_segments(model, layers) if layout == "split" else {}
+    modules = {}
+    for at, layer in lora_layers(model).items():
+        A, B = (tensor.detach().cpu().float() for tensor in (layer.lora_A, layer.lora_B))
+        for name, pair in to_modules(at, layers[at], segments.get(at), A, B).items():
+            modules[name] = _Module(pair, layer.scaling, at)
     ratios: dict[str, float] = {}
-    pairs = {at: module.pair for at, module in modules.items()}
-    if layout == "pattern":
-        ranks = _patterns(modules)
-    else:
-        pairs, ratios, ranks = _uniform(modules)
-    targets = _target_modules(model, metadata["layers"], segments, set(modules))
-    config = json.dumps(_peft_config(model, ranks, targets, base_model), indent=2)
-    tensors = {key: t for at, pair in pairs.items() for key, t in _tensors(at, pair, modules[at].is_embedding).items()}
+    if layout != "pattern":
+        modules, ratios = _uniform(modules)
+    base_model = base_model or (None if layout == "split" else getattr(model, "name_or_path", None)) or None
+    config = _peft_config(model, modules, _target_modules(model, layers, segments, set(modules)), base_model)
+    tensors = {}
+    for at, module in modules.items():
+        is_embedding = at in layers and layers[at]["class"] == "Embedding"
+        start, end = ("lora_embedding_", "") if is_embedding else ("lora_", ".weight")
+        for side, tensor in zip("AB", module.pair, strict=True):
+            tensors[f"{PREFIX}{at}.{start}{side}{end}"] = tensor.contiguous()
     header = json.dumps({**metadata, "layout": layout, "segments": segments, "ratios": ratios})
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt", HEADER_KEY: header})
-    (path / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
+    (path / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     stops = [] if tokenizer is None else _save_tokenizer(tokenizer, path)
     if base_model and not (path / "README.md").exists():
         write_model_card(path, base_model=base_model, lora=getattr(model, "lora_config", None))
-    rank = max(len(pair.A) for pair in pairs.values())
+    rank = max(len(module.pair.A) for module in modules.values())
     rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)  # not 2^n
-    notes = _notes(model, layout, rank, base_model, stops)
-    lines = commands(path, base_model, layout, rank, stops)
-    only_peft = {"PEFT": lines["PEFT"]}
-    return PeftExport(path, layout, rank, tuple(modules), rounded, notes, lines if _is_phi3(model) else only_peft)
+    is_phi3 = getattr(getattr(model, "config", None), "model_type", None) == "phi3"
+    notes = _notes(model, layout, rank, base_model)
+    if is_phi3 and not stops:
+        notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
+    commands = _commands(path, base_model or ("LLAMA_STYLE_BASE" if layout == "split" else "BASE_MODEL"), rank, stops)
+    if layout == "pattern" or not is_phi3:  # vLLM and llama.cpp read no patterns, and know no other model
+        commands = {"PEFT": commands["PEFT"]}
+    return PeftExport(path, layout, rank, tuple(modules), rounded, tuple(notes), commands)
 
 
 def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
@@ -169,6 +177,7 @@ def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
             f"trained biases ({biases[0]}, ...) cannot be exported: vLLM and llama.cpp refuse or ignore them; "
             f"use save_merged or save_adapter, train with bias='none', or freeze biases that were not trained"
         )
+    check_finite(adapter_state_dict(model), "the adapter")
     for at, layer in layers.items():
         obstacle = _obstacle(at, layer)
         if obstacle:
@@ -179,8 +188,6 @@ def _obstacle(at: str, layer: Any) -> str | None:
     """Return why a layer cannot be part of a PEFT folder, or None."""
     if not at:
         return "PEFT adapts modules inside a model, and this layer is the model itself"
-    if layer.lora_A.is_meta:
-        return "its tensors are on the meta device, without values"
     if not layer.enabled:
         return "it is disabled or merged; leave the disabled(model) or merged(model) block first"
     if getattr(layer, "fan_in_fan_out", False):
@@ -189,8 +196,6 @@ def _obstacle(at: str, layer: Any) -> str | None:
         return "an embedding with max_norm, which PEFT applies to the adapter too"
     if isinstance(layer, Conv2d) and not is_plain_convolution(layer.conv):
         return f"{layer.conv}: PEFT's adapters support no groups, dilation or padding mode"
-    if not all(torch.isfinite(t).all() for t in (layer.lora_A, layer.lora_B)):
-        return "it holds NaN or infinite values"
     return None
 
 
@@ -207,38 +212,19 @@ def _named_segments(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, di
     return named
 
 
-def _modules(
-    model: nn.Module, layers: Mapping[str, Any], segments: Mapping[str, Mapping[str, int]]
-) -> dict[str, _Module]:
-    """Return path in the folder -> module."""
-    modules = {}
-    for path, layer in lora_layers(model).items():
-        A, B = (t.detach().cpu().float() for t in (layer.lora_A, layer.lora_B))
-        for at, pair in to_modules(path, layers[path], segments.get(path), A, B).items():
-            modules[at] = _Module(pair, layer.scaling, path, isinstance(layer, Embedding))
-    return modules
-
-
-def _uniform(modules: Mapping[str, _Module]) -> tuple[dict[str, Pair], dict[str, float], dict[str, Any]]:
-    """Bring every pair to the largest rank and the commonest scaling.
+def _uniform(modules: Mapping[str, _Module]) -> tuple[dict[str, _Module], dict[str, float]]:
+    """Bring every module to the largest rank and the commonest scaling.
 
     Returns:
-        The pairs; layer -> ratio of its scaling to the common one, where they differ; r, alpha and no patterns.
+        The modules; layer -> ratio of its scaling to the common one, where they differ.
     """
     rank = max(len(module.pair.A) for module in modules.values())
-    scaling = Counter(module.scaling for module in modules.values()).most_common(1)[0][0]
+    scaling = _commonest(module.scaling for module in modules.values())
     ratios = {m.layer: m.scaling / scaling for m in modules.values() if m.scaling != scaling}
-    pairs = {at: Pair(m.pair.A, m.pair.B * ratios.get(m.layer, 1.0)).padded(rank) for at, m in modules.items()}
-    return pairs, ratios, {"r": rank, "lora_alpha": _whole(scaling * rank), "rank_pattern": {}, "alpha_pattern": {}}
-
-
-def _patterns(modules: Mapping[str, _Module]) -> dict[str, Any]:
-    """Return the commonest rank and alpha, and patterns for the modules that have others."""
-    ranks = {at: len(module.pair.A) for at, module in modules.items()}
-    alphas = {at: _whole(module.scaling * len(module.pair.A)) for at, module in modules.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {"r": r, "lora_alpha": alpha, "rank_pattern": _pattern(ranks, r), "alpha_pattern": _pattern(alphas, alpha)}
+    uniform = {}
+    for at, (pair, _, layer) in modules.items():
+        uniform[at] = _Module(Pair(pair.A, pair.B * ratios.get(layer, 1.0)).padded(rank), scaling, layer)
+    return uniform, ratios
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -254,9 +240,8 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     return pattern
 
 
-def _whole(number: float) -> float:
-    """Return 32 for 32.0: some readers declare alpha an int."""
-    return int(number) if float(number).is_integer() else number
+def _commonest(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
 
 
 def _target_modules(
@@ -270,9 +255,13 @@ def _target_modules(
 
 
 def _peft_config(
-    model: nn.Module, ranks: Mapping[str, Any], target_modules: list[str], base_model: str | None
+    model: nn.Module, modules: Mapping[str, _Module], target_modules: list[str], base_model: str | None
 ) -> dict[str, Any]:
     """Return the contents of ``adapter_config.json``: what PEFT, transformers, vLLM and llama.cpp read, and no more."""
+    ranks = {at: len(module.pair.A) for at, module in modules.items()}
+    alphas = {at: module.scaling * len(module.pair.A) for at, module in modules.items()}
+    alphas = {at: int(alpha) if float(alpha).is_integer() else alpha for at, alpha in alphas.items()}  # vLLM: an int
+    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     lora_config = getattr(model, "lora_config", None)
     generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT wraps a model by its task
     return {
@@ -280,13 +269,13 @@ def _peft_config(
         "task_type": getattr(lora_config, "task_type", "CAUSAL_LM") if generates else None,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": ranks["r"],
-        "lora_alpha": ranks["lora_alpha"],
+        "r": r,
+        "lora_alpha": alpha,
         "lora_dropout": getattr(lora_config, "lora_dropout", 0.0),
         "use_rslora": False,
         "target_modules": target_modules,
-        "rank_pattern": ranks["rank_pattern"],
-        "alpha_pattern": ranks["alpha_pattern"],
+        "rank_pattern": _pattern(ranks, r),
+        "alpha_pattern": _pattern(alphas, alpha),
         "bias": "none",
         "modules_to_save": None,
         "fan_in_fan_out": False,
@@ -295,12 +284,6 @@ def _peft_config(
         "auto_mapping": None,
         "revision": None,
     }
-
-
-def _tensors(at: str, pair: Pair, is_embedding: bool) -> dict[str, Tensor]:
-    """Return the two tensors under PEFT's names."""
-    start, end = (f"{PREFIX}{at}.lora_embedding_", "") if is_embedding else (f"{PREFIX}{at}.lora_", ".weight")
-    return {f"{start}A{end}": pair.A.contiguous(), f"{start}B{end}": pair.B.contiguous()}
 
 
 def _save_tokenizer(tokenizer: Any, path: Path) -> list[str]:
@@ -313,12 +296,7 @@ def _save_tokenizer(tokenizer: Any, path: Path) -> list[str]:
     return list(tokenizer.convert_ids_to_tokens(stops))
 
 
-def _is_phi3(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "model_type", None) == "phi3"
-
-
-def _notes(model: nn.Module, layout: str, rank: int, base_model: str | None, stops: Sequence[str]) -> tuple[str, ...]:
-    """Return what a user of the folder should know."""
+def _notes(model: nn.Module, layout: str, rank: int, base_model: str | None) -> list[str]:
     notes = []
     config = getattr(model, "config", None)
     if layout == "pattern":
@@ -336,9 +314,7 @@ def _notes(model: nn.Module, layout: str, rank: int, base_model: str | None, sto
             f"the base on record is {base_model}, a folder of this machine; for others, give its name on the hub: "
             f"base_model='owner/name'"
         )
-    if _is_phi3(model) and not stops:
-        notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
-    return tuple(notes)
+    return notes
 
 
 def max_lora_rank(rank: int) -> int | None:
@@ -346,19 +322,13 @@ def max_lora_rank(rank: int) -> int | None:
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
-def commands(path: Path, base: str | None, layout: str, rank: int, stops: Sequence[str]) -> dict[str, str]:
-    """Return tool -> command lines, without the tools that would compute something else.
-
-    ``stops`` are the texts at which an answer ends.
-    """
-    model = base or ("LLAMA_STYLE_BASE" if layout == "split" else "BASE_MODEL")
-    folder, name, gguf = str(path), path.resolve().name or "adapter", path / "adapter.gguf"
+def _commands(path: Path, model: str, rank: int, stops: Sequence[str]) -> dict[str, str]:
+    """Return tool -> command lines; ``stops`` are the texts at which an answer ends."""
+    folder, name, gguf = str(path), path.resolve().name or "adapter", str(path / "adapter.gguf")
     lines = {
         "PEFT": "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), {path.as_posix()!r})"
     }
-    if layout == "pattern":
-        return lines  # vLLM and llama.cpp use one alpha / r for all modules
     allowed = max_lora_rank(rank)
     if allowed is not None:
         lines["vLLM"] = (
@@ -367,11 +337,12 @@ def commands(path: Path, base: str | None, layout: str, rank: int, stops: Sequen
         )
     base_option = "--base" if os.path.isdir(model) else "--base-model-id"
     lines["llama.cpp"] = (
-        f"python convert_lora_to_gguf.py {base_option} {quote(model)} --outfile {quote(str(gguf))} {quote(folder)}\n"
-        f"llama-cli -m base.gguf --lora {quote(str(gguf))}  # base.gguf: convert_hf_to_gguf.py of the base"
+        f"python convert_lora_to_gguf.py {base_option} {quote(model)} --outfile {quote(gguf)} {quote(folder)}\n"
+        f"llama-cli -m base.gguf --lora {quote(gguf)}  # base.gguf: convert_hf_to_gguf.py of the base"
     )
-    modelfile = ["FROM ./base.gguf", f"ADAPTER {gguf}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
-    lines["Ollama"] = "\n".join(
-        ["cat > Modelfile <<'END'", *modelfile, "END", f"ollama create {quote(name)} -f Modelfile"]
+    stop_lines = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
+    lines["Ollama"] = (
+        f"cat > Modelfile <<'END'\nFROM ./base.gguf\nADAPTER {gguf}\n{stop_lines}END\n"
+        f"ollama create {quote(name)} -f Modelfile"
     )
     return lines

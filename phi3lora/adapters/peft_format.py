@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
 from ..config import LoraConfig, lora_scaling
-from ..errors import is_int, is_number, short_repr
+from ..errors import ConfigError, short_repr
 from ..files import read_json
 from ..lora.layers import Segment, adapted_segments
 
@@ -83,7 +83,7 @@ class PeftConfig:
         """Return the rank and alpha of the module at ``path`` (without prefix), as PEFT's ``get_pattern_key`` does."""
 
         def first(pattern: Mapping[str, Any], default: Any) -> Any:
-            return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+            return next((value for key, value in pattern.items() if re.match(_path_regex(key), path)), default)
 
         return first(self.rank_pattern, self.common.r), first(self.alpha_pattern, self.common.lora_alpha)
 
@@ -105,16 +105,14 @@ def read_config(folder: Path) -> PeftConfig:
     """
     try:
         found = read_json(folder / CONFIG_NAME)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(f"{CONFIG_NAME} is not a readable PEFT config: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{CONFIG_NAME} holds a {type(found).__name__}; allowed: a JSON object")
     if found.get("peft_type") != "LORA":
         raise ValueError(f"{CONFIG_NAME}: peft_type={short_repr(found.get('peft_type'))}; allowed: 'LORA'")
     for name, value in found.items():
         _check_setting(name, value)
-    _check_pattern(found, "rank_pattern", "whole numbers >= 1", lambda rank: is_int(rank, 1))
-    _check_pattern(found, "alpha_pattern", "numbers > 0", lambda alpha: is_number(alpha) and alpha > 0)
     common = LoraConfig(
         r=found.get("r", 8),
         lora_alpha=found.get("lora_alpha", 8),
@@ -123,34 +121,36 @@ def read_config(folder: Path) -> PeftConfig:
         task_type=found.get("task_type"),
         target_modules=["any"],
     )
-    return PeftConfig(common, found.get("rank_pattern") or {}, found.get("alpha_pattern") or {})
+    ranks, alphas = (found.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    for name, pattern, field in (("rank_pattern", ranks, "r"), ("alpha_pattern", alphas, "lora_alpha")):
+        try:
+            for key, value in pattern.items():
+                re.compile(_path_regex(key))
+                replace(common, **{field: value})  # validates the value
+        except (AttributeError, re.error, ConfigError) as error:
+            allowed = f"a dict of regular expressions to values of {field}"
+            raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(pattern)}: {error}; allowed: {allowed}") from error
+    return PeftConfig(common, ranks, alphas)
+
+
+def _path_regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _check_setting(name: str, value: Any) -> None:
     """Raise ValueError for a setting that would change what the adapter computes and has no counterpart here."""
-    if name in _ALLOWED and name not in _READ:
-        if not any(value == allowed and type(value) is type(allowed) for allowed in _ALLOWED[name]):
+    if name in _READ:
+        return
+    if name in _ALLOWED:
+        if value not in _ALLOWED[name]:
             why = f" ({_WHY[name]})" if name in _WHY else ""
             allowed = ", ".join(map(repr, _ALLOWED[name]))
             raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(value)} cannot be imported{why}; allowed: {allowed}")
-    elif name not in _READ and name not in IGNORED_LORA_ARGUMENTS and value:
+    elif value and name not in IGNORED_LORA_ARGUMENTS:
         raise ValueError(
             f"{CONFIG_NAME}: unknown setting {short_repr(name)[1:-1]}={short_repr(value)}; take it out of the file if "
             f"it does not change what the adapter computes"
         )
-
-
-def _check_pattern(found: dict[str, Any], name: str, values: str, is_allowed: Any) -> None:
-    pattern, allowed = found.get(name) or {}, f"allowed: a dict of regular expressions to {values}"
-    if not isinstance(pattern, dict):
-        raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(pattern)}; {allowed}")
-    for key, value in pattern.items():
-        try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            raise ValueError(f"{CONFIG_NAME}: {name}: {key!r} is no regular expression ({error})") from error
-        if not is_allowed(value):
-            raise ValueError(f"{CONFIG_NAME}: {name}: {key!r}: {short_repr(value)}; {allowed}")
 
 
 class Pair(NamedTuple):

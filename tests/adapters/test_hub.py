@@ -300,30 +300,27 @@ def test_a_peft_folder_whose_base_may_be_on_the_hub_is_sent(hub, folder, monkeyp
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        ({"repos/create": 401, "api/models": 401}, r"refuses the token \(401\); give token="),
-        ({"repos/create": 403, "api/models": 404}, r"refuses the token \(403\)"),
-        ({"repos/create": 404}, "no such repository or owner"),
-        ({"/preupload/": 404}, "no such repository or owner"),
-        ({"/commit/": 403}, r"refuses the token \(403\)"),
-        ({"/lfs-store/": 403}, r"refuses the token \(403\)"),
-        ({"repos/create": 400}, "Bad request: no$"),
+        ({"repos/create": 401, "api/models": 401}, "401"),
+        ({"repos/create": 403, "api/models": 404}, "403"),
+        ({"/preupload/": 404}, "404"),
+        ({"/lfs-store/": 403}, "403"),
+        ({"/commit/": 400}, "Bad request"),
     ],
     ids=str,
 )
-def test_the_hub_s_refusals_become_one_line_each(hub, folder, fail, message):
+def test_a_refusal_of_the_hub_is_one_line(hub, folder, fail, message):
     hub.fail = fail
-    with pytest.raises(AdapterError, match=message) as caught:
+    with pytest.raises(AdapterError, match=rf"not uploaded to 'you/support' at {hub.url}: .*{message}.*token="):
         push(hub, folder)
-    assert "'you/support'" in str(caught.value)
     assert hub.files == {}
 
 
-def test_an_unreachable_hub_a_bad_name_and_offline_mode_say_so(hub, folder, monkeypatch):
-    with pytest.raises(AdapterError, match=r"http://127\.0\.0\.1:1 cannot be reached"):
+def test_an_unreachable_hub_a_bad_name_and_offline_mode_are_one_line(hub, folder, monkeypatch):
+    with pytest.raises(AdapterError, match=r"at http://127\.0\.0\.1:1: .*[Cc]onnect"):
         p3.push_to_hub(folder, "you/support", endpoint="http://127.0.0.1:1", token=TOKEN)
-    with pytest.raises(AdapterError, match="a/b/c"):  # not a name that the hub allows
+    with pytest.raises(AdapterError, match="'a/b/c'"):
         p3.push_to_hub(folder, "a/b/c", endpoint=hub.url, token=TOKEN)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(AdapterError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(AdapterError, match="HF_HUB_OFFLINE"):
         push(hub, folder)
     assert hub.requests == []

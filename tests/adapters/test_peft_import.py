@@ -134,7 +134,7 @@ def test_a_pickle_of_tensors_is_read_and_one_with_code_is_not(tmp_path):
     p3.import_peft(ours, tmp_path)
     assert_same_logits(ours, theirs)
     torch.save({**tensors, "x": Path("/")}, tmp_path / "adapter_model.bin")
-    assert_refused(base_model(), tmp_path, "cannot be read without running code from it")
+    assert_refused(base_model(), tmp_path, "not a readable pickle of tensors only")
 
 
 # --- Refusals
@@ -171,9 +171,9 @@ def assert_refused(model, path, message: str, error=AdapterError) -> None:
         ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
         ({"lora_alpha": -1}, "lora_alpha=-1"),
         ({"use_rslora": "yes"}, "use_rslora='yes'"),
-        ({"rank_pattern": {"o_proj": 0}}, "rank_pattern: 'o_proj': 0; allowed: .*whole numbers >= 1"),
-        ({"alpha_pattern": {"o_proj": "x"}}, "alpha_pattern: 'o_proj': 'x'"),
-        ({"rank_pattern": {"(": 4}}, r"rank_pattern: '\(' is no regular expression"),
+        ({"rank_pattern": {"o_proj": 0}}, "rank_pattern=.*: r=0; allowed: "),
+        ({"alpha_pattern": {"o_proj": "x"}}, "alpha_pattern=.*lora_alpha='x'"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern=.*unterminated.*a dict of regular expressions"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\]"),
     ],
     ids=str,
@@ -267,7 +267,7 @@ def test_unreadable_folders_are_refused(tmp_path):
     whole = (path / "adapter_model.safetensors").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"x" * 100):
         (path / "adapter_model.safetensors").write_bytes(damaged)
-        assert_refused(model, path, "not a readable safetensors file")
+        assert_refused(model, path, "not a readable safetensors")
     (path / "adapter_model.safetensors").unlink()
     assert_refused(model, path, "has no adapter_model.safetensors")
     for text in ("{", "[1]", ""):
