@@ -27,7 +27,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes the log."""
+        """True for the one process that prints and writes the log."""
         return self.rank == 0
 
     def sum_over_ranks(self, count: int) -> int:

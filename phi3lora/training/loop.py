@@ -91,7 +91,7 @@ class TrainingResult:
     best_checkpoint: str | None
     """Path of the best checkpoint by ``metric_for_best_model``; None without evaluations."""
     interrupted: bool = False
-    """Whether Ctrl-C or SIGTERM ended the run; ``resume_from_checkpoint=True`` continues it."""
+    """True if Ctrl-C or SIGTERM ended the run; ``resume_from_checkpoint=True`` continues it."""
 
 
 def train(
@@ -204,7 +204,7 @@ class _StepRecord:
     tokens_seen: int
     """Tokens trained on in the whole run, including this step."""
     log: bool
-    """Whether a log line is due."""
+    """True if a log line is due."""
 
 
 class _Run:

@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -180,28 +178,6 @@ def test_a_run_cut_again_and_again_equals_the_uncut_run(tmp_path):
     assert_equals_uncut(tmp_path, result, adapters)
 
 
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-import test_resume
-def by_kill(state):
-    os.kill(os.getpid(), signal.SIGKILL)
-test_resume.train({folder!r}, callbacks=[test_resume.Cut(7, by_kill)])
-"""
-
-
-@pytest.mark.slow
-def test_a_process_killed_by_kill_9_resumes_to_the_uncut_run(tmp_path):
-    here = Path(__file__).parent
-    script = SCRIPT.format(paths=[str(here), str(here.parent), str(here.parent.parent)], folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert metrics_file(tmp_path)[-1]["step"] == 7
-    result, adapters = resumed(tmp_path)
-    assert_equals_uncut(tmp_path, result, adapters)
-
-
 def test_lines_that_a_callback_adds_to_the_history_survive_a_resume(tmp_path):
     class Notes(p3.Callback):
         def on_step_end(self, state):
@@ -234,11 +210,6 @@ def test_resuming_a_finished_run_with_evaluations_evaluates_no_step_twice(tmp_pa
     again, _ = resumed(tmp_path, eval_steps=4)
     assert columns(again.history) == columns(first.history)
     assert again.metrics["eval_loss"] == first.metrics["eval_loss"]
-
-
-def test_auto_without_a_checkpoint_starts_from_scratch(tmp_path):
-    result, adapters = train(tmp_path / "new", resume_from_checkpoint="auto")
-    assert_equals_uncut(tmp_path / "new", result, adapters)
 
 
 def test_true_without_a_checkpoint_is_an_error_and_writes_nothing(tmp_path):
@@ -286,6 +257,7 @@ OTHER_RUNS = {
     "row length": ({"max_length": 80}, r"row_length of the data 64 then, 80 now"),
     "dropout": ({"dropout": 0.2}, r"lora_dropout 0.1 then, 0.2 now"),
     "r": ({"r": 2}, r"adapters of 8 layers, .*'r': 4.* then, .*'r': 2.* now"),
+    "base": ({"dtype": torch.bfloat16}, r"base weights torch.float32 then, torch.bfloat16 now"),
     "lora+": ({"lora_plus_lr_ratio": 16.0}, r"lora_plus_lr_ratio None then, 16.0 now"),
     "data": ({"dataset": chat_dataset(20)}, r"documents of the data 24 then, 20 now"),
     "masks": ({"dataset": chat_dataset(train_on="last")}, r"fingerprint of the data '\w+' then, '\w+' now"),
@@ -303,7 +275,8 @@ def cut_run(tmp_path_factory):
 def test_another_runs_checkpoint_is_refused_and_the_difference_is_named(cut_run, what):
     changes, message = OTHER_RUNS[what]
     changes = dict(changes)
-    model = adapted_model(lora_dropout=changes.pop("dropout", 0.1), r=changes.pop("r", 4))
+    lora = {"lora_dropout": changes.pop("dropout", 0.1), "r": changes.pop("r", 4)}
+    model = adapted_model(dtype=changes.pop("dtype", torch.float32), **lora)
     dataset = changes.pop("dataset", None) or chat_dataset()
     settings = {**RUN, **changes, "resume_from_checkpoint": True}
     before, files = adapters_of(model), sorted(cut_run.rglob("*"))
@@ -314,12 +287,12 @@ def test_another_runs_checkpoint_is_refused_and_the_difference_is_named(cut_run,
     assert sorted(cut_run.rglob("*")) == files
 
 
-@pytest.mark.parametrize("what", ["learning_rate", "dropout", "data", "optimizer"])
+@pytest.mark.parametrize("what", ["learning_rate", "dropout", "data", "optimizer", "r"])
 def test_resume_with_changes_logs_the_differences_and_continues(cut_run, tmp_path, caplog, what):
     changes, message = OTHER_RUNS[what]
     folder = shutil.copytree(cut_run, tmp_path / "run")
-    if what == "optimizer":  # one optimizer cannot use another's state
-        with pytest.raises(p3.CheckpointError, match="optim 'adamw_torch' then, 'sgd' now"):
+    if what in ("optimizer", "r"):  # one optimizer cannot use another's state
+        with pytest.raises(p3.CheckpointError, match=message):
             resumed(folder, resume_with_changes=True, **changes)
         return
     with caplog.at_level(logging.WARNING, logger="phi3lora"):
@@ -329,30 +302,15 @@ def test_resume_with_changes_logs_the_differences_and_continues(cut_run, tmp_pat
     assert re.search(message, record.message)
 
 
-def test_other_adapters_are_refused_even_with_resume_with_changes(cut_run):
-    with pytest.raises(p3.CheckpointError, match="adapters of 8 layers"):
-        resumed(cut_run, resume_with_changes=True, r=2)
-
-
-@pytest.mark.parametrize("package", ["torch", "transformers"])
-def test_another_version_is_a_change_and_another_build_is_not(cut_run, tmp_path, monkeypatch, package):
+def test_another_version_is_a_change_and_another_build_is_not(cut_run, tmp_path, monkeypatch):
     folder = shutil.copytree(cut_run, tmp_path / "run")
     here = checkpoint._versions()
     monkeypatch.setattr(checkpoint, "_versions", lambda: {**here, "torch": here["torch"].partition("+")[0] + "+cu999"})
     resumed(shutil.copytree(cut_run, tmp_path / "build"))
-    monkeypatch.setattr(checkpoint, "_versions", lambda: {**here, package: "9.9.9"})
-    with pytest.raises(p3.CheckpointError, match=rf"{package} .* then, 9\.9\.9 now.*resume_with_changes=True"):
+    monkeypatch.setattr(checkpoint, "_versions", lambda: {**here, "transformers": "9.9.9"})
+    with pytest.raises(p3.CheckpointError, match=r"transformers .* then, 9\.9\.9 now.*resume_with_changes=True"):
         resumed(folder)
     resumed(folder, resume_with_changes=True)
-
-
-def test_a_base_model_of_another_dtype_is_another_run(cut_run):
-    model = adapted_model(dtype=torch.bfloat16, lora_dropout=0.1)
-    with pytest.raises(p3.CheckpointError, match="another run"):
-        p3.train(
-            model, chat_dataset(), quiet_config(cut_run, **RUN, resume_from_checkpoint=True),
-            eval_dataset=chat_dataset(5),
-        )  # fmt: skip
 
 
 def test_the_number_of_steps_may_change_and_a_longer_run_equals_one_that_was_long_from_the_start(tmp_path):

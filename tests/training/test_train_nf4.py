@@ -19,7 +19,7 @@ IDS = torch.arange(10, 30)[None]
 
 
 def model_in(base_precision: str | None):
-    """The same pretrained model each time, in float32 or nf4."""
+    """Return one fixed pretrained model, in float32 or nf4."""
     model = lively_model()
     if base_precision is not None:
         quantize_base(model, base_precision)
