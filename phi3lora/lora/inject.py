@@ -215,8 +215,9 @@ def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[s
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, Phi3Attention):
-            q = module.config.num_attention_heads * module.head_dim
-            kv = module.config.num_key_value_heads * module.head_dim
+            sizes: Any = module.config
+            q = sizes.num_attention_heads * module.head_dim
+            kv = sizes.num_key_value_heads * module.head_dim
             fused[prefix + "qkv_proj"] = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         elif isinstance(module, Phi3MLP):
             width = module.config.intermediate_size

@@ -187,9 +187,10 @@ def _read(name: str, source: dict[str, Any], use_cache: bool, options: dict[str,
     try:
         config = AutoConfig.from_pretrained(name, **source)
         config.use_cache = use_cache
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, output_loading_info=True, **source, **options
         )
+        model, loading_info = loaded
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
         raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
