@@ -25,6 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--limit-s", type=float, help="skip the tests that have not begun after so many seconds")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu without one. With one, warnings of other packages (torch's compiler) are not errors."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     limit_s = item.config.getoption("--limit-s")
     if limit_s is not None and time.monotonic() - _STARTED_S > limit_s:

@@ -273,7 +273,6 @@ def test_the_command_s_exit_status_says_whether_there_are_errors(tmp_path, monke
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_model_and_its_generator_are_restored(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
     model = adapted_model(dtype=torch.bfloat16, changes=sizes, lora_dropout=0.1).cuda()

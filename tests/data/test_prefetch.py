@@ -149,7 +149,6 @@ def test_a_batch_for_the_cpu_is_returned_unchanged():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_batch_for_a_gpu_is_pinned():
     batch = BatchPlan(chat_dataset(4), 2, 64).tensors([(0,), (1,)])
     for key, value in pinned(batch, torch.device("cuda", 0)).items():

@@ -15,7 +15,7 @@ from phi3lora.model.attention import packed_forward_kwargs, use_packed_attention
 from phi3lora.model.backend import Backend, choose_backend, use_backend
 from phi3lora.model.forward import batch_to
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 LAYOUTS = {"chats": [random_documents(100, 20), random_documents(64, 50, 10)], "full rows": [random_documents(128)] * 2}
 MODEL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 

@@ -226,13 +226,11 @@ def test_the_layout_on_a_gpu_is_full_rows_or_the_documents_edges(tokens, edges, 
     assert packed_layout(SimpleNamespace(sliding_window=window), batch) == expected
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GPU_CONFIG = {"hidden_size": 128, "intermediate_size": 96}  # heads of 32
 GPU_VARIANTS = {**ATTENTION_VARIANTS, "longrope": {}, "multi-query": {"num_key_value_heads": 1}}
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("changes", GPU_VARIANTS.values(), ids=GPU_VARIANTS)
 def test_varlen_packed_equals_separate(changes, dtype):
@@ -245,7 +243,6 @@ def test_varlen_packed_equals_separate(changes, dtype):
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_varlen_is_what_runs_in_16_bits_and_no_mask_is_made():
     register()
     model = tiny_model(**GPU_CONFIG, attention_dropout=0.1).to("cuda")
@@ -263,7 +260,6 @@ def test_varlen_is_what_runs_in_16_bits_and_no_mask_is_made():
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("length", [63, 64, 65, 66, 100])
 def test_varlen_keeps_the_window_wherever_a_label_can_see_it(length):
     """Through window + 1 tokens only the last position differs from plain causal, and it predicts nothing."""

@@ -93,7 +93,6 @@ def test_the_prediction_for_a_quantised_base_is_that_of_the_quantised_model(base
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 def test_the_prediction_is_within_a_tenth_of_the_measured_peak(mode):
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}

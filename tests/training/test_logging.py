@@ -205,7 +205,6 @@ def test_waiting_returns_everything_and_waits_only_for_what_is_missing(pending):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_value_is_the_one_at_the_time_of_adding():
     metrics, value = DeferredMetrics(), torch.ones(2, device="cuda")
     metrics.add(value, "before")

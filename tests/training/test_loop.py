@@ -432,7 +432,6 @@ def test_an_interrupted_run_is_saved_even_with_save_strategy_no(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling on the CPU takes minutes")
 def test_a_compiled_run_equals_an_eager_one_to_rounding(tmp_path):
     losses = []
     for compiled in (False, True):

@@ -24,8 +24,6 @@ from phi3lora.training.optim import (
     warmup_steps,
 )
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
 
 def reference(kind, warmup, total):
     """transformers' factor of the peak learning rate, as a function of the step."""
@@ -168,8 +166,8 @@ def test_state_of_another_librarys_adamw_or_of_another_shape_is_refused():
     "optim",
     [
         "adamw_8bit",
-        pytest.param("paged_adamw_8bit", marks=on_gpu),
-        pytest.param("paged_adamw_32bit", marks=on_gpu),
+        pytest.param("paged_adamw_8bit", marks=pytest.mark.gpu),
+        pytest.param("paged_adamw_32bit", marks=pytest.mark.gpu),
     ],
 )
 def test_a_run_of_bitsandbytes_resumes_with_its_moments(tmp_path, optim):
@@ -204,7 +202,6 @@ def test_a_run_of_bitsandbytes_resumes_with_its_moments(tmp_path, optim):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
 def test_paged_moments_of_a_large_tensor_survive_a_checkpoint(tmp_path, optim):
     config = quiet_config("unused", optim=optim, learning_rate=1e-2)

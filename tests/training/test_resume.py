@@ -342,7 +342,6 @@ def test_metrics_that_arrive_late_are_in_the_checkpoint_and_the_history(tmp_path
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cpu_checkpoint_continues_on_a_gpu_to_rounding(tmp_path):
     def run(folder, device, **changes):
         model = adapted_model().to(device)  # float32: no rounding but of the order of sums
