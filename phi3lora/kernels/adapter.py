@@ -19,8 +19,6 @@ Gradients are float32, in the shapes of ``lora_A`` and ``lora_B``.
 Shapes: N tokens, ``in`` and ``out`` features, r rank.
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 import functools
@@ -41,27 +39,25 @@ from .launch import next_power_of_2
 class Adapter:
     """One adapted projection, ready for the kernels."""
 
-    lora_A: Tensor
-    """float32 (k*r, in), the Parameter."""
-    lora_B: Tensor
-    """float32 (sum of adapted widths, r), the Parameter."""
-    A: Tensor
-    """(k*R, in) in the compute dtype."""
-    B: Tensor
-    """(out, R) in the compute dtype."""
+    lora_A: Tensor  # the parameter, float32 (k*r, in)
+    lora_B: Tensor  # the parameter, float32 (sum of adapted widths, r)
+    A: Tensor  # (k*R, in) in the compute dtype
+    B: Tensor  # (out, R) in the compute dtype
     r: int
     R: int
-    segments: tuple[Segment, ...]
-    """Adapted segments, with their places in ``lora_A`` counted at the padded rank R."""
+    segments: tuple[Segment, ...]  # the adapted ones; their rows of lora_A are counted at the padded rank R
     scaling: float
     dropout: float
-    seed: int
-    """Seed of this forward's dropout mask."""
+    seed: int  # of this forward's dropout mask
+
+    def __bool__(self) -> bool:
+        """Return False for :data:`NO_ADAPTER` alone."""
+        return self.r > 0
 
     @property
     def width(self) -> int:
         """Number of columns of z: k*R."""
-        return self.A.shape[0]
+        return self.A.shape[0] if self else self.R
 
     def offset(self, column: int) -> int:
         """Return the first column of z that belongs to the segment of an output column."""
@@ -80,19 +76,18 @@ class Adapter:
         return (rows[0] if len(rows) == 1 else dB if len(dB) == len(self.lora_B) else torch.cat(rows))[:, : self.r]
 
 
-Pending = tuple[Tensor | None, Tensor | None, Adapter | None]
-"""A projection's output that is still to be added to the residual stream: y (N, D), z (N, R), its adapter."""
+_NOTHING: Any = None
+NO_ADAPTER = Adapter(_NOTHING, _NOTHING, _NOTHING, _NOTHING, 0, 16, (), 1.0, 0.0, 0)
+"""Adapter of a projection without one: kernels get None for its tensors and leave its part out."""
 
-NOTHING_PENDING: Pending = (None, None, None)
+Pending = tuple[Tensor | None, Tensor | None, Adapter]
+"""A projection's output, not yet added to the residual stream: y (N, D), z (N, R), the projection's adapter."""
 
-
-def padded_rank(r: int) -> int:
-    """Return R, the smallest size a tensor core takes that holds rank r."""
-    return max(16, next_power_of_2(r))
+NOTHING_PENDING: Pending = (None, None, NO_ADAPTER)
 
 
 def compute_copies(parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[Tensor, Tensor]:
-    """Return a copy of each parameter in the compute dtype, all cast at once: hundreds of casts would leave gaps."""
+    """Return each parameter's copy in the compute dtype, all from one cast: hundreds would leave the GPU idle."""
     flat = torch.cat([p.detach().flatten() for p in parameters]).to(dtype)
     parts = flat.split([p.numel() for p in parameters])
     return {p: part.view_as(p) for p, part in zip(parameters, parts, strict=True)}
@@ -101,18 +96,18 @@ def compute_copies(parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[Ten
 _segments = functools.cache(adapted_segments)  # the same few in every layer of every forward
 
 
-def make_adapter(layer: Any, copies: Mapping[Tensor, Tensor], seed: int) -> Adapter | None:
-    """Return the adapter of a linear layer for the kernels; None where it has none or it is switched off.
+def make_adapter(layer: Any, copies: Mapping[Tensor, Tensor], seed: int) -> Adapter:
+    """Return the adapter of a linear layer for the kernels; NO_ADAPTER where it has none or it is switched off.
 
     Args:
         layer: a ``Linear``, a ``MergedLinear`` or a plain linear layer.
-        copies: its ``lora_A`` and ``lora_B`` -> the same in the compute dtype.
+        copies: what :func:`compute_copies` returned for its ``lora_A`` and ``lora_B``.
         seed: the seed of its dropout mask.
     """
     r = getattr(layer, "r", 0)
     if r == 0 or not layer.enabled:
-        return None
-    R, A, B = padded_rank(r), copies[layer.lora_A], copies[layer.lora_B]
+        return NO_ADAPTER
+    R, A, B = max(16, next_power_of_2(r)), copies[layer.lora_A], copies[layer.lora_B]
     segments = _segments(tuple(layer.segments), tuple(layer.enable_lora), R)
     if r != R:
         padded = A.new_zeros((len(segments), R, A.shape[1]))

@@ -7,20 +7,20 @@ transformers' ``Phi3DecoderLayer`` says what is computed; this file computes the
     y, z    = attend(q, k, v) W_o', ... A_o'                         model/attention.py, o_proj.py
     h, x, z = add_norm(h, (y, z))
     x, z    = swiglu(x W_gate_up', z)                                swiglu.py
-    pending = x W_down', z                                           what the next layer's add_norm adds to h
+    pending = x W_down', z                                           the next layer's add_norm adds it to h
 
-The kernels do all that an adapter adds on their way. For the backward a layer keeps h twice, q, k, v, attention's
-output, the gate/up product and the low-rank activations; with ``"selective"`` checkpointing not the product, with
-``"full"`` only h, with ``"offload"`` h on the host.
+The kernels compute the adapters' part along the way. For the backward a layer keeps h twice, q, k, v, attention's
+output, the gate/up product and the low-rank activations. Under ``"selective"`` checkpointing it does not keep the
+product; under ``"full"`` it keeps only h, and under ``"offload"`` it keeps h on the host.
 
-How it is plugged in. Inside :func:`fused_layers` each decoder layer's ``forward`` is :func:`_layer_forward`, and
-:func:`fused_decoder` calls the layers one after the other. So all that depends on the call of a layer works: hooks,
-recomputation, FSDP2's gathering of parameters. One layer hands the next either
+Plugging in. Inside :func:`fused_layers` each decoder layer's ``forward`` is :func:`_layer_forward`, and
+:func:`fused_decoder` calls the layers one after the other. They are still called as modules, so hooks, recomputation
+and FSDP2's gathering of parameters work. One layer hands the next either
 
-    h (N, D), pending       the last product is still to be added to h, by the next layer's first kernel
+    h (N, D), pending       the next layer's first kernel adds the last product to h
     h (B, S, D)             as in transformers, where a hook sees it or the backward recomputes the layer
 
-:func:`unsupported_reason` says why a model must go through transformers' own layers instead.
+:func:`unsupported_reason` says why a model must use transformers' own layers instead.
 
 Shapes: B rows, S tokens a row, N = B*S, D hidden size, I intermediate size, H heads, n rotary components.
 """
@@ -47,7 +47,7 @@ from ..lora.layers import Linear, MergedLinear
 from ..model.activations import recompute, recomputes_feed_forward, recomputes_layer
 from ..model.attention import NAME, packed_attention, packed_layout
 
-_LARGEST_R = 128  # beyond it no block of the kernels fits in shared memory everywhere
+_LARGEST_R = 128  # above it, some GPU's shared memory holds no block of the kernels
 _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
@@ -56,9 +56,9 @@ _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "m
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
-    """Make the kernels each decoder layer's ``forward`` for the block; :func:`fused_decoder` needs it.
+    """Replace each decoder layer's ``forward`` by the kernels for the block, for :func:`fused_decoder`.
 
-    A forward of the model by any other way (``generate``, a call of your own) goes through transformers' code.
+    Any other call of the model (``generate``, a call of your own) still runs transformers' code.
     """
     layers = list(model.get_decoder().layers)  # type: ignore[operator]
     before = [vars(layer).get("forward") for layer in layers]
@@ -80,7 +80,7 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         model: a Phi-3 for which :func:`unsupported_reason` is None, inside :func:`fused_layers`.
         batch: what ``phi3lora.batches`` yields, on the model's device.
     """
-    from .adapter import NOTHING_PENDING, compute_copies, make_adapter
+    from .adapter import NO_ADAPTER, NOTHING_PENDING, compute_copies, make_adapter
     from .norm import add, add_norm
 
     decoder: Any = model.get_decoder()  # type: ignore[operator]
@@ -92,20 +92,21 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     tokens = _Tokens(rows, cos, sin, packed_layout(model.config, batch))
     projections = decoder_projections(decoder)
     adapted = [p for p in projections if getattr(p, "r", 0)]
-    seeds = _dropout_seeds(projections)
+    seeds = [0] * len(projections)
+    if any(p.lora_dropout.p and p.lora_dropout.training for p in adapted):  # an evaluation must not draw any
+        seeds = torch.randint(2**31 - 1, (len(projections),)).tolist()
     copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
     adapters = [make_adapter(p, copies, seed) for p, seed in zip(projections, seeds, strict=True)]
     h, pending = h.flatten(0, 1), NOTHING_PENDING  # (N, D)
     for i, layer in enumerate(decoder.layers):
         inputs = (tokens, adapters[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)])
-        # nn.Module's own call: in older releases of transformers, GradientCheckpointingLayer's would recompute the
-        # hooks too, where newer ones and _layer_forward recompute the forward alone.
+        # nn.Module's own call: GradientCheckpointingLayer's would recompute hooks too in older transformers.
         if recomputes_layer(layer) or _has_hooks(layer):
             h = nn.Module.__call__(layer, add(h, pending).view(*rows, -1), fused_inputs=inputs).flatten(0, 1)
             pending = NOTHING_PENDING
         else:
             h, pending = nn.Module.__call__(layer, h, pending=pending, fused_inputs=inputs)
-    return add_norm(h, pending, decoder.norm.weight, decoder.norm.variance_epsilon, None)[1]
+    return add_norm(h, pending, decoder.norm.weight, decoder.norm.variance_epsilon, NO_ADAPTER)[1]
 
 
 def decoder_projections(decoder: Any) -> list[Any]:
@@ -119,16 +120,6 @@ def decoder_projections(decoder: Any) -> list[Any]:
     ]  # fmt: skip
 
 
-def _dropout_seeds(projections: Sequence[Any]) -> list[int]:
-    """Return a seed for each projection: its mask is made anew from it wherever it is needed.
-
-    torch's own generator draws them, and only where there is dropout: an evaluation must not move the training's masks.
-    """
-    if not any(getattr(p, "r", 0) and p.lora_dropout.p and p.lora_dropout.training for p in projections):
-        return [0] * len(projections)
-    return torch.randint(2**31 - 1, (len(projections),)).tolist()
-
-
 # --- One layer
 
 
@@ -136,14 +127,10 @@ def _dropout_seeds(projections: Sequence[Any]) -> list[int]:
 class _Tokens:
     """Layout and positions of a micro-batch's tokens."""
 
-    rows: tuple[int, int]
-    """(B, S)."""
-    cos: Tensor
-    """(N, n), at each token's position, in the compute dtype."""
-    sin: Tensor
-    """(N, n), like ``cos``."""
-    layout: dict[str, Any]
-    """Arguments of :func:`packed_attention` that tell where documents end."""
+    rows: tuple[int, int]  # (B, S)
+    cos: Tensor  # (N, n), at each token's position, in the compute dtype
+    sin: Tensor  # (N, n)
+    layout: dict[str, Any]  # what packed_layout returned
 
 
 def _layer_forward(
@@ -157,47 +144,35 @@ def _layer_forward(
     """Compute a decoder layer: h (N, D), pending -> h (N, D), pending; without pending h (B, S, D) -> h (B, S, D).
 
     This is the layer's ``forward`` inside :func:`fused_layers`. ``fused_inputs`` are the micro-batch and the adapters
-    of the four projections; without them the caller is another than :func:`fused_decoder` and gets transformers' code.
+    of the four projections. A caller that does not pass them, any but :func:`fused_decoder`, gets transformers' code.
     """
     if fused_inputs is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    from .adapter import NOTHING_PENDING
+    from .norm import add
+
+    down, adapter = base_weight_of(layer.mlp.down_proj), fused_inputs[1][-1]
     if pending is not None:
         h, x, z = _up_to_down_proj(layer, *fused_inputs, hidden_states, pending, False)
-        return h, (base_linear(x, base_weight_of(layer.mlp.down_proj)), z, fused_inputs[1][-1])
-    recomputed = recomputes_layer(layer)
-    whole = _WholeLayer(layer, fused_inputs, recomputed)
-    return recompute(layer, whole, hidden_states) if recomputed else whole(hidden_states)
+        return h, (base_linear(x, down), z, adapter)
+    recomputed, called = recomputes_layer(layer), False
 
+    def whole_layer(hidden_states: Tensor) -> Tensor:
+        # A second call is the backward's recomputation. It needs the graph, but nothing reads the layer's output, so
+        # it skips the last product, a seventh of the layer's work, and the sum after it.
+        nonlocal called
+        again, called = called, True
+        h, x, z = _up_to_down_proj(layer, *fused_inputs, hidden_states.flatten(0, 1), NOTHING_PENDING, recomputed)
+        y = base_linear(x, down, h.shape[1] if again else 0)
+        return add(h.view(hidden_states.shape), (y, z, adapter), needed=not again)
 
-class _WholeLayer:
-    """A layer from hidden states to hidden states, (B, S, D) both, for hooks and for recomputation.
-
-    Recomputation calls it a second time, in the backward, for the graph alone: nothing reads the layer's output then,
-    so its last product, a seventh of the layer's work, and the sum after it are left out.
-    """
-
-    def __init__(self, layer: Any, fused_inputs: tuple[_Tokens, Sequence[Any]], recomputed: bool) -> None:
-        self.layer, self.fused_inputs, self.recomputed = layer, fused_inputs, recomputed
-        self.called = False
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        from .adapter import NOTHING_PENDING
-        from .norm import add
-
-        h = hidden_states.flatten(0, 1)  # (N, D)
-        h, x, z = _up_to_down_proj(self.layer, *self.fused_inputs, h, NOTHING_PENDING, self.recomputed)
-        again, self.called = self.called, True
-        y = base_linear(x, base_weight_of(self.layer.mlp.down_proj), h.shape[1] if again else 0)
-        return add(h.view(hidden_states.shape), (y, z, self.fused_inputs[1][-1]), needed=not again)
+    return recompute(layer, whole_layer, hidden_states) if recomputed else whole_layer(hidden_states)
 
 
 def _up_to_down_proj(
     layer: Any, tokens: _Tokens, adapters: Sequence[Any], h: Tensor, pending: Any, recomputed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute a layer up to its last product: h (N, D), pending -> h (N, D), the product's input x (N, I), z (N, R).
-
-    ``recomputed``: whether the whole layer is recomputed in the backward.
-    """
+    """Compute a layer up to its last product: h (N, D), pending -> h (N, D), the product's input x (N, I), z (N, R)."""
     from .norm import add_norm
     from .o_proj import linear_and_lora_a
     from .rotary import rotate
@@ -211,10 +186,8 @@ def _up_to_down_proj(
     config = attention.config
     heads = rotate(y, z, qkv, tokens.cos, tokens.sin, config.num_attention_heads, config.num_key_value_heads)
     q, k, v = (t.view(*tokens.rows, *t.shape[1:]).transpose(1, 2) for t in heads)  # (B, H, S, head_dim)
-    window = getattr(config, "sliding_window", None)
-    attended, _ = packed_attention(
-        attention, q, k, v, scaling=attention.scaling, sliding_window=window, **tokens.layout
-    )
+    layout = {"sliding_window": getattr(config, "sliding_window", None), **tokens.layout}
+    attended, _ = packed_attention(attention, q, k, v, scaling=attention.scaling, **layout)
     y, z = linear_and_lora_a(attended.flatten(0, 1).flatten(1), base_weight_of(attention.o_proj), o)
     norm = layer.post_attention_layernorm
     h, x, z = add_norm(h, (y, z, o), norm.weight, norm.variance_epsilon, gate_up)
@@ -265,9 +238,9 @@ def unsupported_reason(model: nn.Module, training: bool | None = None) -> str | 
 
 
 def decoder_unsupported_reason(decoder: Any, training: bool | None = None) -> str | None:
-    """Return what in the modules is not as the kernels need it; None: nothing.
+    """Return what makes the decoder's modules unsupported; None: nothing.
 
-    They must be transformers' own, frozen but for adapters, with no hook below the layers.
+    They must be transformers' own, frozen except for adapters, with no hook below the layers.
     """
     if not _runs_forward_of(Phi3Model, decoder) or not _runs_forward_of(Phi3RMSNorm, decoder.norm):
         return f"a {type(decoder).__name__} that is not transformers' Phi-3"
@@ -282,17 +255,16 @@ def decoder_unsupported_reason(decoder: Any, training: bool | None = None) -> st
             return f"a hook on a {type(module).__name__}, or its forward was replaced"
     if torch.is_grad_enabled() and decoder.norm.weight.requires_grad:
         return "base weights that train"
-    return next(filter(None, (_layer_reason(layer, training) for layer in decoder.layers)), None)
+    reasons = (_layer_reason(layer, training) for layer in decoder.layers)
+    return next((reason for reason in reasons if reason), None)
 
 
 def _runs_forward_of(cls: type[nn.Module], module: Any) -> bool:
     """Return whether a module is a ``cls``, or of a subclass with the same forward such as FSDP2's ``FSDPPhi3...``.
 
-    transformers wraps the forward of each subclass of a decoder layer once more, always in the same code.
+    transformers wraps the forward of each subclass of a decoder layer again, always in the same code.
     """
     kind = type(module)
-    if kind is cls:
-        return True
     wrapper = cls.forward.__code__
 
     def unwrapped(forward: Any) -> Any:
@@ -337,26 +309,20 @@ def _layer_reason(layer: Any, training: bool | None) -> str | None:
     for dropout in (layer.resid_attn_dropout, layer.resid_mlp_dropout):
         if dropout.p and (dropout.training if training is None else training):
             return f"residual dropout {dropout.p}"
-    attention = layer.self_attn
-    if (
-        attention.head_dim % 16
-        or int(attention.head_dim * attention.config.rope_parameters["partial_rotary_factor"]) % 16
-    ):
-        return f"head_dim={attention.head_dim}, or the rotated part of it, is no multiple of 16"
-    widths = [attention.config.num_attention_heads * attention.head_dim]
-    widths += 2 * [attention.config.num_key_value_heads * attention.head_dim]
-    edges = {"self_attn.qkv_proj": widths, "mlp.gate_up_proj": 2 * [layer.mlp.down_proj.in_features]}
+    config, head_dim = layer.self_attn.config, layer.self_attn.head_dim
+    if head_dim % 16 or int(head_dim * config.rope_parameters["partial_rotary_factor"]) % 16:
+        return f"head_dim={head_dim}, or the rotated part of it, is no multiple of 16"
+    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    segments = {"self_attn.qkv_proj": [q, kv, kv], "mlp.gate_up_proj": 2 * [layer.mlp.down_proj.in_features]}
+    known_classes = (Linear, MergedLinear, *plain_linear_classes())
     for path in _PROJECTIONS:
         projection = layer.get_submodule(path)
-        if (
-            type(projection) not in (Linear, MergedLinear, *plain_linear_classes())
-            or getattr(projection, "bias", None) is not None
-        ):
+        if type(projection) not in known_classes or getattr(projection, "bias", None) is not None:
             return f"{path} is a {type(projection).__name__} or has a bias"
         if getattr(projection, "fan_in_fan_out", False):
             return f"{path} is stored transposed"
         if getattr(projection, "r", 0) > _LARGEST_R:
             return f"r={projection.r} of {path} is over {_LARGEST_R}"
-        if isinstance(projection, MergedLinear) and list(projection.segments) != edges.get(path):
+        if isinstance(projection, MergedLinear) and list(projection.segments) != segments.get(path):
             return f"{path} has segments of its own"
     return None

@@ -3,8 +3,6 @@
 Shapes: N rows, D columns.
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 import torch

@@ -7,8 +7,6 @@ fixed order.
 Shapes: N tokens, D features of the wide matrix, K columns of the narrow one.
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 import math
@@ -18,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adapter import Adapter, dot, dropout, keep_mask
+from .adapter import NO_ADAPTER, Adapter, dot, dropout, keep_mask
 from .launch import Block, blocks, cdiv, launch, next_power_of_2
 from .reduce import PartialSums
 
@@ -67,27 +65,27 @@ def _lora_weight_gradient(
 
 
 def lora_weight_gradient(
-    sums: PartialSums, narrow: Tensor, wide: Tensor, adapter: Adapter | None = None, rstd: Tensor | None = None,
+    sums: PartialSums, narrow: Tensor, wide: Tensor, adapter: Adapter = NO_ADAPTER, rstd: Tensor | None = None,
     weight: Tensor | None = None, scale: float = 1.0, wide_first: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return ``scale * narrow' f(wide)``, (K, D) float32, or its transpose with ``wide_first``; not computed yet.
+    """Return ``scale * narrow' f(wide)``, (K, D) float32, or its transpose with ``wide_first``.
+
+    The numbers are there after ``sums.reduce()``.
 
     Args:
-        sums: computes the result when it is reduced.
         narrow: (N, K).
         wide: (N, D).
-        adapter: its dropout is part of f; None: no dropout.
-        rstd, weight: (N,) and (D,), the norm of a row, also part of f; None: no norm.
+        adapter: f applies its dropout.
+        rstd, weight: (N,) and (D,): f applies RMSNorm before dropout; None: no norm.
     """
-    (N, D), K = wide.shape, narrow.shape[1]
-    p = adapter.dropout if adapter is not None else 0.0
+    (N, D), K, p = wide.shape, narrow.shape[1], adapter.dropout
     chunk = cdiv(cdiv(N, ROW_CHUNKS), _ROWS) * _ROWS
     chunks, at_once = cdiv(N, chunk), min(_NARROW, next_power_of_2(K))
     shape = (D, K) if wide_first else (K, D)
     partial = torch.empty(chunks, *shape, dtype=torch.float32, device=wide.device)
     launch(
         _lora_weight_gradient, SUM_BLOCKS, lambda block: (cdiv(D, block["BN"]), chunks, cdiv(K, at_once)),
-        narrow, wide, rstd, weight, partial, N, chunk, adapter.seed if adapter else 0, p,
+        narrow, wide, rstd, weight, partial, N, chunk, adapter.seed, p,
         stride=narrow.stride(0), D=D, K=K, K_BLOCK=at_once, NORM=rstd is not None, DROP=p > 0, WIDE_FIRST=wide_first,
     )  # fmt: skip
     return sums.add(partial, scale=scale)
@@ -123,7 +121,7 @@ def low_rank_gradients(dy: Tensor, z: Tensor, adapter: Adapter, edges: tuple[int
     """Return ``scaling * dy B`` (N, k*R) and ``scaling * dy' z`` in ``lora_B``'s shape, reading dy (N, out) once.
 
     Args:
-        edges: the first column of each of the output's three segments. A program takes columns of one segment.
+        edges: the first columns of q, k and v in the output. A program takes columns of one of them.
     """
     (N, D), R = dy.shape, adapter.R
     BN = math.gcd(128, D, *edges)

@@ -6,8 +6,6 @@
 The same numbers as ``bitsandbytes.functional.dequantize_4bit``, bit for bit: no product is fused with the sum after it.
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 from typing import Any

@@ -10,8 +10,6 @@ x and z'. x is not kept for the backward, which computes it again from the sum.
 Shapes: N tokens, D hidden size.
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 from typing import Any
@@ -162,23 +160,19 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx: Any, h, y, z, before_B, after_A, weight, eps, before, after):
         N, D = h.shape
         summed = h if y is None else torch.empty_like(h)
-        x, rstd = torch.empty_like(h), torch.empty(N, dtype=torch.float32, device=h.device)
-        width = after.width if after else 16
-        out_z = h.new_empty(N, width) if after else None
-        low_rank = before is not None and z is not None
-        sizes = {
-            "D": D, "R": before.R if low_rank else 16, "Z": width, "Z_PADDED": next_power_of_2(width),
-            "ADD": y is not None, "LOW_RANK": low_rank, "NORM": True, "PROJECT": after is not None,
-            "DROP": bool(after and after.dropout),
+        x, rstd = torch.empty_like(h), h.new_empty(N, dtype=torch.float32)
+        out_z = h.new_empty(N, after.width) if after else None
+        ctx.sizes = {
+            "D": D, "R": before.R, "Z": after.width, "Z_PADDED": next_power_of_2(after.width),
+            "LOW_RANK": bool(before), "PROJECT": bool(after), "DROP": after.dropout > 0,
         }  # fmt: skip
         launch(
             _norm_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
-            h, y, z, before.B if low_rank else None, weight, after.A if after else None, summed, x, rstd, out_z, N,
-            before.scaling if low_rank else 1.0, eps, after.seed if after else 0, after.dropout if after else 0.0,
-            **sizes,
+            h, y, z, before.B, weight, after.A, summed, x, rstd, out_z, N,
+            before.scaling, eps, after.seed, after.dropout, ADD=y is not None, NORM=True, **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(summed, rstd, weight, z, out_z)
-        ctx.before, ctx.after, ctx.added = before if low_rank else None, after, y is not None
+        ctx.before, ctx.after, ctx.added = before, after, y is not None
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:4]):  # the first layer: nothing before it learns
             ctx.mark_non_differentiable(x)
@@ -191,21 +185,16 @@ class _AddNorm(torch.autograd.Function):
         before, after, dz = ctx.before, ctx.after, contiguous(dz)
         sums = PartialSums()
         dA = lora_weight_gradient(sums, dz, summed, after, rstd, weight) if after else None
-        if dx is None:
+        if dx is None:  # nothing before learns
             sums.reduce()
             return None, None, None, None, after.gradient_of_A(dA) if after else None, None, None, None, None
         N, D = summed.shape
         dh = torch.empty_like(summed)
         in_dz = summed.new_empty(N, before.R) if before else None
-        width = after.width if after else 16
         launch(
             _norm_backward, backward_blocks(D), lambda block: (cdiv(N, block["BM"]),),
-            dx.contiguous(), dz, contiguous(dsum), summed, rstd, weight, after.A if after else None,
-            before.B if before else None, out_z, dh, in_dz, N,
-            before.scaling if before else 1.0, after.seed if after else 0,
-            after.dropout if after else 0.0, D=D, R=before.R if before else 16, Z=width,
-            Z_PADDED=next_power_of_2(width), LOW_RANK=before is not None, STREAM=dsum is not None,
-            PROJECT=after is not None, DROP=bool(after and after.dropout),
+            dx.contiguous(), dz, contiguous(dsum), summed, rstd, weight, after.A, before.B, out_z, dh, in_dz, N,
+            before.scaling, after.seed, after.dropout, STREAM=dsum is not None, **ctx.sizes,
         )  # fmt: skip
         dB = lora_weight_gradient(sums, z, dh, scale=before.scaling, wide_first=True) if before else None
         sums.reduce()
@@ -246,25 +235,24 @@ def add(h: Tensor, pending: Pending, needed: bool = True) -> Tensor:
     Args:
         h: the residual stream, (N, D) or (B, S, D); the sum has its shape.
         pending: as in :func:`add_norm`.
-        needed: False where a recomputation needs the sum's place in the graph and not its numbers.
+        needed: False where a recomputation needs the sum's place in the graph but not its values.
     """
     y, z, before = pending
     if y is None:
         return h
-    return h + y.view(h.shape) if before is None or z is None else _Add.apply(h, y, z, before.lora_B, before, needed)
+    return _Add.apply(h, y, z, before.lora_B, before, needed) if before else h + y.view(h.shape)
 
 
 def add_norm(
-    h: Tensor, pending: Pending, weight: Tensor, eps: float, after: Adapter | None
+    h: Tensor, pending: Pending, weight: Tensor, eps: float, after: Adapter
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return ``(sum, x, z')`` as at the top of this file.
 
     Args:
         h: (N, D), the residual stream.
-        pending: the output of the projection before, which is still to be added to it.
+        pending: the output of the projection before, not yet added to h.
         weight, eps: the norm's.
-        after: the adapter of the projection after; None: it has none.
+        after: the adapter of the projection after.
     """
     y, z, before = pending
-    B, A = before.lora_B if before else None, after.lora_A if after else None
-    return _AddNorm.apply(h, y, z, B, A, weight, eps, before, after)
+    return _AddNorm.apply(h, y, z, before.lora_B, after.lora_A, weight, eps, before, after)

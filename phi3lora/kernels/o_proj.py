@@ -7,8 +7,6 @@ No kernel of ours computes its input, attention's output, so here the first half
 Shapes: N tokens, ``in`` and ``out`` features.
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 from typing import Any
@@ -41,8 +39,8 @@ class _LinearAndLoraA(torch.autograd.Function):
         return dx, adapter.gradient_of_A(dA), None, None
 
 
-def linear_and_lora_a(x: Tensor, frozen: BaseWeight, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``x W'`` (N, out) and, where there is an adapter, ``dropout(x) A'`` (N, k*R)."""
-    if adapter is None:
+def linear_and_lora_a(x: Tensor, frozen: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
+    """Return ``x W'`` (N, out) and ``dropout(x) A'`` (N, k*R), or None without an adapter."""
+    if not adapter:
         return base_linear(x, frozen), None
     return _LinearAndLoraA.apply(x, adapter.lora_A, frozen, adapter)

@@ -6,11 +6,8 @@ gradient of A or B is the float32 sum of a few parts, a gradient of z of many.
     out = scale * (parts[0] + parts[1] + ...)
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,7 +66,7 @@ class PartialSums:
             out: (M, W) of any dtype and row stride; None: a new float32 tensor.
         """
         P, M, W = parts.shape
-        out = torch.empty(M, W, dtype=parts.dtype, device=parts.device) if out is None else out
+        out = parts.new_empty(M, W) if out is None else out
         self._jobs.append((parts, out, P, M * W, W, out.stride(0), scale))
         return out
 

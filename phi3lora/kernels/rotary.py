@@ -11,8 +11,6 @@ Layout of y and of the output (N, (H + 2 H_kv) * D): the heads of q, then of k, 
 Shapes: N tokens, H query heads, H_kv key and value heads, D head_dim, n rotary components.
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 from typing import Any
@@ -119,18 +117,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y, z, before_B, cos, sin, heads, kv_heads, before):
         N, D, half = y.shape[0], y.shape[1] // (heads + 2 * kv_heads), cos.shape[1] // 2
-        padded = next_power_of_2
         ctx.sizes = {
-            "H": heads, "H_KV": kv_heads, "D": D, "HALF": half, "HALF_PADDED": max(16, padded(half)),
-            "REST_PADDED": max(16, padded(max(1, D - 2 * half))),
+            "H": heads, "H_KV": kv_heads, "D": D, "HALF": half, "HALF_PADDED": next_power_of_2(max(16, half)),
+            "REST_PADDED": next_power_of_2(max(16, D - 2 * half)),
         }  # fmt: skip
         ctx.edges = (0, heads * D, (heads + kv_heads) * D)  # the first column of q, of k, of v
-        offsets = [before.offset(edge) for edge in ctx.edges] if before else [0, 0, 0]
         out = torch.empty_like(y)
         launch(
             _rotary_forward, BLOCKS, lambda block: (cdiv(N, block["BM"]), heads + 2 * kv_heads),
-            y, z, before.B if before else None, cos, sin, out, N, before.scaling if before else 1.0, *offsets,
-            R=before.R if before else 16, Z=before.width if before else 16, LOW_RANK=before is not None, **ctx.sizes,
+            y, z, before.B, cos, sin, out, N, before.scaling, *map(before.offset, ctx.edges),
+            R=before.R, Z=before.width, LOW_RANK=bool(before), **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(z, cos, sin)
         ctx.before = before
@@ -151,13 +147,13 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(
-    y: Tensor, z: Tensor | None, before: Adapter | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    y: Tensor, z: Tensor | None, before: Adapter, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(q, k, v)``, (N, heads, head_dim) each, views of one buffer.
 
     Args:
         y: (N, (heads + 2 kv_heads) * head_dim), the frozen qkv product.
-        z, before: its low-rank activations (N, k*R) and adapter, or None.
+        z, before: the projection's low-rank activations (N, k*R), or None, and its adapter.
         cos, sin: (N, n), for each token's position, in y's dtype.
     """
-    return _Rotate.apply(y, z, before.lora_B if before else None, cos, sin, heads, kv_heads, before)
+    return _Rotate.apply(y, z, before.lora_B, cos, sin, heads, kv_heads, before)

@@ -11,8 +11,6 @@ The backward computes g, u and x again from y and z; none of them is kept.
 Shapes: N tokens, INNER intermediate size, y (N, 2 INNER), x (N, INNER).
 """
 
-# mypy: disable-error-code="no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
-
 from __future__ import annotations
 
 from typing import Any
@@ -145,17 +143,14 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, y, z, before_B, after_A, before, after, y_is_free):
         N, INNER = y.shape[0], y.shape[1] // 2
         ctx.sizes = {
-            "INNER": INNER, "R": before.R if before else 16, "Z": before.width if before else 16,
-            "R_OUT": after.R if after else 16, "LOW_RANK": before is not None, "PROJECT": after is not None,
-            "DROP": bool(after and after.dropout),
+            "INNER": INNER, "R": before.R, "Z": before.width, "R_OUT": after.R, "LOW_RANK": bool(before),
+            "PROJECT": bool(after), "DROP": after.dropout > 0,
         }  # fmt: skip
-        ctx.up_offset = before.offset(INNER) if before else 0
         x, out_z = y.new_empty(N, INNER), y.new_empty(N, after.R) if after else None
         launch(
             _swiglu_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
-            y, z, before.B if before else None, after.A if after else None, x, out_z, N,
-            before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
-            after.dropout if after else 0.0, **ctx.sizes,
+            y, z, before.B, after.A, x, out_z, N,
+            before.scaling, before.offset(INNER), after.seed, after.dropout, **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(y, z)
         ctx.before, ctx.after, ctx.y_is_free = before, after, y_is_free
@@ -179,9 +174,8 @@ class _SwiGLU(torch.autograd.Function):
             dA = y.new_empty(chunks, after.R, INNER, dtype=float32)
         launch(
             _swiglu_backward, BACKWARD_BLOCKS, lambda block: (parts, chunks),
-            dx.contiguous(), contiguous(out_dz), y, z, before.B if before else None, after.A if after else None,
-            dy, dz, dB, dA, N, chunk, before.scaling if before else 1.0, ctx.up_offset, after.seed if after else 0,
-            after.dropout if after else 0.0, **sizes,
+            dx.contiguous(), contiguous(out_dz), y, z, before.B, after.A, dy, dz, dB, dA, N, chunk,
+            before.scaling, before.offset(INNER), after.seed, after.dropout, **sizes,
         )  # fmt: skip
         sums = PartialSums()
         if before:
@@ -197,15 +191,14 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(
-    y: Tensor, z: Tensor | None, before: Adapter | None, after: Adapter | None, y_is_free: bool = False
+    y: Tensor, z: Tensor | None, before: Adapter, after: Adapter, y_is_free: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``(x, z')`` as at the top of this file.
 
     Args:
         y: (N, 2 INNER), the frozen gate/up product.
-        z, before: its low-rank activations (N, k*R) and adapter, or None.
-        after: the adapter of the down projection, or None.
-        y_is_free: y was recomputed for this one backward, which may write y's gradient over it.
+        z, before: the projection's low-rank activations (N, k*R), or None, and its adapter.
+        after: the adapter of the down projection.
+        y_is_free: whether the backward may write y's gradient over y, which was recomputed for it alone.
     """
-    B, A = before.lora_B if before else None, after.lora_A if after else None
-    return _SwiGLU.apply(y, z, B, A, before, after, y_is_free)
+    return _SwiGLU.apply(y, z, before.lora_B, after.lora_A, before, after, y_is_free)

@@ -1,11 +1,11 @@
-"""Activation checkpointing: keep a part of what a decoder layer computes, and recompute the rest in the backward.
+"""Activation checkpointing: keep a part of a decoder layer's activations and recompute the rest in the backward.
 
     none        keep everything
     selective   recompute the feed-forward part from its input: most of the memory for an eighth of the time
     full        keep a layer's input only
     offload     keep it in host memory
 
-Both kinds of layers, transformers' and the fused ones (kernels/decoder.py), look at the same switches: the layer's
+Both kinds of layers, transformers' and the fused ones (kernels/decoder.py), read the same switches: the layer's
 ``gradient_checkpointing`` and ``_gradient_checkpointing_func``, and for "selective" the ``forward`` of its ``mlp``.
 """
 
@@ -29,13 +29,13 @@ MODES = ("none", "selective", "full", "offload")
 
 @contextmanager
 def activation_checkpointing(model: nn.Module, mode: str) -> Iterator[None]:
-    """Switch a mode on for the block; the model is left as it was. ``"none"`` changes nothing.
+    """Switch a mode on for the block and restore the model afterwards. ``"none"`` changes nothing.
 
-    This sets the layers' own switches instead of calling ``model.gradient_checkpointing_enable()``, which also makes
-    the embeddings' output require a gradient, for good: the first layer then computes one that nobody needs.
+    This sets the layers' own switches. ``model.gradient_checkpointing_enable()`` would also make the embeddings' output
+    require a gradient permanently, and the first layer would compute one that nothing uses.
 
     Raises:
-        ModelError: another mode, or a model without layers that can be recomputed.
+        ModelError: an unknown mode, or a model without layers that can be recomputed.
     """
     if mode not in MODES:
         raise ModelError(f"activation_checkpointing={mode!r}; allowed: {', '.join(map(repr, MODES))}")
@@ -61,15 +61,15 @@ def activation_checkpointing(model: nn.Module, mode: str) -> Iterator[None]:
             del layer._gradient_checkpointing_func
         for mlp, own in selective:
             del mlp.forward
-            if own is not None:  # somebody had replaced it on this instance before
+            if own is not None:  # the user's own replacement
                 mlp.forward = own
 
 
 class HostInputs:
     """Keeps the inputs of recomputed layers on the host between forward and backward.
 
-    On a GPU both directions run on a stream of their own, through pinned memory. The backward takes the layers in the
-    opposite order of the forward, so taking one input starts the copy of the next.
+    On a GPU both directions run on a separate stream, through pinned memory. The backward takes the layers in reverse
+    order, so taking one input starts the copy of the one before it.
     """
 
     def __init__(self) -> None:
@@ -79,12 +79,12 @@ class HostInputs:
     def checkpoint(
         self, module: nn.Module, function: Callable[..., Any], x: Tensor, *, preserve_rng_state: bool = True
     ) -> Any:
-        """Return ``function(x)``, which computes ``module``, and recompute it in the backward from the copy of x."""
+        """Return ``function(x)``, which computes ``module``; the backward recomputes it from the host's copy of x."""
         active = (m for m in module.modules() if getattr(m, "enabled", True))  # an adapter may be switched off
         learns = x.requires_grad or any(p.requires_grad for m in active for p in m.parameters(recurse=False))
         if not torch.is_grad_enabled() or not learns:
             return function(x)
-        # Reentrant, because it saves nothing but x. It needs an input with a gradient, which the first layer lacks.
+        # The reentrant kind saves nothing but x. It needs an input with a gradient, which the first layer lacks.
         dummy = torch.empty(0, device=x.device, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(self._keep, _unpack):
             options: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": preserve_rng_state}
@@ -122,20 +122,19 @@ class _HostInput:
         if self.device.type != "cuda":
             self.copy = (self.host.clone(), None)
             return
-        with torch.cuda.stream(self.stream):  # behind the copy out, on the same stream
+        with torch.cuda.stream(self.stream):  # after the copy to the host, which is on the same stream
             self.copy = (self.host.to(self.device, non_blocking=True), self.stream.record_event())
 
     def take(self) -> Tensor:
-        """Return the input on its device, and start the copy of the layer's before it, which is needed next."""
+        """Return the input on its device, and start the copy of the previous layer's, which is needed next."""
         self.start()
         assert self.copy is not None
         (x, done), self.copy = self.copy, None
         if done is not None:
-            here = torch.cuda.current_stream(x.device)
-            here.wait_event(done)
-            x.record_stream(here)
-        previous = self.previous() if self.previous is not None else None
-        if previous is not None:
+            current = torch.cuda.current_stream(x.device)
+            current.wait_event(done)
+            x.record_stream(current)
+        if self.previous is not None and (previous := self.previous()) is not None:
             previous.start()
         return x
 
@@ -145,12 +144,12 @@ def _unpack(kept: _HostInput | Tensor) -> Tensor:
 
 
 def recomputes_layer(layer: Any) -> bool:
-    """Return whether a layer called now is recomputed as a whole in the backward (``"full"``, ``"offload"``)."""
+    """Return whether the backward would recompute a layer that is called now (``"full"``, ``"offload"``)."""
     return bool(torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing)
 
 
 def recomputes_feed_forward(layer: Any) -> bool:
-    """Return whether ``"selective"`` is on for a decoder layer, around its feed-forward part's own forward."""
+    """Return whether ``"selective"`` is on for a decoder layer, around its ``mlp``'s original forward."""
     forward = vars(layer.mlp).get("forward")
     if getattr(forward, "func", None) is not checkpoint:
         return False
@@ -160,8 +159,8 @@ def recomputes_feed_forward(layer: Any) -> bool:
 def recompute(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return ``function(x)``, recomputed in the backward, for a layer that :func:`recomputes_layer`.
 
-    ``function`` draws no random numbers. Unless x goes to the host this is torch's non-reentrant checkpoint, whatever
-    the layer's own is: transformers' may be the reentrant one, which needs an x with a gradient.
+    ``function`` draws no random numbers. Unless x goes to the host, this is torch's non-reentrant checkpoint even if
+    the layer has the reentrant one of transformers, which needs an x with a gradient.
     """
     switch = layer._gradient_checkpointing_func
     if getattr(getattr(switch, "func", None), "__func__", None) is HostInputs.checkpoint:

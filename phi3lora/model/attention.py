@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -73,29 +73,26 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it: query (B, H, S, D), key and value (B, H_kv, S, D) -> (B, S, H, D).
 
-    With ``cu_seq_lens_q`` (n_documents + 1,) int32 the rows are packed and no mask is used; nor is one with
-    ``full_rows``, which means that every row is one document. Without either, this is sdpa.
+    ``cu_seq_lens_q`` (n_documents + 1,) int32 says where the documents of packed rows end; ``full_rows`` says that
+    every row is one document. Both need no mask. Without either, this is sdpa.
     """
     if full_rows:
+        grouped = key.shape[1] != query.shape[1]
         with sdpa_kernel(_FULL_ROWS_KERNELS, set_priority=True):
-            out = scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-            )
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2), None
     if cu_seq_lens_q is None:
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return attended
-    from torch.nn.attention.varlen import varlen_attn
-
     assert max_length_q is not None
     B, H, S, D = query.shape
     # In training the last position of a document has no label: through window + 1 tokens plain causal is exact.
     window = sliding_window - 1 if sliding_window is not None and max_length_q > sliding_window + 1 else -1
     q, k, v = (t.transpose(1, 2).reshape(B * S, -1, D).to(value.dtype) for t in (query, key, value))
     gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_NAMES_GQA and k.shape[1] != H else {}
-    packed = varlen_attn(
+    packed = varlen.varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=(window, 0), **gqa,
     )  # fmt: skip
@@ -106,14 +103,8 @@ def packed_attention(
 _FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-def _varlen_names_gqa() -> bool:
-    """Return whether this torch's ``varlen_attn`` wants grouped-query heads announced (2.13 does, 2.11 cannot)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-_VARLEN_NAMES_GQA = _varlen_names_gqa()
+# torch 2.13 must be told of grouped-query heads; 2.11 has no such argument and needs none.
+_VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -138,12 +129,12 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
     kwargs: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
     varlen = position_ids.is_cuda and dtype in (torch.bfloat16, torch.float16)
     if implementation == NAME and varlen and not (model.training and config.attention_dropout):
-        # transformers takes a 4-D mask as it is; an empty one would fail loudly in any attention but ours.
+        # transformers passes a 4-D mask on unchanged. Any attention but ours would raise an error at an empty one.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=position_ids.device)
         layout = packed_layout(config, batch)
         if "full_rows" in layout:
             return {**kwargs, **layout}
-        # For compiled layers: few sizes and one bound for all batches, so few graphs.
+        # Few different sizes and one bound for all batches, so that compiled layers need few graphs.
         kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = _fixed_sizes(batch["cu_seqlens"], position_ids.numel())
         kwargs["max_length_q"] = kwargs["max_length_k"] = position_ids.shape[1]
         return kwargs
@@ -154,11 +145,11 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
 
 
 def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of :func:`packed_attention` that say where documents end, or that each row is one."""
+    """Return the arguments of :func:`packed_attention` that describe the documents in a batch's rows."""
     rows, tokens = batch["position_ids"].shape
-    if not batch["position_ids"].is_cuda:
-        return {"attention_mask": document_mask(batch["position_ids"], getattr(config, "sliding_window", None))}
     window = getattr(config, "sliding_window", None)
+    if not batch["position_ids"].is_cuda:
+        return {"attention_mask": document_mask(batch["position_ids"], window)}
     full_rows = batch["max_seqlen"] == tokens and batch["cu_seqlens"].numel() == rows + 1
     if full_rows and (window is None or tokens <= window + 1):
         return {"full_rows": True}
@@ -168,7 +159,7 @@ def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 def _fixed_sizes(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Append empty documents to ``cu_seqlens`` until their number is a power of two: few sizes, so few graphs.
 
-    Not up to one size for all: the attention kernel launches blocks for an empty document too.
+    One size for all batches would be slower, since the attention kernel launches blocks for empty documents too.
     """
     documents = cu_seqlens.numel() - 1
     return torch.nn.functional.pad(cu_seqlens, (0, (1 << (documents - 1).bit_length()) - documents), value=tokens)

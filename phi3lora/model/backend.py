@@ -5,9 +5,9 @@
     plain       transformers' layers as they are
 
 ``train`` chooses before its first step and installs the choice for the whole run. ``causal_lm_loss`` and ``evaluate``
-use what is installed. In a loop of your own nothing is, so they choose and install for each call and notice whatever
-has happened to the model in between. Inside a block of fused layers the choice between fused and plain is made again
-when another adapter was set or a hook was registered; other changes of the modules go unnoticed until the block ends.
+use what is installed. In a loop of your own nothing is, so they choose for each call and see every change of the model.
+Inside a block of fused layers they choose again when an adapter was replaced or a hook registered; other changes of
+the modules go unnoticed until the block ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Backend:
     kind: Literal["fused", "compiled", "plain"]
     """Fused kernels, compiled layers or transformers' plain layers."""
     reason: str = ""
-    """Why not a faster one; empty for ``"fused"``."""
+    """Reason against a faster one; empty for ``"fused"``."""
 
     def __str__(self) -> str:
         """``plain (not on a CUDA device)``"""
@@ -48,9 +48,9 @@ PLAIN = Backend("plain", "fused=False")
 def choose_backend(
     model: nn.Module, *, compile: bool | None = None, offload: bool = False, training: bool | None = None
 ) -> Backend:
-    """Choose how the layers of ``model`` are computed, as it is now and under the autocast that is on.
+    """Choose how to compute the layers of ``model`` in its present state, under the present autocast.
 
-    transformers' default attention (sdpa) is replaced by the packed one first, as every packed forward does.
+    First replaces transformers' default attention (sdpa) by the packed one, as every packed forward does.
 
     Args:
         model: a causal LM of transformers.
@@ -73,30 +73,22 @@ def choose_backend(
 
 
 def _compiles_on(device: torch.device) -> bool:
-    """Return whether ``torch.compile`` makes kernels for this device."""
+    """Return whether ``torch.compile`` supports this device."""
     has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-@dataclass
-class _Installed:
-    """A backend in use, and a fingerprint that changes with the model."""
-
-    backend: Backend
-    fingerprint: tuple[Any, ...]
-
-
-_INSTALLED: WeakKeyDictionary[nn.Module, _Installed] = WeakKeyDictionary()  # by decoder
+_INSTALLED: WeakKeyDictionary[nn.Module, tuple[Backend, object]] = WeakKeyDictionary()
+"""By decoder, the backend in use and, in a block of fused layers, the model's fingerprint when it was chosen."""
 
 
 @contextmanager
 def use_backend(model: nn.Module, backend: Backend | None = None) -> Iterator[Backend]:
-    """Compute the layers of ``model`` with a backend for the block; they are left as they were.
+    """Compute the layers of ``model`` with a backend for the block; they are restored afterwards.
 
     Args:
         model: a causal LM of transformers.
-        backend: what :func:`choose_backend` returned; None: the one that is installed, or where there is none a new
-            choice.
+        backend: what :func:`choose_backend` returned; None: the one that is installed, else a new choice.
 
     Yields:
         The backend that computes the layers.
@@ -104,10 +96,14 @@ def use_backend(model: nn.Module, backend: Backend | None = None) -> Iterator[Ba
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     outer = _INSTALLED.get(decoder)
     if backend is None and outer is not None:
-        yield _current(model, decoder, outer)
+        backend, fingerprint = outer
+        if fingerprint is not None and fingerprint != _fingerprint(decoder):
+            backend = choose_backend(model)
+            _INSTALLED[decoder] = backend, _fingerprint(decoder)
+        yield backend
         return
     backend = backend or choose_backend(model)
-    _INSTALLED[decoder] = _Installed(backend, _fingerprint(decoder) if backend.kind == "fused" else ())
+    _INSTALLED[decoder] = backend, _fingerprint(decoder) if backend.kind == "fused" else None
     install: dict[str, Callable[[nn.Module], Any]] = {"fused": fused_layers, "compiled": _compiled_layers}
     try:
         with install.get(backend.kind, nullcontext)(model):
@@ -119,17 +115,8 @@ def use_backend(model: nn.Module, backend: Backend | None = None) -> Iterator[Ba
             _INSTALLED[decoder] = outer
 
 
-def _current(model: nn.Module, decoder: Any, installed: _Installed) -> Backend:
-    """Return the installed backend; choose again inside a block of fused layers whose model has changed."""
-    if installed.fingerprint:
-        fingerprint = _fingerprint(decoder)
-        if fingerprint != installed.fingerprint:
-            installed.backend, installed.fingerprint = choose_backend(model), fingerprint
-    return installed.backend
-
-
-def _fingerprint(decoder: Any) -> tuple[Any, ...]:
-    """Return what changes when a hook is registered anywhere or another adapter is set. It costs microseconds."""
+def _fingerprint(decoder: Any) -> object:
+    """Return a value that changes when any hook is registered or an adapter replaced. It costs microseconds."""
     return RemovableHandle.next_id, decoder_projections(decoder)
 
 

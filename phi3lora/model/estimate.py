@@ -1,23 +1,23 @@
-"""Predict what a training step takes, from the model's shape: GPU memory and floating-point operations.
+"""Predict a training step's GPU memory and floating-point operations from the model's shape.
 
-    peak = what is allocated already (weights, adapters)
-         + gradients and optimizer state of what trains
+    peak = weights and adapters
+         + gradients and optimizer state of the trainable parameters
          + what the layers keep for the backward (the table below, times layers and tokens)
-         + the widest moment of the backward on top of that
+         + the largest temporary memory of the backward
 
-What a layer keeps of a token, in numbers of the compute dtype (D hidden, Q q heads' width, KV k and v heads' width,
-I intermediate):
+Numbers of the compute dtype that a layer keeps for each token (D hidden size, Q width of all query heads, KV width of
+all key or value heads, I intermediate size):
 
     none         2 D + (Q + 2 KV) + Q + 2 I       h twice, q k v, attention's output, the gate/up product
     selective    3 D + (Q + 2 KV) + Q             the feed-forward part's input in place of that product
-    full         D                                h, and one layer's "none" while it is recomputed
-    offload      0                                three of them at a time
+    full         D                                h; and one layer's "none" while it is recomputed
+    offload      0                                h of three layers at a time
 
-and in every mode that does not recompute the layer the adapters' low-rank activations, a float32 for each head
-(attention's log-sum-exp) and one for each of the two norms. transformers' own layers keep more of the same things;
-their factor is measured (docs/performance.md).
+"none" and "selective" also keep the adapters' low-rank activations, a float32 for each head (attention's log-sum-exp)
+and one for each of the two norms. transformers' own layers keep more; FACTORS says how much, as measured
+(docs/performance.md).
 
-Operations are counted as the forward and backward of LoRA training need them, recomputation left out.
+The count of operations covers the forward and backward of LoRA training, without recomputation.
 
 Shapes: N tokens of a micro-batch.
 """
@@ -37,7 +37,7 @@ from .loss import CHUNK_TOKENS
 
 GIB = 2**30
 FACTORS = {"fused": 1.0, "compiled": 1.6, "plain": 2.0}
-"""Memory that the layers need, relative to the fused kernels, by the kind of a :class:`Backend`."""
+"""Memory of the layers relative to the fused kernels, by the kind of a :class:`Backend`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MemoryPlan:
         return next((mode for mode in self.peak_gib if self.fits(mode)), "offload")
 
     def fits(self, mode: str) -> bool:
-        """Return whether a mode's peak is within 92 % of what is available (the allocator leaves gaps)."""
+        """Return whether a mode's peak is within 92 % of the available memory (the allocator leaves gaps)."""
         return self.available_gib is None or self.peak_gib[mode] <= 0.92 * self.available_gib
 
     def __str__(self) -> str:
@@ -66,11 +66,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: nn.Module,
-    tokens: int,
-    kind: str = "fused",
-    optimizer_bytes: float = 8.0,
-    base_precision: str | None = None,
+    model: nn.Module, tokens: int, kind: str = "fused", optimizer_bytes: float = 8.0, base_precision: str | None = None
 ) -> MemoryPlan:
     """Predict the peak for micro-batches of ``tokens`` (N).
 
@@ -78,8 +74,8 @@ def plan_memory(
         model: the model with its adapters, on the device where it will train.
         tokens: tokens of a micro-batch, padding included.
         kind: the kind of the backend that computes the layers, a key of :data:`FACTORS`.
-        optimizer_bytes: bytes of optimizer state for each number that trains (AdamW in float32: 8).
-        base_precision: ``"fp8"`` or ``"nf4"``: as if the model had been loaded so; None: as it is.
+        optimizer_bytes: bytes of optimizer state for each trainable number (AdamW in float32: 8).
+        base_precision: ``"fp8"`` or ``"nf4"``: predict for the model loaded in that format; None: for the model as is.
     """
     config: Any = model.config
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -99,23 +95,24 @@ def plan_memory(
     }
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
-    linear = _base_layers(model)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linear: list[Any] = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
     if base_precision is not None:
         stored = _STORED_BYTES[base_precision]
         fixed += sum(stored(*weight_shape(layer.weight)) - base_weight_of(layer).nbytes for layer in linear)
     if base_precision == "nf4" or (base_precision is None and any(isinstance(base_weight_of(m), Nf4) for m in linear)):
-        # For a product a 4-bit weight is dequantised, one weight at a time.
+        # A product dequantises its weight, one weight at a time.
         fixed += size * max(weight_shape(layer.weight).numel() for layer in linear)
-    # The backward's widest moment: the feed-forward part's gradients, or the loss's chunk of logits.
-    # SwiGLU's backward leaves a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
+    # Temporary memory is largest for the feed-forward part's gradients or for the loss's chunk of logits.
+    # SwiGLU's backward writes a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
     partial_sums = 4 * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
     gradients = tokens * (3 * I + 2 * D) * size + partial_sums
     logits = min(CHUNK_TOKENS, tokens) * config.vocab_size * size + tokens * 2 * D * size
-    # Where it is recomputed, the gate/up product is overwritten by its gradient.
+    # A recomputed gate/up product takes no extra memory: its gradient overwrites it.
     recomputed = {"none": 0, "selective": 0, "full": tokens * (kept["none"] - 2 * I * size)}
     recomputed["offload"] = recomputed["full"]
     widest = {mode: max(gradients + extra, logits) for mode, extra in recomputed.items()}
-    widest["offload"] += tokens * 3 * D * size  # an input going out, one coming back, one in use
+    widest["offload"] += tokens * 3 * D * size  # one input on its way to the host, one on its way back, one in use
     factor = FACTORS[kind]
     peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
     return MemoryPlan(peak, _available_gib(model, weight.device))
@@ -128,21 +125,15 @@ _STORED_BYTES: dict[str, Callable[[int, int], float]] = {
 """Bytes of a weight (out, in) in a format of lora/base_weight.py."""
 
 
-def _base_layers(model: nn.Module) -> list[Any]:
-    """Return the linear layers that ``base_precision`` applies to: all but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-
-
 def _bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters, buffers and quantised weights' scales, tied ones once."""
+    """Return the bytes of all parameters, buffers and quantised weights' scales; tied ones count once."""
     stored = [t for weight in base_weights(model) for t in weight.tensors()]
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers(), *stored] if t.device.type != "meta"}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _available_gib(model: nn.Module, device: torch.device) -> float | None:
-    """Return what is free on the GPU, plus what the model takes there and what this process holds without using it."""
+    """Return the GPU's free memory plus the model's own and what this process has reserved but does not use."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -173,11 +164,11 @@ def mean_context_tokens(lengths: Any) -> float:
 
 
 def flops_per_token(model: Any, mean_context_tokens: float) -> float:
-    """Return the operations of one token's forward and backward, recomputation not counted.
+    """Return the operations of one token's forward and backward, without recomputation.
 
-    A frozen weight costs 2 operations an entry in the forward and 2 in the backward (no weight gradient); an adapter's
-    entry 6; attention 4 * context * heads * head_dim forward and twice that backward, with
-    ``mean_context_tokens`` keys seen by a query on average.
+    An entry of a frozen weight costs 2 operations in the forward and 2 in the backward (no weight gradient), an
+    adapter's entry 6. Attention costs 4 * mean_context_tokens * heads * head_dim in the forward, twice that in the
+    backward.
     """
     adapters = sum(p.numel() for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))
     decoder = model.get_decoder()

@@ -34,10 +34,10 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = 
     Args:
         model: a ``Phi3ForCausalLM`` (any transformers causal LM with a decoder and an output head).
         batch: what :func:`phi3lora.batches` yields; it is moved to the model's device.
-        fused: let the fused kernels compute layers and loss where they can; False: transformers' own layers.
+        fused: use the fused kernels where they are supported; False: always transformers' own layers.
 
     Returns:
-        The sum of cross-entropies, float32 () with gradient, and how many tokens it is over.
+        The sum of the cross-entropies, float32 () with gradient, and the number of supervised tokens.
 
     Raises:
         ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart.
@@ -49,14 +49,14 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = 
 
 
 def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend: Backend) -> tuple[Tensor, Tensor]:
-    """Return the decoder's output where a label follows, (N, H), and those labels, (N,).
+    """Return the decoder's output at the positions that predict supervised tokens, (N, H), and those tokens, (N,).
 
-    Only these positions reach the output head. ``labels[t]`` is token t's own id, as transformers has it, so the
-    position that predicts it is t - 1; the first token of each document carries -100.
+    Only these positions reach the output head. ``labels[t]`` is token t's own id, as in transformers; position t - 1
+    predicts it. A document's first token is never supervised, whatever its label: nothing precedes it.
 
     Args:
         model, batch: as in :func:`causal_lm_loss`.
-        backend: what :func:`use_backend` gave for the block that this is called in.
+        backend: what the enclosing :func:`use_backend` yielded.
     """
     missing = [key for key in BATCH_KEYS if key not in batch]
     if missing or "attention_mask" in batch:
@@ -66,7 +66,8 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend
         )
     use_packed_attention(model)
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    positions, labels = _supervised(batch["labels"], batch["position_ids"])
+    flat = batch["labels"].flatten()  # on the CPU, where counting needs no synchronisation
+    positions = ((flat != IGNORE_INDEX) & (batch["position_ids"].flatten() > 0)).nonzero().squeeze(1)  # (N,)
     _refuse_mixed_regimes(model, batch, positions)
     batch = batch_to(batch, weight.device)
     if backend.kind == "fused":
@@ -74,16 +75,15 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend
     else:
         decoder = model.get_decoder()  # type: ignore[operator]
         kwargs = packed_forward_kwargs(model, batch, compute_dtype(weight, weight))
-        output = decoder(input_ids=batch["input_ids"], **kwargs)
-        hidden = output.last_hidden_state.flatten(0, 1)
-    device = weight.device
-    return hidden.index_select(0, _to_device(positions - 1, device)), _to_device(labels, device)
+        hidden = decoder(input_ids=batch["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
+    predicting, labels = (_to_device(t, weight.device) for t in (positions - 1, flat[positions]))
+    return hidden.index_select(0, predicting), labels
 
 
 def _refuse_mixed_regimes(model: nn.Module, batch: Mapping[str, Any], positions: Tensor) -> None:
-    """Raise where a batch mixes documents on both sides of a longrope model's boundary.
+    """Raise if a batch holds documents on both sides of a longrope model's boundary.
 
-    Such a model chooses short or long rotary factors for all its tokens by the largest position in the batch.
+    The largest position in a batch decides whether the model uses its short or its long rotary factors for all tokens.
     """
     boundary = longrope_boundary(model.config)
     if boundary is None or batch["position_ids"].max() < boundary:
@@ -99,20 +99,8 @@ def _refuse_mixed_regimes(model: nn.Module, batch: Mapping[str, Any], positions:
         )
 
 
-def _supervised(labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the flat positions (N,) of the supervised tokens, and those tokens (N,). Cheap: labels are on the CPU.
-
-    A document's first token is none of them, whatever its label: nothing precedes it.
-    """
-    flat = labels.flatten()
-    positions = ((flat != IGNORE_INDEX) & (position_ids.flatten() > 0)).nonzero().squeeze(1)
-    return positions, flat[positions]
-
-
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return ``tensor`` on ``device``; from the CPU to a GPU through pinned memory, without waiting for the copy."""
-    if tensor.device == device:
-        return tensor
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -128,7 +116,7 @@ def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def train_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in train mode inside the block; afterwards every module has its own mode again."""
+    """Put the model in train mode for the block; restore each module's mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
@@ -140,9 +128,9 @@ def train_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode without gradients inside the block; afterwards every module has its own mode again.
+    """Put the model in eval mode without gradients for the block; restore each module's mode afterwards.
 
-    Layers that are compiled for training run eagerly here: other shapes would have them compiled again and again.
+    Layers that are compiled for training run eagerly here: evaluation's shapes would compile them again and again.
     """
     with train_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model.eval()

@@ -2,9 +2,9 @@
 
     loss = sum over tokens t of -log softmax(head(h_t))[label_t]
 
-For Phi-3 (vocabulary 32,064) the float32 logits of 8,192 tokens take 1 GiB, and their gradient as much again. Here each
-chunk's gradient is computed in the forward, right after its loss, and only d loss / d hidden is kept, with that of the
-head's own trainable parameters. Sums, not means: the caller divides once, by the step's count of supervised tokens.
+For Phi-3 (vocabulary 32,064) the float32 logits of 8,192 tokens take 1 GiB, and their gradient as much again. Here the
+forward computes each chunk's gradient right after its loss. It keeps only the gradients of the hidden states and of the
+head's trainable parameters. The result is a sum: the caller divides once, by the step's count of supervised tokens.
 
 Shapes: N supervised tokens, H hidden size, V vocabulary.
 """
@@ -41,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             d_hidden[part] = d_h
             for accumulated, gradient in zip(d_parameters, d_p, strict=True):
-                if gradient is not None:  # None: a head whose adapter is switched off
+                if gradient is not None:  # it is for a head whose adapter is switched off
                     accumulated += gradient
         ctx.save_for_backward(d_hidden, *d_parameters)
         return total
@@ -50,14 +50,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, *d_parameters = ctx.saved_tensors
-        return (
-            (d_hidden.float() * scale).to(d_hidden.dtype),
-            None,
-            None,
-            None,
-            None,
-            *(d * scale for d in d_parameters),
-        )
+        d_hidden = (d_hidden.float() * scale).to(d_hidden.dtype)
+        return d_hidden, None, None, None, None, *(d * scale for d in d_parameters)
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
@@ -81,7 +75,7 @@ def linear_cross_entropy(
         hidden: (N, H), the decoder's output at the supervised positions only.
         head: maps (n, H) to logits (n, V); its trainable parameters (an adapter's, say) get their gradients.
         labels: (N,) int64, the token that follows each position.
-        chunk_tokens: how many tokens' logits may exist at a time.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
         fused: on a GPU, let a Triton kernel overwrite the logits with their gradient.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]

@@ -78,9 +78,7 @@ def check_run(
         setting = "eval_on_start=True" if config.eval_on_start else f"eval_strategy={config.eval_strategy!r}"
         raise TrainingError(f"{setting} needs an eval_dataset")
     if eval_dataset is not None and not eval_dataset.known_length:
-        raise TrainingError(
-            "eval_dataset is a stream, whose length is not known; pass stream.take(1000)"
-        )
+        raise TrainingError("eval_dataset is a stream, whose length is not known; pass stream.take(1000)")
     if not train_dataset.known_length and config.max_steps <= 0:
         raise TrainingError("train_dataset is a stream, whose length is not known; set max_steps to a number > 0")
     metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
