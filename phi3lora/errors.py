@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 SEED_END = 2**63
 """Upper bound of seeds, exclusive: every generator and every file format here takes a seed below it."""
@@ -98,7 +98,7 @@ def is_int(value: object, least: int, end: int = 2**63) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < end
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Tell whether a value is a string that can be encoded as UTF-8."""
     if not isinstance(value, str):
         return False

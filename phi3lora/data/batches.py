@@ -8,7 +8,7 @@ fullest row that still has room for it (best fit decreasing), which fills rows t
     max_length 8, documents of 5, 4, 3, 3 tokens  ->  [5 3] [4 3 .]
 
 Which rows there are, and their order, depends on the lengths, the seed and the epoch alone: never on batch size,
-accumulation or the number of processes. The schedule too is a function of the data and the configuration, so a run can
+accumulation or the number of processes. The steps, too, depend on the data and the configuration alone, so a run can
 continue from any :class:`Cursor`.
 
 The row [a a a b b .] in the tensors of a batch (B = 1, S = 6):
@@ -41,10 +41,8 @@ from .prefetch import always, pinned, prefetched
 
 logger = logging.getLogger("phi3lora")
 
-PackedRow = tuple[int, ...]
-"""The documents of one row of a batch, in order."""
-MicroBatch = list[PackedRow]
-"""The rows of one forward pass."""
+PackedRow = tuple[int, ...]  # the documents of one row of a batch, in order
+MicroBatch = list[PackedRow]  # the rows of one forward pass
 
 _PACKED_TOGETHER = 2048  # documents: enough to fill rows, few enough that the order stays random
 _STEPS_AHEAD = 2
@@ -175,11 +173,7 @@ class BatchPlan:
             )
 
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
-        """Return the micro-batches of an epoch, each of at most ``batch_size`` rows.
-
-        Raises:
-            DataError: a document longer than ``max_length``.
-        """
+        """Return the micro-batches of an epoch, each of at most ``batch_size`` rows."""
         self.check_lengths()
         lengths = self.dataset.lengths
         is_long = lengths > (math.inf if self.boundary is None else self.boundary)
@@ -196,7 +190,7 @@ class BatchPlan:
         ]
 
     def _packed_rows(self, documents: np.ndarray, lengths: np.ndarray, epoch: int) -> list[PackedRow]:
-        """Return the rows of these documents (their numbers), in the order of the epoch."""
+        """Return the rows of these documents in the order of the epoch."""
         if self.shuffle:
             documents = documents[np.random.default_rng([self.seed, epoch]).permutation(len(documents))]
         if not self.packing:
@@ -233,39 +227,32 @@ class Cursor(NamedTuple):
 
 
 START = Cursor()
-"""Cursor of a new run."""
 
 
 @dataclass(frozen=True)
 class Step:
     """The micro-batches of one optimizer step, and the cursor after it."""
 
-    plan: BatchPlan
-    """Plan that makes their tensors."""
+    plan: BatchPlan  # makes their tensors
     micro_batches: list[MicroBatch]
-    """Documents of each micro-batch."""
-    tokens: int
-    """Number of tokens, padding not counted."""
-    ends_epoch: bool
-    """True for the last step of an epoch, or of a stream's window."""
-    epoch_progress: float
-    """Epochs done after this step, with fraction."""
+    tokens: int  # padding not counted
+    ends_epoch: bool  # or a stream's window
+    epoch_progress: float  # epochs done after this step, with fraction
     next_cursor: Cursor
-    """Cursor after this step."""
 
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """The optimizer steps of a run. A stream's window is treated as an epoch."""
+    """The optimizer steps of a run. A stream's window is treated as an epoch.
+
+    ``plan`` is that of the dataset, or of a stream's first window. ``check_window`` raises if a later window does not
+    fit the model.
+    """
 
     plan: BatchPlan
-    """Plan of the dataset, or of a stream's first window."""
     config: TrainingConfig
-    """Configuration of the run."""
     dataset: ChatDataset | ChatStream
-    """Data of the run."""
     check_window: Callable[[ChatDataset], None] = lambda window: None
-    """Raises if a later window of a stream does not fit the model."""
 
     def steps_of_epoch(self, epoch: int, plan: BatchPlan | None = None) -> list[list[MicroBatch]]:
         """Return the micro-batches of each step. The last step of an epoch may have fewer."""
@@ -299,14 +286,18 @@ class StepSchedule:
         left, first = self.total - steps_done, cursor.step_in_epoch
         if left <= 0:
             return
-        with closing(self._windows(cursor.epoch, wanted)) as windows:
+
+        def make_windows(wanted: Callable[[], bool]) -> Generator[tuple[int, ChatDataset]]:
+            return self.dataset.windows(cursor.epoch, wanted=wanted)
+
+        is_stream = not self.dataset.known_length
+        with closing(prefetched(make_windows, 1, wanted) if is_stream else make_windows(wanted)) as windows:
             for epoch, window in windows:
-                fingerprint = None
-                if not self.dataset.known_length:
+                if is_stream:
                     self.check_window(window)
-                    fingerprint = window.fingerprint()
-                if first:
-                    self._check_fingerprint(cursor, fingerprint)
+                fingerprint = window.fingerprint() if is_stream else None
+                if first and fingerprint != cursor.window:
+                    self._refuse_window(epoch)
                 plan, lengths = dataclasses.replace(self.plan, dataset=window), window.lengths
                 steps = self.steps_of_epoch(epoch, plan)
                 for i in range(first, min(len(steps), first + left)):
@@ -343,15 +334,9 @@ class StepSchedule:
         """Return what determines the batches beside the configuration. A checkpoint records it."""
         return {**self.dataset.identity(), "row_length": self.plan.max_length, "boundary": self.plan.boundary}
 
-    def _windows(self, start: int, wanted: Callable[[], bool]) -> Generator[tuple[int, ChatDataset]]:
-        if self.dataset.known_length:
-            return self.dataset.windows(start, wanted=wanted)
-        return prefetched(lambda wanted: self.dataset.windows(start, wanted=wanted), 1, wanted)
-
-    def _check_fingerprint(self, cursor: Cursor, fingerprint: str | None) -> None:
-        if fingerprint == cursor.window:
-            return
-        what = f"window {cursor.epoch} of the stream is not what it was when the checkpoint was made"
+    def _refuse_window(self, number: int) -> None:
+        """Raise, or only warn with ``resume_with_changes``."""
+        what = f"window {number} of the stream is not what it was when the checkpoint was made"
         if not self.config.resume_with_changes:
             raise CheckpointError(f"{what}: its rows have changed. Set resume_with_changes=True to continue anyway")
         logger.warning("%s", what)

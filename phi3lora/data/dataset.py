@@ -1,18 +1,18 @@
 """``ChatDataset``: tokenised chats in memory. ``ChatStream``: chats that are read and tokenised during training.
 
-Both hand out *windows*, each a ``ChatDataset``. The training loop needs nothing else:
+The training loop takes *windows* from either; each window is a ``ChatDataset``:
 
     ChatDataset    window n is the dataset itself, for every n: a window is an epoch
 
     ChatStream     rows      1 ...... 10,000 | 10,001 ...... 20,000 | ... 23,400 | 1 ...... 10,000 | ...
                    windows          0        |          1           |      2     |        3        |
 
-A stream's window of ``buffer_size`` rows is shuffled and packed within itself. After the last row the first one comes
+A stream's window of ``buffer_size`` rows is shuffled and packed within itself. After the last row comes the first one
 again. What a window holds depends on its number alone, so an interrupted run continues at its window and step: the rows
 before are read again, but not tokenised.
 
-The interface that both share: ``windows``, ``first_window``, ``known_length``, ``max_length``, ``max_document_tokens``,
-``identity`` and ``describe``.
+Both classes have ``windows``, ``first_window``, ``known_length``, ``max_length``, ``max_document_tokens``, ``identity``
+and ``describe``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -32,15 +32,13 @@ import numpy as np
 
 from ..config import IGNORE_INDEX
 from ..errors import DataError, is_int, is_one_of, short_repr
-from .documents import NoDocumentsError, RowTokenizer, cache_key
+from .documents import NoDocumentsError, RowTokenizer
 from .formats import check_columns, known_format
 from .prefetch import always
 from .rows import BadRows, NumberedRow, find_source, read_rows
 from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
-
-OVERFLOW = ("truncate", "split", "error")
 
 
 class ChatDataset:
@@ -51,7 +49,7 @@ class ChatDataset:
     """
 
     known_length = True
-    """True: the number of documents is known, and an epoch ends. False for a stream."""
+    """Whether the number of documents is known, so that an epoch ends."""
 
     def __init__(
         self,
@@ -68,13 +66,14 @@ class ChatDataset:
         dropped_rows: int = 0,
         bad_rows: tuple[int, ...] = (),
     ) -> None:
-        self._input_ids, self._labels, self._starts = input_ids, labels, starts  # (tokens,), (tokens,), (documents+1,)
-        self._rows, self._truncated = rows, truncated  # (documents,): source row numbers, bool
-        self._index = np.arange(len(starts) - 1)  # the documents that belong to this set
-        self.max_length = max_length
-        self.pad_token_id = pad_token_id
-        self.end_of_turn_id = end_of_turn_id
-        self.format = format
+        # All documents end to end, and those that belong to this set. A label is its token's own id, or -100.
+        self._input_ids, self._labels = input_ids, labels  # int32 (tokens,) each
+        self._starts = starts  # position of each document's first token, and the end, int64 (documents + 1,)
+        self._rows = rows  # number of each document's source row (documents,)
+        self._truncated = truncated  # whether it was cut, bool (documents,)
+        self._index = np.arange(len(starts) - 1)
+        self.max_length, self.format = max_length, format
+        self.pad_token_id, self.end_of_turn_id = pad_token_id, end_of_turn_id
         self.dropped_rows = dropped_rows
         """Number of source rows of which truncation left nothing to train."""
         self.bad_rows = bad_rows
@@ -127,24 +126,22 @@ class ChatDataset:
             (1, 'prompt_completion')
         """
         _check(is_int(max_length, 2), "max_length", max_length, "a whole number >= 2")
-        _check(is_one_of(overflow, OVERFLOW), "overflow", overflow, ", ".join(map(repr, OVERFLOW)))
+        is_known = is_one_of(overflow, ("truncate", "split", "error"))
+        _check(is_known, "overflow", overflow, "'truncate', 'split', 'error'")
         _check(isinstance(streaming, bool), "streaming", streaming, "True, False")
         _check(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
         check_columns(columns)
-        name, bad = known_format(format), BadRows(on_bad_row)
+        format, bad = known_format(format), BadRows(on_bad_row)
         # A stream is tokenised in a background thread, and a fast tokenizer must not be used by two threads at once.
         encoder = ChatEncoder(copy.deepcopy(tokenizer) if streaming else tokenizer, train_on)
         is_path = isinstance(source, (str, os.PathLike))
         description = short_repr(os.fspath(source)) if is_path else f"({type(source).__name__})"
-        rows = RowTokenizer(encoder, max_length, overflow, columns, description)
+        row_tokenizer = RowTokenizer(encoder, max_length, overflow, columns, description)
         found = find_source(source, split, revision, streaming)
         if streaming:
-            stream = ChatStream(found, rows, name, buffer_size=buffer_size, on_bad_row=on_bad_row)
+            stream = ChatStream(found, row_tokenizer, format, buffer_size=buffer_size, on_bad_row=on_bad_row)
             return cast(ChatDataset, stream)  # declared as what all but streaming users get
-        options = {"columns": sorted((columns or {}).items()), "train_on": train_on}
-        key = partial(cache_key, found, tokenizer, **options)
-        documents = rows.tokenize(read_rows(found, bad), name, bad, cache_key=lambda name: key(format=name))
-        dataset = cls(**vars(documents))
+        dataset = cls(**row_tokenizer.tokenize(read_rows(found, bad), format, bad, cached=found))
         logger.info("%s", dataset)
         return dataset
 
@@ -183,7 +180,7 @@ class ChatDataset:
 
     def largest_token_id(self) -> int:
         """Return the largest token id in any document, to compare with a model's vocabulary."""
-        return max(int(self.document(i)[0].max()) for i in range(len(self)))
+        return int(np.maximum.reduceat(self._input_ids, self._starts[:-1])[self._index].max())
 
     def row_number(self, i: int) -> int:
         """Return the source row (counted from 1) that document ``i`` came from."""
@@ -192,13 +189,7 @@ class ChatDataset:
     def windows(
         self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = always
     ) -> Generator[tuple[int, ChatDataset]]:
-        """Yield ``(number, self)`` for the numbers from ``start`` on, one an epoch: the interface of a stream.
-
-        Args:
-            start: the first number.
-            endless: False yields a single pair.
-            wanted: called before each epoch. False ends the iteration.
-        """
+        """Yield ``(n, self)``, one an epoch, from ``n = start`` on; see :meth:`ChatStream.windows`."""
         numbers = itertools.count(start) if endless else [start]
         return ((number, self) for number in takewhile(lambda _: wanted(), numbers))
 
@@ -232,9 +223,8 @@ class ChatDataset:
     def statistics(self) -> dict[str, Any]:
         """Count documents, tokens, supervised tokens, truncated documents, dropped and bad rows; find the longest."""
         lengths = self.lengths
-        before = np.concatenate([[0], np.cumsum(self._labels != IGNORE_INDEX)])  # supervised tokens before each token
-        supervised = int(np.diff(before[self._starts])[self._index].sum())
-        tokens = int(lengths.sum())
+        of_each = np.add.reduceat(self._labels != IGNORE_INDEX, self._starts[:-1], dtype=np.int64)
+        tokens, supervised = int(lengths.sum()), int(of_each[self._index].sum())
         return {
             "documents": len(self),
             "tokens": tokens,
@@ -289,12 +279,11 @@ class ChatStream:
     """
 
     known_length = False
-    """False: the number of documents is not known, and there is no end. True for a dataset."""
 
     def __init__(
         self,
         source: Path | Iterable[Any],
-        tokenizer: RowTokenizer,
+        row_tokenizer: RowTokenizer,
         format: str,
         *,
         buffer_size: int,
@@ -303,12 +292,12 @@ class ChatStream:
     ) -> None:
         if isinstance(source, Iterator):
             raise DataError(
-                f"a stream cannot be a {type(source).__name__}, which can be read only once; allowed: a source that "
-                f"can be read again from its start (a path, a hub name, a Dataset, an IterableDataset, a list)"
+                f"a stream cannot be a {type(source).__name__}, which can be read only once; "
+                f"allowed: a path, a hub name, a Dataset, an IterableDataset, a list"
             )
-        self._source, self._tokenizer, self._format = source, tokenizer, format
+        self._source, self._row_tokenizer, self._format = source, row_tokenizer, format
         self.buffer_size, self._on_bad_row, self._skipped = buffer_size, on_bad_row, skipped
-        self.max_length = self.max_document_tokens = tokenizer.max_length
+        self.max_length = self.max_document_tokens = row_tokenizer.max_length
         self._first_pass: tuple[Iterator[NumberedRow], BadRows] | None = None
 
     @cached_property
@@ -323,7 +312,7 @@ class ChatStream:
     def windows(
         self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = always
     ) -> Generator[tuple[int, ChatDataset]]:
-        """Yield ``(number, documents)`` of each window from number ``start`` on. One without a usable row is skipped.
+        """Yield the number and the documents of each window. One without a usable row is skipped.
 
         Args:
             start: number of the first window, counted from 0 through all passes.
@@ -341,8 +330,11 @@ class ChatStream:
                 if not wanted():
                     return
                 if number >= start:
-                    documents = self._usable(window, number, bad) if in_pass else first
-                    if documents is not None:
+                    try:
+                        documents = self._documents(window, first.format, bad) if in_pass else first
+                    except NoDocumentsError as why:
+                        logger.warning("window %d of the stream is skipped: %s", number, why)
+                    else:
                         yield number, documents
                 number, in_pass = number + 1, in_pass + 1
                 bad.clear()
@@ -363,16 +355,12 @@ class ChatStream:
         """Return the stream without its first ``rows`` rows."""
         _check(is_int(rows, 1), "rows", rows, "a whole number >= 1")
         return ChatStream(
-            self._source, self._tokenizer, self._format, buffer_size=self.buffer_size, on_bad_row=self._on_bad_row,
+            self._source, self._row_tokenizer, self._format, buffer_size=self.buffer_size, on_bad_row=self._on_bad_row,
             skipped=self._skipped + rows,
         )  # fmt: skip
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
-        """Refuse: a stream cannot be split.
-
-        Raises:
-            DataError: always, with the way out.
-        """
+        """Raise a ``DataError`` that names the way out: a stream cannot be split."""
         raise DataError(
             "a stream's length is not known, so it cannot be split; take(1000) and skip(1000) set its first rows aside"
         )
@@ -398,14 +386,7 @@ class ChatStream:
         return rows, bad
 
     def _documents(self, window: list[NumberedRow], format: str, bad: BadRows) -> ChatDataset:
-        return ChatDataset(**vars(self._tokenizer.tokenize(window, format, bad)))
-
-    def _usable(self, window: list[NumberedRow], number: int, bad: BadRows) -> ChatDataset | None:
-        try:
-            return self._documents(window, self.first_window.format, bad)
-        except NoDocumentsError as why:
-            logger.warning("window %d of the stream is skipped: %s", number, why)
-            return None
+        return ChatDataset(**self._row_tokenizer.tokenize(window, format, bad))
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -1,22 +1,21 @@
-"""Rows -> chats -> tokenised documents of at most ``max_length`` tokens, and the tokenised chats kept on disk.
+"""Rows -> chats -> tokenised documents of at most ``max_length`` tokens, and the cache of tokenised chats.
 
-``datasets`` keeps the tokenised chats of a file or dataset of 1 MiB and more, so the same rows, tokenizer and options
-are tokenised once. They form a ``Dataset.from_generator`` whose fingerprint is a digest of everything that the tokens
-depend on, this library's own code included. What cannot be digested is not kept. Long chats are cut after this step, so
-``max_length`` and ``overflow`` may change. ``datasets`` decides where its cache is (``HF_DATASETS_CACHE``) and whether
-there is one (``datasets.disable_caching()``).
+The same rows, tokenizer and options are tokenised once. ``datasets`` caches the tokenised chats of a file or dataset of
+1 MiB and more: they are a ``Dataset.from_generator`` whose fingerprint is a digest of everything that the tokens depend
+on, this library's own code included. Long chats are cut after the cache, so ``max_length`` and ``overflow`` may change.
+``datasets`` decides where its cache is (``HF_DATASETS_CACHE``) and whether there is one
+(``datasets.disable_caching()``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
 import json
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import transformers
 
 from ..config import IGNORE_INDEX
 from ..errors import DataError
+from ..files import sha256_of
 from . import formats, template
 from . import rows as sources
 from .formats import Message, detect_format, to_messages
@@ -36,28 +36,13 @@ logger = logging.getLogger("phi3lora")
 
 NumberedChat = tuple[int, EncodedChat]
 
+SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second that importing datasets takes
+_MODULES = (formats.__file__, sources.__file__, template.__file__, __file__)  # the code that tokens depend on
 _CHATS_AT_ONCE = 1000
 
 
 class NoDocumentsError(DataError):
     """No row of the source became a document."""
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokenised documents, end to end in flat arrays: the arguments of ``ChatDataset``."""
-
-    input_ids: np.ndarray  # int32 (tokens,)
-    labels: np.ndarray  # the token's own id where it is trained, else -100, int32 (tokens,)
-    starts: np.ndarray  # position of each document's first token, and the end, int64 (documents + 1,)
-    rows: np.ndarray  # number of each document's source row (documents,)
-    truncated: np.ndarray  # whether it was cut, bool (documents,)
-    dropped_rows: int  # number of rows of which truncation left nothing to train
-    bad_rows: tuple[int, ...]  # numbers of the rows that were skipped
-    max_length: int
-    pad_token_id: int
-    end_of_turn_id: int
-    format: str
 
 
 class RowTokenizer:
@@ -66,7 +51,7 @@ class RowTokenizer:
     Args:
         encoder: renders and tokenises a chat.
         max_length: tokens of the longest document.
-        overflow: ``"truncate"``, ``"split"`` or ``"error"``: what happens to a longer chat.
+        overflow: what happens to a longer chat: ``"truncate"``, ``"split"`` or ``"error"``.
         columns: our column name -> the source's.
         source: description of the source, for messages.
     """
@@ -75,23 +60,19 @@ class RowTokenizer:
         self, encoder: ChatEncoder, max_length: int, overflow: str, columns: Mapping[str, str] | None, source: str
     ) -> None:
         self.encoder, self.max_length, self.overflow = encoder, max_length, overflow
-        self.columns, self.source = columns, source
+        self.columns, self.source = columns or {}, source
         self._one_thread = threading.Lock()  # a fast tokenizer must not be used by two threads at once
 
     def tokenize(
-        self,
-        rows: Iterable[NumberedRow],
-        format: str,
-        bad: BadRows,
-        cache_key: Callable[[str], str | None] | None = None,
-    ) -> Documents:
-        """Return the documents of ``rows``.
+        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, cached: Path | Iterable[Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the documents of ``rows`` as the arguments of ``ChatDataset``.
 
         Args:
             rows: the rows with their numbers.
             format: one of ``formats.COLUMNS``, or ``"auto"``: that of the first row.
             bad: decides whether a row that cannot be used raises or is skipped.
-            cache_key: format -> key under which the tokenised chats are kept on disk; None: they are not.
+            cached: the file or dataset of which ``rows`` are all rows, to cache its chats; None: no cache.
 
         Raises:
             NoDocumentsError: no document is left.
@@ -99,10 +80,12 @@ class RowTokenizer:
         with self._one_thread:
             rows = iter(rows)
             format, first = self._first_row(rows, format, bad)
-            # The cache does not record which rows were skipped.
-            key = cache_key(format) if cache_key is not None and not bad.skips else None
-            chats = self._encoded(itertools.chain([first], rows), format, bad)
-            return self._cut(kept(chats, key), format, bad)
+            chats = self._encode(chain([first], rows), format, bad)
+            if cached is None or bad.skips:  # the cache does not record which rows were skipped
+                return self._cut(chats, format, bad)
+            options = [format, sorted(self.columns.items()), self.encoder.train_on]
+            key = cache_key(cached, self.encoder.tokenizer, options)
+            return self._cut(cached_chats(chats, key), format, bad)
 
     def _first_row(self, rows: Iterator[NumberedRow], format: str, bad: BadRows) -> tuple[str, NumberedRow]:
         """Return the format, and the first row that has it."""
@@ -114,43 +97,34 @@ class RowTokenizer:
         why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
         raise NoDocumentsError(f"the dataset {self.source} is empty: {why}")
 
-    def _encoded(self, rows: Iterable[NumberedRow], format: str, bad: BadRows) -> Generator[NumberedChat]:
-        """Yield the encoded chats, tokenised many at a time, which the tokenizer spreads over the cores."""
-        for numbers, chats in self._chats(rows, format, bad):
+    def _encode(self, rows: Iterable[NumberedRow], format: str, bad: BadRows) -> Generator[NumberedChat]:
+        """Yield the encoded chats. Many are tokenised at a time, which the tokenizer spreads over the cores."""
+        chats = self._read_chats(rows, format, bad)
+        while batch := list(islice(chats, _CHATS_AT_ONCE)):
+            numbers = [number for number, _ in batch]
             try:
-                yield from zip(numbers, self.encoder.encode(chats, numbers), strict=True)
+                yield from zip(numbers, self.encoder.encode([chat for _, chat in batch], numbers), strict=True)
             except DataError:
                 if not bad.skips:
                     raise
-                for number, chat in zip(numbers, chats, strict=True):  # one by one, to find the bad ones
+                for number, chat in batch:  # one by one, to find the bad ones
                     try:
                         yield number, self.encoder.encode([chat], [number])[0]
                     except DataError as error:
                         bad.reject(number, error)
 
-    def _chats(
+    def _read_chats(
         self, rows: Iterable[NumberedRow], format: str, bad: BadRows
-    ) -> Iterator[tuple[list[int], list[list[Message]]]]:
-        """Yield row numbers and checked chats, ``_CHATS_AT_ONCE`` at a time."""
-        numbers: list[int] = []
-        chats: list[list[Message]] = []
+    ) -> Generator[tuple[int, list[Message]]]:
         for number, row in rows:
             try:
-                chats.append(to_messages(row, format, number, self.columns))
-                numbers.append(number)
+                yield number, to_messages(row, format, number, self.columns)
             except DataError as error:
                 bad.reject(number, error)
-            if len(chats) == _CHATS_AT_ONCE:
-                yield numbers, chats
-                numbers, chats = [], []
-        if chats:
-            yield numbers, chats
 
-    def _cut(self, chats: Iterable[NumberedChat], format: str, bad: BadRows) -> Documents:
-        """Return the chats as documents of at most ``max_length`` tokens."""
-        documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, labels)
-        rows: list[int] = []
-        truncated: list[bool] = []
+    def _cut(self, chats: Iterable[NumberedChat], format: str, bad: BadRows) -> dict[str, Any]:
+        """Cut the chats into documents of at most ``max_length`` tokens."""
+        documents: list[tuple[int, bool, np.ndarray, np.ndarray]] = []  # (row, truncated, ids, labels)
         dropped_rows = longest_prompt = 0
         for number, chat in chats:
             ids = np.array(chat.input_ids, dtype=np.int32)
@@ -161,14 +135,12 @@ class RowTokenizer:
                 bad.reject(number, DataError(f"{what}Raise max_length, or set overflow='truncate' or 'split'"))
                 continue
             parts = self._parts(ids, labels) if is_long else [(ids, labels)]
-            documents += parts
-            rows += [number] * len(parts)
-            truncated += [is_long and self.overflow == "truncate"] * len(parts)
+            documents += [(number, is_long and self.overflow == "truncate", *part) for part in parts]
             if not parts:
                 dropped_rows += 1
                 longest_prompt = max(longest_prompt, int(np.argmax(chat.trained)))
         bad.report()
-        if not documents and bad.errors and not dropped_rows:
+        if not documents and not dropped_rows:
             raise NoDocumentsError(f"none of the {len(bad.numbers)} rows is usable; the first: {bad.errors[0]}")
         if not documents:
             raise NoDocumentsError(
@@ -179,21 +151,22 @@ class RowTokenizer:
             logger.warning(
                 "%d rows dropped: nothing trained is left of them within max_length=%d", dropped_rows, self.max_length
             )
+        rows, truncated, all_ids, all_labels = zip(*documents, strict=True)
         tokenizer = self.encoder.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return Documents(
-            input_ids=np.concatenate([ids for ids, _ in documents]),
-            labels=np.concatenate([labels for _, labels in documents]),
-            starts=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in documents])]),
-            rows=np.array(rows),
-            truncated=np.array(truncated),
-            dropped_rows=dropped_rows,
-            bad_rows=tuple(bad.numbers),
-            max_length=self.max_length,
-            pad_token_id=pad or 0,
-            end_of_turn_id=self.encoder.end_of_turn_id,
-            format=format,
-        )
+        return {
+            "input_ids": np.concatenate(all_ids),
+            "labels": np.concatenate(all_labels),
+            "starts": np.cumsum([0, *map(len, all_ids)]),
+            "rows": np.array(rows),
+            "truncated": np.array(truncated),
+            "dropped_rows": dropped_rows,
+            "bad_rows": tuple(bad.numbers),
+            "max_length": self.max_length,
+            "pad_token_id": pad or 0,
+            "end_of_turn_id": self.encoder.end_of_turn_id,
+            "format": format,
+        }
 
     def _parts(self, ids: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the parts of a long chat that have something to train: one at most for ``"truncate"``.
@@ -205,55 +178,44 @@ class RowTokenizer:
         return [(ids[part], labels[part]) for part in parts if (labels[part][1:] != IGNORE_INDEX).any()]
 
 
-SMALLEST_BYTES = 2**20  # less is tokenised in less than the second that importing datasets takes
-_MODULES = (formats.__file__, sources.__file__, template.__file__, __file__)
-
-
-def cache_key(source: Path | Iterable[Any], tokenizer: Any, **options: Any) -> str | None:
-    """Return a digest of the rows, the tokenizer, the options and the code; None if the chats must not be kept.
+def cache_key(source: Path | Iterable[Any], tokenizer: Any, options: list[Any]) -> str | None:
+    """Return a digest of the rows, the tokenizer, the options and the code; None if the chats must not be cached.
 
     Args:
-        source: result of ``rows.find_source``. Files and ``datasets.Dataset`` of :data:`SMALLEST_BYTES` and more are
-            kept. Their contents count, not their names.
+        source: result of ``rows.find_source``. The contents count, not the name. Only files and ``datasets.Dataset``
+            of :data:`SMALLEST_BYTES` and more are cached.
         tokenizer: an instance of one of transformers' own classes, whose template does not ask for the time.
-        options: values with a ``repr`` that tells them apart.
+        options: everything else that the tokens depend on, as JSON values.
     """
     rows = _rows_digest(source)
-    tokenizer_facts = _tokenizer_facts(tokenizer) if rows else None
-    if tokenizer_facts is None:
-        return None
-    code = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in _MODULES]
-    versions = [transformers.__version__, tokenizers.__version__]
-    facts = [rows, tokenizer_facts, sorted((name, repr(value)) for name, value in options.items()), code, versions]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _rows_digest(source: Path | Iterable[Any]) -> str | None:
-    if isinstance(source, Path):
-        if source.stat().st_size < SMALLEST_BYTES:
-            return None
-        return source.suffix.lower() + hashlib.sha256(source.read_bytes()).hexdigest()
-    dataset: Any = source
-    fingerprint: str | None = getattr(dataset, "_fingerprint", None)  # a datasets.Dataset has one
-    return fingerprint if fingerprint and dataset.data.nbytes >= SMALLEST_BYTES else None
-
-
-def _tokenizer_facts(tokenizer: Any) -> list[Any] | None:
     is_own_class = not type(tokenizer).__module__.startswith("transformers.")
-    if is_own_class or "strftime_now" in str(tokenizer.chat_template):
+    if rows is None or is_own_class or "strftime_now" in str(tokenizer.chat_template):
         return None
     try:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception:  # tokenizers raises this very class for a component written in Python
         return None
     del state["truncation"], state["padding"]  # set by every call
-    return [state, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.split_special_tokens]
+    special_tokens = [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
+    code = [sha256_of(Path(name)) for name in _MODULES]
+    versions = [transformers.__version__, tokenizers.__version__]
+    facts = [rows, state, tokenizer.chat_template, special_tokens, options, code, versions]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def kept(chats: Generator[NumberedChat], key: str | None) -> Iterator[NumberedChat]:
-    """Return the chats kept under ``key``, or else ``chats``, which are kept from then on.
+def _rows_digest(source: Path | Iterable[Any]) -> str | None:
+    if isinstance(source, Path):
+        is_large = source.stat().st_size >= SMALLEST_BYTES
+        return source.suffix.lower() + sha256_of(source) if is_large else None
+    dataset: Any = source
+    fingerprint: str | None = getattr(dataset, "_fingerprint", None)  # a datasets.Dataset has one
+    return fingerprint if fingerprint and dataset.data.nbytes >= SMALLEST_BYTES else None
 
-    An exception that ``chats`` raises is raised unchanged, and nothing is kept.
+
+def cached_chats(chats: Generator[NumberedChat], key: str | None) -> Iterator[NumberedChat]:
+    """Return the chats cached under ``key``. If there are none, return ``chats``, which are then cached.
+
+    An exception that ``chats`` raises is raised unchanged, and nothing is cached.
     """
     if key is None:
         return chats
@@ -261,16 +223,18 @@ def kept(chats: Generator[NumberedChat], key: str | None) -> Iterator[NumberedCh
 
     if not datasets.is_caching_enabled():
         return chats
-    features = {"number": datasets.Value("int64")}
-    features["input_ids"] = datasets.List(datasets.Value("int32"))
-    features["trained"] = datasets.List(datasets.Value("bool"))
+    features = datasets.Features(
+        number=datasets.Value("int64"),
+        input_ids=datasets.List(datasets.Value("int32")),
+        trained=datasets.List(datasets.Value("bool")),
+    )
 
     def records() -> Iterator[dict[str, Any]]:
         for number, chat in chats:
             yield {"number": number, "input_ids": chat.input_ids, "trained": chat.trained}
 
     try:
-        table = datasets.Dataset.from_generator(records, features=datasets.Features(features), fingerprint=key)
+        table = datasets.Dataset.from_generator(records, features=features, fingerprint=key)
     except datasets.exceptions.DatasetGenerationError as error:
         if error.__cause__ is None:
             raise
@@ -278,7 +242,7 @@ def kept(chats: Generator[NumberedChat], key: str | None) -> Iterator[NumberedCh
     except OSError as error:
         if inspect.getgeneratorstate(chats) != inspect.GEN_CREATED:
             raise
-        logger.warning("tokenised chats cannot be kept in the cache of datasets: %s", error)
+        logger.warning("tokenised chats cannot be cached by datasets: %s", error)
         return chats
     return (
         (int(number), EncodedChat(input_ids, trained))

@@ -42,8 +42,8 @@ _PHI4_TURN = re.compile(r"<\|im_start\|>(\w+)<\|im_sep\|>(.*?)(?:<\|im_end\|>|\Z
 
 def known_format(name: str) -> str:
     """Return ``name`` as spelled in :data:`COLUMNS`, or ``"auto"``."""
-    known = _NAMES.get(name, name) if isinstance(name, str) else None
-    if known is None or (known != "auto" and known not in COLUMNS):
+    known = _NAMES.get(name, name) if isinstance(name, str) else ""
+    if known not in ("auto", *COLUMNS):
         raise DataError(f"format={short_repr(name)}; allowed: 'auto', {', '.join(map(repr, COLUMNS))}")
     return known
 
@@ -66,20 +66,21 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = No
 
 
 def _keys(row: Mapping[Any, Any]) -> str:
-    """Return a row's keys for a message."""
     more = f" and {len(row) - 20} more" if len(row) > 20 else ""
     return (", ".join(short_repr(key, 60) for key in list(row)[:20]) or "(none)") + more
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
     """Raise if a key of ``columns`` is a column of no format."""
-    if columns is not None and not (isinstance(columns, Mapping) and all(map(is_text, columns.values()))):
+    if columns is None:
+        return
+    if not isinstance(columns, Mapping) or not all(map(is_text, columns.values())):
         raise DataError(f"columns={short_repr(columns)}; allowed: a dict of our column's name -> yours")
     known = {c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed}
-    for name in columns or {}:
+    for name in columns:
         if name not in known:
             allowed = ", ".join(sorted(known))
-            raise DataError(f"columns={short_repr(dict(columns or {}))}: {short_repr(name)} is not one of {allowed}")
+            raise DataError(f"columns={short_repr(dict(columns))}: {short_repr(name)} is not one of {allowed}")
 
 
 def to_messages(
@@ -114,12 +115,9 @@ def _text(value: Any, number: int, what: str) -> str:
         parts = [p["text"] for p in value if isinstance(p, Mapping) and p.get("type") == "text" and "text" in p]
         if len(parts) == len(value) and all(isinstance(part, str) for part in parts):
             return "".join(parts)
-    if not isinstance(value, str):
-        raise DataError(f"row {number}: {what} is {type(value).__name__} {short_repr(value, 60)}; allowed: text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"row {number}: {what} is not Unicode text: {error}") from None
+    if not is_text(value):
+        kind = type(value).__name__
+        raise DataError(f"row {number}: {what} is {kind} {short_repr(value, 60)}; allowed: Unicode text")
     return value
 
 

@@ -15,8 +15,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("phi3lora")
 
-_POLL_S = 0.2
-_JOIN_TIMEOUT_S = 5.0
+_POLL_S, _JOIN_TIMEOUT_S = 0.2, 5.0
 
 
 def always() -> bool:
@@ -29,13 +28,12 @@ def prefetched(
 ) -> Generator[T]:
     """Yield the items of ``make(wanted)`` in their order, while a thread prepares up to ``ahead`` more of them.
 
-    An exception of the items is raised here unchanged, when its turn comes. The thread has ended when this generator
-    is exhausted, has raised or is closed (``contextlib.closing``). Closing waits for the item in preparation, but not
-    longer than 5 s: a network read that hangs ends with its item, or with the process.
+    An exception of the items is raised here unchanged, when its turn comes. The thread ends with this generator; leave
+    early through ``contextlib.closing``. Closing waits at most 5 s for the item in preparation: a network read that
+    hangs ends with its item, or with the process.
 
     Args:
-        make: gets a function that returns False as soon as no more items are needed, and returns the items. The
-            thread closes them if they are a generator.
+        make: returns the items. Its argument is a function that returns False as soon as no more items are needed.
         ahead: number of items to prepare in advance, >= 1.
         wanted: polled while an item is awaited. False ends the iteration.
     """

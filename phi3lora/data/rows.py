@@ -61,7 +61,7 @@ class BadRows:
 def find_source(
     source: Any, split: str = "train", revision: str | None = None, streaming: bool = False
 ) -> Path | Iterable[Any]:
-    """Return what ``source`` names: the path of a file, or an iterable of rows.
+    """Return the path of the file that ``source`` names, or an iterable of rows.
 
     Args:
         source: a path ending in one of :data:`SUFFIXES`, a folder or hub name for ``datasets``, a ``Dataset`` or
@@ -76,8 +76,15 @@ def find_source(
     if not is_text(split):
         raise DataError(f"split={short_repr(split)}; allowed: a name")
     if isinstance(source, (str, os.PathLike)):
-        as_path(source, "a dataset", DataError)
-        return _find_named(os.fspath(source), split, revision, streaming)
+        path = as_path(source, "a dataset", DataError)
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES and path.is_file():
+            return path
+        if suffix in SUFFIXES:
+            raise DataError(f"no such file: {str(path)!r}")
+        if path.is_file():
+            raise DataError(f"{str(path)!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
+        return _load_dataset(os.fspath(source), split, revision, streaming)
     if isinstance(source, Mapping) and split not in source:
         raise DataError(f"no split {split!r}; allowed: {', '.join(map(short_repr, source))}")
     rows = source[split] if isinstance(source, Mapping) else source
@@ -86,15 +93,7 @@ def find_source(
     return rows
 
 
-def _find_named(name: str, split: str, revision: str | None, streaming: bool) -> Path | Iterable[Any]:
-    path = Path(name)
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        if not path.is_file():
-            raise DataError(f"no such file: {name!r}")
-        return path
-    if path.is_file():
-        raise DataError(f"{name!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
+def _load_dataset(name: str, split: str, revision: str | None, streaming: bool) -> Iterable[Any]:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -106,25 +105,33 @@ def _find_named(name: str, split: str, revision: str | None, streaming: bool) ->
     return cast("Iterable[Any]", dataset)
 
 
-def read_rows(source: Path | Iterable[Any], bad: BadRows | None = None) -> Iterator[NumberedRow]:
-    """Return the numbered rows of a source that :func:`find_source` returned.
+def read_rows(source: Path | Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
+    """Yield the numbered rows of a source that :func:`find_source` returned.
 
     Args:
         source: a file or an iterable of rows.
-        bad: decides what happens to a row that is not JSON or not a dict; None: it raises.
+        bad: decides what happens to a row that is not JSON or not a dict.
 
     Raises:
-        DataError: text that is not JSON or not UTF-8 (with its line), a row that is not a dict.
+        DataError: a file that cannot be read, a row that is not JSON (with its line) or not a dict.
     """
-    bad = bad or BadRows("error")
     if not isinstance(source, Path):
-        return _numbered(source, bad)
+        yield from _numbered(source, bad)
+        return
     suffix = source.suffix.lower()
-    if suffix == ".csv":
-        return _numbered(_csv_rows(source), bad)
-    if suffix == ".parquet":
-        return _numbered(_parquet_rows(source), bad)
-    return _json_rows(source, bad) if suffix == ".json" else _jsonl_rows(source, bad)
+    try:
+        if suffix == ".csv":
+            yield from _numbered(_csv_rows(source), bad)
+        elif suffix == ".parquet":
+            yield from _numbered(_parquet_rows(source), bad)
+        elif suffix == ".json":
+            yield from _json_rows(source, bad)
+        else:
+            yield from _jsonl_rows(source, bad)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(source)!r} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise DataError(f"{str(source)!r} cannot be read: {error}") from error
 
 
 def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
@@ -137,49 +144,31 @@ def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
 
 
 def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:  # also raised for an integer of too many digits
-            what = f"not JSON: {error}; got {line[:60].rstrip()!r}"
-        else:
-            if isinstance(row, Mapping):
-                yield number, row
+    with open(path, "rb") as file:  # as bytes: text would also end lines at a lone \r
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{str(path)!r}, row {number} is not UTF-8: {error}") from None
+            if not text.strip():
                 continue
-            what = f"{line[:60].rstrip()!r}; allowed: a JSON object"
-        bad.reject(number, DataError(f"{str(path)!r}, row {number}: {what}"))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines, read one at a time."""
-    before = 0  # bytes
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(path, error, before) from None
-                before += len(line)
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> DataError:
-    at = f"byte {before + error.start} is {error.object[error.start]:#04x}"
-    return DataError(f"{str(path)!r} is not UTF-8: {at}")
+            try:
+                row = parse_json(text)
+            except ValueError as error:  # also raised for an integer of too many digits
+                what = f"not JSON: {error}; got {text[:60].rstrip()!r}"
+            else:
+                if isinstance(row, Mapping):
+                    yield number, row
+                    continue
+                what = f"{text[:60].rstrip()!r}; allowed: a JSON object"
+            bad.reject(number, DataError(f"{str(path)!r}, row {number}: {what}"))
 
 
 def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
     """Read a list of objects; an object that holds one (``{"data": [...]}``); or, misnamed, one object a line."""
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        value = parse_json(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+        value = parse_json(text)
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":
             return _jsonl_rows(path, bad)
@@ -200,7 +189,7 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         with pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=_ROWS_AT_ONCE) as tables:
             for table in tables:
                 yield from table.to_dict("records")
-    except (OSError, ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+    except ValueError as error:
         raise DataError(f"{str(path)!r} is not a CSV table: {error}") from None
 
 

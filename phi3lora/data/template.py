@@ -21,6 +21,7 @@ switched off, and becomes ordinary tokens. A chat cannot smuggle in control toke
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,10 +39,8 @@ TRAIN_ON = ("assistant", "last", "all")
 class EncodedChat:
     """A tokenised chat."""
 
-    input_ids: Sequence[int]
-    """Token ids (n,)."""
-    trained: Sequence[bool]
-    """Mask of the trained tokens (n,)."""
+    input_ids: Sequence[int]  # (n,)
+    trained: Sequence[bool]  # (n,)
 
 
 @dataclass(frozen=True)
@@ -71,24 +70,20 @@ class ChatEncoder:
         if not is_one_of(train_on, TRAIN_ON):
             raise DataError(f"train_on={short_repr(train_on)}; allowed: {', '.join(map(repr, TRAIN_ON))}")
         self.tokenizer, self.train_on = tokenizer, train_on
-        specials = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
-        ordered = sorted(specials, key=lambda s: (-len(s), s))
-        self._special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        added = tokenizer.added_tokens_decoder.values()
+        special = sorted({str(token) for token in added} - {""}, key=lambda token: (-len(token), token))
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         # An added token that is not flagged as special cannot be switched off, so text that spells it is cut in two.
-        not_special = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
+        not_special = [str(token) for token in added if not token.special]
         self._not_special = re.compile("|".join(map(re.escape, not_special)) or r"(?!)")
         self._literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
-        self._end_of_turn = self._find_end_of_turn(name)
-        self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(self._end_of_turn)
-        """Token that closes an assistant turn."""
-
-    def _find_end_of_turn(self, name: str) -> str:
-        """Return the special token that follows the answer of a chat of two messages."""
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER-REWSNA"}]
         closing = self._closing(self._apply_template(chat, 0).partition("ANSWER-REWSNA")[2])
         if closing is None:
             raise DataError(f"the chat template of {name!r} closes an assistant turn with no special token")
-        return closing.group(1)
+        self._end_of_turn = closing.group(1)
+        self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(self._end_of_turn)
+        """Token that closes an assistant turn."""
 
     def encode(self, chats: Sequence[Sequence[Message]], numbers: Sequence[int]) -> list[EncodedChat]:
         """Tokenise checked chats (see ``formats.to_messages``). ``numbers`` are their rows', for error messages.
@@ -99,8 +94,16 @@ class ChatEncoder:
         rendered = [self._render(chat, number) for chat, number in zip(chats, numbers, strict=True)]
         encoded = []
         for (ids, starts), chat, number in zip(self._tokenize(rendered), rendered, numbers, strict=True):
-            trained = _inside(starts, chat.spans)
-            self._check_mask(ids, trained, number)
+            edges = [edge for span in chat.spans for edge in span]
+            trained = [bisect_right(edges, start) % 2 == 1 for start in starts]
+            if not any(trained):
+                raise DataError(
+                    f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)"
+                )
+            if self.train_on != "all":
+                after = [*trained[1:], False]
+                ends = {ids[i] for i in range(len(ids)) if trained[i] and not after[i]}
+                assert ends == {self.end_of_turn_id}, "a trained turn lost its end-of-turn token"
             encoded.append(EncodedChat(ids, trained))
         return encoded
 
@@ -140,15 +143,6 @@ class ChatEncoder:
                 f"the tokenizer cannot encode a chat: {error_line(error)}; is its folder damaged?"
             ) from error
 
-    def _check_mask(self, ids: list[int], trained: list[bool], number: int) -> None:
-        """Check that something is trained, and that every trained turn includes its end-of-turn token."""
-        if not any(trained):
-            raise DataError(f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)")
-        if self.train_on == "all":
-            return
-        for token, now, after in zip(ids, trained, [*trained[1:], False], strict=True):
-            assert not (now and not after) or token == self.end_of_turn_id, "a trained turn lost its end-of-turn token"
-
     def _render(self, messages: Sequence[Message], number: int, prompt: bool = False) -> _Rendered:
         """Render a chat, and find its trained and its escaped characters."""
         plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
@@ -160,7 +154,9 @@ class ChatEncoder:
         position = turn_start = 0
         for i, message in enumerate(messages):
             start = position + len(literals[i])
-            content = self._content_at(text, start, message["content"], literals[i + 1])
+            given = message["content"]  # a template may strip white space at its ends
+            candidates = (given, given.strip(), given.rstrip(), given.lstrip())
+            content = next((c for c in candidates if text.startswith(c + literals[i + 1], start)), None)
             if content is None or not text.startswith(literals[i], position):
                 raise DataError(
                     f"row {number}: the chat template does not render message {i + 1} as it is; "
@@ -178,14 +174,6 @@ class ChatEncoder:
                 escaped += pairwise([first, *cuts, position])
             turn_start = end
         return _Rendered(text, spans, escaped)
-
-    @staticmethod
-    def _content_at(text: str, start: int, content: str, following: str) -> str | None:
-        """Return ``content`` as rendered at ``start``: unchanged, or without white space at its ends."""
-        for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
-            if text.startswith(candidate + following, start):
-                return candidate
-        return None
 
     def _trained_turns(self, messages: Sequence[Message]) -> set[int]:
         """Return the indices of the messages that are trained."""
@@ -219,41 +207,22 @@ class ChatEncoder:
             start = text.find(message["content"], position)
             if start < 0:
                 raise DataError(f"row {number}: the chat template does not render the role {message['role']!r}")
-            if message["role"] == "assistant" and not prompt:
-                self._check_prompt(chat[:i], text[:start], number)
+            is_answer = message["role"] == "assistant" and not prompt
+            if is_answer and self._apply_template(chat[:i], number, add_generation_prompt=True) != text[:start]:
+                raise DataError(
+                    f"row {number}: the chat template renders the turns before message {i + 1} differently when "
+                    f"generating and when complete, so no mask can be right; use the model's own template"
+                )
             literals.append(text[position:start])
             position = start + len(message["content"])
         literals.append(text[position:])
-        if not prompt:
-            self._check_closings(roles, literals, number)
-        self._literals[roles, prompt] = literals
-        return literals
-
-    def _check_prompt(self, turns: list[Message], rendered: str, number: int) -> None:
-        """Check that the text before an answer is the prompt that generation starts from."""
-        if self._apply_template(turns, number, add_generation_prompt=True) != rendered:
-            raise DataError(
-                f"row {number}: the chat template renders the turns before message {len(turns) + 1} differently when "
-                f"generating and when complete, so no mask can be right; use the model's own template"
-            )
-
-    def _check_closings(self, roles: tuple[str, ...], literals: list[str], number: int) -> None:
-        """Check that every assistant turn ends in the same special token, at which generation stops."""
         for i, role in enumerate(roles):
             closing = self._closing(literals[i + 1])
             found = None if closing is None else closing.group(1)
-            if role == "assistant" and found != self._end_of_turn:
+            if role == "assistant" and not prompt and found != self._end_of_turn:
                 raise DataError(
                     f"row {number}: the chat template closes message {i + 1} with {found!r} and another assistant turn "
                     f"with {self._end_of_turn!r}; allowed: one end-of-turn token for all"
                 )
-
-
-def _inside(starts: list[int], spans: list[tuple[int, int]]) -> list[bool]:
-    """Return which of the ascending ``starts`` lie in one of the ascending half-open ``spans``."""
-    inside, k = [], 0
-    for start in starts:
-        while k < len(spans) and start >= spans[k][1]:
-            k += 1
-        inside.append(k < len(spans) and start >= spans[k][0])
-    return inside
+        self._literals[roles, prompt] = literals
+        return literals

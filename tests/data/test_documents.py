@@ -182,7 +182,7 @@ def test_a_cache_that_cannot_be_written_is_skipped_with_a_warning(tmp_path, monk
     (tmp_path / "a file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a file" / "kept")
     assert same(load(written(tmp_path / "a.jsonl")), load(ROWS))
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 BAD = {
@@ -214,7 +214,7 @@ def keys(path) -> list[str | None]:
     dataset = datasets.Dataset.from_list(PAIRS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "SMALLEST_BYTES", 0)
-        return [documents.cache_key(source, make_tokenizer(), train_on="last") for source in (Path(path), dataset)]
+        return [documents.cache_key(source, make_tokenizer(), ["last"]) for source in (Path(path), dataset)]
 
 
 @pytest.mark.slow

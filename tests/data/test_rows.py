@@ -13,7 +13,7 @@ from conftest import chat_rows, make_tokenizer
 from pyarrow import parquet
 
 from phi3lora.data.dataset import ChatDataset
-from phi3lora.data.rows import SUFFIXES, read_rows
+from phi3lora.data.rows import SUFFIXES, BadRows, read_rows
 from phi3lora.errors import DataError
 
 TOKENIZER = make_tokenizer()
@@ -91,7 +91,7 @@ def test_a_dataset_dict_gives_the_split_asked_for_and_lists_its_splits_otherwise
 def test_plain_columns_of_a_csv_are_text_whatever_they_look_like(tmp_path):
     path = written(tmp_path / "plain.csv", "prompt,completion\n007,NA\n1.50,null\n")
     expected = [{"prompt": "007", "completion": "NA"}, {"prompt": "1.50", "completion": "null"}]
-    assert list(read_rows(path)) == [(1, expected[0]), (2, expected[1])]
+    assert list(read_rows(path, BadRows("error"))) == [(1, expected[0]), (2, expected[1])]
     assert list(load(str(path))) == list(load(expected))
 
 
@@ -105,7 +105,7 @@ def test_a_row_of_jsonl_has_the_number_of_its_line_and_others_are_counted_from_o
     path = written(tmp_path / "gaps.jsonl", "\n" + JSONL.replace("\n", "\n\n"))
     dataset = load(path)
     assert [dataset.row_number(i) for i in range(len(dataset))] == [2, 4, 6, 8, 10, 12, 14]
-    assert [number for number, _ in read_rows(ROWS)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [number for number, _ in read_rows(ROWS, BadRows("error"))] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def refused_files():
