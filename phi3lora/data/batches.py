@@ -37,7 +37,7 @@ import torch
 from ..config import IGNORE_INDEX, TrainingConfig
 from ..errors import CheckpointError, DataError
 from .dataset import ChatDataset, ChatStream
-from .prefetch import always, pinned, prefetched
+from .prefetch import pinned, prefetched
 
 logger = logging.getLogger("phi3lora")
 
@@ -83,9 +83,8 @@ def batches(
         raise DataError("the dataset is empty: it has no documents")
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size!r}; allowed: a whole number >= 1")
-    if max_length is not None and max_length < 1:
-        raise DataError(f"max_length={max_length!r}; allowed: a whole number >= 1")
-    plan = BatchPlan(first, batch_size, max_length or dataset.max_length, packing, shuffle, seed, boundary)
+    row_length = dataset.max_length if max_length is None else max_length
+    plan = BatchPlan(first, batch_size, row_length, packing, shuffle, seed, boundary)
     plan.check_lengths()  # now, not when the first batch is asked for
     plans = ((dataclasses.replace(plan, dataset=window), n) for n, window in dataset.windows(endless=False))
     return (plan.tensors(micro) for plan, number in plans for micro in plan.micro_batches(epoch + number))
@@ -168,8 +167,7 @@ class BatchPlan:
         if longest > self.max_length:
             raise DataError(
                 f"max_length={self.max_length}, but the dataset (loaded with max_length={self.dataset.max_length}) "
-                f"has a document of {longest} tokens; load it with the smaller max_length, or train with {longest} or "
-                f"more"
+                f"has a document of {longest} tokens; load it with the smaller value, or train with {longest} or more"
             )
 
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
@@ -218,12 +216,9 @@ class BatchPlan:
 class Cursor(NamedTuple):
     """Position of a run in its data: what a checkpoint records."""
 
-    epoch: int = 0
-    """Epoch of the next step, or number of the stream's window, from 0."""
-    step_in_epoch: int = 0
-    """Number of steps of that epoch already done."""
-    window: str | None = None
-    """Fingerprint of the stream's window that the cursor is in; None at a window's start, and for a dataset."""
+    epoch: int = 0  # of the next step; of a stream, the window's number
+    step_in_epoch: int = 0  # number of steps of that epoch already done
+    window: str | None = None  # fingerprint of the stream's window that the cursor is inside; None at its start
 
 
 START = Cursor()
@@ -271,14 +266,12 @@ class StepSchedule:
         return steps
 
     def steps(
-        self, steps_done: int = 0, cursor: Cursor = START, wanted: Callable[[], bool] = always
+        self, steps_done: int = 0, cursor: Cursor = START, wanted: Callable[[], bool] = lambda: True
     ) -> Generator[Step]:
         """Yield the steps from ``cursor`` to the end of the run. A stream's next window is prefetched.
 
-        Args:
-            steps_done: number of optimizer steps before the cursor.
-            cursor: position in the data, from ``Step.next_cursor``.
-            wanted: False ends the iteration where a stream's window would have to be awaited.
+        ``steps_done`` counts the optimizer steps before the cursor. ``wanted`` ends the iteration by returning False
+        where a stream's window would have to be awaited.
 
         Raises:
             CheckpointError: the stream's window that the cursor is in has changed.
@@ -297,7 +290,10 @@ class StepSchedule:
                     self.check_window(window)
                 fingerprint = window.fingerprint() if is_stream else None
                 if first and fingerprint != cursor.window:
-                    self._refuse_window(epoch)
+                    what = f"window {epoch} of the stream is not what it was when the checkpoint was made"
+                    if not self.config.resume_with_changes:
+                        raise CheckpointError(f"{what}; set resume_with_changes=True to continue anyway")
+                    logger.warning("%s", what)
                 plan, lengths = dataclasses.replace(self.plan, dataset=window), window.lengths
                 steps = self.steps_of_epoch(epoch, plan)
                 for i in range(first, min(len(steps), first + left)):
@@ -316,7 +312,7 @@ class StepSchedule:
                     return
 
     def batches(
-        self, steps_done: int, cursor: Cursor, device: torch.device, wanted: Callable[[], bool] = always
+        self, steps_done: int, cursor: Cursor, device: torch.device, wanted: Callable[[], bool] = lambda: True
     ) -> Generator[tuple[Step, list[dict[str, Any]]]]:
         """Yield each step of :meth:`steps` with the tensors of its micro-batches, two steps prefetched.
 
@@ -333,10 +329,3 @@ class StepSchedule:
     def data_facts(self) -> dict[str, Any]:
         """Return what determines the batches beside the configuration. A checkpoint records it."""
         return {**self.dataset.identity(), "row_length": self.plan.max_length, "boundary": self.plan.boundary}
-
-    def _refuse_window(self, number: int) -> None:
-        """Raise, or only warn with ``resume_with_changes``."""
-        what = f"window {number} of the stream is not what it was when the checkpoint was made"
-        if not self.config.resume_with_changes:
-            raise CheckpointError(f"{what}: its rows have changed. Set resume_with_changes=True to continue anyway")
-        logger.warning("%s", what)

@@ -34,7 +34,6 @@ from ..config import IGNORE_INDEX
 from ..errors import DataError, is_int, is_one_of, short_repr
 from .documents import NoDocumentsError, RowTokenizer
 from .formats import check_columns, known_format
-from .prefetch import always
 from .rows import BadRows, NumberedRow, find_source, read_rows
 from .template import ChatEncoder
 
@@ -139,7 +138,7 @@ class ChatDataset:
         row_tokenizer = RowTokenizer(encoder, max_length, overflow, columns, description)
         found = find_source(source, split, revision, streaming)
         if streaming:
-            stream = ChatStream(found, row_tokenizer, format, buffer_size=buffer_size, on_bad_row=on_bad_row)
+            stream = ChatStream(found, row_tokenizer, format, buffer_size, on_bad_row)
             return cast(ChatDataset, stream)  # declared as what all but streaming users get
         dataset = cls(**row_tokenizer.tokenize(read_rows(found, bad), format, bad, cached=found))
         logger.info("%s", dataset)
@@ -157,8 +156,6 @@ class ChatDataset:
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Return document ``i`` without copying it: input ids (n,) and labels (n,), int32."""
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"document {i} of {len(self)}")
         at = self._index[i]
         part = slice(self._starts[at], self._starts[at + 1])
         return self._input_ids[part], self._labels[part]
@@ -187,7 +184,7 @@ class ChatDataset:
         return int(self._rows[self._index[i]])
 
     def windows(
-        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = always
+        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = lambda: True
     ) -> Generator[tuple[int, ChatDataset]]:
         """Yield ``(n, self)``, one an epoch, from ``n = start`` on; see :meth:`ChatStream.windows`."""
         numbers = itertools.count(start) if endless else [start]
@@ -285,10 +282,9 @@ class ChatStream:
         source: Path | Iterable[Any],
         row_tokenizer: RowTokenizer,
         format: str,
-        *,
         buffer_size: int,
         on_bad_row: str,
-        skipped: int = 0,
+        skipped_rows: int = 0,
     ) -> None:
         if isinstance(source, Iterator):
             raise DataError(
@@ -296,7 +292,7 @@ class ChatStream:
                 f"allowed: a path, a hub name, a Dataset, an IterableDataset, a list"
             )
         self._source, self._row_tokenizer, self._format = source, row_tokenizer, format
-        self.buffer_size, self._on_bad_row, self._skipped = buffer_size, on_bad_row, skipped
+        self.buffer_size, self._on_bad_row, self._skipped_rows = buffer_size, on_bad_row, skipped_rows
         self.max_length = self.max_document_tokens = row_tokenizer.max_length
         self._first_pass: tuple[Iterator[NumberedRow], BadRows] | None = None
 
@@ -310,7 +306,7 @@ class ChatStream:
         return documents
 
     def windows(
-        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = always
+        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = lambda: True
     ) -> Generator[tuple[int, ChatDataset]]:
         """Yield the number and the documents of each window. One without a usable row is skipped.
 
@@ -354,10 +350,8 @@ class ChatStream:
     def skip(self, rows: int) -> ChatStream:
         """Return the stream without its first ``rows`` rows."""
         _check(is_int(rows, 1), "rows", rows, "a whole number >= 1")
-        return ChatStream(
-            self._source, self._row_tokenizer, self._format, buffer_size=self.buffer_size, on_bad_row=self._on_bad_row,
-            skipped=self._skipped + rows,
-        )  # fmt: skip
+        fixed = self._source, self._row_tokenizer, self._format, self.buffer_size, self._on_bad_row
+        return ChatStream(*fixed, self._skipped_rows + rows)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
         """Raise a ``DataError`` that names the way out: a stream cannot be split."""
@@ -379,10 +373,10 @@ class ChatStream:
     def _open(self) -> tuple[Iterator[NumberedRow], BadRows]:
         """Return the rows from the start, and the record of those that cannot be used."""
         bad = BadRows(self._on_bad_row)
-        rows = iter(read_rows(self._source, bad))
-        skipped = sum(1 for _ in islice(rows, self._skipped))
-        if skipped < self._skipped:
-            raise DataError(f"skip({self._skipped:,}) leaves nothing of a stream of {skipped:,} rows")
+        rows = read_rows(self._source, bad)
+        skipped = sum(1 for _ in islice(rows, self._skipped_rows))
+        if skipped < self._skipped_rows:
+            raise DataError(f"skip({self._skipped_rows:,}) leaves nothing of a stream of {skipped:,} rows")
         return rows, bad
 
     def _documents(self, window: list[NumberedRow], format: str, bad: BadRows) -> ChatDataset:

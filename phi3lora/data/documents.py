@@ -26,8 +26,6 @@ import transformers
 from ..config import IGNORE_INDEX
 from ..errors import DataError
 from ..files import sha256_of
-from . import formats, template
-from . import rows as sources
 from .formats import Message, detect_format, to_messages
 from .rows import BadRows, NumberedRow
 from .template import ChatEncoder, EncodedChat
@@ -37,7 +35,7 @@ logger = logging.getLogger("phi3lora")
 NumberedChat = tuple[int, EncodedChat]
 
 SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second that importing datasets takes
-_MODULES = (formats.__file__, sources.__file__, template.__file__, __file__)  # the code that tokens depend on
+_MODULES = [Path(__file__).with_name(f"{name}.py") for name in ("rows", "formats", "template", "documents")]
 _CHATS_AT_ONCE = 1000
 
 
@@ -46,14 +44,10 @@ class NoDocumentsError(DataError):
 
 
 class RowTokenizer:
-    """Turns numbered rows into tokenised documents.
+    """Turns numbered rows into tokenised documents of at most ``max_length`` tokens.
 
-    Args:
-        encoder: renders and tokenises a chat.
-        max_length: tokens of the longest document.
-        overflow: what happens to a longer chat: ``"truncate"``, ``"split"`` or ``"error"``.
-        columns: our column name -> the source's.
-        source: description of the source, for messages.
+    ``overflow`` ("truncate", "split" or "error") says what happens to a longer chat, ``columns`` maps our column names
+    to the source's, and ``source`` describes the source in messages.
     """
 
     def __init__(
@@ -68,14 +62,8 @@ class RowTokenizer:
     ) -> dict[str, Any]:
         """Return the documents of ``rows`` as the arguments of ``ChatDataset``.
 
-        Args:
-            rows: the rows with their numbers.
-            format: one of ``formats.COLUMNS``, or ``"auto"``: that of the first row.
-            bad: decides whether a row that cannot be used raises or is skipped.
-            cached: the file or dataset of which ``rows`` are all rows, to cache its chats; None: no cache.
-
-        Raises:
-            NoDocumentsError: no document is left.
+        ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: that of the first row. ``cached`` is the file or
+        dataset that ``rows`` are all the rows of, to cache its tokenised chats.
         """
         with self._one_thread:
             rows = iter(rows)
@@ -88,7 +76,6 @@ class RowTokenizer:
             return self._cut(cached_chats(chats, key), format, bad)
 
     def _first_row(self, rows: Iterator[NumberedRow], format: str, bad: BadRows) -> tuple[str, NumberedRow]:
-        """Return the format, and the first row that has it."""
         for number, row in rows:
             try:
                 return (detect_format(row, self.columns, number) if format == "auto" else format), (number, row)
@@ -179,13 +166,11 @@ class RowTokenizer:
 
 
 def cache_key(source: Path | Iterable[Any], tokenizer: Any, options: list[Any]) -> str | None:
-    """Return a digest of the rows, the tokenizer, the options and the code; None if the chats must not be cached.
+    """Return a digest of the rows, the tokenizer, the options (JSON values) and the code; None for no cache.
 
-    Args:
-        source: result of ``rows.find_source``. The contents count, not the name. Only files and ``datasets.Dataset``
-            of :data:`SMALLEST_BYTES` and more are cached.
-        tokenizer: an instance of one of transformers' own classes, whose template does not ask for the time.
-        options: everything else that the tokens depend on, as JSON values.
+    The contents of the rows count, not the name of their file. Only files and ``datasets.Dataset`` of
+    :data:`SMALLEST_BYTES` and more are cached, and only with one of transformers' own tokenizers (the code of another
+    class may change) whose template does not ask for the time.
     """
     rows = _rows_digest(source)
     is_own_class = not type(tokenizer).__module__.startswith("transformers.")
@@ -197,7 +182,7 @@ def cache_key(source: Path | Iterable[Any], tokenizer: Any, options: list[Any]) 
         return None
     del state["truncation"], state["padding"]  # set by every call
     special_tokens = [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
-    code = [sha256_of(Path(name)) for name in _MODULES]
+    code = [sha256_of(path) for path in _MODULES]
     versions = [transformers.__version__, tokenizers.__version__]
     facts = [rows, state, tokenizer.chat_template, special_tokens, options, code, versions]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -49,14 +49,10 @@ def known_format(name: str) -> str:
 
 
 def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, number: int = 1) -> str:
-    """Return the format of a row, recognised by its keys. ``number`` is the row's, for messages.
-
-    Raises:
-        DataError: none of the five formats; the message lists the row's keys and each format's columns.
-    """
-    names = {**{c: c for needed in COLUMNS.values() for c in needed}, **(columns or {})}
+    """Return the format of a row, recognised by its keys."""
+    names = columns or {}
     for name, needed in COLUMNS.items():
-        if all(row.get(names[column]) is not None for column in needed):
+        if all(row.get(names.get(column, column)) is not None for column in needed):
             return name
     forms = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     raise DataError(
@@ -76,35 +72,28 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
         return
     if not isinstance(columns, Mapping) or not all(map(is_text, columns.values())):
         raise DataError(f"columns={short_repr(columns)}; allowed: a dict of our column's name -> yours")
-    known = {c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed}
+    known = sorted({c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed})
     for name in columns:
         if name not in known:
-            allowed = ", ".join(sorted(known))
-            raise DataError(f"columns={short_repr(dict(columns))}: {short_repr(name)} is not one of {allowed}")
+            raise DataError(f"columns={short_repr(dict(columns))}: {short_repr(name)} is not one of {', '.join(known)}")
 
 
 def to_messages(
     row: Mapping[str, Any], format: str, number: int, columns: Mapping[str, str] | None = None
 ) -> list[Message]:
-    """Return one row as a checked chat.
-
-    Args:
-        row: the row as read.
-        format: one of :data:`COLUMNS`.
-        number: number of the row, counted from 1, for messages.
-        columns: our column name -> the row's.
+    """Return one row as a checked chat. ``columns``: our column name -> the row's.
 
     Raises:
         DataError: columns missing, no text, unknown roles, roles out of order, no assistant turn.
     """
     names = dict(columns or {})
     values = {name: row.get(names.get(name, name)) for name in (*COLUMNS[format], *_OPTIONAL.get(format, ()))}
-    missing = [names.get(c, c) for c in COLUMNS[format] if values[c] is None]
+    missing = ", ".join(repr(names.get(c, c)) for c in COLUMNS[format] if values[c] is None)
     if missing:
-        raise DataError(
-            f"row {number}: format {format!r} needs {', '.join(map(repr, missing))}; the row has the keys {_keys(row)}"
-        )
+        raise DataError(f"row {number}: format {format!r} needs {missing}; the row has the keys {_keys(row)}")
     messages = _CONVERTERS[format](values, number)
+    if not is_one_of(values.get("system"), (None, "")):
+        messages.insert(0, {"role": "system", "content": _text(values["system"], number, "'system'")})
     _check_roles(messages, number)
     return messages
 
@@ -126,9 +115,8 @@ def _turns(value: Any, number: int, column: str) -> list[Mapping[str, Any]]:
         try:
             value = parse_json(value)
         except ValueError as error:
-            raise DataError(
-                f"row {number}: {column!r} is text but not JSON ({error}); allowed: a list of turns"
-            ) from None
+            what = f"row {number}: {column!r} is text but not JSON ({error})"
+            raise DataError(f"{what}; allowed: a list of turns") from None
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
         raise DataError(f"row {number}: {column!r} is {short_repr(value, 60)}; allowed: a list of turns (dicts)")
     return list(value)
@@ -149,23 +137,14 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
             "content": _text(turn.get("content"), number, f"the content of role {short_repr(turn.get('role'), 60)}"),
         }
         if any(not is_one_of(turn.get(name), _EMPTY) for name in ("tool_calls", "function_call")):
-            raise DataError(
-                f"row {number}: a message with tool_calls; allowed: text content, as the template renders it"
-            )
-        if turn.get("train") is not None:
-            if not is_one_of(turn["train"], (0, 1)):  # True and False are 1 and 0
-                raise DataError(
-                    f"row {number}: 'train' of a message is {short_repr(turn['train'], 60)}; allowed: true, false"
-                )
-            message["train"] = bool(turn["train"])
+            raise DataError(f"row {number}: a message with tool_calls; allowed: content as the template renders it")
+        train = turn.get("train")
+        if train is not None:
+            if not is_one_of(train, (0, 1)):  # True and False are 1 and 0
+                raise DataError(f"row {number}: 'train' of a message is {short_repr(train, 60)}; allowed: true, false")
+            message["train"] = bool(train)
         messages.append(message)
     return messages
-
-
-def _with_system(system: Any, messages: list[Message], number: int) -> list[Message]:
-    if is_one_of(system, (None, "")):
-        return messages
-    return [{"role": "system", "content": _text(system, number, "'system'")}, *messages]
 
 
 def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
@@ -173,7 +152,7 @@ def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
     for turn in _turns(values["conversations"], number, "conversations"):
         role = turn.get("from", turn.get("role"))
         turns.append({"role": role, "content": turn.get("value", turn.get("content")), "train": turn.get("train")})
-    return _with_system(values.get("system"), _from_messages({"messages": turns}, number), number)
+    return _from_messages({"messages": turns}, number)
 
 
 def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
@@ -181,8 +160,7 @@ def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
     if not is_one_of(values.get("input"), _EMPTY):
         question += "\n\n" + _text(values["input"], number, "'input'")
     answer = _text(values["output"], number, "'output'")
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return _with_system(values.get("system"), messages, number)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _from_prompt_completion(values: Mapping[str, Any], number: int) -> list[Message]:
@@ -193,7 +171,7 @@ def _from_prompt_completion(values: Mapping[str, Any], number: int) -> list[Mess
             messages.append({"role": role, "content": _text(value, number, repr(column))})
         else:  # TRL's conversational form: each a list of messages
             messages += _from_messages({"messages": value}, number)
-    return _with_system(values.get("system"), messages, number)
+    return messages
 
 
 def _from_text(values: Mapping[str, Any], number: int) -> list[Message]:

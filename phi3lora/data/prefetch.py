@@ -18,13 +18,8 @@ logger = logging.getLogger("phi3lora")
 _POLL_S, _JOIN_TIMEOUT_S = 0.2, 5.0
 
 
-def always() -> bool:
-    """Return True: the default of every ``wanted``."""
-    return True
-
-
 def prefetched(
-    make: Callable[[Callable[[], bool]], Iterator[T]], ahead: int, wanted: Callable[[], bool] = always
+    make: Callable[[Callable[[], bool]], Iterator[T]], ahead: int, wanted: Callable[[], bool] = lambda: True
 ) -> Generator[T]:
     """Yield the items of ``make(wanted)`` in their order, while a thread prepares up to ``ahead`` more of them.
 

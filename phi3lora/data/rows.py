@@ -19,21 +19,16 @@ NumberedRow = tuple[int, Mapping[str, Any]]
 """A row with its number. Rows count from 1; in a .jsonl file the number is the line's."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-ON_BAD_ROW = ("error", "skip")
-_ROWS_AT_ONCE = 1000
+_ROWS_AT_ONCE = 1000  # of a table
 _QUOTED_ERRORS = 3
 
 
 class BadRows:
-    """Record of the rows that cannot be trained on, for ``ChatDataset.load(on_bad_row=...)``.
-
-    Args:
-        choice: ``"error"``: the first bad row raises; ``"skip"``: bad rows are left out and reported.
-    """
+    """Rows that cannot be trained on. With ``"error"`` the first one raises, with ``"skip"`` they are left out."""
 
     def __init__(self, choice: str) -> None:
-        if not is_one_of(choice, ON_BAD_ROW):
-            raise DataError(f"on_bad_row={short_repr(choice)}; allowed: {', '.join(map(repr, ON_BAD_ROW))}")
+        if not is_one_of(choice, ("error", "skip")):
+            raise DataError(f"on_bad_row={short_repr(choice)}; allowed: 'error', 'skip'")
         self.skips = choice == "skip"
         self.numbers: list[int] = []
         self.errors: list[DataError] = []
@@ -47,7 +42,6 @@ class BadRows:
             self.errors.append(error)
 
     def clear(self) -> None:
-        """Forget the rows recorded so far."""
         self.numbers, self.errors = [], []
 
     def report(self) -> None:
@@ -61,18 +55,7 @@ class BadRows:
 def find_source(
     source: Any, split: str = "train", revision: str | None = None, streaming: bool = False
 ) -> Path | Iterable[Any]:
-    """Return the path of the file that ``source`` names, or an iterable of rows.
-
-    Args:
-        source: a path ending in one of :data:`SUFFIXES`, a folder or hub name for ``datasets``, a ``Dataset`` or
-            ``DatasetDict``, or an iterable of dicts.
-        split: split of a hub dataset or a ``DatasetDict``.
-        revision: revision of a hub dataset.
-        streaming: True reads a hub dataset over the network as its rows are asked for.
-
-    Raises:
-        DataError: a missing file, a dataset that cannot be loaded, a source without rows.
-    """
+    """Return the path of the file that ``source`` names, or an iterable of rows. Arguments: ``ChatDataset.load``."""
     if not is_text(split):
         raise DataError(f"split={short_repr(split)}; allowed: a name")
     if isinstance(source, (str, os.PathLike)):
@@ -106,15 +89,7 @@ def _load_dataset(name: str, split: str, revision: str | None, streaming: bool) 
 
 
 def read_rows(source: Path | Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
-    """Yield the numbered rows of a source that :func:`find_source` returned.
-
-    Args:
-        source: a file or an iterable of rows.
-        bad: decides what happens to a row that is not JSON or not a dict.
-
-    Raises:
-        DataError: a file that cannot be read, a row that is not JSON (with its line) or not a dict.
-    """
+    """Yield the numbered rows of a source that :func:`find_source` returned."""
     if not isinstance(source, Path):
         yield from _numbered(source, bad)
         return
@@ -194,13 +169,12 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow  # comes with datasets
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet  # comes with datasets
 
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
     # Not only Arrow's own errors: Python cannot hold all of its values (text that is not UTF-8, dates past 9999).
-    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError, pyarrow.ArrowException) as error:
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError, ArrowException) as error:
         raise DataError(f"{str(path)!r} is not a Parquet table that can be read: {error_line(error)}") from None

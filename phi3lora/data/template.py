@@ -32,8 +32,6 @@ from jinja2 import TemplateError
 from ..errors import DataError, error_line, is_one_of, short_repr
 from .formats import Message
 
-TRAIN_ON = ("assistant", "last", "all")
-
 
 @dataclass(frozen=True)
 class EncodedChat:
@@ -67,8 +65,8 @@ class ChatEncoder:
             raise DataError(f"the tokenizer {name!r} has no chat_template; use an instruct model's tokenizer")
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"the tokenizer {name!r} is not a fast one: character offsets are needed")
-        if not is_one_of(train_on, TRAIN_ON):
-            raise DataError(f"train_on={short_repr(train_on)}; allowed: {', '.join(map(repr, TRAIN_ON))}")
+        if not is_one_of(train_on, ("assistant", "last", "all")):
+            raise DataError(f"train_on={short_repr(train_on)}; allowed: 'assistant', 'last', 'all'")
         self.tokenizer, self.train_on = tokenizer, train_on
         added = tokenizer.added_tokens_decoder.values()
         special = sorted({str(token) for token in added} - {""}, key=lambda token: (-len(token), token))

@@ -216,7 +216,6 @@ def test_all_batches_but_the_last_are_full_and_have_the_documented_width(packing
         ({"batch_size": 0}, "batch_size=0; allowed: a whole number >= 1"),
         ({"max_length": 11}, "max_length=11, but the dataset (loaded with max_length=12) has a document of 12 tokens"),
         ({"max_length": 11, "packing": False}, "max_length=11, but"),
-        ({"max_length": 0}, "max_length=0; allowed: a whole number >= 1"),
     ],
     ids=str,
 )

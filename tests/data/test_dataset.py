@@ -136,7 +136,7 @@ def test_it_is_a_sequence():
     assert everything[0] != everything[1]
     assert all(type(token) is int for token in everything[0]["input_ids"])
     for beyond in (5, -6):
-        with pytest.raises(IndexError, match=f"{beyond} of 5"):
+        with pytest.raises(IndexError):
             dataset[beyond]
     with pytest.raises(IndexError):
         dataset.select([0, 1])[2]

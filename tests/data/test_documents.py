@@ -150,8 +150,8 @@ def test_other_code_of_the_library_tokenises_again(tmp_path, monkeypatch, encode
     path = written(tmp_path / "a.jsonl")
     load(path)
     newer = tmp_path / "template.py"
-    newer.write_text(Path(documents.template.__file__).read_text() + "# changed\n")
-    monkeypatch.setattr(documents, "_MODULES", (*documents._MODULES[:2], str(newer), documents._MODULES[3]))
+    newer.write_text(documents._MODULES[2].read_text() + "# changed\n")
+    monkeypatch.setattr(documents, "_MODULES", [*documents._MODULES[:2], newer, documents._MODULES[3]])
     load(path)
     assert len(encoded) == 18
 
