@@ -25,7 +25,7 @@ from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, is_text, shor
 from ..files import parse_json, read_json, read_tensors, sha256_of, write_atomic
 from ..lora.inject import inject_layers, lora_layers, remove_lora
 from ..lora.layers import MergedLinear
-from .named import DEFAULT, list_adapters, loading_inactive, rename_active
+from .named import DEFAULT, LoadedAdapters, list_adapters, loading_inactive
 
 logger = logging.getLogger("phi3lora")
 
@@ -123,7 +123,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEF
 
 
 def install_adapter(
-    model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any] | None, source: str, name: str
+    model: Any, state: dict[str, Tensor], metadata: dict[str, Any] | None, source: str, name: str
 ) -> None:
     """Load ``state`` into the adapter called ``name``, or into a new one built from ``metadata``; all or nothing.
 
@@ -139,13 +139,15 @@ def install_adapter(
         raise AdapterError(f"{source!r} does not say how to build its layers; call inject_lora(model, config) first")
     if not loaded:
         _inject_and_load(model, state, metadata, source)
-        rename_active(model, name)
+        model.lora_adapters = LoadedAdapters(active=name)
         return
-    biases = [key for key in state if key.endswith("bias")]
+    all_trained = getattr(getattr(model, "lora_config", None), "bias", "none") != "none"
+    own = [key for key, parameter in model.named_parameters() if parameter.requires_grad or all_trained]
+    biases = [key for key in (*state, *own) if key.endswith("bias")]
     if biases:
         raise AdapterError(
-            f"{source!r} holds trained biases of the base ({_few(biases)}), which "
-            f"{', '.join(map(repr, loaded))} would share; load it into a model of its own"
+            f"trained biases ({_few(biases)}) belong to the base, which {name!r} would share with "
+            f"{', '.join(map(repr, loaded))}; allowed beside other adapters: bias='none'"
         )
     with loading_inactive(model, name):
         _inject_and_load(model, state, metadata, source)
@@ -213,12 +215,11 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
 
 def check_finite(state: dict[str, Tensor], source: str) -> None:
     """Raise AdapterError for integers, NaN and infinite values; ``source`` is for messages."""
-    integers = [f"{key} ({tensor.dtype})" for key, tensor in state.items() if not tensor.is_floating_point()]
-    if integers:
-        raise AdapterError(f"{source!r} holds numbers that are not floating-point in {_few(integers)}")
-    bad = [key for key, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
-    if bad:
-        raise AdapterError(f"{source!r} holds NaN or infinite values in {_few(bad)}")
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{source!r} holds {key} as {tensor.dtype}; allowed: a floating-point dtype")
+        if not torch.isfinite(tensor.float()).all():
+            raise AdapterError(f"{source!r} holds NaN or infinite values in {key}")
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -56,7 +56,6 @@ class MergeReport:
     """Dtype of the merged weights."""
 
     def __str__(self) -> str:
-        """Return a summary in one line."""
         return (
             f"merged in float32, rounded once to {self.dtype}; {self.positions} positions against the adapted model: "
             f"largest logit difference {self.max_logit_difference:.2e}, mean KL {self.mean_kl:.2e} nats, "

@@ -29,21 +29,16 @@ DEFAULT = "default"
 """Default adapter name."""
 
 
-@dataclass
-class _Inactive:
-    """A loaded adapter that is not in the module tree."""
-
-    config: LoraConfig | None
-    layers: dict[str, Any]
-    """Path -> LoRA layer without the base's parameters."""
+_Adapter = tuple[LoraConfig | None, dict[str, Any]]
+"""A detached adapter: its config, if it has one, and path -> LoRA layer without the base's parameters."""
 
 
 @dataclass
-class _Adapters:
+class LoadedAdapters:
     """The value of ``model.lora_adapters``."""
 
     active: str = DEFAULT
-    inactive: dict[str, _Inactive] = field(default_factory=dict)
+    inactive: dict[str, _Adapter] = field(default_factory=dict)
 
 
 @contextmanager
@@ -126,11 +121,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         del model.lora_adapters
 
 
-def rename_active(model: nn.Module, name: str) -> None:
-    """Give the active adapter another name."""
-    _adapters(model).active = name
-
-
 @contextmanager
 def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
     """Make the model a plain base inside the block, and keep the adapter that the block injects as inactive ``name``.
@@ -139,16 +129,10 @@ def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
     nothing is added.
 
     Raises:
-        AdapterError: inside ``disabled`` or ``merged``; the active adapter trains biases, which belong to the base.
+        AdapterError: inside ``disabled`` or ``merged``.
     """
     _check_outside_blocks(model)
-    adapters, config = _adapters(model), getattr(model, "lora_config", None)
-    biases = [p for path, p in model.named_parameters() if path.endswith("bias")]
-    if any(p.requires_grad or (config and config.bias != "none") for p in biases):
-        raise AdapterError(
-            f"the adapter {adapters.active!r} trains biases of the base, which other adapters would share; "
-            f"allowed beside others: bias='none'"
-        )
+    adapters = _adapters(model)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     active = _detach_active(model)
     try:
@@ -160,30 +144,31 @@ def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
             parameter.requires_grad = requires_grad
 
 
-def _adapters(model: Any) -> _Adapters:
+def _adapters(model: Any) -> LoadedAdapters:
     if not hasattr(model, "lora_adapters"):
-        model.lora_adapters = _Adapters()
-    adapters: _Adapters = model.lora_adapters
+        model.lora_adapters = LoadedAdapters()
+    adapters: LoadedAdapters = model.lora_adapters
     return adapters
 
 
-def _detach_active(model: Any) -> _Inactive:
+def _detach_active(model: Any) -> _Adapter:
     """Put plain layers into the tree and return the active adapter."""
-    adapter = _Inactive(getattr(model, "lora_config", None), lora_layers(model))
-    for path, layer in adapter.layers.items():
+    config, layers = getattr(model, "lora_config", None), lora_layers(model)
+    for path, layer in layers.items():
         swap_layer(model, path, layer.release_base())
-    if hasattr(model, "lora_config"):
+    if config is not None:
         del model.lora_config
-    return adapter
+    return config, layers
 
 
-def _attach(model: Any, adapter: _Inactive) -> None:
+def _attach(model: Any, adapter: _Adapter) -> None:
     """Put the adapter's layers into the tree, around the plain ones."""
-    for path, layer in adapter.layers.items():
+    config, layers = adapter
+    for path, layer in layers.items():
         layer.attach_base(model.get_submodule(path))
         swap_layer(model, path, layer)
-    if adapter.config is not None:
-        model.lora_config = adapter.config
+    if config is not None:
+        model.lora_config = config
 
 
 def _is_active(model: nn.Module, name: str) -> bool:

@@ -22,11 +22,11 @@ import json
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from statistics import mode
 from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
@@ -36,7 +36,7 @@ from transformers import GenerationConfig
 from ..errors import AdapterError
 from ..inference.generation import stop_token_ids
 from ..lora.inject import fused_segments, lora_layers
-from ..lora.layers import Conv2d, Embedding
+from ..lora.layers import Conv2d
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite
 from .hub import is_local, write_model_card
@@ -66,7 +66,6 @@ class PeftExport:
     """Tool -> command lines that use the adapter with it."""
 
     def __str__(self) -> str:
-        """Return a few lines about the folder, then each tool's commands."""
         lines = [f"PEFT adapter in {self.path}: {len(self.modules)} modules, layout {self.layout!r}, rank {self.rank}"]
         if self.rounded:
             lines.append(
@@ -81,7 +80,7 @@ class PeftExport:
 
 
 class _Module(NamedTuple):
-    """One module of the folder, before padding."""
+    """One module of the folder."""
 
     pair: Pair
     scaling: float
@@ -148,19 +147,22 @@ def export_peft(
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt", HEADER_KEY: header})
     (path / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    stops = [] if tokenizer is None else _save_tokenizer(tokenizer, path)
+    stops: list[str] = []
+    if tokenizer is not None:
+        stop_ids, start_id, pad_id = stop_token_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id
+        stops = tokenizer.convert_ids_to_tokens(stop_ids)
+        tokenizer.save_pretrained(path)
+        GenerationConfig(bos_token_id=start_id, eos_token_id=stop_ids, pad_token_id=pad_id).save_pretrained(path)
     if base_model and not (path / "README.md").exists():
         write_model_card(path, base_model=base_model, lora=getattr(model, "lora_config", None))
     rank = max(len(module.pair.A) for module in modules.values())
     rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)  # not 2^n
     is_phi3 = getattr(getattr(model, "config", None), "model_type", None) == "phi3"
-    notes = _notes(model, layout, rank, base_model)
-    if is_phi3 and not stops:
-        notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
+    notes = _notes(model, layout, rank, base_model, lacks_stops=is_phi3 and not stops)
     commands = _commands(path, base_model or ("LLAMA_STYLE_BASE" if layout == "split" else "BASE_MODEL"), rank, stops)
     if layout == "pattern" or not is_phi3:  # vLLM and llama.cpp read no patterns, and know no other model
         commands = {"PEFT": commands["PEFT"]}
-    return PeftExport(path, layout, rank, tuple(modules), rounded, tuple(notes), commands)
+    return PeftExport(path, layout, rank, tuple(modules), rounded, notes, commands)
 
 
 def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
@@ -175,28 +177,23 @@ def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
     if biases:
         raise AdapterError(
             f"trained biases ({biases[0]}, ...) cannot be exported: vLLM and llama.cpp refuse or ignore them; "
-            f"use save_merged or save_adapter, train with bias='none', or freeze biases that were not trained"
+            f"use save_merged or save_adapter, or freeze biases that were not trained"
         )
     check_finite(adapter_state_dict(model), "the adapter")
     for at, layer in layers.items():
-        obstacle = _obstacle(at, layer)
-        if obstacle:
-            raise AdapterError(f"{at or 'the model'!r} cannot be exported: {obstacle}")
-
-
-def _obstacle(at: str, layer: Any) -> str | None:
-    """Return why a layer cannot be part of a PEFT folder, or None."""
-    if not at:
-        return "PEFT adapts modules inside a model, and this layer is the model itself"
-    if not layer.enabled:
-        return "it is disabled or merged; leave the disabled(model) or merged(model) block first"
-    if getattr(layer, "fan_in_fan_out", False):
-        return "fan_in_fan_out=True, a transposed weight that PEFT does not expect in an nn.Linear"
-    if isinstance(layer, Embedding) and layer.max_norm is not None:
-        return "an embedding with max_norm, which PEFT applies to the adapter too"
-    if isinstance(layer, Conv2d) and not is_plain_convolution(layer.conv):
-        return f"{layer.conv}: PEFT's adapters support no groups, dilation or padding mode"
-    return None
+        obstacles = [
+            (not at, "PEFT adapts modules inside a model, and this layer is the model itself"),
+            (not layer.enabled, "it is disabled or merged; leave the disabled(model) or merged(model) block first"),
+            (getattr(layer, "fan_in_fan_out", False), "PEFT expects no transposed weight (fan_in_fan_out=True)"),
+            (getattr(layer, "max_norm", None) is not None, "PEFT would apply its max_norm to the adapter too"),
+            (
+                isinstance(layer, Conv2d) and not is_plain_convolution(layer.conv),
+                "PEFT's adapters support no groups, dilation or padding mode",
+            ),
+        ]
+        for is_met, obstacle in obstacles:
+            if is_met:
+                raise AdapterError(f"{at or 'the model'!r} cannot be exported: {obstacle}")
 
 
 def _named_segments(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -219,7 +216,7 @@ def _uniform(modules: Mapping[str, _Module]) -> tuple[dict[str, _Module], dict[s
         The modules; layer -> ratio of its scaling to the common one, where they differ.
     """
     rank = max(len(module.pair.A) for module in modules.values())
-    scaling = _commonest(module.scaling for module in modules.values())
+    scaling = mode(module.scaling for module in modules.values())
     ratios = {m.layer: m.scaling / scaling for m in modules.values() if m.scaling != scaling}
     uniform = {}
     for at, (pair, _, layer) in modules.items():
@@ -240,10 +237,6 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     return pattern
 
 
-def _commonest(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]
-
-
 def _target_modules(
     model: nn.Module, layers: Mapping[str, Any], segments: Mapping[str, Mapping[str, int]], adapted: set[str]
 ) -> list[str]:
@@ -261,7 +254,7 @@ def _peft_config(
     ranks = {at: len(module.pair.A) for at, module in modules.items()}
     alphas = {at: module.scaling * len(module.pair.A) for at, module in modules.items()}
     alphas = {at: int(alpha) if float(alpha).is_integer() else alpha for at, alpha in alphas.items()}  # vLLM: an int
-    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    r, alpha = mode(ranks.values()), mode(alphas.values())
     lora_config = getattr(model, "lora_config", None)
     generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT wraps a model by its task
     return {
@@ -286,35 +279,23 @@ def _peft_config(
     }
 
 
-def _save_tokenizer(tokenizer: Any, path: Path) -> list[str]:
-    """Save the tokenizer and a generation config with the stop tokens; return the stop tokens' texts."""
-    stops = stop_token_ids(tokenizer)
-    tokenizer.save_pretrained(path)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(path)
-    return list(tokenizer.convert_ids_to_tokens(stops))
-
-
-def _notes(model: nn.Module, layout: str, rank: int, base_model: str | None) -> list[str]:
+def _notes(model: Any, layout: str, rank: int, base_model: str | None, lacks_stops: bool) -> tuple[str, ...]:
     notes = []
-    config = getattr(model, "config", None)
     if layout == "pattern":
         notes.append("rank_pattern and alpha_pattern: PEFT and transformers read them, vLLM and llama.cpp do not")
     if layout == "split":
-        notes.append(
-            "for a base whose fused layers were split into q_proj, k_proj, ...; not for Phi-3's own checkpoint"
-        )
+        notes.append("for a base with q_proj, k_proj, ... in place of fused layers; not for Phi-3's own checkpoint")
     if max_lora_rank(rank) is None:
         notes.append(f"rank {rank} is more than vLLM allows ({VLLM_RANKS[-1]}); use save_merged there")
-    if config is not None and longrope_boundary(config) is not None:
-        notes.append(f"{longrope_note(config)}; vLLM takes the long ones when --max-model-len is past the boundary")
+    if hasattr(model, "config") and longrope_boundary(model.config) is not None:
+        note = longrope_note(model.config)
+        notes.append(f"{note}; vLLM takes the long ones when --max-model-len is past the boundary")
     if is_local(base_model):
-        notes.append(
-            f"the base on record is {base_model}, a folder of this machine; for others, give its name on the hub: "
-            f"base_model='owner/name'"
-        )
-    return notes
+        way_out = "for others, give its name on the hub: base_model='owner/name'"
+        notes.append(f"the base on record is {base_model}, a folder of this machine; {way_out}")
+    if lacks_stops:
+        notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
+    return tuple(notes)
 
 
 def max_lora_rank(rank: int) -> int | None:

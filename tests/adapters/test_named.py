@@ -327,11 +327,11 @@ def test_adapters_that_train_biases_are_refused_beside_others(tmp_path):
     paths = {bias: p3.save_adapter(net(bias), tmp_path / f"{bias}.safetensors") for bias in ("none", "all")}
     model = net("none")
     bias = model[0].bias.clone()
-    with pytest.raises(AdapterError, match=r"trained biases of the base \(0\.bias\), which 'default' would share"):
+    with pytest.raises(AdapterError, match=r"trained biases \(0\.bias\) .* 'other' would share with 'default'"):
         p3.load_adapter(model, paths["all"], name="other")
     assert torch.equal(model[0].bias, bias)
     assert not model[0].bias.requires_grad
-    with pytest.raises(AdapterError, match="'default' trains biases"):
+    with pytest.raises(AdapterError, match=r"trained biases \(0\.bias\)"):
         p3.load_adapter(net("all"), paths["none"], name="other")
 
 
