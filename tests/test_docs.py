@@ -36,7 +36,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem == "training")) for p in PAGES if blocks(p, "python")],
+    ids=lambda p: p.name,
+)
 def test_python_of_a_page_runs_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chat = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On its way."}]

@@ -41,6 +41,7 @@ def test_it_learns_the_demo_s_voice_and_saves_the_adapter(script, capsys):
     assert len(list(folder.glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.slow
 def test_the_real_branch_asks_for_phi_3_and_sharegpt_chats_in_half_precision(script, monkeypatch):
     calls = replace_downloads(monkeypatch, script["demo_conversations"])
     script["main"](["--real"])

@@ -43,6 +43,7 @@ def loop_bounds(monkeypatch):
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", _patched)
 
 
+slow = pytest.mark.slow
 FUSED = Backend("fused")
 BATCH = packed_batch([random_documents(11, 6), random_documents(9, 5, 3)], 18)
 SIZE = {"hidden_size": 64, "intermediate_size": 48}
@@ -148,14 +149,11 @@ def dropped():
     return model, (hidden, {name: g.clone() for name, g in gradients.items()})
 
 
-@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=slow), pytest.param("offload", marks=slow)])
 def test_recomputing_changes_the_gradients_by_rounding_alone(dropped, mode):
     model, kept = dropped
     torch.manual_seed(3)
     assert_equal_to_rounding(hidden_and_gradients(model, True, mode), kept)
-
-
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
