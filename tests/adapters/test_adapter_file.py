@@ -10,17 +10,15 @@ from pathlib import Path
 import loralib as lora
 import pytest
 import torch
-from conftest import lively_model, randomize_adapters, same_tensors
+from conftest import adapters_of, lively_model, randomize_adapters, same_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import phi3lora as p3
-from phi3lora.adapters import adapter_file
-from phi3lora.adapters.adapter_file import adapter_metadata, adapter_state_dict, load_adapter_state, read_adapter
-from phi3lora.errors import AdapterError, Phi3LoRAError
+from phi3lora.adapters.adapter_file import adapter_metadata, read_adapter
+from phi3lora.errors import AdapterError
 from phi3lora.files import sha256_of
-from phi3lora.lora.inject import lora_layers
 
 IDS = torch.arange(10, 30)[None]
 CONFIG = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}
@@ -41,10 +39,10 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def assert_refused(model: nn.Module, path: Path, message: str, error: type[Exception] = AdapterError) -> None:
+def assert_refused(model: nn.Module, path: Path, message: str) -> None:
     """Loading fails with ``message`` and the model is as it was."""
     before, trainable = snapshot(model), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(error, match=message):
+    with pytest.raises(AdapterError, match=message):
         p3.load_adapter(model, path)
     assert same_tensors(model.state_dict(), before)
     assert [p.requires_grad for p in model.parameters()] == trainable
@@ -116,53 +114,39 @@ def test_the_files_hold_loralib_s_state_dict_and_each_layer_s_settings(tmp_path)
     assert beside == {**metadata, "sha256": sha256_of(pickled)}
 
 
-def test_a_module_called_lora_router_is_not_saved():
-    model = nn.ModuleDict({"lora_router": nn.Linear(4, 4), "up": nn.Linear(4, 4)})
-    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["up"], bias="lora_only"))
-    assert adapter_state_dict(model).keys() == {"up.lora_A", "up.lora_B", "up.bias"}
-
-
-@suffixes
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_are_saved_and_come_back(tmp_path, suffix, bias):
+def test_trained_biases_are_saved_and_come_back(tmp_path, bias):
+    """Nothing else is: a user's module may be called lora_router."""
+
     def net(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
-        p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["0"], bias=bias))
-        nn.init.normal_(model[1].bias)
+        model = nn.ModuleDict({"up": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "lora_router": nn.Linear(4, 3)})
+        p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["up"], bias=bias))
+        nn.init.normal_(model["norm"].bias)
         return model
 
     model, other = net(0), net(1)
-    biases = {"all": {"0.bias", "1.bias", "2.bias"}, "lora_only": {"0.bias"}}[bias]
-    path = p3.save_adapter(model, tmp_path / f"adapter{suffix}")
+    router = other["lora_router"].weight.clone()
+    path = p3.save_adapter(model, tmp_path / "adapter.pt")
     state, _ = read_adapter(path)
-    assert state.keys() == {"0.lora_A", "0.lora_B"} | biases
-    kept = other[2].weight.clone()
+    biases = {"all": {"up.bias", "norm.bias", "lora_router.bias"}, "lora_only": {"up.bias"}}[bias]
+    assert state.keys() == {"up.lora_A", "up.lora_B"} | biases
     p3.load_adapter(other, path)
-    for key in state:
-        assert torch.equal(other.state_dict()[key], model.state_dict()[key]), key
-    assert torch.equal(other[2].weight, kept)
+    assert same_tensors({key: other.state_dict()[key] for key in state}, state)
+    assert torch.equal(other["lora_router"].weight, router)
 
 
 @suffixes
 def test_a_plain_loralib_file_loads_with_a_warning(tmp_path, suffix, caplog):
-    """``torch.save(lora.lora_state_dict(model), path)`` says nothing about alpha and segments."""
-    model, other = adapted(), adapted(seed=1)
-    path = write(tmp_path / f"plain{suffix}", lora.lora_state_dict(model))
+    """``torch.save(lora.lora_state_dict(model), path)`` says nothing about alpha and segments; it may be in bf16."""
+    other = adapted(seed=1)
+    state = {key: tensor.to(torch.bfloat16) for key, tensor in lora.lora_state_dict(adapted()).items()}
+    path = write(tmp_path / f"plain{suffix}", state)
     p3.load_adapter(other, path)
-    assert same_tensors(other.state_dict(), model.state_dict())
+    assert same_tensors(adapters_of(other), {key: tensor.float() for key, tensor in state.items()})
     assert "alpha and segments cannot be checked" in caplog.text
     assert_refused(lively_model(), path, "does not say how to build its layers; call inject_lora")
     assert_refused(adapted(r=4), path, "other shape")
-
-
-def test_a_bf16_file_becomes_float32(tmp_path):
-    model, other = adapted(), adapted(seed=1)
-    state = {key: value.to(torch.bfloat16) for key, value in lora.lora_state_dict(model).items()}
-    p3.load_adapter(other, write(tmp_path / "half.pt", state))
-    layer = lora_layers(other)[OUT]
-    assert layer.lora_A.dtype == torch.float32
-    assert torch.equal(layer.lora_A, state[f"{OUT}.lora_A"].float())
 
 
 # --- Files that do not fit the model
@@ -172,8 +156,6 @@ def test_a_bf16_file_becomes_float32(tmp_path):
     ("changes", "message"),
     [
         ({"lora_alpha": 8}, "lora_alpha 4 in the file, 8 in the model"),
-        ({"r": 4}, "r 2 in the file, 4 in the model"),
-        ({"use_rslora": True}, "use_rslora False in the file, True in the model"),
         ({"target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"]}, "enable_lora .*True, False, True. in the f"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "not in the model: .*down_proj"),
         ({"target_modules": [*CONFIG["target_modules"], "up_proj"]}, "missing in the file: .*gate_up_proj"),
@@ -204,7 +186,6 @@ def test_other_segments_of_the_same_shapes_are_refused(tmp_path):
         (lambda s: s.update({"lm_head.weight": torch.zeros(512, 32)}), r"not in the model: lm_head\.weight$"),
         (lambda s: s.update({f"{OUT}.lora_B": torch.zeros(3, 2)}), rf"other shape: {OUT}.lora_B: \(3, 2\) in the file"),
         (lambda s: s[f"{OUT}.lora_B"].mul_(torch.nan), f"NaN or infinite values in {OUT}.lora_B"),
-        (lambda s: s[f"{OUT}.lora_B"].div_(0), f"NaN or infinite values in {OUT}.lora_B"),
         (lambda s: s.update({f"{OUT}.lora_B": torch.ones(32, 2, dtype=torch.int8)}), "o_proj.lora_B as torch.int8"),
         (lambda s: s.clear(), "missing in the file: "),
     ],
@@ -222,32 +203,19 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, suffix, change: Callable, m
     assert torch.equal(base(IDS).logits, model(IDS).logits)
 
 
-def test_load_adapter_state_names_its_source():
-    with pytest.raises(AdapterError, match="'checkpoint-7' does not fit"):
-        load_adapter_state(adapted(), {}, "checkpoint-7")
-
-
 # --- Files that are no adapters
-
-
-def test_a_model_without_adapters_has_nothing_to_save(tmp_path):
-    with pytest.raises(AdapterError, match="no adapters to save"):
-        p3.save_adapter(lively_model(), tmp_path / "adapter.pt")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["adapter.bin", "adapter", "adapter.safetensors.zip"])
-def test_other_suffixes_are_refused(tmp_path, name):
-    model = adapted()
-    with pytest.raises(AdapterError, match=r"allowed: \*\.safetensors, \*\.pt"):
-        p3.save_adapter(model, tmp_path / name)
-    assert_refused(model, tmp_path / name, "allowed")
 
 
 @suffixes
 def test_missing_and_half_written_files_are_refused(tmp_path, suffix):
     model = adapted()
     assert_refused(model, tmp_path / f"none{suffix}", "there is no adapter file")
+    assert_refused(model, tmp_path / f"adapter{suffix}.zip", r"allowed: \*\.safetensors, \*\.pt")
+    with pytest.raises(AdapterError, match="cannot be called 'adapter"):
+        p3.save_adapter(model, tmp_path / "adapter.bin")
+    with pytest.raises(AdapterError, match="no adapters to save"):
+        p3.save_adapter(lively_model(), tmp_path / f"adapter{suffix}")
+    assert not list(tmp_path.iterdir())
     path = p3.save_adapter(model, tmp_path / f"adapter{suffix}")
     content = path.read_bytes()
     for share in (0, 0.01, 0.5, 0.99):
@@ -270,11 +238,12 @@ def test_a_pt_file_of_something_else_is_refused_and_runs_nothing(tmp_path, conte
 
 
 @suffixes
-@pytest.mark.parametrize("metadata", ["not json", "[]", '{"layers": []}', json.dumps({"layers": {OUT: 3}})])
-def test_settings_that_are_not_ours_are_refused(tmp_path, suffix, metadata):
-    path = write(tmp_path / f"adapter{suffix}", lora.lora_state_dict(adapted()), metadata)
-    for model in (adapted(), lively_model()):
-        assert_refused(model, path, "not a readable adapter file|the settings stored with the tensors")
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"layers": []}', '{"layers": {"a": 3}}', '{"layers": {}, "config": 3}']
+)
+def test_settings_that_are_not_ours_are_refused(tmp_path, suffix, text):
+    path = write(tmp_path / f"adapter{suffix}", lora.lora_state_dict(adapted()), text)
+    assert_refused(adapted(), path, "not a readable adapter file|the settings stored with the tensors")
 
 
 def test_a_rank_beyond_the_tensors_allocates_nothing(tmp_path):
@@ -285,48 +254,29 @@ def test_a_rank_beyond_the_tensors_allocates_nothing(tmp_path):
     assert_refused(lively_model(), path, r"r=1099511627776 in the settings, and a lora_A of shape \(2, 32\)")
 
 
-@pytest.mark.parametrize("config", [3, {"r": "two"}, {"rank": 2}])
-def test_an_impossible_config_is_refused_where_it_is_needed(tmp_path, config):
-    metadata = {"layers": {}, "config": config}
-    path = write(tmp_path / "adapter.safetensors", lora.lora_state_dict(adapted()), metadata)
-    assert_refused(lively_model(), path, "the settings stored|r=|rank", Phi3LoRAError)
-
-
 # --- Writes that fail
 
 
 @suffixes
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 def test_a_save_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch, suffix, step):
-    model, path = adapted(), tmp_path / f"adapter{suffix}"
-    p3.save_adapter(model, path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    randomize_adapters(model, seed=1)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    if step == "write":
-        monkeypatch.setattr(adapter_file, "save_file", full)
-        monkeypatch.setattr(torch, "save", full)
-    else:
-        monkeypatch.setattr(os, step, full)
-    with pytest.raises(AdapterError, match=r"cannot be written.*No space left.*is unchanged"):
-        p3.save_adapter(model, path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-@suffixes
-def test_a_write_that_fails_inside_torch_or_safetensors(tmp_path, suffix):
     """A limit on the size of files stands for a full disk: the C++ and Rust writers meet it in the middle."""
     resource = pytest.importorskip("resource")
     model, path = adapted(), tmp_path / f"adapter{suffix}"
     p3.save_adapter(model, path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    randomize_adapters(model, seed=1)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    if step == "write":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    else:
+        monkeypatch.setattr(os, step, fail)
     try:
-        with pytest.raises(AdapterError, match="cannot be written"):
+        with pytest.raises(AdapterError, match=r"cannot be written.*is unchanged"):
             p3.save_adapter(model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

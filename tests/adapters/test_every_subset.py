@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import adapters_of, randomize_adapters, same_tensors
 from peft_folders import MEMBERS, as_llama, base_model, logits, with_peft, with_transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
 import phi3lora as p3
@@ -96,16 +95,3 @@ def test_the_other_layouts_are_the_same_in_peft_and_come_back(tmp_path, kind, rs
         base = as_llama(case.base) if layout == "split" else copy.deepcopy(case.base)
         assert_equal_logits(with_peft(base, folder), case)
         assert_comes_back(folder, case)
-
-
-@runs
-@pytest.mark.slow
-def test_a_merged_directory_computes_our_logits(tmp_path, kind, rslora, subsets):
-    for case in cases(kind, rslora, half(kind, rslora, subsets)):
-        p3.save_merged(case.model, None, tmp_path / case.name)
-        weights = load_file(tmp_path / case.name / "model.safetensors")
-        if kind == "tied":
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        plain = copy.deepcopy(case.base)
-        plain.load_state_dict(weights)
-        assert_equal_logits(plain, case)

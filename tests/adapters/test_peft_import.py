@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import adapted_model, tiny_model
 from peft_folders import (
-    LAYER,
     MEMBERS,
     NET_IDS,
     QKV,
@@ -75,13 +74,6 @@ def test_split_names_become_segments(tmp_path, settings):
     assert found == set(settings["target_modules"])
 
 
-def test_split_names_load_into_matching_adapters(tmp_path):
-    theirs = peft_made(as_llama(base_model()), tmp_path, target_modules=["q_proj", "v_proj"])
-    ours = adapted_model(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    p3.import_peft(ours, tmp_path)
-    assert_same_logits(ours, theirs)
-
-
 def test_every_kind_of_layer_is_imported(tmp_path):
     theirs, ours = peft_made(Net(), tmp_path, target_modules=["embed", "conv", "fused"], lora_alpha=40), Net()
     p3.import_peft(ours, tmp_path)
@@ -107,32 +99,23 @@ def rename(path: Path, change) -> None:
     ],
     ids=["no prefix", "inner model", "adapter's name", "compiled"],
 )
-def test_names_with_and_without_prefixes(tmp_path, change):
+def test_names_with_and_without_prefixes_and_settings_that_change_nothing(tmp_path, change):
     theirs, ours = peft_made(base_model(), tmp_path, target_modules=["qkv_proj", "down_proj"]), base_model()
     rename(tmp_path, change)
+    change_config(tmp_path, layers_to_transform=[7], fan_in_fan_out=True, added_later=None, modules_to_save=[])
     p3.import_peft(ours, tmp_path)
     assert_same_logits(ours, theirs)
-
-
-def test_lower_precision_becomes_float32(tmp_path):
-    peft_made(base_model(), tmp_path, target_modules=["qkv_proj"])
-    change_tensors(tmp_path, lambda t: t.update({key: tensor.bfloat16() for key, tensor in t.items()}))
-    ours = base_model()
-    p3.import_peft(ours, tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    want = tensors["base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"]
-    layer = lora_layers(ours)[LAYER + "self_attn.qkv_proj"]
-    assert layer.lora_A.dtype == torch.float32 and torch.equal(layer.lora_A, want.float())
 
 
 def test_a_pickle_of_tensors_is_read_and_one_with_code_is_not(tmp_path):
     theirs = peft_made(base_model(), tmp_path, target_modules=["qkv_proj"])
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_model.safetensors").unlink()
-    torch.save(tensors, tmp_path / "adapter_model.bin")
+    torch.save({key: tensor.double() for key, tensor in tensors.items()}, tmp_path / "adapter_model.bin")
     ours = base_model()
     p3.import_peft(ours, tmp_path)
     assert_same_logits(ours, theirs)
+    assert {layer.lora_A.dtype for layer in lora_layers(ours).values()} == {torch.float32}
     torch.save({**tensors, "x": Path("/")}, tmp_path / "adapter_model.bin")
     assert_refused(base_model(), tmp_path, "not a readable pickle of tensors only")
 
@@ -156,20 +139,15 @@ def assert_refused(model, path, message: str, error=AdapterError) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type='LOHA'; allowed: 'LORA'"),
-        ({"peft_type": None}, "peft_type=None"),
         ({"use_dora": True}, "use_dora=True cannot be imported"),
         ({"bias": "all"}, "bias='all' cannot be imported .trained biases"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] cannot be imported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*a base that its initialisation changed"),
-        ({"trainable_token_indices": [5]}, r"trainable_token_indices=\[5\]"),
-        ({"lora_bias": True}, "lora_bias=True"),
         ({"megatron_config": {"a": 1}}, "megatron_config="),
-        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora="),
         ({"lora_from_next_year": 3}, "unknown setting lora_from_next_year=3"),
         ({"r": 5}, r"the config says rank 5; allowed: A \(5, in\)"),
         ({"r": "four"}, "r='four'"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
-        ({"lora_alpha": -1}, "lora_alpha=-1"),
         ({"use_rslora": "yes"}, "use_rslora='yes'"),
         ({"rank_pattern": {"o_proj": 0}}, "rank_pattern=.*: r=0; allowed: "),
         ({"alpha_pattern": {"o_proj": "x"}}, "alpha_pattern=.*lora_alpha='x'"),
@@ -184,12 +162,6 @@ def test_a_config_that_has_no_counterpart_is_refused(tmp_path, changes, message)
     assert_refused(base_model(), tmp_path, message, Phi3LoRAError)
 
 
-def test_settings_that_change_nothing_are_ignored(tmp_path):
-    peft_made(base_model(), tmp_path, target_modules=["qkv_proj"])
-    change_config(tmp_path, layers_to_transform=[7], fan_in_fan_out=True, added_later=None, modules_to_save=[])
-    p3.import_peft(base_model(), tmp_path)
-
-
 O_PROJ = "base_model.model.model.layers.0.self_attn.o_proj"
 
 
@@ -198,20 +170,15 @@ O_PROJ = "base_model.model.model.layers.0.self_attn.o_proj"
     [
         (lambda t: t.update({f"{O_PROJ}.lora_magnitude_vector": torch.ones(32)}), "DoRA's magnitudes"),
         (lambda t: t.update({f"{O_PROJ}.lora_B.bias": torch.ones(32)}), "a trained bias"),
-        (lambda t: t.update({f"{O_PROJ}.base_layer.bias": torch.ones(32)}), "a trained bias"),
         (lambda t: t.update({"base_model.model.lm_head.modules_to_save.weight": torch.ones(4)}), "a whole module"),
         (lambda t: t.update({f"{O_PROJ}.lora_C.weight": torch.ones(4)}), "unknown tensor .*lora_C"),
-        (lambda t: t.update({f"{O_PROJ}.lora_A": torch.ones(4)}), "unknown tensor"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(512, 32)}), "another base"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(520, 32)}), "resized embeddings"),
         (lambda t: t.pop(f"{O_PROJ}.lora_B.weight"), "has only lora_A; it needs both"),
         (lambda t: t[f"{O_PROJ}.lora_A.weight"].fill_(float("nan")), "NaN or infinite .*o_proj.lora_A.weight"),
-        (lambda t: t[f"{O_PROJ}.lora_B.weight"][0].fill_(float("inf")), "NaN or infinite .*o_proj.lora_B.weight"),
         (lambda t: t.update({f"{O_PROJ}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}), "torch.int8"),
         (lambda t: t.update({f"{O_PROJ}.lora_A.weight": torch.ones(4, 31)}), r"A \(4, 31\).*allowed .*: A \(r, 32\)"),
-        (lambda t: t.update({f"{O_PROJ}.lora_B.weight": torch.ones(31, 4)}), r"B \(31, 4\)"),
         (lambda t: t.update({f"{O_PROJ}.lora_A.weight": torch.ones(3, 32)}), "the config says rank 4"),
-        (lambda t: t.update({f"{O_PROJ}.lora_A.default.weight": torch.ones(4, 32)}), "twice"),
         (lambda t: t.update({k.replace("base_model.model.", ""): v.clone() for k, v in t.items()}), "twice"),
         (lambda t: t.update({k.replace("o_proj", "q_proj"): v.clone() for k, v in t.items() if "o_proj" in k}),
          "adapts both .*qkv_proj' and a part of it"),
@@ -224,9 +191,7 @@ def test_tensors_that_have_no_counterpart_are_refused(tmp_path, change, message)
     assert_refused(base_model(), tmp_path, message)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.layers.9.self_attn.o_proj", "../../o_proj", "model.config", "model.layers.0.mlp"]
-)
+@pytest.mark.parametrize("name", ["model.layers.9.self_attn.o_proj", "model.layers.0.mlp"])
 def test_a_name_that_is_no_layer_of_the_model_is_refused(tmp_path, name):
     peft_made(base_model(), tmp_path, target_modules=["o_proj"])
     rename(tmp_path, lambda key: key.replace("model.layers.0.self_attn.o_proj", name))
@@ -265,16 +230,13 @@ def test_unreadable_folders_are_refused(tmp_path):
     peft_made(base_model(), path, target_modules=["o_proj"])
     assert_refused(model, path / "adapter_model.safetensors", "there is no folder")
     whole = (path / "adapter_model.safetensors").read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"x" * 100):
-        (path / "adapter_model.safetensors").write_bytes(damaged)
-        assert_refused(model, path, "not a readable safetensors")
+    (path / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert_refused(model, path, "not a readable safetensors")
     (path / "adapter_model.safetensors").unlink()
     assert_refused(model, path, "has no adapter_model.safetensors")
-    for text in ("{", "[1]", ""):
-        (path / "adapter_config.json").write_text(text)
-        assert_refused(model, path, "not a readable PEFT config|allowed: a JSON object")
-    (path / "adapter_config.json").write_bytes(b"\xff\xfe")
-    assert_refused(model, path, "not a readable PEFT config")
+    for content in (b"{", b"[1]", b"\xff\xfe"):
+        (path / "adapter_config.json").write_bytes(content)
+        assert_refused(model, path, "not a readable PEFT config")
     (path / "adapter_config.json").unlink()
     assert_refused(model, path, "not a readable PEFT config")
 
