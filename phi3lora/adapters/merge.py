@@ -177,7 +177,6 @@ def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
 
 @torch.no_grad()
 def _compare(model: Any, plain: Any, tokenizer: Any, prompts: Sequence[str]) -> MergeReport:
-    """Compare the logits of both models, prompt by prompt."""
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         token_ids = torch.randint(model.config.vocab_size, (len(prompts), 32), generator=generator).tolist()

@@ -181,7 +181,6 @@ def _is_active(model: nn.Module, name: str) -> bool:
 
 
 def _check_outside_blocks(model: nn.Module) -> None:
-    """Raise AdapterError inside a ``disabled`` or ``merged`` block."""
     for layer in lora_layers(model).values():
         if layer.merged or not layer.enabled:
             block = "merged(model)" if layer.merged else "disabled(model)"

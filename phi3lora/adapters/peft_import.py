@@ -205,7 +205,6 @@ def _restore_layers(metadata: dict[str, Any], config: PeftConfig, pairs: Mapping
 
 
 def _convert(model: nn.Module, config: PeftConfig, pairs: Mapping[str, Pair]) -> Adapter:
-    """Convert each module of the folder to a layer of ours."""
     fused = fused_segments(model)
     layers: dict[str, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
