@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from conftest import packed_batch, random_documents, randomize_adapters, tiny_model
+from conftest import adapted_model, packed_batch, random_documents
 from torch import nn
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
@@ -17,17 +17,9 @@ from phi3lora.model.activations import HostInputs, activation_checkpointing
 BATCH = packed_batch([random_documents(9, 5)], 16)
 
 
-def adapted_model(dropout: float = 0.0) -> nn.Module:
-    """A model in training mode, with adapters that do something."""
-    model = tiny_model()
-    p3.inject_lora(model, p3.LoraConfig(r=2, lora_dropout=dropout))
-    randomize_adapters(model)
-    return model.train()
-
-
 @pytest.fixture
 def adapted() -> nn.Module:
-    return adapted_model()
+    return adapted_model().train()
 
 
 def switched_on(model: nn.Module) -> int:
@@ -55,8 +47,7 @@ def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode, mlps, qkvs
             module.register_forward_pre_hook(lambda *_, name=name: calls.append(name.rpartition(".")[2]))
     again, recomputed = one_step(adapted, mode)
     assert torch.equal(again, loss)
-    for got, want in zip(recomputed, gradients, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(recomputed, gradients)
     assert [calls.count(name) for name in ("mlp", "qkv_proj", "gate_up_proj")] == [mlps, qkvs, gate_ups]
 
 
@@ -64,11 +55,10 @@ def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode, mlps, qkvs
 def test_dropout_is_recomputed_with_the_same_mask(mode):
     results = []
     for each in ("none", mode):
-        model = adapted_model(dropout=0.5)
+        model = adapted_model(lora_dropout=0.5).train()
         torch.manual_seed(1)
         results.append(one_step(model, each)[1])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*results)
 
 
 # --- Inputs on the host
@@ -107,8 +97,7 @@ def test_nothing_is_offloaded_without_gradients_or_trainable_parameters(adapted)
     assert host._last is None
     for path, parameter in adapted.named_parameters():  # adapters in the last layer alone
         parameter.requires_grad_("layers.1" in path and "lora_" in path)
-    for got, want in zip(one_step(adapted, "offload")[1], one_step(adapted, "none")[1], strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(one_step(adapted, "offload")[1], one_step(adapted, "none")[1])
 
 
 # --- The switch

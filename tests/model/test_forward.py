@@ -65,31 +65,19 @@ def test_packed_equals_separate_in_loss_and_gradients(implementation, changes):
     assert_same_loss_and_gradients(model, loss, separate_loss(reference, DOCUMENTS), reference)
 
 
-def test_the_loss_switches_transformers_default_attention_to_the_packed_one():
-    model = tiny_model()
-    assert model.config._attn_implementation == "sdpa"
-    p3.causal_lm_loss(model, packed_batch(ROWS, 15))
-    assert model.config._attn_implementation == "phi3lora"
-
-
-def test_one_batch_equals_its_rows_one_by_one():
+@pytest.mark.parametrize("layout", [[(ROWS[:1], 15), (ROWS[1:2], 9), (ROWS[2:], 15)], [([*ROWS, []], 40)]])
+def test_neither_batch_size_nor_padding_changes_the_sum(layout):
     model = adapted_lively_model()
+    assert model.config._attn_implementation == "sdpa"  # transformers' default, which the first loss replaces
     whole, count = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
-    parts = [p3.causal_lm_loss(model, packed_batch([row], 15)) for row in ROWS]
+    assert model.config._attn_implementation == "phi3lora"
+    parts = [p3.causal_lm_loss(model, packed_batch(*batch)) for batch in layout]
     assert count == sum(n for _, n in parts)
-    assert_same_loss_and_gradients(model, whole, sum(loss for loss, _ in parts), model)
-
-
-def test_padding_changes_nothing():
-    model = adapted_lively_model()
-    tight, count = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
-    padded, padded_count = p3.causal_lm_loss(model, packed_batch([*ROWS, []], 40))
-    assert padded_count == count
-    assert_same_loss_and_gradients(model, padded, tight, model)
+    assert_same_loss_and_gradients(model, sum(loss for loss, _ in parts), whole, model)
 
 
 def test_a_label_on_a_documents_first_token_is_not_trained():
-    """Nothing of its own document comes before it; the token there is another document's last."""
+    """Nothing of its own document precedes it; the token before is another document's last."""
     model, batch = adapted_lively_model(), packed_batch(ROWS, 20)
     loss, count = p3.causal_lm_loss(model, batch)
     batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, 17)
@@ -108,22 +96,14 @@ def test_only_supervised_positions_come_out_each_with_the_token_that_follows():
     torch.testing.assert_close(hidden, torch.cat(alone)[want_positions], rtol=1e-4, atol=1e-4)
 
 
-def test_the_loss_is_float32_and_has_no_gradient_where_none_is_wanted():
-    model = adapted_lively_model().to(torch.bfloat16)
-    with torch.no_grad():
-        loss, _ = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
-    assert loss.dtype == torch.float32
-    assert not loss.requires_grad
-    reference = separate_loss(adapted_lively_model(), DOCUMENTS)
-    torch.testing.assert_close(loss, reference.detach(), rtol=0.02, atol=0)
-
-
-def test_within_autocast_the_loss_is_that_of_the_compute_dtype():
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_loss_is_float32_in_bf16_and_under_autocast(autocast):
     model = adapted_lively_model()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, count = p3.causal_lm_loss(model, packed_batch(ROWS, 15))
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss / count, separate_loss(model, DOCUMENTS) / COUNT, rtol=0.02, atol=0)
+    reference = separate_loss(model, DOCUMENTS).detach()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, _ = p3.causal_lm_loss(model if autocast else model.to(torch.bfloat16), packed_batch(ROWS, 15))
+    assert loss.dtype == torch.float32 and not loss.requires_grad
+    torch.testing.assert_close(loss, reference, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("key", [*BATCH_KEYS, "attention_mask"])
@@ -137,10 +117,11 @@ def test_a_batch_in_another_layout_is_refused(key):
         p3.causal_lm_loss(tiny_model(), batch)
 
 
-def test_an_unsupported_attention_is_refused():
+def test_an_attention_that_cannot_keep_documents_apart_is_refused():
     model = tiny_model()
-    model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(ModelError, match="flex_attention"):
+    model.config._attn_implementation_internal = "flash_attention_2"
+    message = "'flash_attention_2' cannot keep packed documents apart.*phi3lora, sdpa, eager"
+    with pytest.raises(ModelError, match=message):
         p3.causal_lm_loss(model, packed_batch(ROWS, 15))
 
 

@@ -29,31 +29,22 @@ def data(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [hidden, *(p for p in head.parameters() if p.requires_grad)]))
+    return list(torch.autograd.grad(loss, [t for t in (hidden, *head.parameters()) if t.requires_grad]))
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
-@given(st.integers(1, 20), st.integers(1, 25), st.sampled_from(sorted(heads())), st.sampled_from([1.0, 0.125, -3.0]))
-def test_any_chunk_size_gives_cross_entropys_sum_and_gradients(tokens, chunk, name, scale):
+@given(
+    st.integers(1, 20), st.integers(1, 25), st.sampled_from(sorted(heads())), st.sampled_from([1, -3]), st.booleans()
+)
+def test_any_chunk_size_gives_cross_entropys_sum_and_gradients(tokens, chunk, name, scale, trains):
     head, (hidden, labels) = heads()[name], data(tokens)
-    hidden.requires_grad = True
+    hidden.requires_grad = trains or name == "frozen"  # else the decoder is frozen and the head trains
     loss = linear_cross_entropy(hidden, head, labels, chunk)
     want = F.cross_entropy(head(hidden), labels, reduction="sum")
     assert loss.dtype == torch.float32
-    assert loss.shape == ()
     torch.testing.assert_close(loss, want)
-    ours, reference = gradients(loss * scale, hidden, head), gradients(want * scale, hidden, head)
-    for got, expected in zip(ours, reference, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_trainable_head_gets_its_gradient_from_a_frozen_decoder():
-    head, (hidden, labels) = heads()["adapted"], data(9)
-    linear_cross_entropy(hidden, head, labels, 4).backward()
-    ours = [head.lora_A.grad, head.lora_B.grad]
-    want = F.cross_entropy(head(hidden), labels, reduction="sum")
-    for got, expected in zip(ours, torch.autograd.grad(want, [head.lora_A, head.lora_B]), strict=True):
-        torch.testing.assert_close(got, expected)
+    ours, reference = gradients(-3 * loss, hidden, head), gradients(-3 * want, hidden, head)
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_whose_adapter_is_switched_off_still_trains_the_decoder():
@@ -75,8 +66,6 @@ def test_without_gradient_the_loss_is_the_same(name):
         loss = linear_cross_entropy(hidden.requires_grad_(), head, labels, 4)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, F.cross_entropy(head(hidden), labels, reduction="sum").detach())
-    frozen = heads()["frozen"]
-    assert not linear_cross_entropy(hidden.detach(), frozen, labels, 4).requires_grad
 
 
 def test_bf16_logits_are_summed_in_float32():
@@ -101,9 +90,8 @@ def test_within_autocast_chunks_give_the_gradients_of_one_chunk(name):
         with torch.autocast("cpu", torch.bfloat16):
             loss = linear_cross_entropy(hidden, head, labels, chunk)
         results.append([loss, *gradients(loss, hidden, head)])
-    assert len(results[0]) >= 4  # the loss, d hidden, and the head's own two
-    for chunked, whole in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=0.02, atol=0.02)
+    assert len(results[0]) == 4  # the loss, d hidden, and the head's own two
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("grad", [True, False])
