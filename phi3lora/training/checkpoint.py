@@ -37,7 +37,7 @@ from ..config import TrainingConfig
 from ..errors import AdapterError, CheckpointError, error_line, short_repr
 from ..files import fsync, read_json, read_pickled, sha256_of
 from ..lora.base_weight import base_format
-from .optim import check_optimizer_state
+from .optim import check_optimizer_state, convert_optimizer_state
 
 logger = logging.getLogger("phi3lora")
 
@@ -314,6 +314,7 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
         optimizer = read_pickled(path / "optimizer.pt")
         scheduler = read_pickled(path / "scheduler.pt")
         generators = read_pickled(path / f"rng_state_{run.rank}.pth")
+        convert_optimizer_state(optimizer, run.optimizer)
         check_optimizer_state(optimizer, run.optimizer)
         run.optimizer.load_state_dict(optimizer)
         run.scaler.load_state_dict(scheduler["scaler"])

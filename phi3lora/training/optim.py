@@ -102,10 +102,26 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     return optimizer
 
 
+def convert_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Convert, in place, the saved moments of torch's AdamW for bitsandbytes' 32-bit one, or the other way round.
+
+    ``paged_adamw_32bit`` is bitsandbytes' on a CUDA GPU and torch's elsewhere; version 0.1.0 used torch's on both.
+    """
+    names = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # torch's -> bitsandbytes'
+    to_torch = isinstance(optimizer, torch.optim.AdamW)
+    if to_torch:
+        names = {new: old for old, new in names.items()}
+    others = [state for state in saved["state"].values() if names.keys() <= state.keys()]
+    for state in others:
+        for old, new in names.items():
+            state[new] = state.pop(old)
+        state["step"] = torch.tensor(float(state["step"])) if to_torch else int(state["step"])
+    if others:
+        saved["param_groups"] = optimizer.state_dict()["param_groups"]
+
+
 def check_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """Refuse moments that are missing or have another shape: the next step would fail, or write past their end.
-
-    ``paged_adamw_32bit`` is bitsandbytes' AdamW on a CUDA GPU and torch's elsewhere, and neither reads the other's.
 
     Raises:
         ValueError: a moment is missing or has another shape than its parameter.

@@ -17,6 +17,7 @@ import phi3lora as p3
 from phi3lora.training.optim import (
     build_optimizer,
     check_optimizer_state,
+    convert_optimizer_state,
     learning_rate,
     optimizer_bytes,
     parameter_groups,
@@ -160,6 +161,20 @@ def test_state_of_another_librarys_adamw_or_of_another_shape_is_refused():
         good["state"][1] = {**good["state"][1], name: torch.zeros(2)}
         with pytest.raises(ValueError, match=rf"{name} of parameter 1 is \(2,\); allowed: \(3,\)"):
             check_optimizer_state(good, optimizer)
+
+
+def test_moments_of_torchs_adamw_and_bitsandbytes_32_bit_one_are_converted():
+    optim = pytest.importorskip("bitsandbytes").optim
+    torchs = updated(build_optimizer(Biased(), quiet_config("unused")))
+    theirs = optim.AdamW32bit([{"params": group["params"]} for group in torchs.param_groups])
+    saved = torchs.state_dict()
+    for optimizer in (theirs, torchs):  # there and back
+        convert_optimizer_state(saved, optimizer)
+        check_optimizer_state(saved, optimizer)
+        assert saved["param_groups"] == optimizer.state_dict()["param_groups"]
+    torchs_again = torchs.state_dict()["state"]
+    for index, state in saved["state"].items():
+        assert all(torch.equal(state[name], torchs_again[index][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize(
