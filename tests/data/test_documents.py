@@ -53,28 +53,21 @@ def same(a, b):
     return a.fingerprint() == b.fingerprint() and rows[0] == rows[1] and facts[0] == facts[1]
 
 
-def hub(monkeypatch, rows=ROWS):
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: datasets.Dataset.from_list(rows))
-    return "someone/chats"
-
-
 SOURCES = {
-    "jsonl": lambda folder, patch: written(folder / "a.jsonl"),
-    "parquet": lambda folder, patch: (
+    "jsonl": lambda folder: written(folder / "a.jsonl"),
+    "parquet": lambda folder: (
         parquet.write_table(Table.from_pylist(ROWS), folder / "a.parquet") or folder / "a.parquet"
     ),
-    "selected Dataset": lambda folder, patch: datasets.Dataset.from_list([*chat_rows(2), *ROWS]).select(range(2, 11)),
-    "splits": lambda folder, patch: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
-    "hub name": lambda folder, patch: hub(patch),
+    "selected Dataset": lambda folder: datasets.Dataset.from_list([*chat_rows(2), *ROWS]).select(range(2, 11)),
 }
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_second_load_tokenises_nothing_and_gives_the_same_documents(name, tmp_path, monkeypatch, encoded):
-    first = load(SOURCES[name](tmp_path, monkeypatch))
+def test_a_second_load_tokenises_nothing_and_gives_the_same_documents(name, tmp_path, encoded):
+    first = load(SOURCES[name](tmp_path))
     assert encoded == list(range(1, 10))
     encoded.clear()
-    second = load(SOURCES[name](tmp_path, monkeypatch))
+    second = load(SOURCES[name](tmp_path))
     assert encoded == []
     assert same(first, second)
     assert same(first, load(ROWS))
@@ -113,7 +106,6 @@ CHANGES = {
     "columns": lambda: {"columns": {"completion": "short"}},
     "the format": lambda: {"format": "alpaca", "columns": {"instruction": "prompt", "output": "completion"}},
     "the template": lambda: {"tokenizer": changed_tokenizer(chat_template=PHI4_MINI_TEMPLATE)},
-    "eos_token": lambda: {"tokenizer": changed_tokenizer(eos_token="</s>")},
     "a token more": lambda: {"tokenizer": changed_tokenizer(added=["item"])},
     "another family member": lambda: {"tokenizer": make_tokenizer("phi-4")},
 }
@@ -185,20 +177,10 @@ def test_a_cache_that_cannot_be_written_is_skipped_with_a_warning(tmp_path, monk
     assert "cannot be cached" in caplog.text
 
 
-BAD = {
-    "roles": ({"messages": [{"role": "assistant", "content": "Hello"}]}, "row 4: roles out of order"),
-    "not JSON": ("{", "row 4: not JSON"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_the_cache_changes_no_error_message(name, tmp_path):
-    row, message = BAD[name]
-    path = written(tmp_path / "a.jsonl", ROWS[:3])
-    with path.open("a") as file:
-        file.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
+def test_the_cache_changes_no_error_message(tmp_path):
+    path = written(tmp_path / "a.jsonl", [*ROWS[:3], {"messages": [{"role": "assistant", "content": "Hello"}]}])
     for _ in range(2):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match="row 4: roles out of order"):
             load(path)
     assert same(load(written(path)), load(ROWS)), "the file mended"
 

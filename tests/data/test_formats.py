@@ -81,13 +81,10 @@ def test_messages_and_sharegpt_keep_every_role_and_character_of_a_chat(turns, sy
     assert to_messages(as_cell, "messages", 1) == chat
 
 
-SPEAKERS = [("human", "gpt"), ("user", "chatgpt"), ("human", "bing"), ("human", "bard"), ("human", "model")]
-
-
 @pytest.mark.parametrize("tool", ["observation", "function_response", "tool"])
-@pytest.mark.parametrize(("user", "model"), SPEAKERS)
-def test_a_sharegpt_speaker_has_the_role_it_had_in_its_dataset(user, model, tool):
-    speakers = [user, model, tool, model]
+@pytest.mark.parametrize("model", ["gpt", "chatgpt", "bing", "bard", "model"])
+def test_a_sharegpt_speaker_has_the_role_it_had_in_its_dataset(model, tool):
+    speakers = ["human", model, tool, model]
     turns = [{"from": who, "value": m["content"]} for who, m in zip(speakers, TOOL_CHAT, strict=True)]
     assert to_messages({"conversations": turns}, "sharegpt", 1) == TOOL_CHAT
     assert to_messages({"conversations": TOOL_CHAT}, "sharegpt", 1) == TOOL_CHAT, "role and content are known too"
@@ -119,12 +116,9 @@ def test_trl_s_conversational_prompt_and_completion_join_to_one_chat():
 
 @pytest.mark.parametrize("name", ["sharegpt", "alpaca", "prompt_completion"])
 def test_a_system_column_becomes_the_system_message_and_an_empty_one_none(name):
-    assert to_messages({**ROWS[name], "system": "Be brief."}, name, 1) == [
-        {"role": "system", "content": "Be brief."},
-        *CHAT,
-    ]
+    system = {"role": "system", "content": "Be brief."}
+    assert to_messages({**ROWS[name], "system": "Be brief."}, name, 1) == [system, *CHAT]
     assert to_messages({**ROWS[name], "system": ""}, name, 1) == CHAT
-    assert to_messages({**ROWS[name], "system": None}, name, 1) == CHAT
     for system in (float("nan"), {"a": 1}):  # pandas has NaN in empty cells: not a system prompt "nan"
         assert "row 7" in refusal({**ROWS[name], "system": system}, name)
 
@@ -140,7 +134,7 @@ PHI3_TEXTS = {
     "bos and eos": f"<s><|user|>\n{QUESTION}<|end|>\n<|assistant|>\n{ANSWER}<|end|>\n<|endoftext|>",
     "no line ends": f"<|user|>{QUESTION}<|end|><|assistant|>{ANSWER}<|end|>",
     "no end of turn": f"<|user|>\n{QUESTION}\n<|assistant|>\n{ANSWER}",
-    "phi-4's": f"<|im_start|>user<|im_sep|>{QUESTION}<|im_end|><|im_start|>assistant<|im_sep|>{ANSWER}<|im_end|>",
+    "phi-4s": f"<|im_start|>user<|im_sep|>{QUESTION}<|im_end|><|im_start|>assistant<|im_sep|>{ANSWER}<|im_end|>",
     "phi-4's, cut": f"<|im_start|>user<|im_sep|>\n{QUESTION}<|im_end|>\n<|im_start|>assistant<|im_sep|>\n{ANSWER}",
 }
 
@@ -156,20 +150,14 @@ def test_text_keeps_all_four_roles_and_line_ends_inside_a_turn():
     assert to_messages({"text": text}, "text", 1) == [{"role": "system", "content": "a\n\nb"}, *TOOL_CHAT]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "no marker at all",
-        f"stray <|user|>\n{QUESTION}<|end|>\n<|assistant|>\n{ANSWER}<|end|>",
-        f"<|user|>\n{QUESTION}<|end|>\nstray<|assistant|>\n{ANSWER}<|end|>",
-        f"<|im_start|>user<|im_sep|>{QUESTION}<|im_end|>stray<|im_start|>assistant<|im_sep|>{ANSWER}<|im_end|>",
-        "",
-    ],
-)
+PHI3_TURNS = f"<|user|>\n{QUESTION}<|end|>\nSTRAY<|assistant|>\n{ANSWER}<|end|>"
+PHI4_TURNS = f"{PHI3_TEXTS['phi-4s']} stray"
+
+
+@pytest.mark.parametrize("text", ["no marker", "", f"stray {PHI3_TEXTS['no line ends']}", PHI3_TURNS, PHI4_TURNS])
 def test_text_with_words_outside_the_turns_is_refused_and_not_dropped(text):
     message = refusal({"text": text}, "text")
-    assert "row 7" in message
-    assert "<|user|>" in message
+    assert "row 7" in message and "<|user|>" in message
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -178,7 +166,9 @@ def test_columns_maps_our_names_to_the_row_s(name):
     row = {columns[ours]: value for ours, value in ROWS[name].items()}
     assert detect_format(row, columns) == name
     assert to_messages(row, name, 1, columns) == CHAT
-    assert "'my_" in refusal({}, name, columns=columns), "what is missing is named as the file would spell it"
+    message = refusal({"wrong": 1}, name, columns=columns)
+    assert message.startswith("row 7") and "the keys 'wrong'" in message
+    assert "'my_" in message, "what is missing is named as the file would spell it"
     if name == "alpaca":  # the optional columns too
         row, columns = {**row, "extra": "Now.", "rules": "Brief."}, {**columns, "input": "extra", "system": "rules"}
         contents = [m["content"] for m in to_messages(row, name, 1, columns)]
@@ -199,72 +189,47 @@ def test_an_unknown_format_shows_the_row_s_keys_and_what_each_format_needs():
     assert "columns=" in message
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_later_row_without_the_columns_is_named_with_its_number_and_keys(name):
-    good, bad = ROWS[name], {"wrong": "keys"}
-    with pytest.raises(DataError, match=rf"row 3: .*'{COLUMNS[name][0]}'.*the keys 'wrong'"):
-        ChatDataset.load([good, good, bad], TOKENIZER, max_length=64)
+ORDERS = [
+    "assistant",
+    "user, user, assistant",
+    "user, system, assistant",
+    "system, assistant",
+    "user, tool, assistant",
+    "user, assistant, tool, user, assistant",
+]
 
 
-def roles(*names):
-    return {"messages": [{"role": name, "content": "x"} for name in names]}
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("assistant",),
-        ("user", "user", "assistant"),
-        ("user", "system", "assistant"),
-        ("system", "assistant"),
-        ("user", "tool", "assistant"),
-        ("user", "assistant", "tool", "user", "assistant"),
-    ],
-)
-def test_roles_out_of_order_are_refused_and_the_order_is_shown(names):
-    message = refusal(roles(*names))
-    assert "row 7: roles out of order" in message
-    assert ", ".join(names) in message
-
-
-@pytest.mark.parametrize("names", [("user",), ("system", "user"), ()])
-def test_a_chat_with_no_assistant_turn_is_refused(names):
-    message = refusal(roles(*names))
-    assert "row 7" in message
-    assert "no assistant turn" in message
+@pytest.mark.parametrize("order", [*ORDERS, "user", "system, user", ""])
+def test_roles_out_of_order_or_without_an_assistant_are_refused(order):
+    message = refusal({"messages": [{"role": role, "content": "x"} for role in order.split(", ") if role]})
+    assert message.startswith("row 7")
+    assert "roles out of order" in message and f"({order})" in message if order in ORDERS else "no assistant" in message
 
 
 @pytest.mark.parametrize("role", ["usr", None, 3])
 def test_an_unknown_role_is_refused_and_the_known_ones_are_listed(role):
     message = refusal({"messages": [{"role": role, "content": "x"}, CHAT[1]]})
     assert f"row 7: role {role!r}" in message
-    assert "user" in message
-    assert "gpt" in message
+    assert "user" in message and "gpt" in message
 
 
 IMAGE = [{"type": "image_url", "image_url": "x.png"}, {"type": "text", "text": "What is it?"}]
+HALF_A_SURROGATE_PAIR = "half \ud83d"  # legal in JSON: an emoji cut in half
 
 
-@pytest.mark.parametrize("content", [None, 3, float("nan"), {"text": "x"}, IMAGE, [], ["x"], b"x"], ids=repr)
+@pytest.mark.parametrize("content", [None, 3, float("nan"), IMAGE, [], ["x"], HALF_A_SURROGATE_PAIR], ids=ascii)
 def test_content_that_is_not_text_is_refused_with_its_type(content):
     message = refusal({"messages": [{"role": "user", "content": content}, CHAT[1]]})
-    assert "row 7" in message
-    assert type(content).__name__ in message
-    for name, column in (("alpaca", "instruction"), ("alpaca", "output"), ("prompt_completion", "completion")):
-        assert "row 7" in refusal({**ROWS[name], column: content}, name)
+    assert "row 7" in message and type(content).__name__ in message
+    assert "row 7" in refusal({**ROWS["alpaca"], "output": content}, "alpaca")
+    assert "row 7" in refusal({**ROWS["prompt_completion"], "prompt": content}, "prompt_completion")
 
 
-def test_text_with_half_of_a_surrogate_pair_is_refused_with_its_row():
-    r"""Legal in JSON ("\ud83d", an emoji cut in half), but not text that any tokenizer takes."""
-    assert "row 7" in refusal({"prompt": "half \ud83d", "completion": "no"}, "prompt_completion")
-
-
-@pytest.mark.parametrize("value", ["not JSON", "[1, 2]", '{"role": "user"}', [1], 5], ids=repr)
+@pytest.mark.parametrize("value", ["not JSON", "[1, 2]", [1], 5], ids=repr)
 @pytest.mark.parametrize("name", ["messages", "sharegpt"])
 def test_turns_that_are_not_a_list_of_dicts_are_refused_with_the_column(name, value):
     message = refusal({COLUMNS[name][0]: value}, name)
-    assert "row 7" in message
-    assert "list of turns" in message
+    assert "row 7" in message and "list of turns" in message
 
 
 def test_a_tool_role_is_rendered_if_the_template_knows_it_and_refused_otherwise():

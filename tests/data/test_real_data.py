@@ -7,7 +7,6 @@ import pytest
 from conftest import make_tokenizer
 
 import phi3lora as p3
-from phi3lora.errors import DataError
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "data"
 PROMPTS, TASKS = FOLDER / "mlx_prompt_completion.jsonl", FOLDER / "self_instruct_seed_tasks.jsonl"
@@ -73,18 +72,3 @@ def test_a_real_chat_file_trains_without_a_code_change(tmp_path):
     )  # fmt: skip
     p3.train(model, chats, config)
     assert p3.evaluate(model, chats)["loss"] < before - 0.5
-
-
-def test_rows_of_an_unknown_format_are_refused_with_their_keys():
-    with pytest.raises(DataError, match=r"row 1 .*'instances'"):
-        load(TASKS)
-
-
-@pytest.mark.parametrize("max_length", [64, 512])
-def test_splitting_and_packing_real_chats_keeps_every_prediction_and_fills_the_rows(max_length):
-    rows = in_format(alpaca_rows(TASKS), "messages")
-    whole = sum(label >= 0 for document in load(rows) for label in document["labels"][1:])
-    parts = load(rows, max_length=max_length, overflow="split")
-    made = list(p3.batches(parts, batch_size=4))
-    assert sum(int((batch["labels"] >= 0).sum()) for batch in made) == whole
-    assert parts.statistics()["tokens"] / sum(batch["input_ids"].numel() for batch in made) > 0.97

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 
 import datasets
@@ -26,31 +25,14 @@ def whole(source=ROWS, **options) -> p3.ChatDataset:
     return p3.ChatDataset.load(source, make_tokenizer(), max_length=64, **options)
 
 
-def source_of(kind: str, folder):
-    path, table = folder / f"rows.{kind}", datasets.Dataset.from_list(ROWS)
-    if kind == "list":
-        return ROWS
-    if kind == "IterableDataset":
-        return table.to_iterable_dataset(num_shards=3)
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    elif kind == "parquet":
-        table.to_parquet(path)
-    elif kind == "csv":
-        flat = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(23)]
-        datasets.Dataset.from_list(flat).to_csv(path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["list", "IterableDataset", "jsonl", "parquet", "csv"])
-def test_the_windows_of_a_pass_are_the_dataset(tmp_path, kind):
-    source = source_of(kind, tmp_path)
-    expected = whole(source)
+@pytest.mark.parametrize("kind", ["list", "IterableDataset"])
+def test_the_windows_of_a_pass_are_the_dataset(kind):
+    source = ROWS if kind == "list" else datasets.Dataset.from_list(ROWS).to_iterable_dataset(num_shards=3)
     for _ in range(2):  # a stream can be read again
         windows = list(stream(source).windows(endless=False))
         assert [number for number, _ in windows] == [0, 1, 2, 3, 4]
         assert [len(window) for _, window in windows] == [5, 5, 5, 5, 3]
-        assert list(itertools.chain.from_iterable(window for _, window in windows)) == list(expected)
+        assert list(itertools.chain.from_iterable(window for _, window in windows)) == list(whole())
     numbers = [window.row_number(i) for _, window in windows for i in range(len(window))]
     assert numbers == list(range(1, 24))
 
@@ -61,9 +43,7 @@ def test_a_window_depends_on_its_number_alone(start, buffer_size):
     made = dict(itertools.islice(stream(buffer_size=buffer_size).windows(), 30))
     for number, window in itertools.islice(stream(buffer_size=buffer_size).windows(start), 4):
         assert window.fingerprint() == made[number].fingerprint()
-        assert [window.row_number(i) for i in range(len(window))] == [
-            made[number].row_number(i) for i in range(len(window))
-        ]
+        assert all(window.row_number(i) == made[number].row_number(i) for i in range(len(window)))
 
 
 def test_rows_are_read_when_they_are_asked_for():

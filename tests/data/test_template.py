@@ -34,6 +34,7 @@ PIECES = st.one_of(
     st.sampled_from(["😀", "👩‍👩‍👧", "é", "क्षि"]),
 )
 CONTENTS = st.lists(PIECES, max_size=4).map("".join)
+PLAIN = st.text(st.characters(exclude_characters="<|>", exclude_categories=["Cs"]))  # spells no control token
 PROPERTY = settings(max_examples=50, deadline=None, derandomize=True)
 
 
@@ -113,6 +114,8 @@ def test_each_turn_trains_its_content_and_end_of_turn_and_no_content_adds_a_cont
     stretches = trained_stretches(ids, trained)
     answers = [swallowed(name, m["content"]) for m in chat if m["role"] == "assistant"]
     assert [decode(tokenizer, stretch) for stretch in stretches] == [answer + end for answer in answers]
+    for start, turn in answer_starts(chat, trained):
+        assert encoder(name).prompt_ids(chat[:turn]) == ids[:start], "generation starts from what training had before"
     assert {stretch[-1] for stretch in stretches} == {tokenizer.convert_tokens_to_ids(end)}
 
 
@@ -120,7 +123,7 @@ def test_each_turn_trains_its_content_and_end_of_turn_and_no_content_adds_a_cont
 @PROPERTY
 @given(data=st.data())
 def test_without_control_text_the_tokens_are_those_of_apply_chat_template(name, data):
-    chat = data.draw(chats(name, st.text(st.characters(exclude_characters="<|>", exclude_categories=["Cs"]))))
+    chat = data.draw(chats(name, PLAIN))
     tokenizer = encoder(name).tokenizer
     ids, trained = encoded(name, chat)
 
@@ -131,16 +134,6 @@ def test_without_control_text_the_tokens_are_those_of_apply_chat_template(name, 
     assert ids == tokens(chat)
     for start, turn in answer_starts(chat, trained):
         assert ids[:start] == tokens(chat[:turn], add_generation_prompt=True)
-
-
-@each_template
-@PROPERTY
-@given(data=st.data())
-def test_generation_starts_from_the_tokens_that_training_had_before_the_answer(name, data):
-    chat = data.draw(chats(name))
-    ids, trained = encoded(name, chat)
-    for start, turn in answer_starts(chat, trained):
-        assert encoder(name).prompt_ids(chat[:turn]) == ids[:start]
 
 
 @each_template
@@ -184,6 +177,8 @@ def test_train_on_last_trains_the_last_turn_and_all_every_token_up_to_its_end(na
     chat = data.draw(chats(name))
     ids, turns = encoded(name, chat)
     end = max(i for i, now in enumerate(turns) if now) + 1
+    assert ids[-1] == encoder(name).tokenizer.eos_token_id
+    assert (end == len(ids)) == (name == "phi-4" and chat[-1]["role"] == "assistant"), "<|endoftext|> is not trained"
     same, last = encoded(name, chat, "last")
     assert same == ids
     assert trained_stretches(ids, last) == trained_stretches(ids, turns)[-1:]
@@ -204,17 +199,6 @@ def test_train_false_excludes_a_prompt_from_train_on_all():
     (stretch,) = trained_stretches(ids, trained)
     text = decode(encoder("phi-4-mini").tokenizer, stretch)
     assert text == "<|assistant|>two<|end|><|user|>three<|end|><|assistant|>four<|end|>"
-
-
-@each_template
-def test_the_final_endoftext_is_in_the_document_and_not_trained(name):
-    """In Phi-3 it is the padding token, in Phi-4 the end of turn is the end of text: only there is the last trained."""
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    tokenizer = encoder(name).tokenizer
-    for train_on in ("assistant", "last", "all"):
-        ids, trained = encoded(name, chat, train_on)
-        assert ids[-1] == tokenizer.eos_token_id
-        assert trained[-1] is (name == "phi-4")
 
 
 @each_template
@@ -278,87 +262,47 @@ def test_a_template_that_trims_contents_trains_the_trimmed_answer():
     assert [decode(tokenizer, s) for s in trained_stretches(result.input_ids, result.trained)] == ["Hello!<|end|>"]
 
 
-def refusal(template, chat=None, number=4, train_on="assistant"):
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+TWO_CLOSINGS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ CLOSING }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system prompts!') }}{% endif %}"
+NEW_PROMPT = "{% if add_generation_prompt %}{{ '(new)' }}{% endif %}{% if add"
+REFUSED = {  # template, chat, words of the message
+    "none": (None, HELLO, "no chat_template"),
+    "an error": ("{{ 1 / 0 }}", HELLO, "the chat template refuses the chat"),
+    "its own refusal": (NO_SYSTEM + PHI3_TEMPLATE, [SYSTEM, *HELLO], "row 4: .*No system prompts!"),
+    "not Jinja": ("{{", HELLO, "the chat template refuses the chat"),
+    "no end of turn": (PHI3_TEMPLATE.replace("<|end|>", "").replace("{{ eos_token }}", ""), HELLO, "no special token"),
+    "another end of turn": (TWO_CLOSINGS.replace("CLOSING", "'<|end|>\\n'"), HELLO * 2, r"row 4: .*'<\|end\|>'"),
+    "an end of turn only in the last": (TWO_CLOSINGS.replace("CLOSING", "'\\n'"), HELLO * 2, r"row 4: .*'<\|user\|>'"),
+    "a prompt that differs": (PHI3_TEMPLATE.replace("{% if add", NEW_PROMPT), HELLO, "differently when generating"),
+    "thoughts of earlier turns dropped": (
+        PHI3_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]"),
+        [HELLO[0], {"role": "assistant", "content": "hm</think>Hello!"}],
+        "row 4: .*message 2",
+    ),
+    "a role skipped": (PHI3_TEMPLATE.replace("['system', 'user'", "['user'"), [SYSTEM, *HELLO], "row 4: .*'system'"),
+}
+
+
+@pytest.mark.parametrize(("template", "chat", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_template_that_gives_no_right_mask_is_refused_with_the_row(template, chat, words):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(DataError) as caught:
-        ChatEncoder(tokenizer, train_on).encode([chat or chat_rows(1)[0]["messages"]], [number])
-    return str(caught.value)
+    with pytest.raises(DataError, match=words):
+        ChatEncoder(tokenizer).encode([chat], [4])
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 1 / 0 }}",
-        "{% for i in range(99999999) %}{% endfor %}",
-        "{{",
-        "{{ x.y.z }}",
-    ],
-)
-def test_a_template_that_fails_is_a_data_error(template):
-    assert "the chat template refuses the chat" in refusal(template)
-
-
-def test_a_tokenizer_whose_settings_are_damaged_is_a_data_error():
-    tokenizer = make_tokenizer()
-    encoder = ChatEncoder(tokenizer)
-    tokenizer.model_max_length = "many"
-    with pytest.raises(DataError, match="the tokenizer cannot encode a chat"):
-        encoder.encode([chat_rows(1)[0]["messages"]], [1])
-
-
-def test_a_tokenizer_without_chat_template_is_refused():
-    assert "no chat_template" in refusal(None)
-
-
-def test_a_slow_tokenizer_is_refused():
-    slow = ByT5Tokenizer()
+def test_a_slow_or_damaged_tokenizer_is_refused():
+    slow, damaged = ByT5Tokenizer(), make_tokenizer()
     slow.chat_template = PHI3_TEMPLATE
     with pytest.raises(DataError, match="not a fast one"):
         ChatEncoder(slow)
-
-
-def test_a_template_that_closes_a_turn_with_no_special_token_is_refused():
-    assert "no special token" in refusal(PHI3_TEMPLATE.replace("<|end|>", "").replace("{{ eos_token }}", ""))
-
-
-@pytest.mark.parametrize("closing", ["'<|end|>\\n'", "'\\n'"], ids=["another token", "no token"])
-def test_a_template_with_two_end_of_turn_tokens_is_refused_with_the_row(closing):
-    """Then some turns would train a stop token that is not the one generation waits for, or none."""
-    template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}"
-        "{% if loop.last and m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ CLOSING }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-    ).replace("CLOSING", closing)
-    chat = chat_rows(1)[0]["messages"]
-    assert len(chat) == 4
-    assert "row 4" in refusal(template, chat)
-
-
-def test_a_template_whose_generation_prompt_differs_from_the_chat_is_refused():
-    template = PHI3_TEMPLATE.replace("{% if add", "{% if add_generation_prompt %}{{ '(new)' }}{% endif %}{% if add")
-    assert "differently when generating" in refusal(template)
-
-
-def test_a_template_that_drops_part_of_an_earlier_content_is_refused_with_the_row():
-    """Templates of reasoning models drop the thoughts of earlier turns."""
-    template = PHI3_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hm</think>Hello!"}]
-    message = refusal(template, chat)
-    assert "row 4" in message
-    assert "message 2" in message
-
-
-def test_a_role_that_the_template_skips_is_refused_and_not_dropped():
-    chat = [{"role": "system", "content": "Be brief."}, *chat_rows(1)[0]["messages"]]
-    message = refusal(PHI3_TEMPLATE.replace("['system', 'user'", "['user'"), chat)
-    assert "row 4" in message
-    assert "'system'" in message
-
-
-def test_a_template_s_own_refusal_is_passed_on_with_the_row():
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system prompts!') }}{% endif %}"
-    chat = [{"role": "system", "content": "Be brief."}, *chat_rows(1)[0]["messages"]]
-    message = refusal(template + PHI3_TEMPLATE, chat)
-    assert "row 4" in message
-    assert "No system prompts!" in message
+    encoder = ChatEncoder(damaged)
+    damaged.model_max_length = "many"
+    with pytest.raises(DataError, match="the tokenizer cannot encode a chat"):
+        encoder.encode([HELLO], [1])
