@@ -112,7 +112,7 @@ class Report:
 def handle(kind: Kind, job: Job, good: Path, describe: Callable[[str], object]) -> str:
     """Read one input and return ``"refused: ..."`` or ``"accepted"``; raise anything else."""
     name, number = job
-    own = Path(tempfile.mkdtemp(prefix="bad_input_"))
+    own = Path(tempfile.mkdtemp(dir=good.parent))  # a child that dies leaves it to its parent
     try:
         description, read = kind.make(Random(f"{name} {number}"), good / name, own)
         describe(description)
