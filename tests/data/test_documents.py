@@ -106,6 +106,7 @@ CHANGES = {
     "columns": lambda: {"columns": {"completion": "short"}},
     "the format": lambda: {"format": "alpaca", "columns": {"instruction": "prompt", "output": "completion"}},
     "the template": lambda: {"tokenizer": changed_tokenizer(chat_template=PHI4_MINI_TEMPLATE)},
+    "eos_token": lambda: {"tokenizer": changed_tokenizer(eos_token="</s>")},
     "a token more": lambda: {"tokenizer": changed_tokenizer(added=["item"])},
     "another family member": lambda: {"tokenizer": make_tokenizer("phi-4")},
 }
