@@ -117,6 +117,15 @@ def test_an_invalid_option_is_refused_with_the_allowed_values(options, words):
     assert words in str(caught.value)
 
 
+def test_labels_are_unshifted_ids_where_trained_and_minus_100_elsewhere():
+    assert IGNORE_INDEX == -100
+    (document,) = load([row("Hi", "Hello!")])
+    assert set(document) == {"input_ids", "labels"}
+    trained = [i for i, label in enumerate(document["labels"]) if label != IGNORE_INDEX]
+    assert [document["labels"][i] for i in trained] == [document["input_ids"][i] for i in trained]
+    assert TOKENIZER.decode([document["input_ids"][i] for i in trained]) == "Hello!<|end|>"
+
+
 def test_it_is_a_sequence():
     dataset = load(chat_rows(5))
     everything = list(dataset)
@@ -226,6 +235,16 @@ def test_the_fingerprint_is_equal_for_equal_data_and_changes_with_every_part_of_
     changes += [changes[0].select(chosen) for chosen in ([1, 0, 2], [0, 1], [0, 1, 2, 2])]
     assert len({changed.fingerprint() for changed in changes}) == len(changes)
     assert changes[0].fingerprint() == token_documents([4, 6, 5]).fingerprint()
+
+
+def test_the_fingerprint_sees_the_borders_of_documents_that_repeat_one_token():
+    sevens = np.full(4, 7, dtype=np.int32)
+    prints = set()
+    for starts in ([0, 4], [0, 2, 4], [0, 1, 4], [0, 3, 4], [0, 1, 2, 3, 4]):
+        none = np.zeros(len(starts) - 1, dtype=np.int64)
+        facts = {"max_length": 9, "pad_token_id": 0, "end_of_turn_id": 7, "format": "text"}
+        prints.add(ChatDataset(sevens, sevens, np.array(starts), rows=none, truncated=none, **facts).fingerprint())
+    assert len(prints) == 5
 
 
 def test_a_dataset_and_its_splits_know_the_special_tokens():
