@@ -1,4 +1,4 @@
-"""Storage formats of frozen weights and adapters on them, on a CPU; fp8's products on a GPU are in tests/kernels."""
+"""Storage formats of frozen weights and adapters on them, on a CPU; tests/kernel_tests has fp8 on a GPU."""
 
 from __future__ import annotations
 

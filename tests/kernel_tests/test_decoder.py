@@ -20,7 +20,7 @@ from phi3lora.model.backend import PLAIN, Backend, use_backend
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
-    pytest.skip("tests/kernels/test_gpu.py tests the same on a GPU", allow_module_level=True)
+    pytest.skip("tests/kernel_tests/test_gpu.py tests the same on a GPU", allow_module_level=True)
 from triton.runtime import interpreter  # noqa: E402
 
 from phi3lora.kernels.adapter import Adapter  # noqa: E402
