@@ -21,9 +21,6 @@ weight is a ``bitsandbytes.nn.Params4bit``: a Parameter with a packed tensor, (o
 ``QuantState`` with the scales and the shape and dtype that the weight had. bitsandbytes is imported only where a 4-bit
 weight is made or multiplied.
 
-The file in order: the formats (Dense, Fp8 and its layer, Nf4 and bitsandbytes' layer); the format of a layer; the
-product with its gradient; whole models.
-
 Shapes: N tokens, ``in`` and ``out`` features, x (N, in), dy (N, out).
 """
 
@@ -47,19 +44,19 @@ logger = logging.getLogger("phi3lora")
 
 
 class BaseWeight:
-    """A weight (out, in) that does not train."""
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return ``x W'``: (N, in) -> (N, out), in x's dtype."""
-        raise NotImplementedError
-
-    def matmul_backward(self, dy: Tensor) -> Tensor:
-        """Return ``dy W``, the gradient of x: (N, out) -> (N, in)."""
-        raise NotImplementedError
+    """A weight (out, in) that does not train. A format with products of its own overrides both."""
 
     def dequantize(self) -> Tensor:
         """Return the matrix (out, in) that the products multiply by."""
         raise NotImplementedError
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Return ``x W'``: (N, in) -> (N, out), in x's dtype."""
+        return x @ self.dequantize().to(x.dtype).t()
+
+    def matmul_backward(self, dy: Tensor) -> Tensor:
+        """Return ``dy W``, the gradient of x: (N, out) -> (N, in)."""
+        return dy @ self.dequantize().to(dy.dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return every stored tensor."""
@@ -76,12 +73,6 @@ class Dense(BaseWeight):
     """The weight as it was loaded."""
 
     weight: Tensor
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return x @ self.weight.t().to(x.dtype)
-
-    def matmul_backward(self, dy: Tensor) -> Tensor:
-        return dy @ self.weight.to(dy.dtype)
 
     def dequantize(self) -> Tensor:
         return self.weight
@@ -139,17 +130,15 @@ class Fp8Linear(nn.Linear):
     @classmethod
     def from_linear(cls, base: nn.Linear) -> Fp8Linear:
         """Return ``base`` rounded to fp8; the bias is shared."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features, layer.training = base.in_features, base.out_features, base.training
+        layer = cls(base.in_features, base.out_features, bias=False, device="meta")
         weight = base.weight.detach()
         q, scale = quantize_rows_to_fp8(weight)
         q_t, scale_t = quantize_rows_to_fp8(weight.t().contiguous())
         layer.weight = nn.Parameter(q, requires_grad=False)
-        layer.register_parameter("bias", base.bias)
+        layer.bias = base.bias
         for name, tensor in (("scale", scale), ("q_t", q_t), ("scale_t", scale_t)):
             layer.register_buffer(name, tensor)
-        return layer
+        return layer.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -183,12 +172,6 @@ class Nf4(BaseWeight):
     """(out * in / 2, 1) uint8."""
     state: Any
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return x @ self.dequantize().to(x.dtype).t()
-
-    def matmul_backward(self, dy: Tensor) -> Tensor:
-        return dy @ self.dequantize().to(dy.dtype)
-
     def dequantize(self) -> Tensor:
         if self.packed.is_cuda and _has_triton():
             from ..kernels import nf4
@@ -221,9 +204,8 @@ def require_bitsandbytes() -> Any:
         import accelerate  # noqa: F401
         import bitsandbytes
     except ImportError as error:
-        raise ModelError(
-            f"4-bit weights need a package that is missing ({error}): pip install 'phi3lora[qlora]'"
-        ) from error
+        message = f"4-bit weights need a package that is missing ({error}): pip install 'phi3lora[qlora]'"
+        raise ModelError(message) from error
     return bitsandbytes
 
 
@@ -239,8 +221,7 @@ def nf4_linear(base: nn.Linear) -> nn.Linear:
 
 
 def _is_4bit(weight: Tensor) -> bool:
-    """Return whether it is a ``Params4bit`` whose values have been packed."""
-    return getattr(weight, "quant_state", None) is not None
+    return getattr(weight, "quant_state", None) is not None  # a Params4bit has one once its values are packed
 
 
 def add_quant_state(weight: Any, state_dict: dict[str, Any], prefix: str) -> None:

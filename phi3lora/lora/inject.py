@@ -8,14 +8,14 @@ exist in it. Here the other names select segments of the fused layer:
 
     ["q_proj", "v_proj", "o_proj"]  ->  qkv_proj: MergedLinear(enable_lora=[True, False, True]), o_proj: Linear
 
-``inject_lora`` turns target names into settings for each layer; ``inject_layers`` takes such settings, as an adapter
-file holds them. Both end in ``_inject``, which swaps the layers.
+``inject_lora`` turns target names into settings for each layer; ``inject_layers`` swaps the layers as the settings say.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,15 +24,12 @@ from loralib.layers import LoRALayer
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
 
 from ..config import LoraConfig
-from ..errors import ModelError, did_you_mean
+from ..errors import ModelError, did_you_mean, is_int
 from .base_weight import count_parameters, keep_4bit_packing, plain_linear_classes, weight_shape
 from .layers import AdaptedLayer, Conv2d, Embedding, Linear, MergedLinear
 
 Segments = dict[str, int]
 """Name -> width of a fused layer's segments, in the order of the output's columns; unnamed ones are "0", "1", ..."""
-LayerSettings = Mapping[str, Any]
-"""Settings of one adapted layer: ``class``, ``r``, ``lora_alpha``, ``use_rslora`` and, for a ``MergedLinear``,
-``segments`` (widths) and ``enable_lora``. Adapter files hold these."""
 
 _CLASSES: dict[str, tuple[type[AdaptedLayer], type[nn.Module]]] = {
     "Linear": (Linear, nn.Linear),
@@ -40,7 +37,6 @@ _CLASSES: dict[str, tuple[type[AdaptedLayer], type[nn.Module]]] = {
     "Embedding": (Embedding, nn.Embedding),
     "Conv2d": (Conv2d, nn.Conv2d),
 }  # name -> the adapted class and the class of its base layer
-_ALLOWED = "nn.Linear, Linear4bit, nn.Embedding, nn.Conv2d"
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class InjectionReport:
     def __str__(self) -> str:
         counts = Counter(
             (
-                ".".join("*" if part.isdigit() else part for part in layer.module.split(".")),
+                re.sub(r"\b\d+\b", "*", layer.module),
                 layer.class_name,
                 "x".join(map(str, layer.shape)),
                 ", ".join(layer.segments),
@@ -128,64 +124,58 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
     config = config or LoraConfig()
     _check_no_adapters(model)
     fused = fused_segments(model, config)
-    selected, skipped = _select(model, config, fused)
+    if config.target_modules == "all-linear":
+        selected, skipped = _select_all_linear(model, fused)
+    else:
+        selected, skipped = _select_targets(model, config.target_modules, fused), {}
     layers: dict[str, dict[str, Any]] = {}
     for path, names in selected.items():
-        settings = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+        base = model.get_submodule(path)
+        class_name = type(base).__name__ if isinstance(base, (nn.Embedding, nn.Conv2d)) else "Linear"
+        shared = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+        layers[path] = {"class": class_name, **shared}
         if path in fused:
-            enable_lora = [name in names for name in fused[path]]
-            own = {"class": "MergedLinear", "segments": [*fused[path].values()], "enable_lora": enable_lora}
-        else:
-            base = model.get_submodule(path)
-            own = {"class": type(base).__name__ if isinstance(base, (nn.Embedding, nn.Conv2d)) else "Linear"}
-        layers[path] = {**settings, **own}
-    return _inject(model, layers, config, skipped)
+            widths, enable_lora = [*fused[path].values()], [name in names for name in fused[path]]
+            layers[path].update({"class": "MergedLinear", "segments": widths, "enable_lora": enable_lora})
+    return replace(inject_layers(model, layers, config), skipped=skipped)
 
 
-def inject_layers(model: nn.Module, layers: Mapping[str, LayerSettings], config: LoraConfig) -> InjectionReport:
-    """Inject adapters with each layer's own settings, as an adapter file describes them, instead of target names.
+def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], config: LoraConfig) -> InjectionReport:
+    """Inject adapters with each layer's own settings, as an adapter file holds them, instead of target names.
 
     Args:
         model: a model without adapters.
-        layers: path -> the layer's settings.
-        config: dropout and which biases train; it stays as ``model.lora_config``.
+        layers: path -> ``class``, ``r``, ``lora_alpha``, ``use_rslora`` and, for a ``MergedLinear``, ``segments``
+            (widths) and ``enable_lora``.
+        config: dropout and which biases train; it is stored as ``model.lora_config``.
 
     Returns:
         A report, as :func:`inject_lora` does.
 
     Raises:
-        ModelError: a path that is not in the model or leads to a layer of another kind, tied embeddings, segments that
+        ModelError: a path that is not in the model or leads to a layer of another class, tied embeddings, segments that
             do not add up, a model that already has adapters. No layer has been swapped then.
         ConfigError: an invalid rank, alpha or rsLoRA switch.
     """
     _check_no_adapters(model)
     modules = dict(model.named_modules())
     for path, settings in layers.items():
-        _, kind = _CLASSES.get(str(settings.get("class")), (None, None))
-        if not path or path not in modules or kind is None:
+        _, base_class = _CLASSES.get(str(settings.get("class")), (None, None))
+        if not path or path not in modules or base_class is None:
             candidates = _candidates(model, fused_segments(model, config))
             raise ModelError(f"no layer {path!r} to adapt as {settings.get('class')!r}; {candidates}")
-        if not (_is_adaptable(modules[path]) and isinstance(modules[path], kind)):
+        if not (_is_adaptable(modules[path]) and isinstance(modules[path], base_class)):
             raise ModelError(
                 f"{path!r} is of class {_class_of(modules[path])}; it cannot be adapted as {settings['class']!r}, "
-                f"which takes a plain nn.{kind.__name__}"
+                f"which takes a plain nn.{base_class.__name__}"
             )
         own: dict[str, Any] = {name: settings.get(name) for name in ("r", "lora_alpha", "use_rslora")}
         replace(config, **own)  # validates them
-        if settings["class"] == "MergedLinear":
-            widths, enable_lora = settings.get("segments"), settings.get("enable_lora")
-            lists = isinstance(widths, (list, tuple)) and isinstance(enable_lora, (list, tuple))
-            if not (lists and all(type(width) is int for width in widths) and any(enable_lora)):  # type: ignore
-                raise ModelError(
-                    f"{path!r}: segments={widths!r}, enable_lora={enable_lora!r}; allowed: a width and a bool for each"
-                )
-    return _inject(model, layers, config)
-
-
-def _inject(
-    model: nn.Module, layers: Mapping[str, LayerSettings], config: LoraConfig, skipped: dict[str, str] | None = None
-) -> InjectionReport:
-    """Swap the layers at these paths for adapted ones with these settings; on an error, swap none."""
+        widths: Any = settings.get("segments")
+        enable_lora = settings.get("enable_lora")
+        lists = isinstance(widths, Sequence) and isinstance(enable_lora, Sequence)
+        if settings["class"] == "MergedLinear" and not (lists and all(is_int(width, 1) for width in widths)):
+            raise ModelError(f"{path!r}: segments={widths!r}, enable_lora={enable_lora!r}; allowed: two lists")
     _check_not_tied(model, layers)
     keep_4bit_packing(model)
     adapted: dict[str, AdaptedLayer] = {}
@@ -194,11 +184,11 @@ def _inject(
         more = {name: settings[name] for name in ("segments", "enable_lora") if cls is MergedLinear}
         r, alpha, rslora = settings["r"], settings["lora_alpha"], settings["use_rslora"]
         adapted[path] = cls.adapt(model.get_submodule(path), r, alpha, config.lora_dropout, rslora, **more)
-    for path, layer in adapted.items():
+    for path, layer in adapted.items():  # swapped only now: an error above leaves the model as it was
         swap_layer(model, path, layer)
     freeze_all_but_lora(model, config.bias)
     model.lora_config = config  # type: ignore[assignment]
-    return injection_report(model, skipped)
+    return injection_report(model)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -241,37 +231,32 @@ def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[s
     return fused
 
 
-def _select(
-    model: nn.Module, config: LoraConfig, fused: dict[str, Segments]
-) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """Return path -> names of the segments to adapt (empty where not fused) of the targeted layers, and the skipped."""
-    if config.target_modules == "all-linear":
-        return _select_all_linear(model, fused)
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    # What a target can name: a module, for all its segments, or a named segment, as if it were a module of its own.
+def _select_targets(model: nn.Module, targets: str | Sequence[str], fused: dict[str, Segments]) -> dict[str, set[str]]:
+    """Return path -> names of the segments to adapt (none where not fused) of the targeted layers, in model order."""
+    # A target can name a module, for all its segments, or one named segment, as if that were a module of its own.
     nameable = [(path, path, set(fused.get(path, ()))) for path, _ in model.named_modules() if path]
     for path, segments in fused.items():
         parent = path[: path.rfind(".") + 1]
         nameable += [(parent + name, path, {name}) for name in segments if not name.isdigit()]
     selected: dict[str, set[str]] = {}
-    for target in targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         matches = [(path, names) for full_name, path, names in nameable if _matches(full_name, target)]
+        if not matches:
+            guess = did_you_mean(target, {full_name.rpartition(".")[2] for full_name, _, _ in nameable})
+            raise ModelError(f"target_modules: {target!r} matches nothing.{guess} {_candidates(model, fused)}")
         for path, names in matches:
             module = model.get_submodule(path)
             if not _is_adaptable(module):
                 raise ModelError(
-                    f"target {target!r} matches {path!r} of class {_class_of(module)}; allowed: {_ALLOWED}. "
-                    f"{_candidates(model, fused)}"
+                    f"target {target!r} matches {path!r} of class {_class_of(module)}; "
+                    f"allowed: nn.Linear, Linear4bit, nn.Embedding, nn.Conv2d. {_candidates(model, fused)}"
                 )
             selected.setdefault(path, set()).update(names)
-        if not matches:
-            guess = did_you_mean(target, {full_name.rpartition(".")[2] for full_name, _, _ in nameable})
-            raise ModelError(f"target_modules: {target!r} matches nothing.{guess} {_candidates(model, fused)}")
-    return {path: selected[path] for path, _ in model.named_modules() if path in selected}, {}
+    return {path: selected[path] for path, _ in model.named_modules() if path in selected}
 
 
 def _select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """Select every ``nn.Linear`` except the output head."""
+    """Return the same for every ``nn.Linear`` except the output head, and path -> reason for the skipped ones."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     selected: dict[str, set[str]] = {}
@@ -296,12 +281,10 @@ def _matches(path: str, suffix: str) -> bool:
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    """Return whether it is of exactly one of these classes: a subclass may multiply in its own way."""
-    return type(module) in (*plain_linear_classes(), nn.Embedding, nn.Conv2d)
+    return type(module) in (*plain_linear_classes(), nn.Embedding, nn.Conv2d)  # a subclass may compute differently
 
 
 def _class_of(module: nn.Module) -> str:
-    """Return the class of a layer that cannot be adapted, with the way out where there is one."""
     name = type(module).__name__
     return f"{name}: load the model in 4 bits (base_precision='nf4') or 16" if name == "Linear8bitLt" else name
 
@@ -377,17 +360,17 @@ def freeze_all_but_lora(model: nn.Module, bias: str = "none") -> None:
         parameter.requires_grad = id(parameter) in trainable
 
 
-def injection_report(model: nn.Module, skipped: dict[str, str] | None = None) -> InjectionReport:
+def injection_report(model: nn.Module) -> InjectionReport:
     """Return the report of a model that has adapters."""
     rows, fused = [], fused_segments(model)
     for path, layer in lora_layers(model).items():
         names: tuple[str, ...] = ()
         if isinstance(layer, MergedLinear):
-            count, known = len(layer.segments), list(fused.get(path, ()))
-            known = known if len(known) == count else list(map(str, range(count)))
+            known = list(fused.get(path, ()))
+            known = known if len(known) == len(layer.segments) else list(map(str, range(len(layer.segments))))
             names = tuple(known[segment.position] for segment in layer.adapted_segments)
         shape = tuple(weight_shape(layer.base_layer().weight))
         trainable = sum(p.numel() for p in layer.parameters() if p.requires_grad)
         rows.append(LayerReport(path, type(layer).__name__, shape, names, trainable))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return InjectionReport(tuple(rows), trainable, count_parameters(model), skipped or {})
+    return InjectionReport(tuple(rows), trainable, count_parameters(model))

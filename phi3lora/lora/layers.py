@@ -18,8 +18,6 @@ Differences from loralib (https://github.com/microsoft/LoRA, loralib/layers.py):
 
   loralib splits ``out`` equally: 7680 / 3 = 2560, so its "q" would be half of q and its "k" the other half.
 
-The file in order: where the segments are; the operator that computes y; the class that all layers share; the layers.
-
 Shapes: N tokens, ``in`` and ``out`` features, r rank, k enabled segments, x (..., in), y (..., out).
 """
 
@@ -56,57 +54,42 @@ ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 
 
 class Segment(NamedTuple):
-    """One adapted segment of a linear layer: its place in the layer, in A, in B and in the output.
+    """One adapted segment of a linear layer. In the example above, v is ``(2, 16:32, 5120:6400, 6400:7680)``."""
 
-    ``adapted_segments((5120, 1280, 1280), (True, False, True), r=16)``, the q and v of the example above:
-
-        position   rows_of_A   rows_of_B    columns
-        0          0:16        0:5120       0:5120
-        2          16:32       5120:6400    6400:7680
-    """
-
-    position: int
-    """Number of the segment in the layer, counting the segments without an adapter too."""
-    rows_of_A: slice
-    """Rows of ``lora_A`` (k*r, in), and columns of z = x A'."""
-    rows_of_B: slice
-    """Rows of ``lora_B`` (sum of enabled widths, r)."""
-    columns: slice
-    """Columns of y, and rows of W (out, in)."""
+    position: int  # in the layer, counting the segments without an adapter too
+    rows_of_A: slice  # of lora_A (k*r, in); also the columns of z = x A' (N, k*r)
+    rows_of_B: slice  # of lora_B (sum of enabled widths, r)
+    columns: slice  # of y (N, out); also the rows of W (out, in)
 
 
 def adapted_segments(widths: Sequence[int], enable_lora: Sequence[bool], r: int) -> tuple[Segment, ...]:
     """Return the segments that have an adapter of rank ``r``, in order, given every segment's width and switch."""
-    segments: list[Segment] = []
+    segments = []
     a = b = column = 0
     for position, (width, enabled) in enumerate(zip(widths, enable_lora, strict=True)):
         if enabled:
-            columns = slice(column, column + width)
-            segments.append(Segment(position, slice(a, a + r), slice(b, b + width), columns))
+            segments.append(Segment(position, slice(a, a + r), slice(b, b + width), slice(column, column + width)))
             a, b = a + r, b + width
         column += width
     return tuple(segments)
 
 
 # ----------------------------------------------------------------------------------------------------
-# The arithmetic on a dense base weight: y = x W' + b, y[:, columns_i] += scaling * z_i B_i', with z = dropout(x) A'
-# made outside. One operator, so that the sum needs no second (N, out) buffer (each low-rank product is accumulated into
-# the base product's output) and the backward no copy of dy; registered with torch, so that ``torch.compile`` takes it
-# as one node and fuses what lies around it. ``widths`` and ``enable_lora`` describe all segments of the output.
+# The arithmetic on a dense base weight, given z = dropout(x) A':  y = x W' + b,  y[:, columns_i] += scaling * z_i B_i'
+# It is one operator: each low-rank product is accumulated into the base product's output, which saves a second (N, out)
+# buffer, and the backward makes no copy of dy. Registering it with torch lets ``torch.compile`` treat it as one node
+# and fuse the operations around it. ``widths`` and ``enable_lora`` describe all segments of the output.
 
 
 @torch.library.custom_op("phi3lora::linear_plus_low_rank", mutates_args=())
 def linear_plus_low_rank(
-    x: Tensor,  # (..., in)
-    z: Tensor,  # (..., k*r)
-    weight: Tensor,  # (out, in)
-    bias: Tensor | None,  # (out,)
-    lora_B: Tensor,  # (sum of enabled widths, r)
-    widths: list[int],
-    enable_lora: list[bool],
-    scaling: float,
-) -> Tensor:
-    """Return ``x W' + b`` with ``scaling * z_i B_i'`` added to segment i's columns; all tensors have one dtype."""
+    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor,
+    widths: list[int], enable_lora: list[bool], scaling: float,
+) -> Tensor:  # fmt: skip
+    """Return ``x W' + b`` with ``scaling * z_i B_i'`` added to segment i's columns; all tensors have one dtype.
+
+    x (..., in), z (..., k*r), weight (out, in), bias (out,), lora_B (sum of enabled widths, r) -> (..., out).
+    """
     y = F.linear(x, weight, bias)
     y2, z2 = y.view(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])  # (N, out), (N, k*r)
     for segment in adapted_segments(widths, enable_lora, lora_B.shape[1]):
@@ -114,16 +97,14 @@ def linear_plus_low_rank(
     return y
 
 
-@linear_plus_low_rank.register_fake
-def _(x: Tensor, z: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+linear_plus_low_rank.register_fake(lambda x, z, weight, *others: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.custom_op("phi3lora::low_rank_backward", mutates_args=())
 def low_rank_backward(
     dy: Tensor, z: Tensor, lora_B: Tensor, widths: list[int], enable_lora: list[bool], scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of z and B."""
+    """Return the gradients of z and B: (..., k*r) and (sum of enabled widths, r)."""
     dy2, z2 = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])  # (N, out), (N, k*r)
     dz, dB = torch.empty_like(z2), torch.empty_like(lora_B)
     for segment in adapted_segments(widths, enable_lora, lora_B.shape[1]):
@@ -134,9 +115,9 @@ def low_rank_backward(
     return dz.view(z.shape), dB
 
 
-@low_rank_backward.register_fake
-def _(dy: Tensor, z: Tensor, lora_B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(lora_B)
+low_rank_backward.register_fake(
+    lambda dy, z, lora_B, *others: (z.new_empty(z.shape), torch.empty_like(lora_B))  # both contiguous
+)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,21 +170,19 @@ class AdaptedLayer(nn.Module):
         if not 0 <= lora_dropout < 1:
             raise ModelError(f"{type(self).__name__}: lora_dropout={lora_dropout!r}; allowed: 0 <= p < 1")
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.lora_dropout = nn.Dropout(lora_dropout)  # a module also at p = 0: loralib's lambda cannot be pickled
-        self.lora_dropout.train(self.training)
+        # A module at p = 0 too: loralib's lambda cannot be pickled.
+        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
         self.merged = self.merge_weights = False
         self.enabled = True  # False: the layer computes as the base layer alone, see adapters/named.py
         self.scaling = lora_scaling(r, lora_alpha, use_rslora) if r > 0 else 0.0
         if r > 0:
             weight = self.base_layer().weight
             weight.requires_grad = False
-            shape_of_A, shape_of_B = self._adapter_shapes()
-            self.lora_A = nn.Parameter(torch.zeros(shape_of_A, dtype=torch.float32, device=weight.device))
-            self.lora_B = nn.Parameter(torch.zeros(shape_of_B, dtype=torch.float32, device=weight.device))
+            for name, shape in zip(ADAPTER_PARAMETERS, self._adapter_shapes(), strict=True):
+                setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device)))
             self._reset_adapter()
 
     def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the shapes of A and B."""
         raise NotImplementedError
 
     def _reset_adapter(self) -> None:
@@ -223,16 +202,14 @@ class AdaptedLayer(nn.Module):
         """Return the plain layer, which shares the base's parameters with this one."""
         cls = nn.Embedding if isinstance(self, nn.Embedding) else plain_linear_class(self.weight)
         base = _without_parameters(cls, self.training)
-        _share_parameters(self, base, skip=ADAPTER_PARAMETERS)
+        _share_parameters(self, base)
         return base
 
     def release_base(self) -> Any:
-        """Return the plain layer and keep nothing here but the adapter, until :meth:`attach_base`."""
+        """Return the plain layer and keep only the adapter here, until :meth:`attach_base`."""
         base = self.base_layer()
-        stores: tuple[dict[str, Any], ...] = (self._parameters, self._buffers, self._modules)
-        for store in stores:
-            for name in store.keys() - {*ADAPTER_PARAMETERS, "lora_dropout"}:
-                del store[name]
+        for name in {*self._parameters, *self._buffers, *self._modules} - {*ADAPTER_PARAMETERS, "lora_dropout"}:
+            delattr(self, name)
         return base
 
     def attach_base(self, base: Any) -> None:
@@ -240,7 +217,7 @@ class AdaptedLayer(nn.Module):
         self.to(base.weight.device)
         adapter = {name: self._parameters.pop(name) for name in ADAPTER_PARAMETERS}
         self._share(base)
-        for name, parameter in adapter.items():  # after the base's, in the order that injection gives
+        for name, parameter in adapter.items():  # after the base's parameters, which is the order after injection
             self.register_parameter(name, parameter)
         self.train(base.training)
 
@@ -256,10 +233,10 @@ def _without_parameters(cls: type[nn.Module], training: bool) -> Any:
     return layer
 
 
-def _share_parameters(source: Any, layer: Any, skip: Sequence[str] = ()) -> None:
-    """Give ``layer`` the parameters, buffers and settings of ``source``: the same objects, no copies."""
+def _share_parameters(source: Any, layer: Any) -> None:
+    """Give ``layer`` the base parameters, buffers and settings of ``source``: the same objects, no copies."""
     for name, parameter in source._parameters.items():
-        if name not in skip:
+        if name not in ADAPTER_PARAMETERS:
             layer.register_parameter(name, parameter)
     for name, buffer in source._buffers.items():
         layer.register_buffer(name, buffer)
@@ -275,10 +252,8 @@ class _AdaptedLinear(AdaptedLayer):
     in_features: int
     out_features: int
     fan_in_fan_out: bool
-    segments: tuple[int, ...]
-    """Widths of the segments, which add up to ``out_features``."""
-    enable_lora: list[bool]
-    """One switch per segment: True where it has an adapter."""
+    segments: tuple[int, ...]  # widths, which add up to out_features
+    enable_lora: list[bool]  # one per segment: True where it has an adapter
 
     def _set_up(
         self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, fan_in_fan_out: bool = False,
@@ -288,26 +263,16 @@ class _AdaptedLinear(AdaptedLayer):
         if fan_in_fan_out:
             self.weight.data = self.weight.data.t()
         self.enable_lora = list(map(bool, enable_lora))
-        self.segments = self._checked_widths(segments, len(self.enable_lora))
-        super()._set_up(r if any(self.enable_lora) else 0, lora_alpha, lora_dropout, use_rslora)
-
-    def _checked_widths(self, segments: Sequence[int] | None, count: int) -> tuple[int, ...]:
-        if segments is None:
-            if count == 0 or self.out_features % count:
-                raise ModelError(
-                    f"MergedLinear: {count} equal segments do not divide out_features={self.out_features}; "
-                    f"give their widths: segments=(...)"
-                )
-            return (self.out_features // count,) * count
-        widths = tuple(map(int, segments))
-        if len(widths) != count:
-            raise ModelError(f"MergedLinear: segments={widths} and enable_lora={self.enable_lora} differ in length")
-        if min(widths) < 1 or sum(widths) != self.out_features:
+        count = len(self.enable_lora)
+        equal_widths = (self.out_features // max(count, 1),) * count
+        self.segments = equal_widths if segments is None else tuple(map(int, segments))
+        if len(self.segments) != count or sum(self.segments) != self.out_features or min(self.segments) < 1:
+            default = " (equal by default)" if segments is None else ""
             raise ModelError(
-                f"MergedLinear: segments={widths} add up to {sum(widths)}; "
-                f"allowed: positive widths that add up to out_features={self.out_features}"
+                f"MergedLinear: segments={self.segments}{default} add up to {sum(self.segments)}; allowed: one "
+                f"positive width for each of enable_lora={self.enable_lora}, {self.out_features} (out_features) in all"
             )
-        return widths
+        super()._set_up(r if any(self.enable_lora) else 0, lora_alpha, lora_dropout, use_rslora)
 
     @property
     def adapted_segments(self) -> tuple[Segment, ...]:
@@ -325,24 +290,20 @@ class _AdaptedLinear(AdaptedLayer):
             return F.linear(x, base.weight, self.bias)
         dtype = compute_dtype(x, self.weight)
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        if isinstance(base, Dense):
-            z = F.linear(self.lora_dropout(x), self.lora_A.to(dtype))  # (..., k*r)
-            W, B = base.weight.to(dtype), self.lora_B.to(dtype)
-            y: Tensor = linear_plus_low_rank(x, z, W, bias, B, self.segments, self.enable_lora, self.scaling)
-            return y
-        y = base_linear(x, base)
+        if adapted:
+            z, B = F.linear(self.lora_dropout(x), self.lora_A.to(dtype)), self.lora_B.to(dtype)  # z (..., k*r)
+            if isinstance(base, Dense):
+                W = base.weight.to(dtype)
+                y: Tensor = linear_plus_low_rank(x, z, W, bias, B, self.segments, self.enable_lora, self.scaling)
+                return y
+        y = base_linear(x, base)  # a quantised weight
         y = y if bias is None else y + bias
-        return y + self._low_rank_update(x) if adapted else y
-
-    def _low_rank_update(self, x: Tensor) -> Tensor:
-        """x (..., in) -> what the adapter adds to the output (..., out), where the base weight is quantised."""
-        segments = self.adapted_segments
-        z = torch.split(F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype)), self.r, -1)  # k times (..., r)
-        B = torch.split(self.lora_B.to(x.dtype), [self.segments[segment.position] for segment in segments])
-        update = x.new_zeros((*x.shape[:-1], self.out_features))
-        for segment, z_i, B_i in zip(segments, z, B, strict=True):
-            update[..., segment.columns] = F.linear(z_i, B_i) * self.scaling
-        return update
+        if adapted:
+            update = torch.zeros_like(y)
+            for segment in self.adapted_segments:
+                update[..., segment.columns] = F.linear(z[..., segment.rows_of_A], B[segment.rows_of_B]) * self.scaling
+            y = y + update
+        return y
 
     def delta(self) -> Tensor:
         """Return ``scaling * B_i A_i`` in segment i's rows, zero elsewhere; float32, in the weight's own shape."""
@@ -420,7 +381,7 @@ class MergedLinear(_AdaptedLinear, lora.MergedLinear):  # type: ignore[misc]
 class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
     """``loralib.Embedding``: ``lora_A (r, num_embeddings)``, ``lora_B (embedding_dim, r)``.
 
-    As in loralib A starts at zero and B normal, and there is no dropout.
+    As in loralib, A starts at zero and B normal, and there is no dropout: ``lora_dropout`` is stored, not applied.
     """
 
     num_embeddings: int
@@ -434,9 +395,6 @@ class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         self._set_up(r, lora_alpha, 0.0, use_rslora)
-
-    def _set_up(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        super()._set_up(r, lora_alpha, 0.0, use_rslora)
 
     def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (self.r, self.num_embeddings), (self.embedding_dim, self.r)
@@ -461,9 +419,8 @@ class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
 class Conv2d(AdaptedLayer, lora.Conv2d):  # type: ignore[misc]
     """``loralib.Conv2d``: the base is ``self.conv``; ``lora_A (r*k, in*k)``, ``lora_B (out//groups*k, r*k)``.
 
-    As in loralib the kernel is square, k x k, and ``lora_dropout`` is kept but not applied. A pretrained state dict
-    that says ``weight`` and ``bias`` (the names before the swap) loads too: loralib's rename would skip it under
-    ``strict=False``.
+    As in loralib, the kernel is square, k x k, and ``lora_dropout`` is stored, not applied. A pretrained state dict
+    with ``weight`` and ``bias`` (the names before the swap) loads too; in loralib ``strict=False`` would skip those.
     """
 
     conv: nn.Conv2d
