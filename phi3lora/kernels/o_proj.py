@@ -23,24 +23,24 @@ from .reduce import PartialSums
 
 class _LinearAndLoraA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, lora_A, frozen, adapter):
+    def forward(ctx: Any, x, lora_A, base_weight, adapter):
         ctx.save_for_backward(x)
-        ctx.frozen, ctx.adapter = frozen, adapter
-        return frozen.matmul(x), project(x, adapter)
+        ctx.base_weight, ctx.adapter = base_weight, adapter
+        return base_weight.matmul(x), project(x, adapter)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy, dz):
         (x,), adapter = ctx.saved_tensors, ctx.adapter
-        dx = project_backward_(ctx.frozen.matmul_backward(dy), dz, adapter)
+        dx = project_backward_(ctx.base_weight.matmul_backward(dy), dz, adapter)
         sums = PartialSums()
         dA = lora_weight_gradient(sums, dz, x, adapter)
         sums.reduce()
         return dx, adapter.gradient_of_A(dA), None, None
 
 
-def linear_and_lora_a(x: Tensor, frozen: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
+def linear_and_lora_a(x: Tensor, base_weight: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     """Return ``x W'`` (N, out) and ``dropout(x) A'`` (N, k*R), or None without an adapter."""
     if not adapter:
-        return base_linear(x, frozen), None
-    return _LinearAndLoraA.apply(x, adapter.lora_A, frozen, adapter)
+        return base_linear(x, base_weight), None
+    return _LinearAndLoraA.apply(x, adapter.lora_A, base_weight, adapter)

@@ -11,19 +11,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from ..errors import ModelError, equals, error_line, is_int, is_one_of, is_path, short_repr
+from ..errors import ModelError, error_line, is_int, is_one_of, is_path, short_repr
 from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
 
 logger = logging.getLogger("phi3lora")
 
-SUPPORTED = (
+_SUPPORTED = (
     "every checkpoint that transformers loads as Phi3ForCausalLM: Phi-3-mini-4k/128k, Phi-3-medium-4k/128k, "
     "Phi-3.5-mini, Phi-4, Phi-4-mini"
 )
 
-_ATTENTIONS = (PACKED_ATTENTION, "sdpa", "eager")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MAX_LAYERS = 1000  # the family's largest model has 40; transformers builds every layer before it looks for weights
 
@@ -65,15 +64,19 @@ def load_model(
     Example:
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
     """
-    _check(is_path(name_or_path), "name_or_path", name_or_path, "a hub name or a folder")
-    known = is_one_of(base_precision, (None, "fp8", "nf4"))
-    _check(known, "base_precision", base_precision, "None (as dtype says), 'fp8', 'nf4'")
-    known = is_one_of(attn_implementation, _ATTENTIONS)
-    _check(known, "attn_implementation", attn_implementation, ", ".join(map(repr, _ATTENTIONS)))
-    torch_dtype = _DTYPES.get(str(dtype).removeprefix("torch."))
-    _check(torch_dtype is not None or equals(dtype, "auto"), "dtype", dtype, f"{', '.join(map(repr, _DTYPES))}, 'auto'")
-    _check(isinstance(use_cache, bool), "use_cache", use_cache, "True, False")
+    dtype = str(dtype).removeprefix("torch.")
+    for setting, value, allowed in (
+        ("dtype", dtype, (*_DTYPES, "auto")),
+        ("base_precision", base_precision, (None, "nf4", "fp8")),
+        ("attn_implementation", attn_implementation, (PACKED_ATTENTION, "sdpa", "eager")),
+        ("use_cache", use_cache, (True, False)),
+    ):
+        if not is_one_of(value, allowed):
+            raise ModelError(f"load_model: {setting}={short_repr(value)}; allowed: {', '.join(map(repr, allowed))}")
+    if not is_path(name_or_path):
+        raise ModelError(f"load_model: name_or_path={short_repr(name_or_path)}; allowed: a hub name or a folder")
     device = _available_device(device)
+    torch_dtype = _DTYPES.get(dtype)  # None for "auto"
 
     name = os.fspath(name_or_path)
     config = _read_config(name, revision)
@@ -95,11 +98,6 @@ def load_model(
     return model, tokenizer
 
 
-def _check(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ModelError(f"load_model: {name}={short_repr(value)}; allowed: {allowed}")
-
-
 def _available_device(device: Any) -> torch.device:
     """Return ``device``, or the default one, after putting an empty tensor there."""
     if device is None:
@@ -114,26 +112,18 @@ def _available_device(device: Any) -> torch.device:
 
 
 def _read_config(name: str, revision: str | None) -> dict[str, Any]:
-    """Return the checkpoint's ``config.json``, which must say ``model_type: phi3``; no other file is read."""
+    """Return the checkpoint's ``config.json``; no other file is read."""
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    # No such file, or no JSON object: also deep nesting, numbers of 5,000 digits, bytes that are not UTF-8.
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+        model_type, layers = config.get("model_type"), config.get("num_hidden_layers", 32)
+    except Exception as error:  # no such file, or not a JSON object: transformers has an error for each
         raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"cannot load {short_repr(name)}: its config.json is no JSON object")
-    model_type = config.get("model_type")
-    if not equals(model_type, "phi3"):
+    if model_type != "phi3":
         raise ModelError(
-            f"{short_repr(name)} has model_type {short_repr(model_type)}; supported: {SUPPORTED} (model_type 'phi3')"
+            f"{short_repr(name)} has model_type {short_repr(model_type)}; supported: {_SUPPORTED} (model_type 'phi3')"
         )
-    layers, quantization = config.get("num_hidden_layers", 32), config.get("quantization_config")
     if not is_int(layers, 1, _MAX_LAYERS + 1):
         raise ModelError(f"{short_repr(name)} has num_hidden_layers {short_repr(layers)}; allowed: 1 to {_MAX_LAYERS}")
-    if not isinstance(quantization, (dict, type(None))):
-        raise ModelError(
-            f"{short_repr(name)} has quantization_config {short_repr(quantization)}; allowed: a JSON object"
-        )
     return config
 
 
@@ -163,9 +153,11 @@ def _options_for_4_bits(
 ) -> dict[str, Any]:
     """Return the options with which ``from_pretrained`` gives 4-bit weights on ``device``; empty for other weights."""
     stored = config.get("quantization_config")
-    if stored is not None and not stored.get("load_in_4bit"):
-        method = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else stored.get("quant_method")
-        raise ModelError(f"{name!r} is quantised by {method}; allowed: 16 or 32 bits, or bitsandbytes in 4")
+    if stored is not None and not (isinstance(stored, dict) and stored.get("load_in_4bit")):
+        raise ModelError(
+            f"{name!r} has quantization_config {short_repr(stored)}; allowed: none (16 or 32 bits), or bitsandbytes "
+            f"with load_in_4bit"
+        )
     if stored is not None and base_precision == "fp8":
         raise ModelError(f"base_precision='fp8': {name!r} is already in 4 bits; allowed: None, 'nf4'")
     if stored is None and base_precision != "nf4":

@@ -101,8 +101,8 @@ def test_a_tokenizer_without_padding_pads_with_eos(damaged):
     ("setting", "message"),
     [
         ({"dtype": "int8"}, "dtype='int8'; allowed: 'bfloat16', 'float16', 'float32', 'auto'"),
-        ({"dtype": torch.int8}, r"dtype=torch\.int8"),
-        ({"dtype": None}, "dtype=None"),
+        ({"dtype": torch.int8}, "dtype='int8'"),
+        ({"dtype": None}, "dtype='None'"),
         ({"base_precision": "int3"}, "base_precision='int3'; allowed: None"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2'; allowed: 'phi3lora'"),
         ({"device": "gpu"}, "device='gpu': .*allowed: an available device"),
