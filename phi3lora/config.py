@@ -15,22 +15,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import islice
 from typing import Any, TypeVar, cast
 
 from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, INSTEAD, UNSUPPORTED
-from .errors import (
-    SEED_END,
-    ConfigError,
-    did_you_mean,
-    equals,
-    is_int,
-    is_number,
-    is_one_of,
-    is_path,
-    is_text,
-    short_repr,
-)
+from .errors import SEED_END, ConfigError, did_you_mean, is_int, is_number, is_path, short_repr
 
 T = TypeVar("T")
 
@@ -38,23 +26,29 @@ IGNORE_INDEX = -100
 """Label of a token that is not trained, as in torch and transformers. Supervised tokens have any other label."""
 
 
+def _field_names(cls: type[Any]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
 def _translate_arguments(
     cls: type[Any], given: Mapping[str, Any], ignored: frozenset[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return ``given`` under the names of ``cls``'s fields, and the names that have no effect here."""
-    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    fields = _field_names(cls)
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     without_effect: list[str] = []
     for name, value in given.items():
         own = ALIASES.get(name, name)
         if own in fields:
-            if own in values and not equals(values[own], value):
-                pair = f"{given_as[own]!r} ({short_repr(values[own])}) and {name!r} ({short_repr(value)})"
-                raise ConfigError(f"{cls.__name__}: {pair} are one setting with two values; give one of them")
+            if own in values and values[own] != value:
+                raise ConfigError(
+                    f"{cls.__name__}: {given_as[own]}={short_repr(values[own])} and {name}={short_repr(value)} are "
+                    f"one setting with two values; give one of them"
+                )
             values[own], given_as[own] = value, name
         elif name in UNSUPPORTED:
-            if not is_one_of(value, UNSUPPORTED[name]):
+            if value not in UNSUPPORTED[name]:
                 allowed = " or ".join(map(repr, UNSUPPORTED[name]))
                 raise ConfigError(
                     f"{cls.__name__}: {name}={short_repr(value)} is not supported; allowed: {allowed}. Leave it out"
@@ -65,8 +59,8 @@ def _translate_arguments(
             without_effect.append(name)
         else:
             raise ConfigError(
-                f"{cls.__name__} has no field {short_repr(name)} (value {short_repr(value)})."
-                f"{did_you_mean(name, fields | set(ALIASES))} Allowed: {', '.join(sorted(fields))}"
+                f"{cls.__name__} has no field {name!r} (value {short_repr(value)})."
+                f"{did_you_mean(name, [*fields, *ALIASES])} Allowed: {', '.join(sorted(fields))}"
             )
     return values, tuple(sorted(without_effect))
 
@@ -90,9 +84,10 @@ def _accept_foreign_arguments(ignored: frozenset[str]) -> Callable[[type[T]], ty
 
 
 # ----------------------------------------------------------------------------------------------------
-# Rules: a test of a value, and the allowed values in words.
+# Rules
 
 Rule = tuple[Callable[[Any], bool], str]
+"""Test of a value, and the allowed values in words."""
 
 
 def _optional(rule: Rule) -> Rule:
@@ -101,7 +96,7 @@ def _optional(rule: Rule) -> Rule:
 
 
 def _choice(*allowed: Any) -> Rule:
-    return (lambda value: is_one_of(value, allowed)), ", ".join(map(repr, allowed))
+    return (lambda value: value in allowed), ", ".join(map(repr, allowed))
 
 
 _COUNT: Rule = (lambda value: is_int(value, 1)), "a whole number >= 1"
@@ -109,7 +104,7 @@ _POSITIVE: Rule = (lambda value: is_number(value) and value > 0), "a number > 0"
 _NOT_NEGATIVE: Rule = (lambda value: is_number(value) and value >= 0), "a number >= 0"
 _SHARE: Rule = (lambda value: is_number(value) and 0 <= value < 1), "0 <= x < 1"
 _SEED: Rule = (lambda value: is_int(value, 0, SEED_END)), "a whole number >= 0, below 2**63"
-_NAME: Rule = _optional((is_text, "a name"))
+_NAME: Rule = _optional((lambda value: isinstance(value, str), "a name"))
 _SWITCH: Rule = (lambda value: isinstance(value, bool)), "True, False"
 _INTERVAL: Rule = (
     lambda value: is_number(value) and value > 0 and (value < 1 or float(value).is_integer()),
@@ -124,16 +119,13 @@ _LORA_RULES: dict[str, Rule] = {
     "lora_dropout": _SHARE,
     "bias": _choice("none", "all", "lora_only"),
     "target_modules": (
-        lambda value: bool(value) and all(is_text(name) and name for name in value),
+        lambda value: bool(value) and all(isinstance(name, str) and name for name in value),
         "'all-linear' or a list of module-name suffixes that is not empty",
     ),
     "modules_to_save": (lambda value: value is None, "None (training whole modules is not supported)"),
     "use_rslora": _SWITCH,
     "task_type": _NAME,
-    "segments": (
-        lambda value: value is None or _are_segments(value),
-        "None, or a dict of suffix -> positive widths (a list, or a dict of names)",
-    ),
+    "segments": _optional((lambda value: _are_segments(value), "a dict: suffix -> list of widths, or name -> width")),
 }
 _BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _OPTIMIZERS = (
@@ -161,14 +153,11 @@ _TRAINING_RULES: dict[str, Rule] = {
     "seed": _SEED,
     "data_seed": _optional(_SEED),
     "max_length": _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole")),
-    "activation_checkpointing": (
-        lambda value: value is None or isinstance(value, bool) or is_one_of(value, _CHECKPOINTING_MODES),
-        ", ".join(map(repr, _CHECKPOINTING_MODES)),
-    ),
+    "activation_checkpointing": _choice(*_CHECKPOINTING_MODES, None, True, False),
     "parallel": (lambda value: value is None, "None (one process, one device)"),
     "log_level": _choice("passive", "detail", "debug", "info", "warning", "error", "critical"),
     "report_to": (
-        lambda value: all(is_one_of(name, ("none", "tensorboard", "wandb")) for name in value),
+        lambda value: all(name in ("none", "tensorboard", "wandb") for name in value),
         "'none', 'tensorboard', 'wandb', or a list of them",
     ),
     "resume_from_checkpoint": (
@@ -180,7 +169,7 @@ _TRAINING_RULES: dict[str, Rule] = {
 
 
 def _check(config: Any, name: str, rule: Rule, value: Any) -> None:
-    """Raise if ``value``, the normalised form of the field ``name``, breaks the rule."""
+    """Raise unless ``value``, the normalised value of the field ``name``, is allowed."""
     accepts, allowed = rule
     if not accepts(value):
         raise ConfigError(f"{type(config).__name__}: {name}={short_repr(getattr(config, name))}; allowed: {allowed}")
@@ -191,35 +180,35 @@ def _plain(value: Any) -> Any:
     return str(value.value) if isinstance(value, Enum) and isinstance(value.value, str) else value
 
 
-def _names(value: Any, most: int = 100_000) -> list[Any]:
-    """Return a list of names: of one name, or of any iterable. ``[None]``, which no rule allows, of anything else."""
+def _names(value: Any) -> list[Any]:
+    """Return one name, or an iterable of names, as a list; anything else as ``[None]``, which no rule allows."""
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, Iterable) or isinstance(value, Mapping):
-        return [None]
-    names = list(islice(value, most))
-    return sorted(names) if isinstance(value, (set, frozenset)) and all(map(is_text, names)) else names
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else [None]
 
 
 def _are_segments(value: object) -> bool:
     """Tell whether a value has the form of ``LoraConfig.segments``. Injection checks that the widths add up."""
-    if not isinstance(value, Mapping):
-        return False
-    for suffix, widths in value.items():
+
+    def valid(suffix: Any, widths: Any) -> bool:
         names = [suffix, *widths] if isinstance(widths, Mapping) else [suffix]
         numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
-        if not (isinstance(numbers, (list, tuple)) and numbers and all(is_int(n, 1) for n in numbers)):
-            return False
-        if not all(map(is_text, names)):
-            return False
-    return True
+        return (
+            all(isinstance(name, str) for name in names)
+            and isinstance(numbers, (list, tuple))
+            and bool(numbers)
+            and all(is_int(number, 1) for number in numbers)
+        )
+
+    return isinstance(value, Mapping) and all(valid(suffix, widths) for suffix, widths in value.items())
 
 
 class _Config:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, in field order; ``type(config)(**config.to_dict())`` is an equal config."""
-        config: Any = self
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(config) if f.init}
+        values = {name: getattr(self, name) for name in _field_names(type(self))}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=list))
         return plain
 
@@ -414,12 +403,12 @@ class TrainingConfig(_Config):
     """Arguments that were given and have no effect here."""
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in dataclasses.fields(self) if f.init):
+        for name in _field_names(type(self)):
             value = _plain(getattr(self, name))
             if name == "report_to":
                 value = [] if value is None else _names(value)
-            elif name in ("output_dir", "resume_from_checkpoint"):
-                value = os.fspath(value) if isinstance(value, os.PathLike) and is_path(value) else value
+            elif isinstance(value, os.PathLike):
+                value = os.fspath(value)
             _check(self, name, _TRAINING_RULES.get(name, _SWITCH), value)
             setattr(self, name, value)
         self.report_to = [name for name in self.report_to if name != "none"]

@@ -9,7 +9,6 @@ import pathlib
 
 import pytest
 import transformers
-from test_errors import ODD_VALUES
 
 from phi3lora.compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, INSTEAD, UNSUPPORTED
 from phi3lora.config import LoraConfig, TrainingConfig
@@ -47,19 +46,18 @@ def fields_of(cls) -> dict:
 # --- Dicts written for PEFT and transformers
 
 
-def test_a_peft_dict_is_accepted_unchanged():
-    config = LoraConfig(**PEFT_CONFIG)
-    assert {name: getattr(config, name) for name in PEFT_CONFIG} == PEFT_CONFIG
-    assert config.inert == ()
-
-
-def test_a_transformers_dict_is_accepted_unchanged():
-    config = TrainingConfig(**TRAINING_CONFIG)
-    inert = ("do_eval", "gradient_checkpointing_kwargs", "remove_unused_columns")
+@pytest.mark.parametrize(
+    ("cls", "given", "inert"),
+    [
+        (LoraConfig, PEFT_CONFIG, ()),
+        (TrainingConfig, TRAINING_CONFIG, ("do_eval", "gradient_checkpointing_kwargs", "remove_unused_columns")),
+    ],
+)
+def test_a_dict_for_peft_or_transformers_is_accepted_unchanged(cls, given, inert):
+    config = cls(**given)
     assert config.inert == inert
-    kept = {name: value for name, value in TRAINING_CONFIG.items() if name not in inert}
+    kept = {name: value for name, value in given.items() if name not in inert}
     assert {name: getattr(config, name) for name in kept} == kept
-    assert config.activation_checkpointing == "full"
 
 
 def test_all_of_transformers_arguments_are_accepted(tmp_path):
@@ -121,7 +119,7 @@ def test_an_alias_sets_its_field_and_must_not_contradict_it(alias):
     assert config.inert == ()
     assert TrainingConfig(**{alias: value, name: value}) == config
     message = refusal(TrainingConfig, **{alias: value, name: other})
-    assert repr(alias) in message and repr(name) in message
+    assert f"{alias}={value!r} and {name}={other!r}" in message
 
 
 @pytest.mark.parametrize(
@@ -160,6 +158,14 @@ def test_an_unsupported_argument_is_accepted_only_at_a_value_that_changes_nothin
         assert INSTEAD.get(name, "Leave it out") in message
 
 
+def test_a_message_says_what_to_do_instead():
+    own_way = """
+        use_cpu no_cuda use_mps_device bf16_full_eval fp16_full_eval tf32 group_by_length full_determinism
+        dataloader_drop_last dataset_text_field push_to_hub train_sampling_strategy
+    """
+    assert set(own_way.split()) == INSTEAD.keys()
+
+
 def test_no_name_is_in_two_tables():
     own = fields_of(LoraConfig).keys() | fields_of(TrainingConfig).keys()
     ignored = [IGNORED_TRAINING_ARGUMENTS, IGNORED_LORA_ARGUMENTS]
@@ -167,8 +173,6 @@ def test_no_name_is_in_two_tables():
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert set(ALIASES.values()) <= own
     assert INSTEAD.keys() <= UNSUPPORTED.keys()
-    changing_the_run = {"use_cpu", "no_cuda", "group_by_length", "full_determinism", "dataloader_drop_last"}
-    assert INSTEAD.keys() >= changing_the_run | {"dataset_text_field"}, "their messages say what to do"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,7 @@ STEPS = ([1, 20, 500.0, 0.1, 0.999], [0, -1, 1.5, NAN, INF, "10", True])
 STRATEGY = (["no", "steps", "epoch"], ["never", "", None, 1, "best"])
 SWITCH = ([True, False], ["false", "", 1, None])  # a word such as "false" must not count as True
 OPTIONAL_SWITCH = ([True, False, None], ["yes", 3, [True]])
-NAME = ([None, "a name"], [5, ["a"], "\ud800"])
+NAME = ([None, "a name"], [5, ["a"]])
 OPTIMIZERS = "adamw_torch adamw_torch_fused sgd adamw_bnb_8bit adamw_8bit paged_adamw_32bit paged_adamw_8bit".split()
 BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 TRAINING_BOUNDS = {
@@ -268,18 +272,6 @@ def test_values_within_the_bounds_are_kept_and_others_refused_by_name(cls, name,
 def test_every_field_is_in_these_tables():
     assert TRAINING_BOUNDS.keys() == fields_of(TrainingConfig).keys()
     assert LORA_BOUNDS.keys() == fields_of(LoraConfig).keys()
-
-
-@pytest.mark.parametrize(
-    "kind", ["an integer of 5,000 digits", "an array", "a hostile object", "no Unicode", "an endless iterator"]
-)
-@pytest.mark.parametrize("cls", [LoraConfig, TrainingConfig])
-def test_an_odd_value_of_any_name_is_refused_by_name(cls, kind):
-    for name in [*fields_of(cls), *ALIASES, *UNSUPPORTED, "no_such_name", "self"]:
-        message = refusal(cls, **{name: ODD_VALUES[kind]()})
-        message.encode()
-        assert name in message or ALIASES.get(name, "?") in message or "no field" in message
-        assert len(message) < 5000
 
 
 # --- Settings that belong together, and other forms of a value

@@ -1,87 +1,31 @@
-"""The validators answer for every value, and messages show any value; the same for the JSON readers."""
+"""Tests of values, values and errors in words, and the JSON readers."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from phi3lora.errors import (
-    AdapterError,
-    DataError,
-    as_path,
-    equals,
-    error_line,
-    is_int,
-    is_number,
-    is_one_of,
-    is_path,
-    is_text,
-    short_repr,
-)
+from phi3lora.errors import AdapterError, DataError, as_path, error_line, is_int, is_number, is_path, short_repr
 from phi3lora.files import parse_json, read_json
 
 
-class Hostile:
-    """An object that raises whatever is asked of it."""
-
-    def __repr__(self):
-        raise RuntimeError
-
-    def __eq__(self, other):
-        raise RuntimeError
-
-    __hash__ = None
-
-
-def deep_list(depth=100_000):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-ODD_VALUES = {
-    "an integer of 5,000 digits": lambda: 10**5000,
-    "a deep list": deep_list,
-    "a hostile object": Hostile,
-    "an array": lambda: np.arange(3),
-    "a tensor": lambda: torch.ones(2),
-    "no Unicode": lambda: "\ud800",
-    "a long string": lambda: "x" * 1_000_000,
-    "an endless iterator": itertools.count,
-    "bytes": lambda: b"\xff",
-}
-
-
-@pytest.mark.parametrize("make", ODD_VALUES.values(), ids=ODD_VALUES)
-def test_an_odd_value_is_shown_compared_and_refused(make):
-    value = make()
-    text = short_repr(value)
-    assert 0 < len(text) <= 310 and text.encode()
-    assert not equals(value, 1) and not equals("text", value) and not is_one_of(value, (None, True, "no", []))
-    assert not is_number(value) and not is_int(value, 0) and not is_path(value)
-    with pytest.raises(DataError, match="a dataset cannot be"):
-        as_path(value, "a dataset", DataError)
-
-
-def test_usual_values_are_shown_and_recognised():
-    assert [short_repr(value) for value in ("a", 1.5, None, [1, "b"])] == ["'a'", "1.5", "None", "[1, 'b']"]
-    assert is_number(0) and is_number(-1.5) and not is_number(True) and not is_number("1") and not is_number(None)
-    assert not is_number(float("nan")) and not is_number(float("inf")) and not is_number(10**400)
+def test_numbers_and_paths_are_recognised():
+    assert is_number(0) and is_number(-1.5)
+    assert not any(map(is_number, (True, "1", None, float("nan"), float("inf"))))
     assert is_int(3, 3) and not is_int(2, 3) and not is_int(3.0, 0) and not is_int(True, 0)
     assert is_int(4, 0, 5) and not is_int(5, 0, 5)
-    assert is_text("é") and not is_text("\ud800") and not is_text(b"a")
     assert is_path("a/b") and is_path(Path("a"))
-    assert not is_path("a\0b") and not is_path("x" * 256) and not is_path(None)
+    assert not any(map(is_path, ("a\0b", "x" * 256, None, 5, b"a")))
     assert as_path("a/b", "a file", AdapterError) == Path("a/b")
+    with pytest.raises(DataError, match=r"a dataset cannot be 5; allowed: a path"):
+        as_path(5, "a dataset", DataError)
 
 
-def test_an_error_line_names_the_type_only_if_the_text_says_little():
+def test_values_and_errors_are_shown_on_one_short_line():
+    assert [short_repr(value) for value in ("a", 1.5, None, [1, "b"])] == ["'a'", "1.5", "None", "[1, 'b']"]
+    assert len(short_repr("x" * 1_000_000)) < 310
     assert error_line(KeyError("state")) == "KeyError: 'state'"
     assert error_line(DataError("row 3: no text\nmore")) == "row 3: no text"
     assert error_line(ValueError("\ud800")) == "ValueError: \\ud800"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, is_text, short_repr
+from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, short_repr
 from ..files import parse_json, read_json, read_tensors, sha256_of, write_atomic
 from ..lora.inject import inject_layers, lora_layers, remove_lora
 from ..lora.layers import MergedLinear
@@ -129,7 +129,7 @@ def install_adapter(
 
     ``metadata`` is that of :func:`adapter_metadata`; ``source`` is for messages.
     """
-    if not (is_text(name) and name):
+    if not (isinstance(name, str) and name):
         raise AdapterError(f"an adapter cannot be called {short_repr(name)}; allowed: a string that is not empty")
     loaded = list_adapters(model)
     if loaded.get(name):

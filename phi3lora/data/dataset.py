@@ -31,7 +31,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..config import IGNORE_INDEX
-from ..errors import DataError, is_int, is_one_of, short_repr
+from ..errors import DataError, is_int, short_repr
 from .documents import NoDocumentsError, RowTokenizer
 from .formats import check_columns, known_format
 from .rows import BadRows, NumberedRow, find_source, read_rows
@@ -125,7 +125,7 @@ class ChatDataset:
             (1, 'prompt_completion')
         """
         _check(is_int(max_length, 2), "max_length", max_length, "a whole number >= 2")
-        is_known = is_one_of(overflow, ("truncate", "split", "error"))
+        is_known = overflow in ("truncate", "split", "error")
         _check(is_known, "overflow", overflow, "'truncate', 'split', 'error'")
         _check(isinstance(streaming, bool), "streaming", streaming, "True, False")
         _check(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")

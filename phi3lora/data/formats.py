@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import DataError, is_one_of, is_text, short_repr
+from ..errors import DataError, is_text, short_repr
 from ..files import parse_json
 
 Message = dict[str, Any]
@@ -70,7 +70,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     """Raise if a key of ``columns`` is a column of no format."""
     if columns is None:
         return
-    if not isinstance(columns, Mapping) or not all(map(is_text, columns.values())):
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
         raise DataError(f"columns={short_repr(columns)}; allowed: a dict of our column's name -> yours")
     known = sorted({c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed})
     for name in columns:
@@ -92,7 +92,7 @@ def to_messages(
     if missing:
         raise DataError(f"row {number}: format {format!r} needs {missing}; the row has the keys {_keys(row)}")
     messages = _CONVERTERS[format](values, number)
-    if not is_one_of(values.get("system"), (None, "")):
+    if values.get("system") not in (None, ""):
         messages.insert(0, {"role": "system", "content": _text(values["system"], number, "'system'")})
     _check_roles(messages, number)
     return messages
@@ -108,6 +108,11 @@ def _text(value: Any, number: int, what: str) -> str:
         kind = type(value).__name__
         raise DataError(f"row {number}: {what} is {kind} {short_repr(value, 60)}; allowed: Unicode text")
     return value
+
+
+def _is_empty(value: Any) -> bool:
+    """Tell whether an optional column has no value: it is None, ``""``, ``[]``, ``{}``, False or 0."""
+    return value is None or (isinstance(value, (str, list, tuple, dict, int, float)) and not value)
 
 
 def _turns(value: Any, number: int, column: str) -> list[Mapping[str, Any]]:
@@ -136,11 +141,11 @@ def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
             "role": _role(turn.get("role"), number),
             "content": _text(turn.get("content"), number, f"the content of role {short_repr(turn.get('role'), 60)}"),
         }
-        if any(not is_one_of(turn.get(name), _EMPTY) for name in ("tool_calls", "function_call")):
+        if any(not _is_empty(turn.get(name)) for name in ("tool_calls", "function_call")):
             raise DataError(f"row {number}: a message with tool_calls; allowed: content as the template renders it")
         train = turn.get("train")
         if train is not None:
-            if not is_one_of(train, (0, 1)):  # True and False are 1 and 0
+            if train not in (0, 1):  # True and False are 1 and 0
                 raise DataError(f"row {number}: 'train' of a message is {short_repr(train, 60)}; allowed: true, false")
             message["train"] = bool(train)
         messages.append(message)
@@ -157,7 +162,7 @@ def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
 
 def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
     question = _text(values["instruction"], number, "'instruction'")
-    if not is_one_of(values.get("input"), _EMPTY):
+    if not _is_empty(values.get("input")):
         question += "\n\n" + _text(values["input"], number, "'input'")
     answer = _text(values["output"], number, "'output'")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -194,8 +199,6 @@ _CONVERTERS = {
     "prompt_completion": _from_prompt_completion,
     "text": _from_text,
 }
-
-_EMPTY: tuple[object, ...] = (None, "", [], {}, (), False)  # equals 0 too
 
 _MAY_FOLLOW = {
     "system": ("start",),

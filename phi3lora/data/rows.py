@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..errors import DataError, as_path, error_line, is_one_of, is_text, short_repr
+from ..errors import DataError, as_path, error_line, short_repr
 from ..files import parse_json
 
 logger = logging.getLogger("phi3lora")
@@ -27,7 +27,7 @@ class BadRows:
     """Rows that cannot be trained on. With ``"error"`` the first one raises, with ``"skip"`` they are left out."""
 
     def __init__(self, choice: str) -> None:
-        if not is_one_of(choice, ("error", "skip")):
+        if choice not in ("error", "skip"):
             raise DataError(f"on_bad_row={short_repr(choice)}; allowed: 'error', 'skip'")
         self.skips = choice == "skip"
         self.numbers: list[int] = []
@@ -56,7 +56,7 @@ def find_source(
     source: Any, split: str = "train", revision: str | None = None, streaming: bool = False
 ) -> Path | Iterable[Any]:
     """Return the path of the file that ``source`` names, or an iterable of rows. Arguments: ``ChatDataset.load``."""
-    if not is_text(split):
+    if not isinstance(split, str):
         raise DataError(f"split={short_repr(split)}; allowed: a name")
     if isinstance(source, (str, os.PathLike)):
         path = as_path(source, "a dataset", DataError)

@@ -29,7 +29,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..errors import DataError, error_line, is_one_of, short_repr
+from ..errors import DataError, error_line, short_repr
 from .formats import Message
 
 
@@ -65,7 +65,7 @@ class ChatEncoder:
             raise DataError(f"the tokenizer {name!r} has no chat_template; use an instruct model's tokenizer")
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"the tokenizer {name!r} is not a fast one: character offsets are needed")
-        if not is_one_of(train_on, ("assistant", "last", "all")):
+        if train_on not in ("assistant", "last", "all"):
             raise DataError(f"train_on={short_repr(train_on)}; allowed: 'assistant', 'last', 'all'")
         self.tokenizer, self.train_on = tokenizer, train_on
         added = tokenizer.added_tokens_decoder.values()

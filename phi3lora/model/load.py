@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from ..errors import ModelError, error_line, is_int, is_one_of, is_path, short_repr
+from ..errors import ModelError, error_line, is_int, is_path, short_repr
 from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
@@ -71,7 +71,7 @@ def load_model(
         ("attn_implementation", attn_implementation, (PACKED_ATTENTION, "sdpa", "eager")),
         ("use_cache", use_cache, (True, False)),
     ):
-        if not is_one_of(value, allowed):
+        if value not in allowed:
             raise ModelError(f"load_model: {setting}={short_repr(value)}; allowed: {', '.join(map(repr, allowed))}")
     if not is_path(name_or_path):
         raise ModelError(f"load_model: name_or_path={short_repr(name_or_path)}; allowed: a hub name or a folder")
