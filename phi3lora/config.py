@@ -190,7 +190,7 @@ def _names(value: Any) -> list[Any]:
 
 
 def _are_segments(value: object) -> bool:
-    """Tell whether a value has the form of ``LoraConfig.segments``. Injection checks that the widths add up."""
+    """Return whether a value has the form of ``LoraConfig.segments``. Injection checks that the widths add up."""
 
     def valid(suffix: Any, widths: Any) -> bool:
         names = [suffix, *widths] if isinstance(widths, Mapping) else [suffix]
@@ -228,7 +228,7 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 @_accept_foreign_arguments(IGNORED_LORA_ARGUMENTS)
 @dataclass
 class LoraConfig(_Config):
-    """Which layers to adapt and how, under PEFT's names. ``LoraConfig(**peft_config)`` accepts a dict made for PEFT.
+    """Layers to adapt, and how, under PEFT's names. ``LoraConfig(**peft_config)`` accepts a dict made for PEFT.
 
     Raises:
         ConfigError: an unknown name (the nearest one is suggested) or a value outside its range.
@@ -279,10 +279,10 @@ class LoraConfig(_Config):
 @_accept_foreign_arguments(IGNORED_TRAINING_ARGUMENTS)
 @dataclass
 class TrainingConfig(_Config):
-    """How to train, under transformers' names. ``TrainingConfig(**training_config)`` accepts a dict made for it.
+    """Training settings, under transformers' names. ``TrainingConfig(**training_config)`` accepts a dict made for it.
 
-    Defaults are transformers', too. A step is an optimizer step; ``logging_steps``, ``eval_steps`` and ``save_steps``
-    in (0, 1) are shares of all steps.
+    The defaults are transformers', too. A step is an optimizer step; ``logging_steps``, ``eval_steps`` and
+    ``save_steps`` in (0, 1) are shares of all steps.
 
     Raises:
         ConfigError: an unknown name (the nearest one is suggested), a value outside its range, a contradiction.

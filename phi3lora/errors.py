@@ -67,22 +67,22 @@ def error_line(error: BaseException) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is a finite int or float; a bool is not a number."""
+    """Return whether a value is a finite int or float; a bool is not a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_int(value: object, least: int, end: int = 2**63) -> bool:
-    """Tell whether a value is an int with ``least <= value < end``; a bool is not an int."""
+    """Return whether a value is an int with ``least <= value < end``; a bool is not an int."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < end
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Tell whether a value is a string that can be encoded as UTF-8; half of a surrogate pair cannot."""
+    """Return whether a value is a string that can be encoded as UTF-8; half of a surrogate pair cannot."""
     return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def is_path(value: object) -> bool:
-    """Tell whether a value is a path that a file system can look up."""
+    """Return whether a value is a path that a file system can look up."""
     if not isinstance(value, (str, os.PathLike)):
         return False
     name = os.fspath(value)

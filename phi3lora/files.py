@@ -1,4 +1,4 @@
-"""Read and write files: atomic writes, checksums, JSON, and tensors from a file of unknown origin.
+"""File reading and writing: atomic writes, checksums, JSON, and tensors from a file of unknown origin.
 
 Every reader returns the value, or raises OSError or ValueError with the reason. Nothing in a file is executed, and what
 comes back is never larger than the file: a ``.pt`` may describe a tensor of 4 bytes as one of 64 GiB (strides of zero),

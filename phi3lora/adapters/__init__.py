@@ -1,1 +1,1 @@
-"""Save, load, switch, merge, export and publish adapters."""
+"""Adapters after training: saving, loading, switching, merging, exporting and publishing them."""

@@ -1,4 +1,4 @@
-"""Publish an adapter or a merged model: its model card, and the upload of its folder to the Hugging Face hub.
+"""Model cards, and uploads of adapters and merged models to the Hugging Face hub.
 
 Only :func:`push_to_hub` sends anything. It uploads the files that :data:`PUBLISHED` names and refuses a folder that
 holds others: a training run's folder also has optimizer state, generators and perhaps the data.
@@ -209,7 +209,7 @@ def push_to_hub(
 
     Raises:
         AdapterError: a folder without adapter or model, or with other files; an ``adapter_config.json`` that names a
-            folder of this machine as the base; the hub cannot be reached, refuses the token or has no such repository.
+            folder on this machine as the base; the hub cannot be reached, refuses the token or has no such repository.
 
     Example:
         >>> p3.push_to_hub("support-peft", "you/support")  # doctest: +SKIP
@@ -286,7 +286,7 @@ def _check_publishable(folder: Path) -> None:
         return
     if isinstance(base, str) and is_local(base) and not _HUB_NAME.fullmatch(base):
         raise AdapterError(
-            f"{str(folder / CONFIG_NAME)!r} names {base!r} as the base, a folder of this machine; allowed: its name on "
+            f"{str(folder / CONFIG_NAME)!r} names {base!r} as the base, a folder on this machine; allowed: its name on "
             f"the hub. Write the folder again with export_peft(..., base_model='owner/name')"
         )
 

@@ -1,4 +1,4 @@
-"""Merge adapters into the weights: inside a ``with`` block, or permanently into a plain Hugging Face directory.
+"""Adapters merged into the weights: inside a ``with`` block, or permanently into a plain Hugging Face directory.
 
     W' = round(float32(W) + scaling * B A)        one rounding, to the base's dtype
 

@@ -1,4 +1,4 @@
-"""Export adapters as a PEFT folder: ``adapter_model.safetensors``, ``adapter_config.json`` and commands that use them.
+"""Export as a PEFT folder: ``adapter_model.safetensors``, ``adapter_config.json`` and commands that use them.
 
 Three layouts of one adapter:
 
@@ -172,7 +172,7 @@ def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
     if not layers:
         raise AdapterError("the model has no adapters to export; call inject_lora(model, config) or load_adapter first")
     if path.exists() and not path.is_dir():
-        raise AdapterError(f"cannot export to {str(path)!r}, which is a file; allowed: a folder, new or old")
+        raise AdapterError(f"cannot export to {str(path)!r}, which is a file; allowed: a folder, new or existing")
     biases = [name for name in adapter_state_dict(model) if name.endswith("bias")]
     if biases:
         raise AdapterError(
@@ -292,7 +292,7 @@ def _notes(model: Any, layout: str, rank: int, base_model: str | None, lacks_sto
         notes.append(f"{note}; vLLM takes the long ones when --max-model-len is past the boundary")
     if is_local(base_model):
         way_out = "for others, give its name on the hub: base_model='owner/name'"
-        notes.append(f"the base on record is {base_model}, a folder of this machine; {way_out}")
+        notes.append(f"the base on record is {base_model}, a folder on this machine; {way_out}")
     if lacks_stops:
         notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
     return tuple(notes)

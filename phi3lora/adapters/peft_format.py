@@ -106,7 +106,7 @@ def read_config(folder: Path) -> PeftConfig:
     try:
         found = read_json(folder / CONFIG_NAME)
         if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(f"{CONFIG_NAME} is not a readable PEFT config: {error}") from error
     if found.get("peft_type") != "LORA":
@@ -148,7 +148,7 @@ def _check_setting(name: str, value: Any) -> None:
             raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(value)} cannot be imported{why}; allowed: {allowed}")
     elif value and name not in IGNORED_LORA_ARGUMENTS:
         raise ValueError(
-            f"{CONFIG_NAME}: unknown setting {short_repr(name)[1:-1]}={short_repr(value)}; take it out of the file if "
+            f"{CONFIG_NAME}: unknown setting {short_repr(name)[1:-1]}={short_repr(value)}; remove it from the file if "
             f"it does not change what the adapter computes"
         )
 

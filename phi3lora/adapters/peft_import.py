@@ -1,4 +1,4 @@
-"""Load a PEFT folder: convert it to loralib's tensors and each layer's settings, then load it like an adapter file.
+"""Import of a PEFT folder: convert it to loralib's tensors and each layer's settings, load it like an adapter file.
 
     PEFT's module                                  becomes
     a linear layer, fused or not                   Linear of its rank, on the whole (fused) matrix
@@ -107,7 +107,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     """Return the tensors in float32, on the CPU, and the header that :func:`export_peft` writes, if it is there."""
     path = next((folder / name for name in (TENSORS_NAME, _PICKLE_NAME) if (folder / name).is_file()), None)
     if path is None:
-        raise ValueError(f"it has no {TENSORS_NAME}; a PEFT folder has it beside {CONFIG_NAME}, in one piece")
+        raise ValueError(f"it has no {TENSORS_NAME}; a PEFT folder has it beside {CONFIG_NAME}, not in shards")
     try:
         tensors, metadata = read_tensors(path)
     except (OSError, ValueError) as error:
@@ -126,7 +126,7 @@ def _pairs(model: nn.Module, tensors: Mapping[str, Tensor], config: PeftConfig) 
         if match is None:
             _check_base_weight(model, key, tensor)
         elif found.setdefault(match[1].removeprefix(PREFIX), {}).setdefault(match[2] or match[3], tensor) is not tensor:
-            raise ValueError(f"{key!r} is there twice under different names")
+            raise ValueError(f"{key!r} appears twice, under different names")
     if not found:
         raise ValueError("it has no tensors called *.lora_A.weight")
     pairs = {}
@@ -173,7 +173,7 @@ def _restore_export(folder: Path, header: str, config: PeftConfig, pairs: Mappin
         return state, {"format": metadata["format"], "config": settings, "layers": metadata["layers"]}
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         logger.warning(
-            "%s was changed since export_peft wrote it (%s): imported as what PEFT would compute", folder, error
+            "%s has changed since export_peft wrote it (%s): imported as PEFT would compute it", folder, error
         )
         return None
 

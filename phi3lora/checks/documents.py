@@ -47,7 +47,7 @@ def preview_first_document(planned: PlannedRun) -> Verdict:
     for start, stop in pairwise(edges):
         text = planned.tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
         pieces.append((_printable(text), bool(trained[start])))
-    return ok(f"row {planned.dataset.row_number(0)}, {len(ids)} tokens; what is trained is marked", tuple(pieces))
+    return ok(f"row {planned.dataset.row_number(0)}, {len(ids)} tokens; the trained part is marked", tuple(pieces))
 
 
 def _printable(text: str) -> str:
@@ -154,7 +154,7 @@ def check_longrope(planned: PlannedRun) -> Verdict:
     if long and short:
         return warning(
             f"{short:,} documents of up to {boundary:,} tokens train the short rotary factors, {long:,} longer ones "
-            f"the long ones (never in one batch): the adapter serves two models; keep to one side if you can"
+            f"the long ones (never in one batch): the adapter in effect serves two models; keep to one side if you can"
         )
     side, lengths = ("long", "over") if long else ("short", "up to")
     return ok(f"all documents are of {lengths} {boundary:,} tokens: the {side} rotary factors; use the adapter there")

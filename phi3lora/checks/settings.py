@@ -29,8 +29,8 @@ def check_scaling(planned: PlannedRun) -> Verdict:
     if unusual is not None:
         root = "sqrt(r)" if unusual.use_rslora else "r"
         return warning(
-            f"{text} (lora_alpha={unusual.lora_alpha:g}, r={unusual.r}, alpha / {root}); usual are 0.25 to 4, "
-            f"and the learning rate is chosen for those"
+            f"{text} (lora_alpha={unusual.lora_alpha:g}, r={unusual.r}, alpha / {root}); usual values are 0.25 to 4, "
+            f"and learning rates are chosen for those"
         )
     return ok(text)
 
@@ -140,7 +140,7 @@ def check_disk(planned: PlannedRun) -> Verdict:
     text = f"{count} checkpoint{'s' * (count != 1)} of {_format_bytes(each)}, {_format_bytes(free)} free"
     if needed > free:
         return error(f"{text}: set save_total_limit, or choose another output_dir")
-    return warning(f"{text}: that is most of it") if needed > 0.8 * free else ok(text)
+    return warning(f"{text}: that is most of the free space") if needed > 0.8 * free else ok(text)
 
 
 def checkpoint_bytes(planned: PlannedRun) -> int:

@@ -48,7 +48,7 @@ class ChatDataset:
     """
 
     known_length = True
-    """Whether the number of documents is known, so that an epoch ends."""
+    """True if the number of documents is known, so that an epoch ends."""
 
     def __init__(
         self,
@@ -337,7 +337,7 @@ class ChatStream:
             if not wanted() or (not endless and number > start):
                 return
             if not in_pass:
-                raise DataError("the stream has no rows any more")
+                raise DataError("the stream has no more rows")
             number += max(0, start - number) // in_pass * in_pass  # whole passes before the start are not read
             rows, bad = self._open()
 

@@ -40,11 +40,11 @@ _CHATS_AT_ONCE = 1000
 
 
 class NoDocumentsError(DataError):
-    """No row of the source became a document."""
+    """A source of which no row became a document."""
 
 
 class RowTokenizer:
-    """Turns numbered rows into tokenised documents of at most ``max_length`` tokens.
+    """A tokenizer for numbered rows: rows in, documents of at most ``max_length`` tokens out.
 
     ``overflow`` ("truncate", "split" or "error") says what happens to a longer chat, ``columns`` maps our column names
     to the source's, and ``source`` describes the source in messages.
@@ -136,7 +136,7 @@ class RowTokenizer:
             )
         if dropped_rows:
             logger.warning(
-                "%d rows dropped: nothing trained is left of them within max_length=%d", dropped_rows, self.max_length
+                "%d rows dropped: they have no trained token within max_length=%d", dropped_rows, self.max_length
             )
         rows, truncated, all_ids, all_labels = zip(*documents, strict=True)
         tokenizer = self.encoder.tokenizer

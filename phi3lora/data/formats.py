@@ -111,7 +111,7 @@ def _text(value: Any, number: int, what: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    """Tell whether an optional column has no value: it is None, ``""``, ``[]``, ``{}``, False or 0."""
+    """Return whether an optional column has no value: it is None, ``""``, ``[]``, ``{}``, False or 0."""
     return value is None or (isinstance(value, (str, list, tuple, dict, int, float)) and not value)
 
 
@@ -187,7 +187,7 @@ def _from_text(values: Mapping[str, Any], number: int) -> list[Message]:
     if not messages or turn.sub("", bare).strip():
         raise DataError(
             f"row {number}: 'text' is not a chat in Phi-3's markers: {text[:60]!r}; allowed: "
-            f"'<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>' (or Phi-4's <|im_start|> form) and nothing outside"
+            f"'<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>' (or Phi-4's <|im_start|> form), no text outside"
         )
     return messages
 
@@ -216,7 +216,7 @@ def _check_roles(messages: list[Message], number: int) -> None:
             order = ", ".join(m["role"] for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
             raise DataError(
                 f"row {number}: roles out of order: {role!r} after {previous!r} ({order}); allowed: an optional "
-                f"'system', then 'user' and 'assistant' in turn ('tool' after 'assistant')"
+                f"'system', then alternating 'user' and 'assistant' ('tool' after 'assistant')"
             )
         previous = role
     if not any(message["role"] == "assistant" for message in messages):

@@ -70,7 +70,7 @@ def prefetched(
         tickets.put(False)
         thread.join(_JOIN_TIMEOUT_S)
         if thread.is_alive():
-            logger.warning("a background read takes longer than %.0f s and is left to end by itself", _JOIN_TIMEOUT_S)
+            logger.warning("a background read has taken more than %.0f s; it is left to finish alone", _JOIN_TIMEOUT_S)
 
 
 def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class _Rendered:
 
 
 class ChatEncoder:
-    """Renders and tokenises chats with one tokenizer.
+    """An encoder of chats: renders them with one tokenizer's template and tokenises them.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.

@@ -1,1 +1,1 @@
-"""Using a model: evaluation and chat generation."""
+"""Evaluation and chat generation."""

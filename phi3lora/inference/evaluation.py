@@ -165,7 +165,7 @@ def sample_answers(
         (2, True)
     """
     if count is not None and not (isinstance(count, int) and count >= 1):
-        raise DataError(f"{count!r} answers; allowed: a whole number >= 1, or None for all")
+        raise DataError(f"count={count!r}; allowed: a whole number >= 1, or None for all")
     pairs = list(itertools.islice(_prompts_and_references(dataset), count))
     if not pairs:
         raise DataError(

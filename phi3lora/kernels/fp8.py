@@ -1,4 +1,4 @@
-"""Round a matrix to fp8 with a scale for each row: ``x = scale * q``; a row's largest entry becomes e4m3's largest.
+"""A matrix rounded to fp8, with a scale for each row: ``x = scale * q``; a row's largest entry becomes e4m3's largest.
 
 Shapes: N rows, D columns.
 """

@@ -1,4 +1,4 @@
-"""Launch a kernel on its tensors' device, with the fastest block that the GPU's shared memory holds.
+"""Kernel launches on the tensors' device, with the fastest block that the GPU's shared memory holds.
 
 How much a block needs depends on the rank and on how far the compiler prefetches; an H100 has 227 KiB, an A100 163, a
 4090 99. So every kernel lists its blocks from the fastest on an H100 down, and the first that fits is remembered.

@@ -1,4 +1,4 @@
-"""Dequantise an nf4 weight in one kernel; bitsandbytes takes two kernels and six small steps on the host.
+"""Dequantisation of an nf4 weight in one kernel; bitsandbytes takes two kernels and six small steps on the host.
 
     scale of a block of 64   s = code2[absmax] * absmax2[block // 256] + offset       "double quantisation", float32
     weight                   w = code[nibble] * s, rounded once; the high nibble of a byte first

@@ -1,4 +1,4 @@
-"""Add up partial sums in a fixed order, all those of one backward in one launch.
+"""Partial sums, added up in a fixed order, all those of one backward in one launch.
 
 A sum over the tokens is cut into chunks of rows, so that enough programs work on it, and each writes a partial sum. A
 gradient of A or B is the float32 sum of a few parts, a gradient of z of many.

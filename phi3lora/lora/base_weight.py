@@ -269,7 +269,7 @@ def base_weight_of(layer: Any) -> BaseWeight:
         if weight.dtype != torch.float8_e4m3fn:
             raise ModelError(
                 f"an fp8 layer was cast to {weight.dtype}, which makes its scales meaningless; load the model again "
-                f"and leave its dtype"
+                f"and keep its dtype"
             )
         return Fp8(weight, layer.scale, layer.q_t, layer.scale_t)
     return Dense(weight.t() if getattr(layer, "fan_in_fan_out", False) else weight)

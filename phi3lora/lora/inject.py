@@ -1,4 +1,4 @@
-"""Inject adapters: match target names, swap layers for their LoRA versions, freeze everything else.
+"""Injection of adapters: match target names, swap layers for their LoRA versions, freeze everything else.
 
 Phi-3 fuses the projections that Llama-style models keep apart, so of Llama's names only ``o_proj`` and ``down_proj``
 exist in it. Here the other names select segments of the fused layer:
@@ -256,7 +256,7 @@ def _select_targets(model: nn.Module, targets: str | Sequence[str], fused: dict[
 
 
 def _select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """Return the same for every ``nn.Linear`` except the output head, and path -> reason for the skipped ones."""
+    """Return path -> segment names for every ``nn.Linear`` but the output head; path -> reason for those skipped."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     selected: dict[str, set[str]] = {}

@@ -1,1 +1,1 @@
-"""The model: loading, adapted layers, injection, packed attention, loss."""
+"""The model: loading, packed attention, the decoder layers' backends, loss, memory estimates."""

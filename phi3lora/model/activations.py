@@ -66,7 +66,7 @@ def activation_checkpointing(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 class HostInputs:
-    """Keeps the inputs of recomputed layers on the host between forward and backward.
+    """The inputs of recomputed layers, kept on the host between forward and backward.
 
     On a GPU both directions run on a separate stream, through pinned memory. The backward takes the layers in reverse
     order, so taking one input starts the copy of the one before it.

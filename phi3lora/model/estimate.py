@@ -1,4 +1,4 @@
-"""Predict a training step's GPU memory and floating-point operations from the model's shape.
+"""A training step's GPU memory and floating-point operations, predicted from the model's shape.
 
     peak = weights and adapters
          + gradients and optimizer state of the trainable parameters

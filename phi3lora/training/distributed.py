@@ -50,7 +50,7 @@ def require_one_process() -> None:
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into a request to stop, which the loop answers after the step with a checkpoint.
+    """SIGINT and SIGTERM as a request to stop, which the loop answers after the step with a checkpoint.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread Python does not allow signal handlers, and
     the signals keep their usual effect.

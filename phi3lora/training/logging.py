@@ -30,7 +30,7 @@ _POSTFIX = {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s", "eva
 
 
 class Reporter:
-    """Writes the output of one run. ``metrics.jsonl`` always holds exactly ``state.history``, also after a resume.
+    """The output of one run. ``metrics.jsonl`` always holds exactly ``state.history``, also after a resume.
 
     Args:
         config: the run's settings.
@@ -165,7 +165,7 @@ def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
 
 
 class Tracker(Protocol):
-    """Receives the lines of ``metrics.jsonl``."""
+    """A receiver of the lines of ``metrics.jsonl``."""
 
     def write(self, line: dict[str, Any]) -> None:
         """Record a line at its ``step``."""
@@ -175,7 +175,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes scalars to ``output_dir/tensorboard``."""
+    """A tracker that writes scalars to ``output_dir/tensorboard``."""
 
     def __init__(self, config: TrainingConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -192,7 +192,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Logs to a Weights & Biases run; ``WANDB_MODE=offline`` and its other variables work as usual."""
+    """A tracker that logs to a Weights & Biases run; ``WANDB_MODE=offline`` and its other variables work as usual."""
 
     def __init__(self, config: TrainingConfig) -> None:
         import wandb

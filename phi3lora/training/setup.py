@@ -1,4 +1,4 @@
-"""Before the first step: validate the run, resolve its settings, lock its output folder."""
+"""Set-up before the first step: validate the run, resolve its settings, lock its output folder."""
 
 from __future__ import annotations
 

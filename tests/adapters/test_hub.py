@@ -267,7 +267,7 @@ def test_a_base_that_only_this_machine_has_is_not_revealed(hub, folder, monkeypa
     Path("here/phi").mkdir(parents=True)  # a path of the hub's form reveals nothing
     for base in ("/nowhere/phi", "./phi", "..\\phi", "a/b/c"):
         p3.export_peft(adapted_model(), folder, base_model=base)
-        with pytest.raises(AdapterError, match=r"a folder of this machine; .*export_peft\(..., base_model='owner/name"):
+        with pytest.raises(AdapterError, match=r"a folder on this machine; .*export_peft\(..., base_model='owner/name"):
             push(hub, folder)
     assert hub.requests == []
     for base in ("microsoft/phi-4", "here/phi", "gpt2", "https://hub/a/b", None):

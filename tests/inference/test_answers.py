@@ -62,7 +62,7 @@ def test_chats_that_were_cut_are_skipped():
 
 @pytest.mark.parametrize(
     ("options", "count", "message"),
-    [({"train_on": "all"}, 4, "train_on='all'"), ({}, 0, "0 answers; allowed"), ({}, 1.5, "1.5 answers; allowed")],
+    [({"train_on": "all"}, 4, "train_on='all'"), ({}, 0, "count=0; allowed"), ({}, 1.5, "count=1.5; allowed")],
 )
 def test_chats_without_a_prompt_and_other_counts_are_errors(options, count, message):
     with pytest.raises(p3.DataError, match=message):
