@@ -417,7 +417,7 @@ class TrainingConfig(_Config):
             _check(self, "num_train_epochs", rule, self.num_train_epochs)
         self._resolve_activation_checkpointing()
         if self.bf16 and self.fp16:
-            raise ConfigError("TrainingConfig: bf16=True and fp16=True exclude each other; set one of them to False")
+            raise ConfigError("TrainingConfig: bf16=True and fp16=True are mutually exclusive; set one to False")
         if (self.load_best_model_at_end or self.early_stopping_patience) and self.eval_strategy == "no":
             raise ConfigError(
                 "TrainingConfig: load_best_model_at_end and early_stopping_patience need evaluations; "

@@ -285,7 +285,7 @@ def test_rslora_scales_by_the_root_of_the_rank():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bf16": True, "fp16": True}, "bf16=True and fp16=True exclude each other"),
+        ({"bf16": True, "fp16": True}, "bf16=True and fp16=True are mutually exclusive"),
         ({"load_best_model_at_end": True}, "set eval_strategy"),
         ({"early_stopping_patience": 2}, "set eval_strategy"),
         ({"num_train_epochs": 10_001}, "set max_steps"),

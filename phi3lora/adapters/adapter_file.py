@@ -4,7 +4,7 @@
 wrong scaling, rank or segment layout is an error at load. ``.pt``: ``torch.save(lora.lora_state_dict(model), path)`` as
 loralib writes it, with the same settings in ``<path>.json`` beside it. A ``.pt`` of loralib's own loads too.
 
-``load_state_dict(..., strict=False)`` reports nothing; so after it no key may be unexpected and no LoRA key missing.
+``load_state_dict(..., strict=False)`` raises no error, so we check its result: no unexpected key, no missing LoRA key.
 """
 
 from __future__ import annotations

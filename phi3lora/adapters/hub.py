@@ -118,8 +118,8 @@ def write_model_card(
 ) -> Path:
     """Write ``README.md`` into a folder with an adapter or a merged model.
 
-    It has the front matter that the hub reads, and says what the model is, on which data and how it was trained, its
-    metrics and how to load it. Of a local path only the last part is written.
+    The card has the front matter that the hub reads. It says what the model is, on which data and how it was trained,
+    its metrics, and how to load it. Only the last part of a local path is written.
 
     Args:
         path: the folder: ``export_peft``'s, one with a file of ``save_adapter``, or ``save_merged``'s.
@@ -199,7 +199,7 @@ def push_to_hub(
     Args:
         path: the folder; it holds only files of :data:`PUBLISHED` names, and no folders.
         repo_id: ``"you/name"``; created if it does not exist.
-        private: whether a repository that is created is private.
+        private: True: a repository that has to be created is private.
         token: with write access; None: the one that ``hf auth login`` stored.
         commit_message: default ``"Upload with phi3lora"``.
         endpoint: address of another hub.

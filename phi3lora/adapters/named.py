@@ -1,7 +1,7 @@
 """Several adapters on one base: one is active, the others are kept beside the model, and all can be disabled.
 
 The active adapter is part of the model: its layers are in the module tree and its ``lora_A``, ``lora_B`` are Parameters
-under loralib's names, so the state dict, an optimizer, ``train`` and ``save_adapter`` see it and no other. The inactive
+under loralib's names, so the state dict, an optimizer, ``train`` and ``save_adapter`` see only that one. The inactive
 ones are in ``model.lora_adapters``, outside the tree: their LoRA layers, without the base's parameters. Switching
 exchanges layer objects. No number is copied or computed, so switching back gives the same logits bit for bit:
 
@@ -125,8 +125,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
     """Make the model a plain base inside the block, and keep the adapter that the block injects as inactive ``name``.
 
-    Afterwards the active adapter is active again and ``requires_grad`` is as before; so it is after an error, when
-    nothing is added.
+    Afterwards the active adapter is active again and ``requires_grad`` is as before. The same holds after an error,
+    when nothing is added.
 
     Raises:
         AdapterError: inside ``disabled`` or ``merged``.

@@ -9,7 +9,7 @@ Three layouts of one adapter:
     "split"    q_proj, k_proj, v_proj, gate_proj, up_proj instead of the fused layers, for a base whose fused layers
                were split (llama-style); padded like "uniform"
 
-In "uniform" and "split" one scaling s = alpha / R holds for all modules. If a module has another scaling, the ratio is
+In "uniform" and "split" one scaling s = alpha / R holds for all modules. If a module's scaling differs, the ratio is
 multiplied into its B: exact when it is a power of two, else rounded, which the result reports.
 
 The header of the tensors keeps how the layers were built (key ``phi3lora``, as in ``adapter_file.py``), so that
@@ -69,8 +69,8 @@ class PeftExport:
         lines = [f"PEFT adapter in {self.path}: {len(self.modules)} modules, layout {self.layout!r}, rank {self.rank}"]
         if self.rounded:
             lines.append(
-                f"note: {len(self.rounded)} modules ({self.rounded[0]}, ...) have another scaling than the rest, and "
-                f"the ratio is no power of two: multiplying it into their B rounded the last bit. "
+                f"note: {len(self.rounded)} modules ({self.rounded[0]}, ...) have a scaling that differs, and "
+                f"the ratio is not a power of two: multiplying it into their B rounded the last bit. "
                 f"layout='pattern' keeps every bit"
             )
         lines += [f"note: {note}" for note in self.notes]
@@ -105,7 +105,7 @@ def export_peft(
         tokenizer: saved beside the adapter, with a ``generation_config.json`` that has every stop token.
         layout: ``"uniform"`` (one rank for all, right everywhere), ``"pattern"`` (each module's own rank, for PEFT and
             transformers alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were split).
-        base_model: hub name or folder of the base, for the config and the commands; None: where the model was loaded
+        base_model: hub name or folder of the base, for the config and the commands; None: the place it was loaded
             from (with ``"split"``: unknown). A folder is valid on this machine alone, which the result notes.
 
     Returns:
@@ -292,7 +292,7 @@ def _notes(model: Any, layout: str, rank: int, base_model: str | None, lacks_sto
         notes.append(f"{note}; vLLM takes the long ones when --max-model-len is past the boundary")
     if is_local(base_model):
         way_out = "for others, give its name on the hub: base_model='owner/name'"
-        notes.append(f"the base on record is {base_model}, a folder on this machine; {way_out}")
+        notes.append(f"the base is recorded as {base_model}, a folder on this machine; {way_out}")
     if lacks_stops:
         notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
     return tuple(notes)

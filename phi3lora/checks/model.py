@@ -19,7 +19,7 @@ from .report import Verdict, error, first_of, ok, warning
 def check_run_is_accepted(planned: PlannedRun) -> Verdict:
     """Check that ``train`` would accept the model, the data and the configuration."""
     check_run(planned.model, planned.train_dataset, planned.eval_dataset, planned.config)
-    text = "train() takes this model, data and configuration"
+    text = "train() accepts this model, data and configuration"
     if not planned.train_dataset.known_length:
         text += "; only the stream's first window was checked"
     return ok(text)

@@ -7,14 +7,14 @@ fullest row that still has room for it (best fit decreasing), which fills rows t
 
     max_length 8, documents of 5, 4, 3, 3 tokens  ->  [5 3] [4 3 .]
 
-Which rows there are, and their order, depends on the lengths, the seed and the epoch alone: never on batch size,
-accumulation or the number of processes. The steps, too, depend on the data and the configuration alone, so a run can
+The rows and their order depend only on the lengths, the seed and the epoch, never on batch size, accumulation or the
+number of processes. The steps, too, depend on the data and the configuration alone, so a run can
 continue from any :class:`Cursor`.
 
 The row [a a a b b .] in the tensors of a batch (B = 1, S = 6):
 
     input_ids     a a a b b pad
-    labels       -100 a a -100 b -100      a document's first token has nothing to be predicted from
+    labels       -100 a a -100 b -100      nothing precedes a document's first token to predict it from
     position_ids  0 1 2 0 1 0              0 in all padding: it must not look like a long document
     cu_seqlens    0 3 5 6                  over the B*S tokens of the batch, end to end; padding counts as a document
 """
@@ -240,7 +240,7 @@ class Step:
 class StepSchedule:
     """The optimizer steps of a run. A stream's window is treated as an epoch.
 
-    ``plan`` is that of the dataset, or of a stream's first window. ``check_window`` raises if a later window does not
+    ``plan`` belongs to the dataset, or to a stream's first window. ``check_window`` raises if a later window does not
     fit the model.
     """
 
@@ -271,7 +271,7 @@ class StepSchedule:
         """Yield the steps from ``cursor`` to the end of the run. A stream's next window is prefetched.
 
         ``steps_done`` counts the optimizer steps before the cursor. ``wanted`` ends the iteration by returning False
-        where a stream's window would have to be awaited.
+        where the run would have to wait for a stream's window.
 
         Raises:
             CheckpointError: the stream's window that the cursor is in has changed.

@@ -7,9 +7,9 @@ The training loop takes *windows* from either; each window is a ``ChatDataset``:
     ChatStream     rows      1 ...... 10,000 | 10,001 ...... 20,000 | ... 23,400 | 1 ...... 10,000 | ...
                    windows          0        |          1           |      2     |        3        |
 
-A stream's window of ``buffer_size`` rows is shuffled and packed within itself. After the last row comes the first one
-again. What a window holds depends on its number alone, so an interrupted run continues at its window and step: the rows
-before are read again, but not tokenised.
+A stream's window of ``buffer_size`` rows is shuffled and packed within itself. After the last row, the stream starts
+again at the first. A window's contents depend only on its number, so an interrupted run continues at its window and
+step: the rows before are read again, but not tokenised.
 
 Both classes have ``windows``, ``first_window``, ``known_length``, ``max_length``, ``max_document_tokens``, ``identity``
 and ``describe``.
@@ -43,7 +43,7 @@ logger = logging.getLogger("phi3lora")
 class ChatDataset:
     """A sequence of tokenised documents; ``d[i]`` is ``{"input_ids": [...], "labels": [...]}``.
 
-    Labels are as transformers has them: unshifted, -100 where nothing is trained. Packing happens in the loader
+    Labels follow transformers: unshifted, -100 where nothing is trained. Packing happens in the loader
     (:func:`phi3lora.batches`), not here. Make one with :meth:`load`.
     """
 
@@ -111,7 +111,7 @@ class ChatDataset:
             train_on: ``"assistant"`` turns, the ``"last"`` one, or ``"all"`` tokens. A message may carry
                 ``"train": false``.
             revision: revision of a hub dataset.
-            streaming: True returns a :class:`phi3lora.ChatStream`, which reads its rows during the training.
+            streaming: True returns a :class:`phi3lora.ChatStream`, which reads its rows during training.
             buffer_size: rows of a stream that are in memory, shuffled and packed at a time.
             on_bad_row: ``"error"`` raises with the row's number, ``"skip"`` leaves the row out and reports it.
 
@@ -269,7 +269,7 @@ class ChatDataset:
 
 
 class ChatStream:
-    """Chats that are read during the training: what ``ChatDataset.load(..., streaming=True)`` returns.
+    """Chats that are read during training: what ``ChatDataset.load(..., streaming=True)`` returns.
 
     It has no length, so ``train`` needs ``max_steps``, and it cannot be split; :meth:`take` and :meth:`skip` set rows
     aside for evaluation.

@@ -46,7 +46,7 @@ class NoDocumentsError(DataError):
 class RowTokenizer:
     """A tokenizer for numbered rows: rows in, documents of at most ``max_length`` tokens out.
 
-    ``overflow`` ("truncate", "split" or "error") says what happens to a longer chat, ``columns`` maps our column names
+    ``overflow`` ("truncate", "split" or "error") sets what happens to a longer chat, ``columns`` maps our column names
     to the source's, and ``source`` describes the source in messages.
     """
 
@@ -62,8 +62,8 @@ class RowTokenizer:
     ) -> dict[str, Any]:
         """Return the documents of ``rows`` as the arguments of ``ChatDataset``.
 
-        ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: that of the first row. ``cached`` is the file or
-        dataset that ``rows`` are all the rows of, to cache its tokenised chats.
+        ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: that of the first row. If ``rows`` are
+        all the rows of a file or dataset, ``cached`` is that source, and its tokenised chats are cached.
         """
         with self._one_thread:
             rows = iter(rows)

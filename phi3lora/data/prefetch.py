@@ -23,7 +23,7 @@ def prefetched(
 ) -> Generator[T]:
     """Yield the items of ``make(wanted)`` in their order, while a thread prepares up to ``ahead`` more of them.
 
-    An exception of the items is raised here unchanged, when its turn comes. The thread ends with this generator; leave
+    An exception from the items is raised here unchanged, in its turn. The thread ends with this generator; leave
     early through ``contextlib.closing``. Closing waits at most 5 s for the item in preparation: a network read that
     hangs ends with its item, or with the process.
 

@@ -9,7 +9,7 @@ rendering the same roles with placeholders for contents gives the template's own
     full       <|user|>\n    Hi  <|end|>\n<|assistant|>\n    Hello!  <|end|>\n<|endoftext|>
     trained                                                  ^^^^^^^^^^^^^
 
-Three conditions are checked. ``full``, the rendered chat, consists of literals and contents in turn. The text before
+Three conditions are checked. ``full``, the rendered chat, alternates between literals and contents. The text before
 an assistant's content is the prompt that generation starts from. A special token follows the content: the end of turn
 (``<|end|>``; ``<|im_end|>`` in Phi-4), which is trained with it. ``full`` is tokenised once, with offsets. A token is
 trained if it starts inside a span. The template's final ``<|endoftext|>`` is not trained.

@@ -311,7 +311,7 @@ def _layer_reason(layer: Any, training: bool | None) -> str | None:
             return f"residual dropout {dropout.p}"
     config, head_dim = layer.self_attn.config, layer.self_attn.head_dim
     if head_dim % 16 or int(head_dim * config.rope_parameters["partial_rotary_factor"]) % 16:
-        return f"head_dim={head_dim}, or the rotated part of it, is no multiple of 16"
+        return f"head_dim={head_dim}, or the rotated part of it, is not a multiple of 16"
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     segments = {"self_attn.qkv_proj": [q, kv, kv], "mlp.gate_up_proj": 2 * [layer.mlp.down_proj.in_features]}
     known_classes = (Linear, MergedLinear, *plain_linear_classes())

@@ -303,7 +303,7 @@ def weight_shape(weight: Any) -> torch.Size:
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype of ``x`` times a frozen ``weight``: autocast's where it is on, else the weight's.
 
-    A quantised weight has no dtype to compute in: there it is x's.
+    A quantised weight has no dtype to compute in: the result is then x's.
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):

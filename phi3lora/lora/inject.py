@@ -199,7 +199,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[str, Segments]:
     """Return path -> segments for each fused layer: Phi-3's own, and those that ``config.segments`` describes.
 
-    ``config``: None: the one that the model's adapters were injected with, if any.
+    Without ``config``, the one that the model's adapters were injected with is used, if any.
     """
     fused: dict[str, Segments] = {}
     for path, module in model.named_modules():

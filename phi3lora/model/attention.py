@@ -103,7 +103,7 @@ def packed_attention(
 _FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-# torch 2.13 must be told of grouped-query heads; 2.11 has no such argument and needs none.
+# torch 2.13 needs an argument for grouped-query heads; 2.11 has no such argument and needs none.
 _VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 

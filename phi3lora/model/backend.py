@@ -50,7 +50,7 @@ def choose_backend(
 ) -> Backend:
     """Choose how to compute the layers of ``model`` in its present state, under the present autocast.
 
-    First replaces transformers' default attention (sdpa) by the packed one, as every packed forward does.
+    First replace transformers' default attention (sdpa) with the packed one, as every packed forward does.
 
     Args:
         model: a causal LM of transformers.

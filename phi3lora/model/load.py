@@ -43,7 +43,7 @@ def load_model(
     Args:
         name_or_path: a hub name (``"microsoft/Phi-3-mini-4k-instruct"``) or a local folder.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, the torch dtype, or ``"auto"`` (the checkpoint's own).
-        device: where to put the model; None: the GPU if there is one, else the CPU.
+        device: the model's device; None: the GPU if there is one, else the CPU.
         base_precision: None: the frozen weights stay in ``dtype``; ``"nf4"``: 4 bits and a quarter of the memory,
             quantised one by one as they are read, on any device (QLoRA); ``"fp8"``: e4m3 with a scale for each row,
             faster on GPUs that multiply it (Hopper, Ada and later); on other devices a warning says that the weights

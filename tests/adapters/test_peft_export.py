@@ -158,7 +158,7 @@ def test_notes_about_the_base_the_layout_and_the_servers(tmp_path):
     base = str(tmp_path / "base")
     split = p3.export_peft(adapted_model(r=171, lora_alpha=1), tmp_path / "a", base_model=base)
     assert "rank 513 is more than vLLM allows (512)" in str(split) and "vLLM" not in split.commands
-    assert f"the base on record is {base}, a folder on this machine" in str(split) and "no tokenizer" in str(split)
+    assert f"the base is recorded as {base}, a folder on this machine" in str(split) and "no tokenizer" in str(split)
     pattern = p3.export_peft(longrope_model(), tmp_path / "b", layout="pattern", base_model="microsoft/phi-4")
     assert "longrope: documents of up to 40 tokens" in str(pattern) and "this machine" not in str(pattern)
     assert list(pattern.commands) == ["PEFT"]
