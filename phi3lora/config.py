@@ -382,7 +382,7 @@ class TrainingConfig(_Config):
     save_total_limit: int | None = None
     """Checkpoints kept, the best one always among them; None: all."""
     load_best_model_at_end: bool = False
-    """Save each new best adapter, and restore the best one at the end."""
+    """Best adapter restored at the end; until then each new best one is saved."""
     metric_for_best_model: str | None = None
     """Metric of the evaluation, with or without ``eval_``; None: ``loss``."""
     greater_is_better: bool | None = None
@@ -392,7 +392,7 @@ class TrainingConfig(_Config):
     early_stopping_threshold: float = 0.0
     """Smallest improvement of the metric that counts as better."""
     continue_on_save_error: bool = False
-    """Report a checkpoint that cannot be written (a full disk) and go on; False: the error ends the run."""
+    """Permission to go on when a checkpoint cannot be written (a full disk); False: the error ends the run."""
     resume_from_checkpoint: bool | str | None = False
     """Start: False (a new run), a checkpoint's path, True (the newest good checkpoint, which must exist), ``"auto"``
     (the newest good one, or a new run)."""

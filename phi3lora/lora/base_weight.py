@@ -141,7 +141,7 @@ class Fp8Linear(nn.Linear):
         return layer.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+        """Compute the layer: x (..., in) -> (..., out)."""
         y = base_linear(x.to(compute_dtype(x, self.weight)), base_weight_of(self))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

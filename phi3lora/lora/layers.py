@@ -284,7 +284,7 @@ class _AdaptedLinear(AdaptedLayer):
         return (last.rows_of_A.stop, self.in_features), (last.rows_of_B.stop, self.r)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+        """Compute the layer: x (..., in) -> (..., out)."""
         base, adapted = base_weight_of(self), self.r > 0 and self.enabled
         if isinstance(base, Dense) and not adapted:
             return F.linear(x, base.weight, self.bias)
@@ -404,7 +404,7 @@ class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
         nn.init.normal_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (...) token ids -> (..., embedding_dim), in the base weight's dtype."""
+        """Look up x (...) token ids -> (..., embedding_dim), in the base weight's dtype."""
         y = nn.Embedding.forward(self, x)
         if self.r == 0 or not self.enabled:
             return y
@@ -447,7 +447,7 @@ class Conv2d(AdaptedLayer, lora.Conv2d):  # type: ignore[misc]
         return self.conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in, H, W) -> (B, out, H', W')."""
+        """Compute the layer: x (B, in, H, W) -> (B, out, H', W')."""
         weight: Tensor = self.conv.weight
         if self.r > 0 and self.enabled:
             weight = weight + self.delta().to(weight.dtype)

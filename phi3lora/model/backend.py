@@ -37,7 +37,7 @@ class Backend:
     """Reason against a faster one; empty for ``"fused"``."""
 
     def __str__(self) -> str:
-        """``plain (not on a CUDA device)``"""
+        """Return the kind and the reason: ``plain (not on a CUDA device)``."""
         return self.kind + (f" ({self.reason})" if self.reason else "")
 
 

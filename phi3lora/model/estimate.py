@@ -60,7 +60,7 @@ class MemoryPlan:
         return self.available_gib is None or self.peak_gib[mode] <= 0.92 * self.available_gib
 
     def __str__(self) -> str:
-        """``none 25.1, selective 16.8, full 9.6, offload 8.6 of 78.9 GiB``"""
+        """Return the peaks: ``none 25.1, selective 16.8, full 9.6, offload 8.6 of 78.9 GiB``."""
         modes = ", ".join(f"{mode} {gib:.1f}" for mode, gib in self.peak_gib.items())
         return modes + (f" of {self.available_gib:.1f} GiB" if self.available_gib is not None else " GiB")
 

@@ -1,6 +1,6 @@
 """The process that trains: its place among the processes of a run, and the signals that stop it.
 
-Today a run has one process. The loop, the loss and the checkpoints already ask :class:`World` for their rank.
+A run has one process. The loop, the loss and the checkpoints ask :class:`World` for its rank.
 """
 
 from __future__ import annotations
