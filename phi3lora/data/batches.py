@@ -1,15 +1,15 @@
-"""``batches``: what ``train`` consumes, for loops of your own; and the schedule of the optimizer steps of a run.
+"""Packed batches for your own loop (``batches``), and the schedule of a run's optimizer steps (``StepSchedule``).
 
     documents -> packed rows -> micro-batches of ``batch_size`` rows -> optimizer steps
 
-Documents are never cut. Some 2,048 documents of the shuffled order at a time are placed longest first, each into the
-fullest row that still has room for it (best fit decreasing), which fills rows to 97 % and more on chat data:
+Documents are never cut. The shuffled documents are taken 2,048 at a time. The longest is placed first, and each goes
+into the fullest row that still has room for it (best fit decreasing), which fills rows to 97 % and more on chat data:
 
     max_length 8, documents of 5, 4, 3, 3 tokens  ->  [5 3] [4 3 .]
 
-The rows and their order depend only on the lengths, the seed and the epoch, never on batch size, accumulation or the
-number of processes. The steps, too, depend on the data and the configuration alone, so a run can
-continue from any :class:`Cursor`.
+The rows depend on the documents' lengths, the seed, the epoch and the packing settings, never on batch size,
+accumulation or the number of processes. So does their order, except that a longrope ``boundary`` interleaves whole
+micro-batches. The steps depend on the data and the configuration alone, so a run can continue from any :class:`Cursor`.
 
 The row [a a a b b .] in the tensors of a batch (B = 1, S = 6):
 
@@ -59,7 +59,7 @@ def batches(
     shuffle: bool = True,
     boundary: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Return one epoch of batches, as ``train`` consumes them.
+    """Yield one epoch of batches, as ``train`` consumes them.
 
     Args:
         dataset: tokenised documents; of a stream one pass, window after window.
@@ -148,8 +148,8 @@ class BatchPlan:
     """The documents of every micro-batch of an epoch. Their tensors are made on request.
 
     ``boundary`` (tokens) keeps documents up to that length and longer ones in different micro-batches: longrope models
-    choose their rotary factors by the largest position in a batch. ``fixed_shape`` fills an epoch's last micro-batch
-    up with rows of padding, for compiled graphs.
+    choose their rotary factors by the largest position in a batch. ``fixed_shape`` pads a short micro-batch
+    to ``batch_size`` rows, for compiled graphs.
     """
 
     dataset: ChatDataset
@@ -204,7 +204,7 @@ class BatchPlan:
         return rows
 
     def tensors(self, micro: MicroBatch) -> dict[str, Any]:
-        """Return the batch of these rows: ``max_length`` tokens wide when packing, else as its longest document."""
+        """Return the batch of these rows: ``max_length`` tokens wide when packing, else as its longest document is."""
         if self.fixed_shape:
             micro = micro + [()] * (self.batch_size - len(micro))
         if self.packing:
@@ -270,8 +270,8 @@ class StepSchedule:
     ) -> Generator[Step]:
         """Yield the steps from ``cursor`` to the end of the run. A stream's next window is prefetched.
 
-        ``steps_done`` counts the optimizer steps before the cursor. ``wanted`` ends the iteration by returning False
-        where the run would have to wait for a stream's window.
+        ``steps_done`` counts the optimizer steps before the cursor. ``wanted`` is asked while the run waits
+        for a stream's window; False ends the iteration.
 
         Raises:
             CheckpointError: the stream's window that the cursor is in has changed.

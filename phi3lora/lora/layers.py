@@ -1,4 +1,4 @@
-"""LoRA layers: loralib's classes with the same keys, shapes and arithmetic, made fast and safe.
+"""LoRA layers: loralib's classes with its keys, shapes and formula, made fast and safe.
 
     y = x W' + b + scaling * dropout(x) A' B'                       https://arxiv.org/abs/2106.09685, section 4.1
 
@@ -7,7 +7,7 @@ Differences from loralib (https://github.com/microsoft/LoRA, loralib/layers.py):
 * ``train()`` and ``eval()`` never write weights (loralib merges in ``eval()``, in the weight's own dtype).
 * A layer can be built around an existing one: its ``weight`` Parameter is kept, nothing but A and B is allocated.
 * A and B are float32 whatever the base is; the products run in the compute dtype (autocast's, else the base's).
-* ``MergedLinear`` takes segments of unequal width and never forms the (out, in) delta:
+* ``MergedLinear`` takes segments of unequal width, and its forward never forms the (out, in) delta:
 
       Phi-3-medium's qkv_proj: in 5120, segments q 5120 | k 1280 | v 1280, enable_lora (True, False, True), r 16
         lora_A (2*16, 5120)   rows  0..15 are q's A, rows 16..31 v's

@@ -1,13 +1,13 @@
-"""The code that computes the decoder layers: chosen once, installed for a block.
+"""The code that computes the decoder layers: chosen once a run, installed by a ``with`` statement.
 
     fused       each layer's ``forward`` is replaced by the fused Triton kernels (kernels/decoder.py)
     compiled    transformers' layers, each through ``torch.compile``
     plain       transformers' layers as they are
 
 ``train`` chooses before its first step and installs the choice for the whole run. ``causal_lm_loss`` and ``evaluate``
-use what is installed. In a loop of your own nothing is, so they choose for each call and see every change of the model.
-Inside a block of fused layers they choose again when an adapter was replaced or a hook registered; other changes of
-the modules go unnoticed until the block ends.
+use what is installed. In your own loop nothing is installed, so they choose at each call and see every change of the
+model. While fused layers are installed, they choose again when an adapter was replaced or a hook registered; other
+changes of the modules go unnoticed until the layers are restored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Backend:
     kind: Literal["fused", "compiled", "plain"]
     """Fused kernels, compiled layers or transformers' plain layers."""
     reason: str = ""
-    """Reason against a faster one; empty for ``"fused"``."""
+    """Reason for a kind other than ``"fused"``, else empty."""
 
     def __str__(self) -> str:
         """Return the kind and the reason: ``plain (not on a CUDA device)``."""

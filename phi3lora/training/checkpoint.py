@@ -6,11 +6,11 @@
       trainer_state.json    TrainingState, TrainingConfig, the dataset's fingerprint, versions
       optimizer.pt          moments
       scheduler.pt          step and learning rate (schedules are functions of the step), gradient scaler
-      rng_state_{rank}.pth  torch, CUDA, NumPy and Python generators, all as tensors
+      rng_state_{rank}.pth  torch, CUDA, NumPy and Python generators, as tensors and plain numbers
       manifest.json         SHA-256 of each file above
 
 A checkpoint is written to a hidden temporary folder, every file and the folder are fsynced, and only then is the folder
-renamed: a crash at any moment leaves the earlier checkpoints whole. It is read with ``weights_only=True``, so nothing
+renamed: a crash at any moment leaves the earlier checkpoints intact. It is read with ``weights_only=True``, so nothing
 in it is executed.
 """
 
@@ -48,8 +48,8 @@ _REQUIRED = ("lora.safetensors", "lora_config.json", "trainer_state.json", "opti
 # The errors that a file with unexpected contents causes when it is read.
 _UNEXPECTED = (OSError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 
-# Settings that may differ between the run that saved and the run that resumes: they change when a run stops, logs,
-# evaluates and saves, but not what it learns.
+# Settings that a resumed run may change without resume_with_changes. max_steps and num_train_epochs also move the rest
+# of the learning-rate schedule; compile and checkpointing of activations change speed, memory and rounding.
 _MAY_CHANGE = frozenset(
     """
     activation_checkpointing compile continue_on_save_error disable_tqdm early_stopping_patience
@@ -63,7 +63,7 @@ _MAY_CHANGE = frozenset(
 
 @dataclass
 class TrainingState:
-    """Everything that the loop knows between two steps, as JSON types.
+    """Counters and history of a run, as JSON types.
 
     Checkpoints hold it in ``trainer_state.json``. Callbacks receive it and may set ``should_stop``.
     """
@@ -77,7 +77,7 @@ class TrainingState:
     step_in_epoch: int = 0
     """Steps of that epoch already done. With ``epoch`` this is the data cursor."""
     window: str | None = None
-    """Fingerprint of the stream's window that the cursor is in; None without a stream."""
+    """Fingerprint of the stream's window that the cursor is in; None without a stream and at a window's start."""
     epoch_progress: float = 0.0
     """Epochs done, with a fraction."""
     tokens_seen: int = 0
@@ -93,17 +93,17 @@ class TrainingState:
     run_loss_count: int = 0
     """Supervised tokens in ``run_loss_sum``."""
     nonfinite_in_a_row: int = 0
-    """Steps skipped in a row, up to the latest one."""
+    """Non-finite steps in a row up to the latest one, float16 overflows that the scaler handles excluded."""
     nonfinite_total: int = 0
-    """Steps skipped in the whole run."""
+    """Non-finite steps in the whole run, counted in the same way."""
     best_metric: float | None = None
-    """Best evaluation so far, by ``metric_for_best_model``."""
+    """Metric that the next evaluation must beat by more than ``early_stopping_threshold``."""
     best_checkpoint: str | None = None
     """Name of the best checkpoint's folder in ``output_dir``."""
     best_checkpoint_metric: float | None = None
     """Metric of the best checkpoint."""
     evaluations_without_gain: int = 0
-    """Evaluations since the best one."""
+    """Evaluations since ``best_metric`` was last beaten."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Lines of ``metrics.jsonl``."""
     should_stop: bool = False
@@ -329,7 +329,7 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
 
 
 def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
-    """Refuse a checkpoint of other adapters; one of other data, settings or versions unless the user allows it."""
+    """Refuse a checkpoint of other adapters or ``optim``, and other differences unless the user allows them."""
     saved, current = read_json(path / "lora_config.json"), adapter_metadata(run.model)
     changes = _changes(about, run)
     dropout = [(facts.get("config") or {}).get("lora_dropout") for facts in (saved, current)]

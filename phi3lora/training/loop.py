@@ -2,7 +2,7 @@
 
     for each optimizer step:
         take its micro-batches        a background thread has collated them already
-        forward, backward, update     step.py; nothing in it waits for the GPU
+        forward, backward, update     step.py; torch's optimizers never wait for the GPU
         log                           the losses that have arrived; the GPU may be some steps behind
         evaluate, save                where they are due
 
@@ -66,7 +66,7 @@ class Callback:
         """Called after each optimizer step, with its evaluation and checkpoint done."""
 
     def on_log(self, state: TrainingState, line: dict[str, Any]) -> None:
-        """Called after a line of ``metrics.jsonl`` is written; on a GPU some steps after the step it describes."""
+        """Called after a training line of ``metrics.jsonl``; on a GPU some steps after the step it describes."""
 
     def on_evaluate(self, state: TrainingState, metrics: dict[str, float]) -> None:
         """Called after an evaluation."""
@@ -89,7 +89,7 @@ class TrainingResult:
     history: list[dict[str, Any]]
     """Lines of ``metrics.jsonl``."""
     best_checkpoint: str | None
-    """Path of the best checkpoint by ``metric_for_best_model``; None without evaluations."""
+    """Path of the best checkpoint by ``metric_for_best_model``; None if no evaluated step was saved."""
     interrupted: bool = False
     """True if Ctrl-C or SIGTERM ended the run; ``resume_from_checkpoint=True`` continues it."""
 
@@ -110,7 +110,7 @@ def train(
         train_dataset: tokenised documents, or a stream of them (which needs ``max_steps``).
         config: training settings; default ``TrainingConfig()``.
         eval_dataset: documents for the evaluations that ``eval_strategy`` asks for.
-        tokenizer: the dataset's tokenizer, to show the text of a batch whose loss is not finite.
+        tokenizer: the dataset's tokenizer, for the checks before the run and to quote a document whose loss stays NaN.
         callbacks: objects with some of the hooks of :class:`phi3lora.Callback`.
 
     Returns:
@@ -268,7 +268,7 @@ class _Run:
         self.pending.add(outcome.values, record)
 
     def log_ready(self, wait: bool = False) -> None:
-        """Count and log the steps whose losses have arrived (``wait``: all steps); stop if the loss stays NaN."""
+        """Count the steps whose losses have arrived (``wait``: all), log those that are due, stop if they stay NaN."""
         state = self.state
         for (loss_sum, norm, skipped), record in self.pending.ready(wait):
             if not skipped:
@@ -302,7 +302,7 @@ class _Run:
         rows = sorted({dataset.row_number(i) for i in documents})
         listed = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"
         details = f"loss {loss_sum / record.supervised_tokens}, gradient norm {norm}; rows {listed} of the data"
-        logger.warning("step %d is skipped: %s", record.number, details)
+        logger.warning("step %d was skipped: %s", record.number, details)
         if in_a_row < min(config.max_nonfinite_steps, self.state.total_steps):
             return
         text = ""
@@ -312,7 +312,7 @@ class _Run:
             f"the loss or gradient was NaN or infinite {in_a_row} steps in a row, the last at step {record.number} "
             f"({details}).{text} These steps did not change the adapters. Lower learning_rate "
             f"({config.learning_rate}), use bf16 instead of fp16, or check the base weights; "
-            f"max_nonfinite_steps={config.max_nonfinite_steps} sets how many are allowed"
+            f"max_nonfinite_steps={config.max_nonfinite_steps} in a row end the run"
         )
 
     def evaluate(self) -> None:

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches in, update out. Nothing in it waits for the GPU.
+"""One optimizer step: micro-batches in, update out. With torch's optimizers nothing in it waits for the GPU.
 
     gradient = sum over micro-batches of grad(sum of token losses) / supervised tokens of all micro-batches on all ranks
 
