@@ -20,18 +20,19 @@ ALIASES = {
 IGNORED_TRAINING_ARGUMENTS = frozenset(
     """
     accelerator_config activation_checkpointing_kwargs average_tokens_across_devices batch_eval_metrics
-    dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    bf16_full_eval dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_kwargs dataset_num_proc
-    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug
-    do_eval do_predict do_train eval_accumulation_steps eval_do_concat_batches eval_packing eval_use_gather_object
-    fp16_backend fp16_opt_level gradient_checkpointing_kwargs half_precision_backend hub_always_push
-    hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics include_inputs_for_metrics
-    include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names length_column_name
-    liger_kernel_config local_rank log_level_replica log_on_each_node logging_dir logging_nan_inf_filter past_index
-    prediction_loss_only project ray_scope remove_unused_columns restore_callback_states_from_checkpoint
-    save_on_each_node save_safetensors skip_memory_metrics split_batches torch_compile_backend torch_compile_mode
-    torch_empty_cache_steps torchdynamo trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_ipex
-    use_legacy_prediction_loop use_liger_kernel
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
+    debug do_eval do_predict do_train eval_accumulation_steps eval_do_concat_batches eval_packing
+    eval_use_gather_object fp16_backend fp16_full_eval fp16_opt_level gradient_checkpointing_kwargs
+    half_precision_backend hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token
+    include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second
+    jit_mode_eval label_names length_column_name liger_kernel_config local_rank log_level_replica log_on_each_node
+    logging_dir logging_nan_inf_filter past_index prediction_loss_only project ray_scope remove_unused_columns
+    restore_callback_states_from_checkpoint save_on_each_node save_safetensors skip_memory_metrics split_batches
+    tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps torchdynamo trackio_bucket_id
+    trackio_space_id trackio_static_space_id use_cache use_ipex use_legacy_prediction_loop use_liger_kernel
+    use_mps_device
     """.split()
 )
 """Training arguments that have no effect here, whatever their value."""
@@ -45,9 +46,9 @@ IGNORED_LORA_ARGUMENTS = frozenset(
 """Arguments of PEFT's ``LoraConfig`` that have no effect here, whatever their value."""
 
 _SWITCHES = """
-    auto_find_batch_size bf16_full_eval dataloader_drop_last enable_jit_checkpoint ensure_weight_tying fan_in_fan_out
-    fp16_full_eval full_determinism group_by_length ignore_data_skip lora_bias no_cuda push_to_hub save_only_model tf32
-    use_bdlora use_cpu use_dora use_mps_device use_qalora
+    auto_find_batch_size dataloader_drop_last enable_jit_checkpoint ensure_weight_tying fan_in_fan_out
+    full_determinism group_by_length ignore_data_skip lora_bias no_cuda push_to_hub save_only_model use_bdlora
+    use_cpu use_dora use_qalora
 """
 _OPTIONS = """
     alora_invocation_tokens arrow_config deepspeed kasa_config layer_replication layers_to_transform lora_ga_config
@@ -79,10 +80,6 @@ INSTEAD = {
     "group_by_length": "packing=True wastes less on padding than grouping by length",
     "dataloader_drop_last": "every document is trained in every epoch",
     "dataset_text_field": "ChatDataset.load(..., columns={'text': 'your_column'}) names the column",
-    "bf16_full_eval": "evaluations run in the precision of training; load_model(..., dtype='bfloat16') changes both",
-    "fp16_full_eval": "evaluations run in the precision of training; load_model(..., dtype='float16') changes both",
-    "tf32": "call torch.set_float32_matmul_precision('high') before train",
-    "use_mps_device": "load_model(..., device='mps') chooses the device",
     "use_cpu": "load_model(..., device='cpu') trains on the CPU",
     "no_cuda": "load_model(..., device='cpu') trains on the CPU",
     "full_determinism": "call torch.use_deterministic_algorithms(True) before train",

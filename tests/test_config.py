@@ -160,7 +160,7 @@ def test_an_unsupported_argument_is_accepted_only_at_a_value_that_changes_nothin
 
 def test_a_message_says_what_to_do_instead():
     own_way = """
-        use_cpu no_cuda use_mps_device bf16_full_eval fp16_full_eval tf32 group_by_length full_determinism
+        use_cpu no_cuda group_by_length full_determinism
         dataloader_drop_last dataset_text_field push_to_hub train_sampling_strategy
     """
     assert set(own_way.split()) == INSTEAD.keys()

@@ -307,7 +307,7 @@ def test_fewer_bad_steps_in_a_row_than_the_limit_are_skipped_logged_and_counted(
     assert [line.get("skipped_steps", 0) for line in result.history] == [0, 0, 1, 2, 2, 2, 3, 4, 4]
     assert result.metrics["train_loss"] == result.metrics["train_loss"]  # not NaN
     logged = [m for m in caplog.messages if "was skipped" in m]
-    assert [m.split(" is")[0] for m in logged] == ["step 3", "step 4", "step 7", "step 8"]
+    assert [m.split(" was")[0] for m in logged] == ["step 3", "step 4", "step 7", "step 8"]
     assert all("rows [" in m for m in logged)
 
 
