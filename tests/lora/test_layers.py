@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize_adapters
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loralib.layers import LoRALayer
 from torch import Tensor, nn
@@ -100,12 +100,7 @@ TOKENS = torch.tensor([[0, 2, 9, 2], [9, 9, 1, 0]])
         ("Linear", (6, 8), {"bias": False}, VECTORS),
         *[("Linear", (6, 8), {"fan_in_fan_out": True, "bias": bias}, VECTORS) for bias in (True, False)],
         *[
-            (
-                "MergedLinear",
-                (6, 12),
-                {"enable_lora": enable, **more},
-                normal(6, 2, 3).permute(1, 2, 0),
-            )  # not contiguous
+            ("MergedLinear", (6, 12), {"enable_lora": enable, **more}, NOT_CONTIGUOUS)
             for enable in ([True], [True, False, True], [True, True, True], [False, True, False])
             for more in ({}, {"bias": False}, {"fan_in_fan_out": True})
         ],
@@ -177,9 +172,16 @@ fused_layers = st.builds(
 )
 
 
+PHI3_MEDIUM = SimpleNamespace(
+    segments=[(8, True), (2, False), (2, True)], r=2, in_features=8, tokens=[5], bias=True, alpha=4
+)
+
+
 @settings(deadline=None, max_examples=80, derandomize=True, database=None)
 @given(fused_layers)
+@example(PHI3_MEDIUM)
 def test_any_segments_match_separate_linears(case):
+    """Also Phi-3-medium's proportions, where loralib's equal split would adapt half of q and all of k."""
     torch.manual_seed(0)
     widths, enable = zip(*case.segments, strict=True)
     layer = p3.MergedLinear(
@@ -189,23 +191,10 @@ def test_any_segments_match_separate_linears(case):
     assert_same_function(layer, SeparateLinears(layer, widths), torch.randn(*case.tokens, case.in_features))
 
 
-def test_unequal_qkv_matches_three_linears():
-    """Phi-3-medium's proportions (q 4, k 1, v 1), where loralib's equal split would adapt half of q and all of k."""
-    torch.manual_seed(0)
-    layer = p3.MergedLinear(8, 12, r=2, lora_alpha=4, segments=(8, 2, 2), enable_lora=[True, False, True])
-    randomize_adapters(layer, std=1)
-    x = torch.randn(5, 8)
-    y, base = layer(x), F.linear(x, layer.weight, layer.bias)
-    q = base[:, :8] + 2 * x @ layer.lora_A[:2].t() @ layer.lora_B[:8].t()
-    v = base[:, 10:] + 2 * x @ layer.lora_A[2:].t() @ layer.lora_B[8:].t()
-    torch.testing.assert_close(y, torch.cat([q, base[:, 8:10], v], dim=1))
-
-
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 def test_lora_ind_merge_ab_and_zero_pad_are_loralibs(fan_in_fan_out):
-    ours, theirs = both(
-        "MergedLinear", 6, 12, r=2, lora_alpha=7, enable_lora=[True, False, True], fan_in_fan_out=fan_in_fan_out
-    )
+    settings = {"enable_lora": [True, False, True], "fan_in_fan_out": fan_in_fan_out}
+    ours, theirs = both("MergedLinear", 6, 12, r=2, lora_alpha=7, **settings)
     assert torch.equal(ours.lora_ind, theirs.lora_ind)
     torch.testing.assert_close(ours.merge_AB(), theirs.merge_AB())
     x = torch.randn(8, 6)
@@ -251,9 +240,7 @@ def test_the_backward_accepts_an_expanded_gradient():
     given = operands([3, 2, 2], [True, False, True], (2, 3))
     y = linear_plus_low_rank(*given)
     got = torch.autograd.grad(y.sum(), given[:5], retain_graph=True)
-    want = torch.autograd.grad(y, given[:5], torch.ones_like(y))
-    for ours, reference in zip(got, want, strict=True):
-        torch.testing.assert_close(ours, reference)
+    torch.testing.assert_close(got, torch.autograd.grad(y, given[:5], torch.ones_like(y)))
 
 
 def test_the_input_is_not_kept_for_a_frozen_weight():
@@ -274,17 +261,14 @@ def test_class_keys_and_shapes_are_loralibs(name, kwargs, x, r):
     ours, theirs = getattr(p3, name)(**kwargs, r=r), getattr(lora, name)(**kwargs, r=r)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert lora.lora_state_dict(ours).keys() == ({"lora_A", "lora_B"} if r else set())  # no lora_ind
-    assert isinstance(ours, type(theirs))
-    assert isinstance(ours, LoRALayer)
+    assert isinstance(ours, type(theirs)) and isinstance(ours, LoRALayer)
     assert isinstance(ours, lora.Linear) == (name == "Linear")  # in loralib a MergedLinear is no Linear
 
 
 @every_layer
-def test_checkpoints_go_both_ways(name, kwargs, x):
-    ours = built(name, kwargs)
-    theirs = getattr(lora, name)(**kwargs, r=2, lora_alpha=3, merge_weights=False)
-    theirs.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(theirs(x), ours(x))
+def test_loralibs_checkpoints_load(name, kwargs, x):
+    """test_each_layer_equals_loralibs loads ours into loralib's layers."""
+    ours, theirs = both(name, **kwargs, r=2, lora_alpha=3)
     randomize_adapters(theirs, seed=1)
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(x), theirs(x))
@@ -347,20 +331,19 @@ def test_a_released_base_is_the_plain_layer_until_it_is_attached_again(name, kwa
     assert not any(module.training for module in layer.modules())
 
 
-@every_layer
-def test_rank_zero_is_the_base_layer(name, kwargs, x):
-    layer = getattr(p3, name)(**kwargs, r=0)
-    base = plain_base(name, kwargs)
+@pytest.mark.parametrize(
+    ("name", "kwargs", "x"),
+    [
+        *[(name, {**kwargs, "r": 0}, x) for name, kwargs, x in LAYERS],
+        ("MergedLinear", {"in_features": 6, "out_features": 8, "r": 2, "enable_lora": [False, False]}, normal(3, 6)),
+    ],
+)
+def test_rank_zero_or_no_enabled_segment_is_the_base_layer(name, kwargs, x):
+    layer = getattr(p3, name)(**kwargs)
+    base = plain_base(name, {key: value for key, value in kwargs.items() if key != "r"})
     base.load_state_dict({key.removeprefix("conv."): value for key, value in layer.state_dict().items()})
     assert torch.equal(layer(x), base(x))
     assert layer.base_layer().weight.requires_grad  # as in loralib
-
-
-def test_no_segment_enabled_is_the_base_layer():
-    layer = p3.MergedLinear(4, 6, r=2, enable_lora=[False, False])
-    x = torch.randn(3, 4)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    assert layer.state_dict().keys() == {"weight", "bias"}
 
 
 @every_layer
@@ -384,34 +367,25 @@ def test_train_and_eval_return_self_and_never_change_a_bit(name, kwargs, x):
     layer = built(name, kwargs, merge_weights=True).to(torch.bfloat16)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     for _ in range(20):
-        assert layer.eval() is layer
-        assert layer.train() is layer
-        assert layer.training
-        assert layer.train(False) is layer
-        assert not layer.training
+        assert layer.eval() is layer and not layer.training
+        assert layer.train() is layer and layer.training
+        assert layer.train(False) is layer and not layer.training
     for key, value in layer.state_dict().items():
         assert torch.equal(value.view(torch.int16), before[key].view(torch.int16)), key
 
 
-def identity_layers(p: float) -> list[nn.Module]:
-    """Layers whose frozen weight is zero and whose adapter passes its input through, on every segment."""
-    linear = p3.Linear(64, 64, r=64, lora_alpha=64, lora_dropout=p, bias=False)
-    merged = p3.MergedLinear(64, 128, r=64, lora_alpha=64, lora_dropout=p, enable_lora=[True, True], bias=False)
-    for layer in (linear, merged):
+def test_dropout_drops_the_share_and_keeps_the_mean():
+    """On layers whose frozen weight is zero and whose adapter passes its input through, on every segment."""
+    torch.manual_seed(0)
+    settings = {"r": 64, "lora_alpha": 64, "lora_dropout": 0.25, "bias": False}
+    for layer in (p3.Linear(64, 64, **settings), p3.MergedLinear(64, 128, enable_lora=[True, True], **settings)):
         for parameter in (layer.lora_A, layer.lora_B):
             parameter.data = torch.eye(64).repeat(parameter.shape[0] // 64, 1)
         layer.weight.data.zero_()
-    return [linear, merged]
-
-
-def test_dropout_drops_the_share_and_keeps_the_mean():
-    torch.manual_seed(0)
-    for layer in identity_layers(0.25):
         x = torch.ones(500, 64, requires_grad=True)
         y = layer.train()(x)
         torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / 0.75]))
-        assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-        assert y.mean().item() == pytest.approx(1, abs=0.02)
+        assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)  # and so the mean is 1
         y[:, :64].sum().backward()
         assert torch.equal(x.grad, y[:, :64].detach())  # d y / d x is the mask over 1 - p, and so is y
         assert torch.equal(y[:, :64], y[:, -64:])  # all segments see one mask, as in loralib
@@ -464,9 +438,8 @@ def test_within_autocast_the_products_run_in_its_dtype(name, kwargs, x, base_dty
     randomize_adapters(layer)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-    assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert layer.lora_A.grad.dtype == torch.float32
+    assert (y.dtype, layer.lora_A.grad.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(y.float(), copy.deepcopy(layer).float()(x), rtol=0.02, atol=0.02)
 
 
@@ -509,8 +482,8 @@ def test_to_moves_the_adapters_with_the_base(name, kwargs, x):
     [
         ({"segments": (4, 4), "enable_lora": [True, True]}, "add up to 8"),
         ({"segments": (10, -1), "enable_lora": [True, True]}, "positive width for each"),
-        ({"segments": (4, 5), "enable_lora": [True]}, r"segments=\(4, 5\) .* for each of enable_lora=\[True\]"),
-        ({"enable_lora": [True, False]}, r"\(4, 4\) \(equal by default\) add up to 8; .* 9 \(out_features\)"),
+        ({"segments": (4, 5), "enable_lora": [True]}, r"for each of enable_lora=\[True\]"),
+        ({"enable_lora": [True, False]}, "equal by default"),
         ({"enable_lora": []}, r"segments=\(\) "),
         ({"enable_lora": [True], "r": -1}, "r=-1"),
         ({"enable_lora": [True], "r": 1.5}, r"r=1\.5"),
