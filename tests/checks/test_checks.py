@@ -34,7 +34,7 @@ def relabelled(change, source=None):
     source = source or chat_dataset()
     pairs = [change(*(part.copy() for part in source.document(i))) for i in range(len(source))]
     ids, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    starts = np.concatenate([[0], np.cumsum([len(pair[0]) for pair in pairs])])
+    starts = np.cumsum([0, *(len(pair[0]) for pair in pairs)])
     return p3.ChatDataset(
         ids, labels, starts, max_length=source.max_length, pad_token_id=source.pad_token_id,
         end_of_turn_id=source.end_of_turn_id, format="messages", rows=np.arange(1, len(pairs) + 1),
@@ -52,18 +52,9 @@ def with_undeclared_bias():
     return model
 
 
-def mask_end_of_turn(ids, labels):
-    labels[ids == chat_dataset().end_of_turn_id] = -100
-    return ids, labels
-
-
 def mask_first_end_of_turn(ids, labels):
     labels[np.flatnonzero((ids == chat_dataset().end_of_turn_id) & (labels != -100))[:1]] = -100
     return ids, labels
-
-
-def shift_labels(ids, labels):
-    return ids, np.concatenate([labels[1:], [-100]]).astype(np.int32)
 
 
 def mask_almost_everything(ids, labels):
@@ -72,26 +63,20 @@ def mask_almost_everything(ids, labels):
     return ids, labels
 
 
-def dropped_rows():
-    rows = [{"prompt": LONG, "completion": "yes"}, {"prompt": "Hi", "completion": "yes"}]
-    return p3.ChatDataset.load(rows, make_tokenizer(), max_length=32)
-
-
 def dtype_model(dtype):
     model = tiny_model().to(dtype)
     p3.inject_lora(model)
     return model
 
 
-ONLY_O_AND_DOWN, PART_OF_THE_STACK = ["o_proj", "down_proj"], ["qkv_proj", "0.self_attn.o_proj"]
 CASES = {  # name -> (arguments of examine or functions that make them, finding, status, text)
     "no adapters": ({"model": tiny_model}, "targets", "error", r"no layer is adapted"),
     "only two of Llama's names match": (
-        {"model": lambda: fresh_model(target_modules=ONLY_O_AND_DOWN)}, "targets", "warning",
+        {"model": lambda: fresh_model(target_modules=["o_proj", "down_proj"])}, "targets", "warning",
         r"o_proj, down_proj in 4 layers, 33 %.*not adapted: qkv_proj, gate_up_proj.*all-linear",
     ),
     "a part of the stack": (
-        {"model": lambda: fresh_model(target_modules=PART_OF_THE_STACK)}, "targets", "warning",
+        {"model": lambda: fresh_model(target_modules=["qkv_proj", "0.self_attn.o_proj"])}, "targets", "warning",
         r"not in others \(model.layers.0.mlp",
     ),
     "base weight trains": (
@@ -102,12 +87,9 @@ CASES = {  # name -> (arguments of examine or functions that make them, finding,
     "frozen adapter": ({"model": with_frozen_adapter}, "frozen", "error", r"1 adapter param.*down_proj.lora_B"),
     "adapter off": ({"model": with_disabled_layer}, "frozen", "warning", r"1 of 8 adapters are switched off.*1.self_a"),
     "unusual alpha": ({"model": lambda: fresh_model(lora_alpha=400)}, "scaling", "warning", r"by 100.*lora_alpha=400"),
-    "end of turn masked": (
-        {"dataset": lambda: relabelled(mask_end_of_turn)}, "end of turn", "error",
-        r"32 of 32 trained turns of 24 documents do not train <\|end\|>.*rows 1, 2, 3, 4, 5 and 19 more",
-    ),
     "some ends of turn masked": (
-        {"dataset": lambda: relabelled(mask_first_end_of_turn)}, "end of turn", "error", r"24 of 32 trained turns",
+        {"dataset": lambda: relabelled(mask_first_end_of_turn)}, "end of turn", "error",
+        r"24 of 32 trained turns of 24 documents do not train <\|end\|>.*rows 1, 2, 3, 4, 5 and 19 more",
     ),
     "another tokenizer": (
         {"tokenizer": lambda: p3.demo.load()[1]}, "end of turn", "error",
@@ -117,17 +99,24 @@ CASES = {  # name -> (arguments of examine or functions that make them, finding,
         {"dataset": lambda: chats_of(LONG, LONG, max_length=32)}, "lengths", "warning", r"32 \| 32 tok.*2 truncated",
     ),
     "all cut, so it would not stop": (
-        {"dataset": lambda: chats_of(LONG, LONG, max_length=32)}, "end of turn", "error",
-        r"none of 2 trained turns.*max_length",
+        {"dataset": lambda: chats_of(LONG, LONG, max_length=32)}, "end of turn", "error", r"none of 2 .*max_length",
     ),
     "some cut, which is fine": (
         {"dataset": lambda: chats_of(LONG, "yes", "no", max_length=32)}, "end of turn", "ok", r"except 1 that max_",
     ),
-    "rows dropped": ({"dataset": dropped_rows}, "lengths", "warning", r"1 rows dropped"),
+    "rows dropped": (
+        {"dataset": lambda: p3.ChatDataset.load(
+            [{"prompt": text, "completion": "yes"} for text in (LONG, "Hi")], make_tokenizer(), max_length=32
+        )},
+        "lengths", "warning", r"1 rows dropped",
+    ),
     "empty answers": (
         {"dataset": lambda: chats_of("yes", "", "no", "")}, "empty answers", "warning", r"2 empty .*\(rows 2, 4\)",
     ),
-    "labels shifted": ({"dataset": lambda: relabelled(shift_labels)}, "supervised", "error", r"not their own token's"),
+    "labels shifted": (
+        {"dataset": lambda: relabelled(lambda ids, labels: (ids, np.roll(labels, -1)))}, "supervised", "error",
+        r"not their own token's",
+    ),
     "hardly anything trained": (
         {"dataset": lambda: relabelled(mask_almost_everything, chats_of("ok", "no"))}, "supervised", "warning",
         r"^0\.\d % of",
@@ -168,16 +157,15 @@ CASES = {  # name -> (arguments of examine or functions that make them, finding,
 def test_a_fault_is_reported(tmp_path, case):
     arguments, name, status, text = CASES[case]
     found = examine(tmp_path, **{k: make() if callable(make) else make for k, make in arguments.items()})[name]
-    assert found.status == status
-    assert re.search(text, found.text), found.text
+    assert found.status == status and re.search(text, found.text), found
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_dataset_without_documents_is_an_error_and_no_exception(tmp_path, packing):
     report = examine(tmp_path, dataset=chat_dataset().select([]), settings={"packing": packing}, try_steps=True)
     assert report["gradient flow"].text == "not tried: fix the error of 'run' first"
-    assert {report[name].status for name in ("run", "supervised", "packing", "time")} == {"error"}
-    assert {report[name].status for name in ("targets", "layers", "precision", "memory")} == {"ok"}
+    assert {f.name for f in report if f.status == "error"} >= {"run", "supervised", "packing", "time"}
+    assert {f.name for f in report if f.status == "ok"} >= {"targets", "layers", "precision", "memory"}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +177,6 @@ def test_a_dataset_without_documents_is_an_error_and_no_exception(tmp_path, pack
         (torch.float32, {"fp16": True}, ("bf16",), "no instructions for fp16.*dtype='float32', without fp16=True"),
         (torch.float32, {"fp16": True}, ("fp16",), None),
         (torch.bfloat16, {}, ("bf16",), None),
-        (torch.float32, {}, (), None),
     ],
 )
 def test_a_precision_that_the_weights_or_the_cpu_do_not_suit_is_reported(
@@ -226,8 +213,7 @@ def test_trained_spans_equal_those_of_a_plain_loop(monkeypatch):
     found = trained_spans(dataset)
     assert list(zip(found.document, found.start, found.length, found.last_token, strict=True)) == expected
     some = trained_spans(dataset, sample=3)
-    assert some.documents == 3
-    assert set(some.document) == {0, 3, 6}
+    assert (some.documents, set(some.document)) == (3, {0, 3, 6})
 
 
 # --- Memory, disk, time
@@ -237,14 +223,12 @@ def test_memory_is_compared_with_the_card_that_is_asked_about(tmp_path):
     model = fresh_model()
     plan = PlannedRun(model, None, chat_dataset(), healthy_config(tmp_path)).memory()
     none, full = plan.peak_gib["none"], plan.peak_gib["full"]
-    assert full < none
 
     def memory(gib, **changes):
         return examine(tmp_path, model, settings=changes, device_memory_gib=gib)["memory"]
 
-    assert memory(None).status == memory(2 * none).status == "ok"
-    assert "no GPU here" in memory(None).text
-    assert memory(none).status == "warning"  # over 92 %
+    assert memory(None).status == "ok" and "no GPU here" in memory(None).text
+    assert (memory(2 * none).status, memory(none).status) == ("ok", "warning")  # the second is over 92 %
     between = (none + full / 0.92) / 2
     tight = memory(between)
     assert tight.status == "error"
@@ -254,8 +238,7 @@ def test_memory_is_compared_with_the_card_that_is_asked_about(tmp_path):
     assert memory(1e-9).text.endswith("use smaller batches or base_precision='nf4'")
     lines = tight.details[0][0].splitlines()
     assert lines[0].split() == ["GiB", "none", "selective", "full", "offload"]
-    assert [line[:10].strip() for line in lines[1:4]] == ["as loaded", "fp8", "nf4"]
-    assert "x" in lines[1]
+    assert [line[:10].strip() for line in lines[1:4]] == ["as loaded", "fp8", "nf4"] and "x" in lines[1]
     with pytest.raises(p3.TrainingError, match=r"device_memory_gib=0; allowed"):
         memory(0)
 
@@ -272,36 +255,34 @@ def test_the_prediction_for_another_card_assumes_the_fused_kernels(tmp_path):
 def test_an_output_folder_that_cannot_be_used_is_reported_and_left_alone(tmp_path):
     kept = tmp_path / "run" / "checkpoint-3" / "file"
     kept.parent.mkdir(parents=True)
-    kept.write_text("another run's")
+    kept.touch()
     for folder, text in (("run", "the newest is checkpoint-3"), ("run/checkpoint-3/file/x", "to: Not a directory")):
         found = examine(tmp_path, settings={"output_dir": str(tmp_path / folder)})["output"]
-        assert found.status == "error"
-        assert text in found.text
+        assert found.status == "error" and text in found.text
     assert examine(tmp_path, settings={"overwrite_output_dir": True})["output"].status == "ok"
     assert kept.exists()
 
 
-@pytest.mark.parametrize(("share", "status"), [(0.5, "error"), (1.1, "warning"), (3, "ok")])
-def test_a_full_disk_is_reported(tmp_path, monkeypatch, share, status):
-    planned = PlannedRun(fresh_model(), None, chat_dataset(), healthy_config(tmp_path))
-    each = settings.checkpoint_bytes(planned)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(share * each)))
-    assert examine(tmp_path)["disk"].status == status
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
+    each = settings.checkpoint_bytes(PlannedRun(fresh_model(), None, chat_dataset(), healthy_config(tmp_path)))
+    for share, status in ((0.5, "error"), (1.1, "warning"), (3, "ok")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=int(share * each): SimpleNamespace(free=free))
+        assert examine(tmp_path)["disk"].status == status
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"save_strategy": "steps", "save_steps": 2},
-        {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1},
+        {"save_steps": 2},
+        {"save_steps": 2, "save_total_limit": 1},
         {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2},
-        {"save_strategy": "steps", "save_steps": 0.5, "optim": "sgd"},
+        {"save_steps": 0.5, "optim": "sgd"},
     ],
     ids=str,
 )
 def test_the_checkpoints_take_the_predicted_space(tmp_path, changes):
     model, chats = fresh_model(r=16), chat_dataset()
-    config = healthy_config(tmp_path, **{"max_steps": 7, **changes})
+    config = healthy_config(tmp_path, **{"max_steps": 7, "save_strategy": "steps", **changes})
     planned = PlannedRun(model, None, chats, config)
     count, each = settings.checkpoints_at_once(planned), settings.checkpoint_bytes(planned)
     p3.train(model, chats, config)
