@@ -22,7 +22,6 @@ from faulty import (
     with_disabled_layer,
     with_frozen_adapter,
 )
-from torch import nn
 
 import phi3lora as p3
 from phi3lora.__main__ import main
@@ -32,21 +31,13 @@ from phi3lora.checks.planned_run import PlannedRun
 
 def test_a_healthy_run_has_no_error_and_no_warning(tmp_path):
     report = examine(tmp_path, try_steps=True)
-    assert report.ok
-    assert {f.status for f in report} == {"ok"}, str(report)
+    assert report.ok and {f.status for f in report} == {"ok"}, str(report)
     assert [f.name for f in report] == [*CHECKS, "gradient flow", "time"]
     assert str(report).endswith("no errors, no warnings")
     assert all("\n" not in f.text for f in report)
 
 
 # --- Gradient flow
-
-
-def with_detached_layer():
-    model = fresh_model()
-    layer = model.model.layers[0].mlp.down_proj
-    layer.forward = lambda x: nn.functional.linear(x, layer.weight)
-    return model
 
 
 def with_a_dead_segment():
@@ -73,16 +64,13 @@ def with_large_head():
 def all_off():
     model = fresh_model()
     for module in model.modules():
-        if hasattr(module, "enabled"):
-            module.enabled = False
+        module.enabled = False
     return model
 
 
 FLOW_FAULTS = {
     "frozen B": (with_frozen_adapter, "error", r"1 adapter mat.* step 1 of 2 \(model.layers.0.mlp.down_proj.lora_B\)"),
     "frozen A": (lambda: with_frozen_adapter("lora_A"), "error", r"1 adapter mat.* step 2 of 2 \(.*down_proj.lora_A\)"),
-    "disabled": (with_disabled_layer, "error", r"3 .* step 1 of 2 \(.*layers.1.self_attn.qkv_proj.lora_B of segment 0"),
-    "detached": (with_detached_layer, "error", r"1 .* step 1 of 2 \(.*layers.0.mlp.down_proj.lora_B\)"),
     "dead segment": (with_a_dead_segment, "error", r"1 .*step 1 of 2 \(.*1.self_attn.qkv_proj.lora_B of segment 2\)"),
     "NaN": (with_nan, "error", r"loss nan: it or its gradient is not finite"),
     "worse than guessing": (with_large_head, "warning", r"worse than guessing \(6.24\)"),
@@ -96,8 +84,7 @@ FLOW_FAULTS = {
 def test_an_adapter_that_would_not_learn_is_reported(tmp_path, fault):
     make, status, text = FLOW_FAULTS[fault]
     found = examine(tmp_path, make(), try_steps=True)["gradient flow"]
-    assert found.status == status
-    assert re.search(text, found.text), found.text
+    assert found.status == status and re.search(text, found.text), found
 
 
 @pytest.mark.parametrize("changes", [{"fp16": True}, {"bf16": True}, {"activation_checkpointing": "offload"}], ids=str)
@@ -110,17 +97,12 @@ def test_steps_are_tried_in_the_precision_and_mode_of_the_run(tmp_path, changes)
 
 
 def with_history():
-    """Adapters that have learned, leftover gradients, modules in mixed modes, dropout."""
+    """Adapters that have learned, leftover gradients, modules in mixed modes, dropout, another attention."""
     model = fresh_model(lora_dropout=0.1, bias="none")
     randomize_adapters(model)
     for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
         parameter.grad = torch.full_like(parameter, i) if i % 2 else None
     model.model.layers[0].train()
-    return model
-
-
-def in_sdpa():
-    model = fresh_model()
     model.set_attn_implementation("sdpa")
     return model
 
@@ -134,8 +116,7 @@ def state_of(model):
     state.update({n: p.detach().clone() for n, p in model.named_parameters()})
     state.update({f"{n} gradient": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
     state.update({f"buffer {n}": b.clone() for n, b in model.named_buffers()})
-    state.update({f"mode {n}": m.training for n, m in model.named_modules()})
-    state.update({f"attributes {n}": sorted(vars(m).keys() - SET_BY_TRAINING) for n, m in model.named_modules()})
+    state.update({f"module {n}": (m.training, vars(m).keys() - SET_BY_TRAINING) for n, m in model.named_modules()})
     state["attention"] = model.config._attn_implementation
     state["torch"], state["python"] = torch.get_rng_state(), random.getstate()
     name, keys, *rest = np.random.get_state()
@@ -153,7 +134,7 @@ def differences(before, after):
     return [name for name in before.keys() | after.keys() if not same(before.get(name), after.get(name))]
 
 
-@pytest.mark.parametrize("make", [with_history, in_sdpa, longrope_model, with_nan, with_disabled_layer])
+@pytest.mark.parametrize("make", [with_history, longrope_model, with_nan, with_disabled_layer])
 def test_weights_gradients_modes_and_generators_are_restored_bit_for_bit(tmp_path, make):
     model = make()
     chats = token_documents([50, 60], max_length=64) if make is longrope_model else chat_dataset()
@@ -203,19 +184,17 @@ def test_the_preview_highlights_what_is_trained(tmp_path, monkeypatch):
     assert "\x1b" not in plain
     assert "\x1b[32mHello\\x1b[31m you!<|end|>\x1b[0m" in coloured
     monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", "110")
-    assert str(report) == coloured
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert str(report) == plain
+    for no_color, expected in (("", coloured), ("1", plain)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        assert str(report) == expected
 
 
 def test_one_finding_prints_as_its_lines_of_the_report(tmp_path):
     report = examine(tmp_path)
     assert str(report["saving"]) == "ok       saving  checkpoints: none"
-    head, *lines = str(report["preview"]).splitlines()
-    assert head.startswith("ok       preview  row 1, ")
-    assert lines[0].startswith(" " * len("ok       preview  ") + "<|") and "[[" in "".join(lines)
+    head, line, *_ = str(report["preview"]).splitlines()
+    assert head.startswith("ok       preview  row 1, ") and line.startswith(" " * len("ok       preview  ") + "<|")
 
 
 @pytest.mark.parametrize("columns", [80, 110])
@@ -237,18 +216,15 @@ def test_the_tokenizer_is_optional(tmp_path):
 
 
 def test_train_starts_with_one_line_a_problem(tmp_path, capsys):
-    def printed(chats, **changes):
-        config = healthy_config(tmp_path, max_steps=1, **changes)
+    def printed(chats, log_level):
+        config = healthy_config(tmp_path, max_steps=1, log_level=log_level)
         p3.train(fresh_model(), chats, config, tokenizer=make_tokenizer())
         return capsys.readouterr().out
 
     faulty = chats_of("yes", "", "no")
-    assert re.fullmatch(
-        r"warning  empty answers  1 empty assistant answers \(rows 2\).*\n", printed(faulty, log_level="warning")
-    )
-    assert "warning  empty answers" in printed(faulty, log_level="info")
-    assert printed(faulty, log_level="error") == ""
-    assert printed(chat_dataset(), log_level="warning") == ""
+    assert re.fullmatch(r"warning  empty answers  1 empty .*\(rows 2\).*\n", printed(faulty, "warning"))
+    assert "warning  empty answers" in printed(faulty, "info")
+    assert printed(faulty, "error") == printed(chat_dataset(), "warning") == ""
 
 
 def test_the_checks_of_train_take_no_time(tmp_path):
