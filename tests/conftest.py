@@ -228,6 +228,13 @@ def lively_model(seed: int = 0, **changes) -> Phi3ForCausalLM:
     return model
 
 
+def save_checkpoint(model: Phi3ForCausalLM, folder, **options):
+    """Save a model and its tokenizer as a checkpoint and return the folder."""
+    model.save_pretrained(folder, **options)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 # Members of the family that attend differently, as changes to :func:`tiny_config`.
 ATTENTION_VARIANTS = {
     "grouped-query": {},

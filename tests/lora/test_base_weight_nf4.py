@@ -15,6 +15,7 @@ from conftest import (
     random_documents,
     randomize_adapters,
     require_four_bit,
+    save_checkpoint,
     tiny_model,
 )
 from torch import nn
@@ -29,7 +30,6 @@ from phi3lora.model.estimate import flops_per_token, plan_memory
 require_four_bit()
 import bitsandbytes as bnb  # noqa: E402
 
-CPU = {"": "cpu"}
 IDS = torch.arange(10, 30)[None]
 
 
@@ -38,9 +38,9 @@ def linear(size=(64, 96), dtype=torch.float32, seed=0) -> nn.Linear:
     return nn.Linear(*size, bias=False, dtype=dtype)
 
 
-def nf4_model(seed: int = 0, **changes):
+def nf4_model(**changes):
     """:func:`lively_model`, its linear weights in nf4."""
-    model = lively_model(seed, **changes)
+    model = lively_model(**changes)
     quantize_base(model, "nf4")
     return model
 
@@ -59,8 +59,7 @@ def test_products_are_bitsandbytes_own(size, dtype):
     layer = nf4_linear(linear(size, dtype))
     x = torch.randn(2, 3, size[0], dtype=dtype, requires_grad=True)
     y, theirs = base_linear(x, base_weight_of(layer)), layer(x)
-    assert y.dtype == dtype
-    assert torch.equal(y, theirs)
+    assert y.dtype == dtype and torch.equal(y, theirs)
     dy = torch.randn_like(y)
     assert torch.equal(*(torch.autograd.grad(out, x, dy)[0] for out in (y, theirs)))
 
@@ -114,8 +113,7 @@ def test_a_4_bit_model_has_the_dense_ones_report_and_flops_and_less_memory():
     reports = [str(p3.inject_lora(m, p3.LoraConfig(r=4))) for m in (dense, model)]
     assert reports[0] == reports[1]
     assert flops_per_token(model, 64) == flops_per_token(dense, 64)
-    assert base_format(dense) == ""
-    assert base_format(model) == "nf4"
+    assert (base_format(dense), base_format(model)) == ("", "nf4")
     saved = sum(4 * m.in_features * m.out_features for m in dense.model.modules() if isinstance(m, nn.Linear))
     stored = sum(base_weight_of(m).nbytes for m in model.model.modules() if isinstance(m, nn.Linear))
     one_written_out = 4 * 96 * 32  # gate_up_proj, the largest
@@ -158,10 +156,8 @@ def test_a_weight_that_bitsandbytes_repacked_is_packed_back():
     for layer in model.model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             layer.support_avx512bf16_for_cpu = True
-            weight = layer.weight
-            weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
-                weight.data, weight.quant_state
-            )
+            weight, repack = layer.weight, bnb.functional._convert_weight_packed_for_cpu
+            weight.data, weight.quant_state = repack(weight.data, weight.quant_state)
     p3.inject_lora(model, p3.LoraConfig(r=4, target_modules=["o_proj"]))
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
     change = (model(IDS).logits - logits).norm() / logits.norm()
@@ -194,18 +190,14 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-phi3")
-    lively_model().save_pretrained(folder, max_shard_size="40KB")
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_checkpoint(lively_model(), tmp_path_factory.mktemp("tiny-phi3"), max_shard_size="40KB")
 
 
 def load_quantised(checkpoint, **settings):
     """The checkpoint, quantised by transformers."""
+    where = {"dtype": torch.float32, "device_map": {"": "cpu"}}
     config = BitsAndBytesConfig(load_in_4bit=True, **settings)
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, quantization_config=config, device_map=CPU
-    )
+    return AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, **where)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
@@ -213,17 +205,15 @@ def test_loading_in_nf4_is_quantising_what_was_loaded(checkpoint, dtype):
     loaded, _ = p3.load_model(checkpoint, dtype=dtype, device="cpu", base_precision="nf4")
     model, _ = p3.load_model(checkpoint, dtype=dtype, device="cpu")
     quantize_base(model, "nf4")
-    assert not loaded.training
-    assert type(loaded.lm_head) is nn.Linear
-    assert loaded.dtype == model.dtype
+    assert not loaded.training and type(loaded.lm_head) is nn.Linear and loaded.dtype == model.dtype
     assert all(torch.equal(a, b) for a, b in zip(packed_tensors(loaded), packed_tensors(model), strict=True))
     assert loaded.model.layers[0].mlp.down_proj.weight.quant_state.nested
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_a_checkpoint_in_4_bits_is_loaded_as_it_is(checkpoint, tmp_path):
-    load_quantised(checkpoint, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    save_checkpoint(load_quantised(checkpoint, **nf4), tmp_path)
     fresh, _ = p3.load_model(checkpoint, dtype="float32", device="cpu", base_precision="nf4")
     for base_precision in (None, "nf4"):
         model, _ = p3.load_model(tmp_path, dtype="float32", device="cpu", base_precision=base_precision)
@@ -244,14 +234,12 @@ def test_a_model_that_transformers_quantised_is_adapted(checkpoint):
 @pytest.mark.parametrize(
     ("quantization", "precision", "message"),
     [
-        ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, None, "load_in_8bit.*; allowed: none"),
-        ({"quant_method": "gptq", "bits": 4}, "nf4", "gptq.*; allowed: none .*or bitsandbytes with load_in_4bit"),
-        ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "fp8", "is already in 4 bits; allowed: None, 'nf4'"),
+        ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, None, "load_in_8bit"),
+        ({"quant_method": "gptq", "bits": 4}, "nf4", "gptq"),
+        ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "fp8", "already in 4 bits"),
     ],
-)  # fmt: skip
-def test_a_checkpoint_quantised_in_another_way_is_refused_before_its_weights_are_read(
-    tmp_path, quantization, precision, message
-):
+)
+def test_a_checkpoint_quantised_in_another_way_is_refused_unread(tmp_path, quantization, precision, message):
     tiny_model().config.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ATTENTION_VARIANTS, lively_model, make_tokenizer, tiny_config
+from conftest import ATTENTION_VARIANTS, lively_model, make_tokenizer, save_checkpoint, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -25,10 +25,7 @@ IDS = torch.arange(10, 30)[None]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A folder with a tiny Phi-3 in float32 and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-phi3")
-    lively_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_checkpoint(lively_model(), tmp_path_factory.mktemp("tiny-phi3"))
 
 
 @pytest.fixture
@@ -59,8 +56,7 @@ def test_the_model_has_the_requested_dtype_and_the_checkpoints_function(checkpoi
 
 def test_the_defaults_are_bfloat16_packed_attention_and_no_cache(checkpoint):
     model, _ = p3.load_model(checkpoint, device="cpu")
-    assert model.dtype == torch.bfloat16
-    assert model.config._attn_implementation == "phi3lora"
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "phi3lora")
     assert model(IDS).past_key_values is None
     with_cache, _ = p3.load_model(checkpoint, use_cache=True, device="cpu")
     assert with_cache(IDS).past_key_values is not None
@@ -68,9 +64,7 @@ def test_the_defaults_are_bfloat16_packed_attention_and_no_cache(checkpoint):
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16])
 def test_auto_is_the_checkpoints_own_dtype(saved, tmp_path):
-    lively_model().to(saved).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    model, _ = p3.load_model(tmp_path, dtype="auto", device="cpu")
+    model, _ = p3.load_model(save_checkpoint(lively_model().to(saved), tmp_path), dtype="auto", device="cpu")
     assert {p.dtype for p in model.parameters()} == {saved}
 
 
@@ -100,13 +94,12 @@ def test_a_tokenizer_without_padding_pads_with_eos(damaged):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"dtype": "int8"}, "dtype='int8'; allowed: 'bfloat16', 'float16', 'float32', 'auto'"),
-        ({"dtype": torch.int8}, "dtype='int8'"),
+        ({"dtype": torch.int8}, "dtype='int8'; allowed"),
         ({"dtype": None}, "dtype='None'"),
-        ({"base_precision": "int3"}, "base_precision='int3'; allowed: None"),
-        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2'; allowed: 'phi3lora'"),
-        ({"device": "gpu"}, "device='gpu': .*allowed: an available device"),
-        ({"device": "xpu"}, "device='xpu': .*allowed: an available device"),
+        ({"base_precision": "int3"}, "base_precision='int3'"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2'; allowed"),
+        ({"device": "gpu"}, "device='gpu': "),
+        ({"device": "xpu"}, "device='xpu': "),
     ],
 )
 def test_an_unknown_setting_is_refused(checkpoint, setting, message):
@@ -196,8 +189,6 @@ def test_the_boundary_is_where_the_rotary_factors_change():
 
 
 def test_loading_a_longrope_model_says_which_lengths_are_trained(tmp_path, caplog):
-    lively_model(**LONGROPE).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, "phi3lora"):
-        p3.load_model(tmp_path, device="cpu")
+        p3.load_model(save_checkpoint(lively_model(**LONGROPE), tmp_path), device="cpu")
     assert "up to 64 tokens" in caplog.text
