@@ -10,34 +10,29 @@ import phi3lora as p3
 from phi3lora.model import backend as backends
 from phi3lora.model.backend import PLAIN, Backend, choose_backend, use_backend
 
+HOOK = "a hook on a Phi3MLP"
+
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("reason", "options", "expected"),
     [
-        ({}, "plain (not on a CUDA device)"),
-        ({"compile": True}, "compiled (compile=True)"),
-        ({"compile": False}, "plain (compile=False)"),
-        ({"compile": True, "offload": True}, "plain (offload cannot be compiled)"),
-        ({"compile": False, "offload": True}, "plain (compile=False)"),
+        ("here", {}, "plain (not on a CUDA device)"),
+        ("here", {"compile": True}, "compiled (compile=True)"),
+        ("here", {"compile": False}, "plain (compile=False)"),
+        ("here", {"compile": True, "offload": True}, "plain (offload cannot be compiled)"),
+        ("here", {"compile": False, "offload": True}, "plain (compile=False)"),
+        (None, {}, "fused"),
+        (HOOK, {}, f"plain ({HOOK}; compile=True is faster than plain)"),
+        (HOOK, {"offload": True}, f"plain ({HOOK})"),
+        ("compiled layers", {}, "plain (compiled layers)"),
     ],
 )
-def test_what_is_chosen_and_why(options, expected):
+def test_what_is_chosen_and_why(monkeypatch, reason, options, expected):
+    """Here, and where kernels and the compiler run but for a reason: it then names the next best."""
+    if reason != "here":
+        monkeypatch.setattr(backends, "unsupported_reason", lambda *_: reason)
+        monkeypatch.setattr(backends, "_compiles_on", lambda device: True)
     assert str(choose_backend(tiny_model(), **options)) == expected
-
-
-@pytest.mark.parametrize(
-    ("reason", "offload", "expected"),
-    [
-        (None, False, "fused"),
-        ("a hook on a Phi3MLP", False, "plain (a hook on a Phi3MLP; compile=True is faster than plain)"),
-        ("a hook on a Phi3MLP", True, "plain (a hook on a Phi3MLP)"),
-        ("compiled layers", False, "plain (compiled layers)"),
-    ],
-)
-def test_where_kernels_could_run_the_reason_names_the_next_best(monkeypatch, reason, offload, expected):
-    monkeypatch.setattr(backends, "unsupported_reason", lambda *_: reason)
-    monkeypatch.setattr(backends, "_compiles_on", lambda device: True)
-    assert str(choose_backend(tiny_model(), offload=offload)) == expected
 
 
 def test_compiled_layers_are_compiled_inside_the_block_alone():
