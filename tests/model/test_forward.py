@@ -76,19 +76,10 @@ def test_neither_batch_size_nor_padding_changes_the_sum(layout):
     assert_same_loss_and_gradients(model, sum(loss for loss, _ in parts), whole, model)
 
 
-def test_a_label_on_a_documents_first_token_is_not_trained():
-    """Nothing of its own document precedes it; the token before is another document's last."""
-    model, batch = adapted_lively_model(), packed_batch(ROWS, 20)
-    loss, count = p3.causal_lm_loss(model, batch)
-    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, 17)
-    again, again_count = p3.causal_lm_loss(model, batch)
-    assert again_count == count
-    assert torch.equal(again, loss)
-
-
 def test_only_supervised_positions_come_out_each_with_the_token_that_follows():
     model, batch = lively_model(), packed_batch([DOCUMENTS[:2]], 16)
     batch["labels"][0, 3:6] = -100
+    batch["labels"][batch["position_ids"] == 0] = 17  # not trained: nothing of its own document precedes it
     hidden, labels = supervised_hidden_states(model, batch, PLAIN)
     want_positions = [0, 1, 5, 6, 7, 9, 10, 11, 12]  # labels at 1, 2, 6, 7, 8 of the first, 1..4 of the second
     assert labels.tolist() == [(DOCUMENTS[0] + DOCUMENTS[1])[p + 1] for p in want_positions]
@@ -109,27 +100,20 @@ def test_the_loss_is_float32_in_bf16_and_under_autocast(autocast):
 @pytest.mark.parametrize("key", [*BATCH_KEYS, "attention_mask"])
 def test_a_batch_in_another_layout_is_refused(key):
     batch = packed_batch(ROWS, 15)
-    if key in batch:
-        del batch[key]
-    else:
+    if batch.pop(key, None) is None:
         batch[key] = torch.ones_like(batch["input_ids"])
-    with pytest.raises(ModelError, match=r"a packed batch has input_ids, labels.*no attention_mask"):
+    with pytest.raises(ModelError, match="a packed batch has input_ids"):
         p3.causal_lm_loss(tiny_model(), batch)
 
 
 def test_an_attention_that_cannot_keep_documents_apart_is_refused():
     model = tiny_model()
     model.config._attn_implementation_internal = "flash_attention_2"
-    message = "'flash_attention_2' cannot keep packed documents apart.*phi3lora, sdpa, eager"
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match="'flash_attention_2' cannot keep packed documents apart"):
         p3.causal_lm_loss(model, packed_batch(ROWS, 15))
 
 
-GPU_CHANGES = {
-    "grouped-query": {},
-    "multi-head": {"num_key_value_heads": 4},
-    "sliding-window": {"sliding_window": 40},
-}
+GPU_CHANGES = {"grouped-query": {}, "multi-head": {"num_key_value_heads": 4}, "sliding-window": {"sliding_window": 40}}
 
 
 @pytest.mark.gpu
