@@ -82,23 +82,18 @@ def test_an_adapter_on_a_quantised_base_is_itself_exact(quantise, bias):
         of_base, of_both = (torch.autograd.grad(out, x, dy, retain_graph=True)[0] for out in (y_base, y))
         torch.testing.assert_close(of_both - of_base, layer.delta().sum(0).expand(3, -1))
         y.sum().backward()
-        assert layer.lora_A.grad.norm() > 0
-        assert layer.lora_B.grad.norm() > 0
+        assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
 
 
 def test_an_adapted_quantised_layer_shares_its_tensors_and_gives_the_layer_back(quantise):
     base = quantise(linear(bias=True))
     layer = p3.Linear.adapt(base, r=4)
-    assert layer.weight is base.weight
-    assert layer.lora_A.dtype == torch.float32
+    assert layer.weight is base.weight and layer.lora_A.dtype == torch.float32
     plain = layer.base_layer()
-    assert type(plain) is type(base)
-    assert plain.weight is base.weight
-    assert plain.bias is base.bias
+    assert type(plain) is type(base) and plain.weight is base.weight and plain.bias is base.bias
     assert all(getattr(plain, name, None) == getattr(base, name, None) for name in LINEAR4BIT_SETTINGS)
     for name, buffer in base.named_buffers():
-        assert getattr(layer, name) is buffer
-        assert getattr(plain, name) is buffer
+        assert getattr(layer, name) is getattr(plain, name) is buffer
     x = torch.randn(3, 64)
     assert torch.equal(plain(x), base(x))
 
@@ -107,9 +102,7 @@ def test_fp8_where_it_is_not_possible_is_left_out_with_one_warning(caplog):
     model = tiny_model()
     with caplog.at_level(logging.WARNING, logger="phi3lora"):
         quantize_base(model, "fp8")
-    assert [r.message for r in caplog.records] == [
-        "base_precision='fp8' is not possible here (no CUDA device): the frozen weights stay in 16 bits"
-    ]
+    assert len(caplog.records) == 1 and "'fp8' is not possible here (no CUDA device)" in caplog.text
     assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.float32
 
 
