@@ -130,9 +130,6 @@ def test_an_unknown_mode_and_a_model_without_such_layers_are_errors():
     model = nn.Linear(2, 2)
     with activation_checkpointing(model, "none"):
         pass
-    for mode, message in [
-        ("half", "'none', 'selective', 'full', 'offload'"),
-        ("full", "Linear has no layers that can"),
-    ]:
+    for mode, message in (("half", "'none', 'selective'"), ("full", "Linear has no layers")):
         with pytest.raises(ModelError, match=message), activation_checkpointing(model, mode):
             pass

@@ -52,9 +52,6 @@ def packed_hidden_states(model: Phi3ForCausalLM, implementation: str, rows: list
     return found
 
 
-# --- Equal to separate sequences
-
-
 @pytest.mark.parametrize("implementation", [NAME, "sdpa", "eager"])
 def test_packed_equals_separate_in_bf16(implementation):
     model = lively_model().to(torch.bfloat16)
