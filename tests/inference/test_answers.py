@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -22,27 +23,22 @@ def model():
     return adapted_model(head_scale=30.0).eval()
 
 
+@pytest.mark.parametrize("name", ["phi-3", "phi-4", "phi-4-mini"])
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
-def test_each_answer_is_that_of_generate_to_the_chat_without_its_last_turn(train_on):
-    net = model()
-    answers = p3.sample_answers(net, TOKENIZER, load(train_on=train_on), count=9, max_new_tokens=8)
+def test_each_answer_is_that_of_generate_to_the_chat_without_its_last_turn(train_on, name):
+    net, tokenizer = model(), make_tokenizer(name)
+    data = load(tokenizer=tokenizer, train_on=train_on)
+    answers = p3.sample_answers(net, tokenizer, data, count=9, max_new_tokens=8)
     assert [a.reference for a in answers] == [row["messages"][-1]["content"].strip() for row in ROWS]
     prompts = [row["messages"][:-1] for row in ROWS]
-    assert [a.answer for a in answers] == p3.generate(net, TOKENIZER, prompts, max_new_tokens=8)
-    rendered = [TOKENIZER.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in prompts]
+    assert [a.answer for a in answers] == p3.generate(net, tokenizer, prompts, max_new_tokens=8)
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in prompts]
     assert ["".join(a.prompt.split()) for a in answers] == ["".join(text.split()) for text in rendered]
 
 
-@pytest.mark.parametrize("name", ["phi-4", "phi-4-mini"])
-def test_other_templates_give_the_same_references(name):
-    tokenizer = make_tokenizer(name)
-    answers = p3.sample_answers(model(), tokenizer, load(tokenizer=tokenizer), count=9, max_new_tokens=1)
-    assert [a.reference for a in answers] == [row["messages"][-1]["content"].strip() for row in ROWS]
-
-
 def test_the_last_trained_turn_is_the_one_that_is_answered():
-    turns = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
-    chat = [{"role": role, "content": text} for role, text in turns]
+    texts = ["One?", "First.", "Two?", "Second."]
+    chat = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts, strict=True)]
     chat[-1]["train"] = False
     (answer,) = p3.sample_answers(model(), TOKENIZER, load([{"messages": chat}]), max_new_tokens=4)
     assert answer.reference == "First."
@@ -50,8 +46,7 @@ def test_the_last_trained_turn_is_the_one_that_is_answered():
 
 
 def test_chats_that_were_cut_are_skipped():
-    long = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is. " * 40}]}
-    short = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    long, short = ({"prompt": "Why?", "completion": text} for text in ("So it is. " * 40, "So."))
     for overflow in ("truncate", "split"):
         data = load([long, short, long], max_length=40, overflow=overflow)
         answers = p3.sample_answers(model(), TOKENIZER, data, count=9, max_new_tokens=2)
@@ -77,10 +72,8 @@ def test_printed_lines_are_shortened_away_from_the_answer():
     assert lines[1] == f"reference  {answers[0].reference}"
     long = type(answers[0])("a" * 300 + " the end", "the start " + "b" * 300, "two\nlines")
     lines = str(type(answers)([long])).splitlines()
-    assert lines[0].startswith("prompt     ...aaa")
-    assert lines[0].endswith("the end")
-    assert lines[1].startswith("reference  the start bbb")
-    assert lines[1].endswith("b...")
+    assert re.fullmatch(r"prompt     \.\.\.a+ the end", lines[0])
+    assert re.fullmatch(r"reference  the start b+\.\.\.", lines[1])
     assert lines[2] == "answer     two lines"
     assert max(map(len, lines)) == 211
 
