@@ -57,22 +57,15 @@ def test_loss_and_accuracy_equal_brute_force():
     assert p3.evaluate(base, DATA)["loss"] == pytest.approx(brute_force(base)["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"packing": False}, {"max_length": 150}, {"batch_size": 1}, {"batch_size": 5}], ids=str
-)
-def test_packing_row_length_and_batch_size_do_not_change_the_result(settings):
-    model = adapted_model()
-    plain, other = p3.evaluate(model, DATA), p3.evaluate(model, DATA, **settings)
-    assert other == pytest.approx(plain, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"packing": False}, {"max_length": 150}, {"packing": False, "batch_size": 1}], ids=str
-)
-def test_a_longrope_model_uses_each_document_s_own_rotary_factors(settings):
-    model = longrope_model()
+@pytest.mark.parametrize("build", [adapted_model, longrope_model])
+def test_packing_row_length_and_batch_size_do_not_change_the_result(build):
+    """longrope: each document has its own rotary factors, short or long."""
+    model = build()
+    expected, plain = brute_force(model)["loss"], p3.evaluate(model, DATA)
+    assert plain["loss"] == pytest.approx(expected, rel=1e-5)
     assert 0 < (DATA.lengths <= 40).sum() < len(DATA)
-    assert p3.evaluate(model, DATA, **settings)["loss"] == pytest.approx(brute_force(model)["loss"], rel=1e-5)
+    for settings in ({"packing": False}, {"max_length": 150}, {"packing": False, "batch_size": 1}, {"batch_size": 5}):
+        assert p3.evaluate(model, DATA, **settings) == pytest.approx(plain, rel=1e-6), settings
 
 
 def test_modes_generators_weights_and_gradients_are_left_alone_and_dropout_is_off():
@@ -96,26 +89,20 @@ def test_modes_generators_weights_and_gradients_are_left_alone_and_dropout_is_of
 def test_modes_and_gradients_are_restored_after_an_error():
     model = adapted_model().train()
     with pytest.raises(RuntimeError), eval_mode(model):
-        assert not torch.is_grad_enabled()
-        assert not model.training
+        assert not torch.is_grad_enabled() and not model.training
         raise RuntimeError
-    assert model.training
-    assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and model.training
 
 
 def test_a_huge_loss_has_infinite_perplexity():
     model = adapted_model()
     model.lm_head.weight.data.mul_(1e5)
     found = p3.evaluate(model, DATA)
-    assert found["loss"] > 700
-    assert found["perplexity"] == math.inf
+    assert found["loss"] > 700 and found["perplexity"] == math.inf
 
 
-def test_an_empty_dataset_is_an_error():
+def test_an_empty_dataset_and_a_document_longer_than_the_row_are_errors():
     with pytest.raises(p3.DataError, match="empty"):
         p3.evaluate(adapted_model(), DATA.select([]))
-
-
-def test_a_document_longer_than_the_row_is_an_error_with_both_lengths():
     with pytest.raises(p3.DataError, match=r"max_length=40.*of \d+ tokens"):
         p3.evaluate(adapted_model(), DATA, max_length=40)
