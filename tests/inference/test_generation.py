@@ -52,16 +52,11 @@ def greedy_by_hand(model, chat, count, penalty=1.0):
     return TOKENIZER.decode(new, skip_special_tokens=True).strip()
 
 
-class Spy:
-    """Records the calls of ``model.generate``."""
-
-    def __init__(self, model):
-        self.real, self.calls = model.generate, []
-        model.generate = self
-
-    def __call__(self, **options):
-        self.calls.append(options)
-        return self.real(**options)
+def record_calls(model):
+    """Return a list that will hold the keyword arguments of each call of ``model.generate``."""
+    real, calls = model.generate, []
+    model.generate = lambda **options: calls.append(options) or real(**options)
+    return calls
 
 
 # --- The answer and its end
@@ -71,9 +66,9 @@ def test_an_answer_equals_greedy_decoding_by_hand_alone_and_in_any_batch():
     model = confident_model()
     expected = [greedy_by_hand(model, user(prompt), 10) for prompt in PROMPTS]
     assert all(expected) and len(set(expected)) > 2
-    assert [p3.generate(model, TOKENIZER, prompt, max_new_tokens=10) for prompt in PROMPTS] == expected
-    for batch_size in (2, 16):
+    for batch_size in (1, 2, 16):
         assert p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=10, batch_size=batch_size) == expected
+    assert p3.generate(model, TOKENIZER, PROMPTS[0], max_new_tokens=10) == expected[0]
     assert p3.generate(model, TOKENIZER, PROMPTS[:1], max_new_tokens=10) == expected[:1]
 
 
@@ -87,11 +82,6 @@ def test_it_stops_at_the_template_s_end_of_turn_and_at_eos(name):
         model.register_forward_hook(lambda *args, seen=forwards: seen.append(1))
         assert p3.generate(model, tokenizer, "Hi", max_new_tokens=20) == ""
         assert len(forwards) == 1
-
-
-def test_an_answer_that_does_not_stop_has_max_new_tokens():
-    letter = TOKENIZER.convert_tokens_to_ids("x")
-    assert p3.generate(constant_model(letter), TOKENIZER, "Hi", max_new_tokens=7) == "x" * 7
 
 
 def test_a_trained_model_gives_the_answers_it_was_trained_on_and_stops(tmp_path):
@@ -110,9 +100,9 @@ def test_the_prompt_has_exactly_the_tokens_of_training(text):
     document = p3.ChatDataset.load([row], TOKENIZER, max_length=64)[0]
     first = next(i for i, label in enumerate(document["labels"]) if label != -100)
     model = confident_model()
-    spy = Spy(model)
+    calls = record_calls(model)
     p3.generate(model, TOKENIZER, text, max_new_tokens=1)
-    assert spy.calls[0]["input_ids"][0].tolist() == document["input_ids"][:first]
+    assert calls[0]["input_ids"][0].tolist() == document["input_ids"][:first]
 
 
 def test_a_longrope_model_answers_a_short_prompt_the_same_beside_a_long_one():
@@ -128,14 +118,11 @@ def test_a_longrope_model_answers_a_short_prompt_the_same_beside_a_long_one():
 
 def test_a_system_prompt_precedes_each_question_and_batch_size_bounds_the_batch():
     model, chat = confident_model(), user("Hi")
-    spy = Spy(model)
+    calls = record_calls(model)
     p3.generate(model, TOKENIZER, [chat, *PROMPTS[1:]], system="Be brief.", batch_size=2, max_new_tokens=1)
-    assert [len(call["input_ids"]) for call in spy.calls] == [2, 2, 1]
-    given = [
-        row[mask == 1].tolist()
-        for call in spy.calls
-        for row, mask in zip(call["input_ids"], call["attention_mask"], strict=True)
-    ]
+    assert [len(call["input_ids"]) for call in calls] == [2, 2, 1]
+    pairs = [pair for call in calls for pair in zip(call["input_ids"], call["attention_mask"], strict=True)]
+    given = [row[mask == 1].tolist() for row, mask in pairs]
     expected = [prompt_ids([{"role": "system", "content": "Be brief."}, *user(prompt)]) for prompt in PROMPTS]
     assert sorted(given) == sorted(expected)
     assert chat == user("Hi")  # the caller's list is not changed
@@ -155,47 +142,39 @@ def test_another_prompt_is_an_error_that_says_what_is_allowed(prompt):
         p3.generate(tiny_model(), TOKENIZER, prompt)
 
 
-def test_streaming_prints_the_answer_and_returns_it(capsys):
-    letter = TOKENIZER.convert_tokens_to_ids("x")
-    answer = p3.generate(constant_model(letter), TOKENIZER, "Hi", max_new_tokens=4, stream=True)
+def test_streaming_prints_the_answer_of_max_new_tokens_and_returns_it(capsys):
+    model = constant_model(TOKENIZER.convert_tokens_to_ids("x"))
+    answer = p3.generate(model, TOKENIZER, "Hi", max_new_tokens=4, stream=True)
     assert capsys.readouterr().out.strip() == answer == "xxxx"
-    p3.generate(constant_model(letter), TOKENIZER, "Hi", max_new_tokens=3)
+    assert p3.generate(model, TOKENIZER, "Hi", max_new_tokens=3) == "xxx"
     assert capsys.readouterr() == ("", "")
     with pytest.raises(p3.DataError, match=r"stream=True with 2 prompts; allowed: one"):
-        p3.generate(tiny_model(), TOKENIZER, ["a", "b"], stream=True)
+        p3.generate(model, TOKENIZER, ["a", "b"], stream=True)
 
 
 # --- The choice of tokens
 
 
-def test_greedy_answers_leave_the_generator_alone_and_sampling_follows_it():
+def test_greedy_answers_and_seeds_leave_the_generator_alone_and_sampling_follows_it():
     model = confident_model(scale=3.0)
-    state = torch.get_rng_state()
-    greedy = p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8)
-    assert torch.equal(torch.get_rng_state(), state)
 
     def sample(seed, **options):
         torch.manual_seed(seed)
-        options = {"temperature": 1.0, **options}
-        return p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8, **options)
+        return p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8, **{"temperature": 1.0, **options})
 
-    assert sample(1) == sample(1)
-    assert len({sample(seed) for seed in range(4)}) > 1
-    assert len({sample(seed, top_k=0) for seed in range(4)}) > 1  # 0: no bound
-    for options in ({"top_p": 1e-6}, {"top_k": 1}, {"temperature": 1e-4}):
-        assert {sample(seed, **options) for seed in range(4)} == {greedy}
-
-
-def test_a_seed_repeats_an_answer_and_leaves_the_generator_alone():
-    model = confident_model(scale=3.0)
-    state = torch.get_rng_state()
-
-    def sample(seed):
+    def with_seed(seed):
         return p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, temperature=1.0, seed=seed)
 
-    assert sample(1) == sample(1)
-    assert len({tuple(sample(seed)) for seed in range(4)}) > 1
+    state = torch.get_rng_state()
+    greedy = p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8)
+    assert with_seed(1) == with_seed(1)
+    assert len({tuple(with_seed(seed)) for seed in range(4)}) > 1
     assert torch.equal(torch.get_rng_state(), state)
+    assert sample(1) == sample(1)
+    for options in ({}, {"top_k": 0}):  # 0: no bound
+        assert len({sample(seed, **options) for seed in range(4)}) > 1
+    for options in ({"top_p": 1e-6}, {"top_k": 1}, {"temperature": 1e-4}):
+        assert {sample(seed, **options) for seed in range(4)} == {greedy}
 
 
 def test_a_repetition_penalty_equals_one_by_hand_in_a_batch_of_any_lengths():
@@ -214,7 +193,7 @@ def test_a_repetition_penalty_equals_one_by_hand_in_a_batch_of_any_lengths():
 def test_settings_outside_their_range_are_refused(settings):
     ((name, value),) = settings.items()
     with pytest.raises(p3.DataError, match=rf"{name}={value}; allowed: "):
-        p3.generate(confident_model(), TOKENIZER, "Hi", **settings)
+        p3.generate(tiny_model(), TOKENIZER, "Hi", **settings)
 
 
 def test_modes_are_restored_dropout_is_off_and_the_model_s_own_generation_settings_have_no_effect():
@@ -222,9 +201,7 @@ def test_modes_are_restored_dropout_is_off_and_the_model_s_own_generation_settin
     expected = p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8)
     model.train()
     model.model.layers[0].eval()
-    model.generation_config.do_sample = True
-    model.generation_config.temperature = 5.0
-    model.generation_config.max_length = 3
+    model.generation_config.update(do_sample=True, temperature=5.0, max_length=3)
     model.config.use_cache = False
     modes = {name: module.training for name, module in model.named_modules()}
     assert p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8) == expected
