@@ -47,20 +47,14 @@ def answers_to(model, tokenizer, questions, system=None, **options):
     return [turn["content"] for turn in turns if turn["role"] == "assistant"]
 
 
-def test_a_chat_goes_on_until_an_empty_line_or_the_end_of_input(monkeypatch, capsys):
-    model, tokenizer, _, _ = p3.demo.load()
-    expected = answers_to(model, tokenizer, QUESTIONS)
-    assert chat(monkeypatch, capsys, [*QUESTIONS, "", "never read"]) == [*expected, ""]
-    assert chat(monkeypatch, capsys, QUESTIONS) == [*expected, ""]
-
-
-def test_clear_starts_a_new_chat_with_the_system_prompt(monkeypatch, capsys):
+def test_a_chat_goes_on_until_an_empty_line_or_the_end_of_input_and_clear_starts_another(monkeypatch, capsys):
     model, tokenizer, _, _ = p3.demo.load()
     system = "You are kind."
-    fresh = answers_to(model, tokenizer, [QUESTIONS[1]], system)[0]
-    first, second = answers_to(model, tokenizer, QUESTIONS, system)
+    expected = answers_to(model, tokenizer, QUESTIONS, system)
+    fresh = answers_to(model, tokenizer, [QUESTIONS[1]], system)
+    assert chat(monkeypatch, capsys, [*QUESTIONS, "", "never read"], "--system", system) == [*expected, ""]
     printed = chat(monkeypatch, capsys, [*QUESTIONS, "/clear", QUESTIONS[1]], "--system", system)
-    assert printed == [first, second, "", fresh, ""]
+    assert printed == [*expected, "", *fresh, ""]
 
 
 def test_chat_and_export_accept_an_adapter_file_and_a_folder(monkeypatch, capsys, checkpoint, tmp_path):
@@ -94,9 +88,6 @@ def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
     assert likeliest == [*answers_to(model, tokenizer, QUESTIONS), ""]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("", "there is no adapter file"), ("none.txt", "allowed: *.safetensors, *.pt")]
-)
-def test_an_error_is_one_line_and_exit_status_1(tmp_path, capsys, name, message):
-    assert main([*CHAT, "--adapter", str(tmp_path / name)]) == 1
-    assert message in capsys.readouterr().err
+def test_an_error_is_one_line_and_exit_status_1(tmp_path, capsys):
+    assert main([*CHAT, "--adapter", str(tmp_path)]) == 1
+    assert "there is no adapter file" in capsys.readouterr().err
