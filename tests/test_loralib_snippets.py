@@ -44,14 +44,10 @@ def test_a_checkpoint_loads_into_either_kind_of_model(build, build_other, tmp_pa
     monkeypatch.chdir(tmp_path)
     model = build(seed=0)
     want = model(IDS).logits
-
     torch.save(lora.lora_state_dict(model), "ckpt_lora.pt")
-
     model = build_other(seed=1)
     assert not torch.allclose(model(IDS).logits, want, atol=0.1)
-
     model.load_state_dict(torch.load("ckpt_lora.pt"), strict=False)
-
     torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-4)
 
 
@@ -77,9 +73,7 @@ def test_mark_only_lora_as_trainable_agrees_with_the_injection():
     injected = [name for name, p in model.named_parameters() if p.requires_grad]
     for parameter in model.parameters():
         parameter.requires_grad = True
-
     lora.mark_only_lora_as_trainable(model)
-
     assert [name for name, p in model.named_parameters() if p.requires_grad] == injected
     assert injected == [name for name, p in loralibs(seed=0).named_parameters() if p.requires_grad]
     assert len(injected) == 2 * 4 * 2
