@@ -46,18 +46,13 @@ def fields_of(cls) -> dict:
 # --- Dicts written for PEFT and transformers
 
 
-@pytest.mark.parametrize(
-    ("cls", "given", "inert"),
-    [
-        (LoraConfig, PEFT_CONFIG, ()),
-        (TrainingConfig, TRAINING_CONFIG, ("do_eval", "gradient_checkpointing_kwargs", "remove_unused_columns")),
-    ],
-)
-def test_a_dict_for_peft_or_transformers_is_accepted_unchanged(cls, given, inert):
-    config = cls(**given)
-    assert config.inert == inert
-    kept = {name: value for name, value in given.items() if name not in inert}
-    assert {name: getattr(config, name) for name in kept} == kept
+def test_a_dict_for_peft_or_transformers_is_accepted_unchanged():
+    without_effect = ("do_eval", "gradient_checkpointing_kwargs", "remove_unused_columns")
+    for cls, given, inert in ((LoraConfig, PEFT_CONFIG, ()), (TrainingConfig, TRAINING_CONFIG, without_effect)):
+        config = cls(**given)
+        assert config.inert == inert
+        kept = {name: value for name, value in given.items() if name not in inert}
+        assert {name: getattr(config, name) for name in kept} == kept
 
 
 def test_all_of_transformers_arguments_are_accepted(tmp_path):
@@ -154,22 +149,18 @@ def test_no_name_is_in_two_tables():
 @pytest.mark.parametrize(
     ("cls", "name", "suggestion"),
     [
-        (TrainingConfig, "lerning_rate", "learning_rate"),
-        (TrainingConfig, "evaluation_strateg", "evaluation_strategy"),
-        (LoraConfig, "do_eval", None),
-        (TrainingConfig, "loftq_config", None),
-        (TrainingConfig, "inert", None),
-        (TrainingConfig, "zzzzzz", None),
+        (TrainingConfig, "lerning_rate", " Did you mean 'learning_rate'?"),
+        (TrainingConfig, "evaluation_strateg", " Did you mean 'evaluation_strategy'?"),
+        (LoraConfig, "do_eval", ""),
+        (TrainingConfig, "loftq_config", ""),
+        (TrainingConfig, "inert", ""),
+        (TrainingConfig, "zzzzzz", " Allowed: "),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one_and_the_list(cls, name, suggestion):
     message = refusal(cls, **{name: 1})
-    assert f"{cls.__name__} has no field {name!r} (value 1)." in message
+    assert f"{cls.__name__} has no field {name!r} (value 1).{suggestion}" in message
     assert all(field in message for field in fields_of(cls))
-    if suggestion:
-        assert f"Did you mean {suggestion!r}?" in message
-    if name == "zzzzzz":
-        assert "Did you mean" not in message
 
 
 # --- Every bound: name -> (values accepted, values refused)
@@ -229,14 +220,14 @@ LORA_BOUNDS = {
     "task_type": (["CAUSAL_LM", None], [5]),
     "segments": ([None, {"qkv": [8, 4]}, {"qkv": {"q": 8, "k": 4}}], SEGMENTS_REFUSED),
 }
-BOUNDS = [(TrainingConfig, *item) for item in TRAINING_BOUNDS.items()]
-BOUNDS += [(LoraConfig, *item) for item in LORA_BOUNDS.items()]
+TABLES = {TrainingConfig: TRAINING_BOUNDS, LoraConfig: LORA_BOUNDS}
+BOUNDS = [(cls, name) for cls, table in TABLES.items() for name in table]
 
 
-@pytest.mark.parametrize(("cls", "name", "values"), BOUNDS, ids=[bound[1] for bound in BOUNDS])
-def test_values_within_the_bounds_are_kept_and_others_refused_by_name(cls, name, values):
+@pytest.mark.parametrize(("cls", "name"), BOUNDS, ids=[name for _, name in BOUNDS])
+def test_values_within_the_bounds_are_kept_and_others_refused_by_name(cls, name):
     options = {"eval_strategy": "epoch"} if name in ("load_best_model_at_end", "early_stopping_patience") else {}
-    accepted, refused = values
+    accepted, refused = TABLES[cls][name]
     for value in accepted:
         assert getattr(cls(**{name: value}, **options), name) == value
     for value in refused:
@@ -245,8 +236,7 @@ def test_values_within_the_bounds_are_kept_and_others_refused_by_name(cls, name,
 
 
 def test_every_field_is_in_these_tables():
-    assert TRAINING_BOUNDS.keys() == fields_of(TrainingConfig).keys()
-    assert LORA_BOUNDS.keys() == fields_of(LoraConfig).keys()
+    assert all(table.keys() == fields_of(cls).keys() for cls, table in TABLES.items())
 
 
 # --- Settings that belong together, and other forms of a value
@@ -269,14 +259,12 @@ def test_settings_that_contradict_or_need_each_other():
 @pytest.mark.parametrize("gradient", [None, False, True])
 def test_the_two_names_of_activation_checkpointing_must_agree(activation, gradient):
     values = {"activation_checkpointing": activation, "gradient_checkpointing": gradient}
-    meaning = {None: None, False: False, True: True, "none": False, "full": True}
-    wanted = {meaning[activation], meaning[gradient]} - {None}
+    wanted = {{"none": False, "full": True}.get(activation, activation), gradient} - {None}
     if len(wanted) == 2:
         assert "disagree" in refusal(TrainingConfig, **values)
-        return
-    config = TrainingConfig(**values)
-    on = True in wanted
-    assert (config.activation_checkpointing, config.gradient_checkpointing) == ("full" if on else "none", on)
+    else:
+        config, on = TrainingConfig(**values), True in wanted
+        assert (config.activation_checkpointing, config.gradient_checkpointing) == ("full" if on else "none", on)
 
 
 def test_enums_paths_and_sets_become_plain_values():
