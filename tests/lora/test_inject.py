@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import loralib as lora
 import pytest
 import torch
@@ -76,9 +74,9 @@ def test_config_reaches_every_layer():
         segments={"qkv": (8, 4, 4)},
     )  # fmt: skip
     p3.inject_lora(model, config)
-    for layer in (model.blocks[1].out, model.blocks[1].qkv, model.conv):
-        assert (layer.r, layer.scaling, layer.lora_dropout.p) == (4, 3.0, 0.25)
-    assert (model.embed.r, model.embed.scaling) == (4, 3.0)
+    for layer in (model.blocks[1].out, model.blocks[1].qkv, model.conv, model.embed):
+        assert (layer.r, layer.scaling) == (4, 3.0)
+        assert layer is model.embed or layer.lora_dropout.p == 0.25
     assert model.lora_config is config
 
 
@@ -186,7 +184,6 @@ def test_every_family_member_at_its_real_size(name):
         "gate_up_proj": 2 * r * (hidden + inner),
         "down_proj": r * (inner + hidden),
     }
-    assert len(report) == 4 * values["num_hidden_layers"]
     for row in report:
         assert row.trainable_parameters == each[row.module.rpartition(".")[2]], row.module
     total = sum(each.values()) * values["num_hidden_layers"]
@@ -225,9 +222,13 @@ def tree_with_a_weight_called_bias() -> nn.Module:
 )
 def test_bias_modes_train_biases_as_loralib_does_where_no_name_misleads(make, paths, bias, biases):
     model = make()
-    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=paths, bias=bias))
+    report = p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=paths, bias=bias))
     got = trainable(model)
     assert got == adapter_names(*paths) | set(biases)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.trainable_parameters == count
+    if bias == "lora_only":
+        assert sum(row.trainable_parameters for row in report) == count
     if make is plain_tree:
         lora.mark_only_lora_as_trainable(model, bias)
         assert got == trainable(model)
@@ -235,8 +236,7 @@ def test_bias_modes_train_biases_as_loralib_does_where_no_name_misleads(make, pa
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_injection_keeps_every_modules_mode(mode):
-    model = tiny_model().train(mode)
-    p3.inject_lora(model, p3.LoraConfig(r=2, lora_dropout=0.5))
+    p3.inject_lora(model := tiny_model().train(mode), p3.LoraConfig(r=2, lora_dropout=0.5))
     assert {module.training for module in model.modules()} == {mode}
 
 
@@ -320,12 +320,11 @@ def test_torchs_fused_encoder_does_not_bypass_adapters(padded):
 def test_multihead_attentions_out_proj_is_skipped_and_refused_as_a_target():
     """nn.MultiheadAttention multiplies with out_proj.weight itself: an adapter there would never run."""
     layer = encoder()
-    with pytest.raises(ModelError, match=re.escape("'self_attn.out_proj' of class NonDynamicallyQuantizableLinear")):
+    with pytest.raises(ModelError, match="out_proj' of class NonDynamicallyQuantizableLinear"):
         p3.inject_lora(layer, p3.LoraConfig(target_modules=["out_proj"]))
     report = p3.inject_lora(layer, p3.LoraConfig(r=2))
     assert {row.module for row in report} == {"linear1", "linear2"}
-    assert report.skipped.keys() == {"self_attn.out_proj"}
-    assert "skipped self_attn.out_proj: class NonDynamicallyQuantizableLinear" in str(report)
+    assert report.skipped.keys() == {"self_attn.out_proj"} and "skipped self_attn.out_proj: class" in str(report)
     with pytest.raises(ModelError, match=r"Sequential has no nn\.Linear inside"):
         p3.inject_lora(nn.Sequential(nn.ReLU()), p3.LoraConfig())
 
@@ -345,11 +344,6 @@ def test_the_report_is_a_table_of_the_stack_with_totals():
         "model.layers.*.self_attn.qkv_proj  MergedLinear  64x32   q_proj, v_proj  224             2",
         f"trainable 704 of {base + 704:,} parameters ({100 * 704 / (base + 704):.3f} %)",
     ]
-
-
-def test_the_report_counts_trained_biases():
-    report = p3.inject_lora(nn.Sequential(nn.Linear(4, 3)), p3.LoraConfig(r=2, bias="lora_only"))
-    assert report.layers[0].trainable_parameters == report.trainable_parameters == 2 * (4 + 3) + 3
 
 
 # --- Layers described one by one
