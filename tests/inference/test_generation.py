@@ -86,10 +86,9 @@ def test_it_stops_at_the_template_s_end_of_turn_and_at_eos(name):
 
 def test_a_trained_model_gives_the_answers_it_was_trained_on_and_stops(tmp_path):
     rows = [{"prompt": "Say x.", "completion": "x x x"}, {"prompt": "Say y.", "completion": "y y"}] * 4
-    chats = p3.ChatDataset.load(rows, TOKENIZER, max_length=32)
     model = adapted_model(r=8)
-    settings = {"max_steps": 80, "learning_rate": 2e-2, "per_device_train_batch_size": 8}
-    p3.train(model, chats, quiet_config(tmp_path, **settings))
+    config = quiet_config(tmp_path, max_steps=80, learning_rate=2e-2, per_device_train_batch_size=8)
+    p3.train(model, p3.ChatDataset.load(rows, TOKENIZER, max_length=32), config)
     assert p3.generate(model, TOKENIZER, ["Say x.", "Say y."], max_new_tokens=20) == ["x x x", "y y"]
 
 
@@ -129,8 +128,7 @@ def test_a_system_prompt_precedes_each_question_and_batch_size_bounds_the_batch(
 
 
 def test_a_chat_and_a_list_of_chats_and_texts_are_accepted():
-    model = confident_model()
-    chat = [*user("Hi"), {"role": "assistant", "content": "Hello."}, *user("And now?")]
+    model, chat = confident_model(), [*user("Hi"), {"role": "assistant", "content": "Hello."}, *user("And now?")]
     expected = greedy_by_hand(model, chat, 6)
     assert p3.generate(model, TOKENIZER, chat, max_new_tokens=6) == expected
     assert p3.generate(model, TOKENIZER, [chat, "Hi"], max_new_tokens=6)[0] == expected
