@@ -51,6 +51,10 @@ def test_the_model_has_the_requested_dtype_and_the_checkpoints_function(checkpoi
     assert not model.training
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=expected)
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    for attention in ("phi3lora", "sdpa", "eager") if expected == torch.float32 else ():
+        same, _ = p3.load_model(checkpoint, dtype=dtype, attn_implementation=attention, device="cpu")
+        assert same.config._attn_implementation == attention
+        torch.testing.assert_close(same(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
     assert tokenizer.encode("hello") == make_tokenizer().encode("hello")
 
 
@@ -66,13 +70,6 @@ def test_auto_is_the_checkpoints_own_dtype(checkpoint, tmp_path):
     for folder in (checkpoint, save_checkpoint(lively_model().half(), tmp_path)):
         model, _ = p3.load_model(folder, dtype="auto", device="cpu")
         assert {p.dtype for p in model.parameters()} == {torch.float32 if folder is checkpoint else torch.float16}
-
-
-@pytest.mark.parametrize("attention", ["phi3lora", "sdpa", "eager"])
-def test_each_attention_computes_the_same(checkpoint, attention):
-    model, _ = p3.load_model(checkpoint, dtype="float32", attn_implementation=attention, device="cpu")
-    assert model.config._attn_implementation == attention
-    torch.testing.assert_close(model(IDS).logits, lively_model()(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_goes_to_the_requested_device(checkpoint):
@@ -132,7 +129,7 @@ def test_missing_weights_are_refused(damaged):
     tensors = load_file(damaged / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are not in its files, 'model.layers.1.mlp.down_proj.weight'"):
+    with pytest.raises(ModelError, match=r"1 weights are not in its files.*down_proj"):
         p3.load_model(damaged, device="cpu")
 
 
