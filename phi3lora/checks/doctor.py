@@ -17,10 +17,10 @@ from ..training.checkpoint import rng_state, set_rng_state
 from . import documents, settings
 from . import model as model_checks
 from .planned_run import PlannedRun
-from .report import DoctorReport, Finding, Verdict, error, warning
+from .report import DoctorReport, Finding, error, warning
 from .trial import Trial, check_gradient_flow
 
-CHECKS: dict[str, Callable[[PlannedRun], Verdict]] = {
+CHECKS: dict[str, Callable[[PlannedRun], Finding]] = {
     "run": model_checks.check_run_is_accepted,
     "targets": model_checks.check_targets,
     "frozen": model_checks.check_trainable_parameters,
@@ -95,34 +95,33 @@ def doctor(
 
 def problems(planned: PlannedRun) -> list[Finding]:
     """Return the findings that ``train`` prints before it starts: errors and warnings of the checks without a step."""
-    checks = {name: check for name, check in CHECKS.items() if name not in _NOT_BEFORE_TRAINING}
-    findings = [_run_check(name, check, planned) for name, check in checks.items()]
+    findings = [_run_check(name, check, planned) for name, check in CHECKS.items() if name not in _NOT_BEFORE_TRAINING]
     return [dataclasses.replace(finding, details=()) for finding in findings if finding.status != "ok"]
 
 
-def _run_check(name: str, check: Callable[[PlannedRun], Verdict], planned: PlannedRun) -> Finding:
+def _run_check(name: str, check: Callable[[PlannedRun], Finding], planned: PlannedRun) -> Finding:
     """Return a check's finding; an error if the check cannot be made."""
     try:
-        verdict = check(planned)
+        finding = check(planned)
     except (Phi3LoRAError, OSError) as why:
-        verdict = error(str(why))
-    return Finding(name, *verdict)
+        finding = error(str(why))
+    return dataclasses.replace(finding, name=name)
 
 
 def _run_trial_checks(planned: PlannedRun, try_steps: bool, can_run: bool) -> list[Finding]:
     """Return the two findings that need optimizer steps."""
     trial: Trial | None = None
     if not try_steps:
-        verdict = warning("not tried (try_steps=False)")
+        flow = warning("not tried (try_steps=False)")
     elif not can_run:
-        verdict = warning("not tried: fix the error of 'run' first")
+        flow = warning("not tried: fix the error of 'run' first")
     else:
         try:
-            verdict, trial = check_gradient_flow(planned)
+            flow, trial = check_gradient_flow(planned)
         except Phi3LoRAError as why:
-            verdict = error(str(why))
+            flow = error(str(why))
     time = _run_check("time", lambda planned: settings.estimate_time(planned, trial), planned)
-    return [Finding("gradient flow", *verdict), time]
+    return [dataclasses.replace(flow, name="gradient flow"), time]
 
 
 @contextmanager

@@ -11,17 +11,12 @@ from ..config import IGNORE_INDEX
 from ..data.template import ChatEncoder
 from ..model.load import longrope_boundary
 from .planned_run import PlannedRun, token_text
-from .report import Verdict, error, first_of, ok, warning
+from .report import Finding, error, first_of, ok, warning
 
 _PREVIEW_CHARACTERS = 240  # of one piece of the previewed document
 
 
-# ----------------------------------------------------------------------------------------------------
-# What is trained
-
-
-def check_supervised_share(planned: PlannedRun) -> Verdict:
-    """Check that labels are their own token's id and that at least 1 % of the tokens are trained."""
+def check_supervised_share(planned: PlannedRun) -> Finding:
     facts = planned.statistics
     text = f"{100 * facts['supervised_share']:.1f} % of {facts['tokens']:,} tokens are trained"
     if planned.spans.wrong_labels:
@@ -34,7 +29,7 @@ def check_supervised_share(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def preview_first_document(planned: PlannedRun) -> Verdict:
+def preview_first_document(planned: PlannedRun) -> Finding:
     """Show the first document as text, with the trained tokens highlighted."""
     if planned.tokenizer is None:
         return ok("no tokenizer given: nothing to show")
@@ -58,8 +53,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def check_end_of_turn(planned: PlannedRun) -> Verdict:
-    """Check that every trained turn ends in the token that ends generation, and trains it."""
+def check_end_of_turn(planned: PlannedRun) -> Finding:
     dataset, spans, name = planned.dataset, planned.spans, planned.end_of_turn
     if planned.tokenizer is not None:
         expected = ChatEncoder(planned.tokenizer).end_of_turn_id
@@ -81,8 +75,7 @@ def check_end_of_turn(planned: PlannedRun) -> Verdict:
     return ok(f"{name} is trained at the end of all {turns}{exception}")
 
 
-def check_empty_answers(planned: PlannedRun) -> Verdict:
-    """Check that no answer consists of the end-of-turn token alone."""
+def check_empty_answers(planned: PlannedRun) -> Finding:
     spans = planned.spans
     ends = spans.last_token == planned.dataset.end_of_turn_id
     empty = (spans.length == 1) & ends & (spans.start > 0)
@@ -92,7 +85,7 @@ def check_empty_answers(planned: PlannedRun) -> Verdict:
     return ok("no assistant answer is empty")
 
 
-def check_padding(planned: PlannedRun) -> Verdict:
+def check_padding(planned: PlannedRun) -> Finding:
     """Report the padding, eos and end-of-turn tokens; that two of them are one token does no harm here."""
     tokenizer, pad = planned.tokenizer, planned.dataset.pad_token_id
     if tokenizer is None:
@@ -104,12 +97,7 @@ def check_padding(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Lengths and rows
-
-
-def check_lengths(planned: PlannedRun) -> Verdict:
-    """Check that ``max_length`` cuts fewer than 1 % of the documents and drops no row."""
+def check_lengths(planned: PlannedRun) -> Finding:
     facts, lengths = planned.statistics, planned.dataset.lengths
     p50, p90, p99 = (int(x) for x in np.percentile(lengths, [50, 90, 99], method="higher"))
     text = (
@@ -123,8 +111,7 @@ def check_lengths(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def check_packing(planned: PlannedRun) -> Verdict:
-    """Check how full the rows are, and report the number of steps."""
+def check_packing(planned: PlannedRun) -> Finding:
     steps, plan = planned.steps, planned.steps.plan
     micro_batches = plan.micro_batches(0)
     lengths = plan.dataset.lengths
@@ -143,8 +130,7 @@ def check_packing(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def check_longrope(planned: PlannedRun) -> Verdict:
-    """Check that all documents train the same rotary factors of a longrope model."""
+def check_longrope(planned: PlannedRun) -> Finding:
     config: Any = planned.model.config
     boundary = longrope_boundary(config)
     if boundary is None:

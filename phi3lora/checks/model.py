@@ -13,11 +13,10 @@ from ..model.load import model_device
 from ..training.setup import check_run
 from ..training.step import has_instructions
 from .planned_run import PlannedRun
-from .report import Verdict, error, first_of, ok, warning
+from .report import Finding, error, first_of, ok, warning
 
 
-def check_run_is_accepted(planned: PlannedRun) -> Verdict:
-    """Check that ``train`` would accept the model, the data and the configuration."""
+def check_run_is_accepted(planned: PlannedRun) -> Finding:
     check_run(planned.model, planned.train_dataset, planned.eval_dataset, planned.config)
     text = "train() accepts this model, data and configuration"
     if not planned.train_dataset.known_length:
@@ -25,7 +24,7 @@ def check_run_is_accepted(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def check_targets(planned: PlannedRun) -> Verdict:
+def check_targets(planned: PlannedRun) -> Finding:
     """Check that the decoder's linear layers are adapted, the same ones in every layer of the stack."""
     model: Any = planned.model
     adapted = lora_layers(model)
@@ -69,7 +68,7 @@ def _target_names(planned: PlannedRun, adapted: dict[str, Any]) -> list[str]:
     return list(names)
 
 
-def check_trainable_parameters(planned: PlannedRun) -> Verdict:
+def check_trainable_parameters(planned: PlannedRun) -> Finding:
     """Check that every adapter requires a gradient, and nothing else but the biases that were asked for."""
     model, layers = planned.model, lora_layers(planned.model)
     adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
@@ -94,8 +93,7 @@ def check_trainable_parameters(planned: PlannedRun) -> Verdict:
     return ok("nothing but adapters requires a gradient" + (f", and biases ({bias!r})" if biases else ""))
 
 
-def check_layers(planned: PlannedRun) -> Verdict:
-    """Report how attention and the decoder layers are computed, and why not faster."""
+def check_layers(planned: PlannedRun) -> Finding:
     backend = planned.resolved.backend
     device, config = model_device(planned.model), planned.config
     model_config: Any = planned.model.config
@@ -105,8 +103,7 @@ def check_layers(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def check_precision(planned: PlannedRun) -> Verdict:
-    """Check that the base weights suit the precision of the forward, and that a CPU has instructions for it."""
+def check_precision(planned: PlannedRun) -> Finding:
     weight = planned.model.get_input_embeddings().weight  # type: ignore[operator]
     name, dtype = planned.resolved.precision.name, str(weight.dtype).removeprefix("torch.")
     base = base_format(planned.model)

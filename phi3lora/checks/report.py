@@ -8,39 +8,12 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 Details = tuple[tuple[str, bool], ...]
 """Pieces of the text below a finding's line, each with a flag: highlighted or not."""
 
 _COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
 _HIGHLIGHT, _RESET = "\x1b[32m", "\x1b[0m"
-
-
-class Verdict(NamedTuple):
-    """Result of one check."""
-
-    status: str
-    """``"ok"``, ``"warning"`` or ``"error"``."""
-    text: str
-    """One line."""
-    details: Details = ()
-    """A table or a document below the line."""
-
-
-def ok(text: str, details: Details = ()) -> Verdict:
-    """Return the verdict that nothing is wrong."""
-    return Verdict("ok", text, details)
-
-
-def warning(text: str, details: Details = ()) -> Verdict:
-    """Return the verdict that the run would work, but perhaps not as intended."""
-    return Verdict("warning", text, details)
-
-
-def error(text: str, details: Details = ()) -> Verdict:
-    """Return the verdict that the run would fail, or train something other than intended."""
-    return Verdict("error", text, details)
 
 
 @dataclass(frozen=True)
@@ -71,6 +44,24 @@ class Finding:
         indent = width + 11
         lines = [part for line in (self.text, *details.splitlines()) for part in _wrap(line, columns, indent)]
         return f"{head}  {self.name:<{width}}  " + ("\n" + " " * indent).join(lines)
+
+
+# A check returns one of these three without a name; `doctor` adds it.
+
+
+def ok(text: str, details: Details = ()) -> Finding:
+    """Return the finding that nothing is wrong."""
+    return Finding("", "ok", text, details)
+
+
+def warning(text: str, details: Details = ()) -> Finding:
+    """Return the finding that the run would work, but perhaps not as intended."""
+    return Finding("", "warning", text, details)
+
+
+def error(text: str, details: Details = ()) -> Finding:
+    """Return the finding that the run would fail, or train something other than intended."""
+    return Finding("", "error", text, details)
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,8 @@ class DoctorReport:
             columns: width at which lines are broken; None: they are not broken.
         """
         width = max((len(f.name) for f in self.findings), default=0)
-        counts = f"{_count(self.errors, 'error')}, {_count(self.warnings, 'warning')}"
+        kinds = {"error": len(self.errors), "warning": len(self.warnings)}
+        counts = ", ".join(f"{count or 'no'} {kind}{'s' * (count != 1)}" for kind, count in kinds.items())
         return "\n".join([*(f.lines(width, colour, columns) for f in self.findings), counts])
 
     def __str__(self) -> str:
@@ -129,10 +121,6 @@ def _wrap(line: str, columns: int | None, indent: int) -> list[str]:
     if columns is None or len(line) + indent <= columns:
         return [line]
     return textwrap.wrap(line, max(20, columns - indent), break_long_words=False, break_on_hyphens=False)
-
-
-def _count(findings: tuple[Finding, ...], what: str) -> str:
-    return f"{len(findings) or 'no'} {what}{'' if len(findings) == 1 else 's'}"
 
 
 def first_of(items: Sequence[object], most: int = 5) -> str:

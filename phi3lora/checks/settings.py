@@ -14,14 +14,13 @@ from ..model.load import model_device
 from ..training.optim import optimizer_bytes, warmup_steps
 from ..training.setup import check_output_dir
 from .planned_run import PlannedRun
-from .report import Details, Verdict, error, ok, warning
+from .report import Details, Finding, error, ok, warning
 from .trial import Trial
 
 _LONG_RUN_STEPS = 500  # transformers' default interval of checkpoints
 
 
-def check_scaling(planned: PlannedRun) -> Verdict:
-    """Check that the adapters' scale is between 0.1 and 8."""
+def check_scaling(planned: PlannedRun) -> Finding:
     layers = list(lora_layers(planned.model).values())
     factors = sorted({layer.scaling for layer in layers})
     text = f"adapters are scaled by {', '.join(f'{factor:g}' for factor in factors) or 'nothing'}"
@@ -35,8 +34,7 @@ def check_scaling(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def check_learning_rate(planned: PlannedRun) -> Verdict:
-    """Check that the learning rate is one for adapters: about ten times that of full fine-tuning."""
+def check_learning_rate(planned: PlannedRun) -> Finding:
     rate, optim = planned.config.learning_rate, planned.config.optim
     text = f"{optim}, learning rate {rate:g}"
     if rate == 0:
@@ -48,8 +46,7 @@ def check_learning_rate(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def check_schedule(planned: PlannedRun) -> Verdict:
-    """Check that the learning rate reaches its peak before the run ends."""
+def check_schedule(planned: PlannedRun) -> Finding:
     config, total = planned.config, planned.steps.total
     warmup = 0 if config.lr_scheduler_type == "constant" else warmup_steps(config, total)
     text = f"{config.lr_scheduler_type}, {warmup:,} warm-up steps of {total:,}"
@@ -58,8 +55,7 @@ def check_schedule(planned: PlannedRun) -> Verdict:
     return ok(text)
 
 
-def check_saving(planned: PlannedRun) -> Verdict:
-    """Check that a long run saves checkpoints to resume from."""
+def check_saving(planned: PlannedRun) -> Finding:
     config, total = planned.config, planned.steps.total
     if config.save_strategy == "no" and total > _LONG_RUN_STEPS:
         return warning(f"save_strategy='no' in a run of {total:,} steps: if the run is killed, everything is lost")
@@ -68,11 +64,7 @@ def check_saving(planned: PlannedRun) -> Verdict:
     return ok(f"checkpoints: {interval[config.save_strategy]}{kept}")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Memory
-
-
-def check_memory(planned: PlannedRun) -> Verdict:
+def check_memory(planned: PlannedRun) -> Finding:
     """Check that the run fits the card, with a table of the other modes and base precisions."""
     plan, mode = planned.memory(), planned.checkpointing
     table = _memory_table(planned, plan)
@@ -85,10 +77,8 @@ def check_memory(planned: PlannedRun) -> Verdict:
     text += f" of {plan.available_gib:.1f}"
     if plan.fits(mode):
         return ok(text, table)
-    fitting = [other for other in plan.peak_gib if plan.fits(other)]
-    remedy = (
-        f"activation_checkpointing={fitting[0]!r} fits" if fitting else "use smaller batches or base_precision='nf4'"
-    )
+    fitting = next((other for other in plan.peak_gib if plan.fits(other)), None)
+    remedy = f"activation_checkpointing={fitting!r} fits" if fitting else "use smaller batches or base_precision='nf4'"
     if plan.peak_gib[mode] > plan.available_gib:
         return error(f"{text}, does not fit; {remedy}", table)
     return warning(f"{text}, very tight; {remedy}", table)
@@ -114,11 +104,7 @@ def _format_gib(gib: float) -> str:
     return f"{gib:.1f}" if gib >= 1 else f"{gib:.2f}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Disk
-
-
-def check_output(planned: PlannedRun) -> Verdict:
+def check_output(planned: PlannedRun) -> Finding:
     """Check that the output folder is writable and holds no other run's checkpoints. No file is left in it."""
     check_output_dir(planned.config)
     path = Path(planned.config.output_dir).absolute()
@@ -131,8 +117,7 @@ def check_output(planned: PlannedRun) -> Verdict:
     return ok(f"{planned.config.output_dir} can be written to")
 
 
-def check_disk(planned: PlannedRun) -> Verdict:
-    """Check that the disk has room for all checkpoints that exist at the same time."""
+def check_disk(planned: PlannedRun) -> Finding:
     path = Path(planned.config.output_dir).absolute()
     folder = next(part for part in (path, *path.parents) if part.is_dir())
     each, count = checkpoint_bytes(planned), checkpoints_at_once(planned)
@@ -176,11 +161,7 @@ def _format_bytes(count: float) -> str:
     return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Time
-
-
-def estimate_time(planned: PlannedRun, trial: Trial | None) -> Verdict:
+def estimate_time(planned: PlannedRun, trial: Trial | None) -> Finding:
     """Estimate the run's duration from a measured step, by the number of operations."""
     steps, lengths = planned.steps, planned.dataset.lengths
     tokens = int(lengths.sum()) * steps.total / max(len(steps.steps_of_epoch(0)), 1)

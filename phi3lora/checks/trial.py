@@ -27,7 +27,7 @@ from ..model.forward import train_mode
 from ..model.load import model_device
 from ..training.step import OptimizerStep, resolve_precision
 from .planned_run import PlannedRun
-from .report import Verdict, error, first_of, ok, warning
+from .report import Finding, error, first_of, ok, warning
 
 _MAX_FLOPS = {"cpu": 1e11, "cuda": 3e14}  # of a step: it takes seconds on either device
 _LEARNING_RATE = 1e-3
@@ -50,8 +50,7 @@ class Trial:
     """Duration of the faster step; the other may have waited for a kernel's compilation or for another process."""
 
 
-def check_gradient_flow(planned: PlannedRun) -> tuple[Verdict, Trial | None]:
-    """Check that the loss is finite and that every adapter learns."""
+def check_gradient_flow(planned: PlannedRun) -> tuple[Finding, Trial | None]:
     if not any(layer.enabled for layer in lora_layers(planned.model).values()):
         return error("every adapter is switched off: nothing would learn"), None
     try:
@@ -87,9 +86,8 @@ def run_trial(planned: PlannedRun) -> Trial:
     with _copied_adapters(model) as trained, train_mode(model), torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
         step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm)
-        backend = planned.resolved.backend
-        if backend.kind == "compiled":
-            backend = PLAIN  # compiling takes longer than two steps
+        resolved = planned.resolved.backend
+        backend = PLAIN if resolved.kind == "compiled" else resolved  # compiling takes longer than two steps
         before = {name: part.detach().clone() for name, part, _ in _adapter_parts(model)}
         with activation_checkpointing(model, planned.checkpointing), use_backend(model, backend):
             for _ in range(_MAX_ATTEMPTS):
