@@ -29,14 +29,7 @@ _ADAPTER_HELP = "an adapter file, a training checkpoint's folder, or the output 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit status."""
-    parser = argparse.ArgumentParser(prog="phi3lora", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_demo(commands)
-    _add_doctor(commands)
-    _add_train(commands)
-    _add_chat(commands)
-    _add_export(commands)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except Phi3LoRAError as error:
@@ -44,12 +37,53 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="tune the embedded tiny model and show what it learned")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--random-init", action="store_true", help="the control: random base weights; should fail")
-    parser.add_argument("--output-dir", default="runs/demo")
-    parser.set_defaults(run=_demo)
+def _parser() -> argparse.ArgumentParser:
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
+    run = argparse.ArgumentParser(add_help=False, parents=[model])  # what doctor and train share
+    run.add_argument("--data", required=True, help="a .jsonl, .json, .csv or .parquet file, or a hub dataset")
+    run.add_argument("--eval-share", type=float, default=0.0, help="share of the rows held out for evaluation")
+    run.add_argument("--max-length", type=int, default=2048, help="tokens in a document and in a packed row")
+    run.add_argument("--dtype", default="bfloat16")
+    run.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of LoraConfig, TrainingConfig")
+
+    parser = argparse.ArgumentParser(prog="phi3lora", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="tune the embedded tiny model and show what it learned")
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    demo.add_argument("--random-init", action="store_true", help="the control: random base weights; should fail")
+    demo.add_argument("--output-dir", default="runs/demo")
+    demo.set_defaults(run=_demo)
+
+    check = commands.add_parser(
+        "doctor", parents=[run], help="check a run before it starts; exit status 1 if it has errors"
+    )
+    check.add_argument("--device-memory-gib", type=float, metavar="GIB", help="memory of another card to plan for")
+    check.set_defaults(run=_doctor)
+
+    tune = commands.add_parser("train", parents=[run], help="tune a model on a chat file")
+    tune.add_argument("--adapter", help="the file to write; default: OUTPUT_DIR/adapter.safetensors")
+    tune.set_defaults(run=_train)
+
+    chat = commands.add_parser("chat", parents=[model], help="talk to a model, with or without an adapter")
+    chat.add_argument("--adapter", help=_ADAPTER_HELP)
+    chat.add_argument("--system", help="a system prompt")
+    chat.add_argument("--dtype", default="bfloat16")
+    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    chat.add_argument("--top-p", type=float, default=1.0, help="total probability of the tokens to sample from")
+    chat.set_defaults(run=_chat)
+
+    export = commands.add_parser(
+        "export", parents=[model], help="write an adapter as a PEFT folder, for PEFT, vLLM, llama.cpp, Ollama"
+    )
+    export.add_argument("--adapter", required=True, help=_ADAPTER_HELP)
+    export.add_argument("--out", required=True, help="the folder to write")
+    export.add_argument("--layout", choices=("uniform", "pattern", "split"), default="uniform")
+    export.add_argument("--base-model", help="the base that the folder names; default: MODEL, none for split")
+    export.set_defaults(run=_export)
+    return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -57,18 +91,6 @@ def _demo(options: argparse.Namespace) -> int:
 
     reached = run_demo(options.seeds, options.output_dir, options.random_init)
     return 0 if reached != options.random_init else 1
-
-
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that ``train`` and ``doctor`` share."""
-    parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
-    parser.add_argument("--data", required=True, help="a .jsonl, .json, .csv or .parquet file, or a hub dataset")
-    parser.add_argument("--eval-share", type=float, default=0.0, help="share of the rows held out for evaluation")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens in a document and in a packed row")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of LoraConfig, TrainingConfig"
-    )
 
 
 def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatDataset | None, TrainingConfig]:
@@ -84,26 +106,12 @@ def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatD
     return model, tokenizer, chats, held_out, config
 
 
-def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="check a run before it starts; exit status 1 if it has errors")
-    _add_run_arguments(parser)
-    parser.add_argument("--device-memory-gib", type=float, metavar="GIB", help="memory of another card to plan for")
-    parser.set_defaults(run=_doctor)
-
-
 def _doctor(options: argparse.Namespace) -> int:
     model, tokenizer, chats, held_out, config = _load_run(options)
     memory = options.device_memory_gib
     report = doctor(model, tokenizer, chats, config, eval_dataset=held_out, device_memory_gib=memory)
     print(f"\n{report}")
     return 0 if report.ok else 1
-
-
-def _add_train(commands: Any) -> None:
-    parser = commands.add_parser("train", help="tune a model on a chat file")
-    _add_run_arguments(parser)
-    parser.add_argument("--adapter", help="the file to write; default: OUTPUT_DIR/adapter.safetensors")
-    parser.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -128,18 +136,6 @@ def _split_settings(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             value = {"True": True, "False": False, "None": None}.get(text, text)
         (lora if name in lora_names else training)[name] = value
     return lora, training
-
-
-def _add_chat(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="talk to a model, with or without an adapter")
-    parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
-    parser.add_argument("--adapter", help=_ADAPTER_HELP)
-    parser.add_argument("--system", help="a system prompt")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="total probability of the tokens to sample from")
-    parser.set_defaults(run=_chat)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -172,16 +168,6 @@ def _adapter_file(name: str) -> Path:
         return path
     trained = path / "adapter.safetensors"
     return trained if trained.exists() else path / "lora.safetensors"
-
-
-def _add_export(commands: Any) -> None:
-    parser = commands.add_parser("export", help="write an adapter as a PEFT folder, for PEFT, vLLM, llama.cpp, Ollama")
-    parser.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
-    parser.add_argument("--adapter", required=True, help=_ADAPTER_HELP)
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--layout", choices=("uniform", "pattern", "split"), default="uniform")
-    parser.add_argument("--base-model", help="the base that the folder names; default: MODEL, none for split")
-    parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> int:

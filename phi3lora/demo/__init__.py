@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +33,17 @@ def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
     from ..data.dataset import ChatDataset
     from ..model.load import load_model
 
-    with _without_progress_bar():
+    shows_progress = logging.is_progress_bar_enabled()
+    if shows_progress:
+        logging.disable_progress_bar()  # the model loads at once
+    try:
         model, tokenizer = load_model(BASE, dtype="float32", device="cpu")
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     if random_init:
         model = type(model)(model.config).eval()
     train_set, eval_set = (
         ChatDataset.load(FOLDER / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "eval")
     )
     return model, tokenizer, train_set, eval_set
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Switch off transformers' progress bar inside the block: the model loads at once."""
-    enabled = logging.is_progress_bar_enabled()
-    if enabled:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

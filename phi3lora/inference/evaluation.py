@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,10 @@ def evaluate(
         >>> sorted(p3.evaluate(model, chats))
         ['loss', 'n_tokens', 'perplexity', 'token_accuracy']
     """
-    score = None
     if rouge:
         if not dataset.known_length:
             raise DataError("rouge=True needs a ChatDataset, not a stream; pass stream.take(100), for example")
-        score = _load_rouge()
+        scorer = _rouge_scorer()
         if tokenizer is None:
             raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
     loss_sum, correct, count = 0.0, 0, 0
@@ -102,12 +101,14 @@ def evaluate(
     loss = loss_sum / count
     perplexity = math.exp(loss) if loss < 700 else math.inf
     metrics = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": count}
-    if score is not None:
+    if rouge:
         samples = dataset.first_window
         answers = sample_answers(
             model, tokenizer, samples, count=max_samples, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-        metrics.update(score(answers))
+        scores = [scorer.score(a.reference, a.answer) for a in answers]
+        metrics |= {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in _ROUGE}
+        metrics["n_answers"] = len(scores)
     return metrics
 
 
@@ -194,24 +195,13 @@ def _prompts_and_references(dataset: ChatDataset) -> Iterator[tuple[list[int], l
             yield ids[:start].tolist(), ids[start:end].tolist()
 
 
-def _load_rouge() -> Callable[[Sequence[Answer]], dict[str, float]]:
-    """Return a function of answers: mean F-measures of ROUGE-1, -2 and -L (Lin 2004), and the number of answers.
-
-    Raises:
-        Phi3LoRAError: ``rouge-score`` is not installed.
-    """
+def _rouge_scorer() -> Any:
+    """Return a scorer of ROUGE-1, -2 and -L (Lin 2004)."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise Phi3LoRAError(f"rouge=True needs a package ({error}): pip install 'phi3lora[eval]'") from error
-    scorer = RougeScorer(list(_ROUGE))
-
-    def score(answers: Sequence[Answer]) -> dict[str, float]:
-        scores = [scorer.score(a.reference, a.answer) for a in answers]
-        means = {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in _ROUGE}
-        return {**means, "n_answers": len(scores)}
-
-    return score
+    return RougeScorer(list(_ROUGE))
 
 
 def _one_line(text: str, keep_end: bool = False, width: int = 200) -> str:

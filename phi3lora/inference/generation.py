@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +66,10 @@ def generate(
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     encoder = ChatEncoder(tokenizer)
     prompts = [encoder.prompt_ids(chat) for chat in chats]
-    with nullcontext() if seed is None else _seeded(model, seed):
+    device = model_device(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, options)
     return answers if is_list else answers[0]
 
@@ -95,15 +97,6 @@ def generate_answers(
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the template's end of turn and eos (Phi-3: ``<|end|>, <|endoftext|>``)."""
     return list(dict.fromkeys([ChatEncoder(tokenizer).end_of_turn_id, tokenizer.eos_token_id]))
-
-
-@contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed torch's generators inside the block; restore them afterwards."""
-    device = model_device(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _group_prompts(
