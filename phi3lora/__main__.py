@@ -95,8 +95,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatDataset | None, TrainingConfig]:
     """Return the model with adapters, its tokenizer, the training data, the held-out data and the configuration."""
-    lora, training = _split_settings(options.set)
-    config = TrainingConfig(**training)
+    settings = dict(map(_parse_setting, options.set))
+    lora = {f.name: settings.pop(f.name) for f in dataclasses.fields(LoraConfig) if f.name in settings}
+    config = TrainingConfig(**settings)
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     print(inject_lora(model, LoraConfig(**lora)))
     chats = ChatDataset.load(options.data, tokenizer, max_length=options.max_length)
@@ -108,8 +109,7 @@ def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatD
 
 def _doctor(options: argparse.Namespace) -> int:
     model, tokenizer, chats, held_out, config = _load_run(options)
-    memory = options.device_memory_gib
-    report = doctor(model, tokenizer, chats, config, eval_dataset=held_out, device_memory_gib=memory)
+    report = doctor(model, tokenizer, chats, config, eval_dataset=held_out, device_memory_gib=options.device_memory_gib)
     print(f"\n{report}")
     return 0 if report.ok else 1
 
@@ -123,19 +123,13 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _split_settings(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the ``NAME=VALUE`` settings of LoraConfig and of TrainingConfig; values that are not JSON are text."""
-    lora_names = {f.name for f in dataclasses.fields(LoraConfig)}
-    lora: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = {"True": True, "False": False, "None": None}.get(text, text)
-        (lora if name in lora_names else training)[name] = value
-    return lora, training
+def _parse_setting(pair: str) -> tuple[str, Any]:
+    """Return the name and the value of ``NAME=VALUE``; a value that is not JSON is text."""
+    name, _, text = pair.partition("=")
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,6 @@ def check_supervised_share(planned: PlannedRun) -> Finding:
 
 
 def preview_first_document(planned: PlannedRun) -> Finding:
-    """Show the first document as text, with the trained tokens highlighted."""
     if planned.tokenizer is None:
         return ok("no tokenizer given: nothing to show")
     if len(planned.dataset) == 0:
@@ -86,7 +84,6 @@ def check_empty_answers(planned: PlannedRun) -> Finding:
 
 
 def check_padding(planned: PlannedRun) -> Finding:
-    """Report the padding, eos and end-of-turn tokens; that two of them are one token does no harm here."""
     tokenizer, pad = planned.tokenizer, planned.dataset.pad_token_id
     if tokenizer is None:
         return ok(f"token {pad}; masks go by span, not by token")
@@ -131,8 +128,7 @@ def check_packing(planned: PlannedRun) -> Finding:
 
 
 def check_longrope(planned: PlannedRun) -> Finding:
-    config: Any = planned.model.config
-    boundary = longrope_boundary(config)
+    boundary = longrope_boundary(planned.model.config)
     if boundary is None:
         return ok("one set of rotary factors for all lengths")
     long = int((planned.dataset.lengths > boundary).sum())

@@ -18,16 +18,13 @@ from .report import Finding, error, first_of, ok, warning
 
 def check_run_is_accepted(planned: PlannedRun) -> Finding:
     check_run(planned.model, planned.train_dataset, planned.eval_dataset, planned.config)
-    text = "train() accepts this model, data and configuration"
-    if not planned.train_dataset.known_length:
-        text += "; only the stream's first window was checked"
-    return ok(text)
+    limits = "" if planned.train_dataset.known_length else "; only the stream's first window was checked"
+    return ok(f"train() accepts this model, data and configuration{limits}")
 
 
 def check_targets(planned: PlannedRun) -> Finding:
     """Check that the decoder's linear layers are adapted, the same ones in every layer of the stack."""
-    model: Any = planned.model
-    adapted = lora_layers(model)
+    model, adapted = planned.model, lora_layers(planned.model)
     if not adapted:
         return error("no layer is adapted; call inject_lora(model, LoraConfig(...)) first")
     linear = {id(m): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -69,7 +66,6 @@ def _target_names(planned: PlannedRun, adapted: dict[str, Any]) -> list[str]:
 
 
 def check_trainable_parameters(planned: PlannedRun) -> Finding:
-    """Check that every adapter requires a gradient, and nothing else but the biases that were asked for."""
     model, layers = planned.model, lora_layers(planned.model)
     adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
     bias = getattr(getattr(model, "lora_config", None), "bias", "all")
@@ -96,15 +92,14 @@ def check_trainable_parameters(planned: PlannedRun) -> Finding:
 def check_layers(planned: PlannedRun) -> Finding:
     backend = planned.resolved.backend
     device, config = model_device(planned.model), planned.config
-    model_config: Any = planned.model.config
-    text = f"{device}, attention {model_config._attn_implementation}, layers {backend}"
+    text = f"{device}, attention {planned.model.config._attn_implementation}, layers {backend}"
     if device.type == "cuda" and backend.kind != "fused" and config.compile is None:
         return warning(f"{text}: the fused kernels would be faster")
     return ok(text)
 
 
 def check_precision(planned: PlannedRun) -> Finding:
-    weight = planned.model.get_input_embeddings().weight  # type: ignore[operator]
+    weight = planned.model.get_input_embeddings().weight
     name, dtype = planned.resolved.precision.name, str(weight.dtype).removeprefix("torch.")
     base = base_format(planned.model)
     text = f"{name} forward, base weights {dtype}" + (f" and {base}" if base else "") + ", adapters and moments float32"

@@ -41,7 +41,8 @@ class PlannedRun:
         device_memory_gib: float | None = None,
         resolved: Resolved | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model: Any = model
+        self.tokenizer, self.config = tokenizer, config
         self.train_dataset, self.dataset = dataset, dataset.first_window
         self.eval_dataset, self.device_memory_gib = eval_dataset, device_memory_gib
         self._resolved = resolved

@@ -46,21 +46,18 @@ class Finding:
         return f"{head}  {self.name:<{width}}  " + ("\n" + " " * indent).join(lines)
 
 
-# A check returns one of these three without a name; `doctor` adds it.
-
-
 def ok(text: str, details: Details = ()) -> Finding:
-    """Return the finding that nothing is wrong."""
+    """Return the still unnamed finding that nothing is wrong."""
     return Finding("", "ok", text, details)
 
 
 def warning(text: str, details: Details = ()) -> Finding:
-    """Return the finding that the run would work, but perhaps not as intended."""
+    """Return the still unnamed finding that the run would work, but perhaps not as intended."""
     return Finding("", "warning", text, details)
 
 
 def error(text: str, details: Details = ()) -> Finding:
-    """Return the finding that the run would fail, or train something other than intended."""
+    """Return the still unnamed finding that the run would fail, or train something other than intended."""
     return Finding("", "error", text, details)
 
 

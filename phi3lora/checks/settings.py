@@ -65,7 +65,6 @@ def check_saving(planned: PlannedRun) -> Finding:
 
 
 def check_memory(planned: PlannedRun) -> Finding:
-    """Check that the run fits the card, with a table of the other modes and base precisions."""
     plan, mode = planned.memory(), planned.checkpointing
     table = _memory_table(planned, plan)
     text = (
@@ -162,7 +161,6 @@ def _format_bytes(count: float) -> str:
 
 
 def estimate_time(planned: PlannedRun, trial: Trial | None) -> Finding:
-    """Estimate the run's duration from a measured step, by the number of operations."""
     steps, lengths = planned.steps, planned.dataset.lengths
     tokens = int(lengths.sum()) * steps.total / max(len(steps.steps_of_epoch(0)), 1)
     flops = tokens * flops_per_token(planned.model, mean_context_tokens(lengths))

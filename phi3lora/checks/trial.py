@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +64,7 @@ def check_gradient_flow(planned: PlannedRun) -> tuple[Finding, Trial | None]:
             text = f"{len(unmoved)} adapter matrices have not moved after step {step} of 2 ({first_of(unmoved, 2)})"
             return error(f"{text}: they are switched off, detached, or no gradient reaches them"), trial
     text = f"every adapter moved in 2 steps of {trial.tokens:,} tokens, loss {losses}"
-    model_config: Any = planned.model.config
-    guessing = math.log(model_config.vocab_size)
+    guessing = math.log(planned.model.config.vocab_size)
     if trial.losses[0] > guessing + 1:
         return warning(f"{text}: worse than guessing ({guessing:.3g}); does the tokenizer belong to the model?"), trial
     return ok(text), trial
@@ -74,7 +72,7 @@ def check_gradient_flow(planned: PlannedRun) -> tuple[Finding, Trial | None]:
 
 def run_trial(planned: PlannedRun) -> Trial:
     """Run the two steps; the adapters and every gradient are restored before it returns."""
-    model: Any = planned.model
+    model = planned.model
     rows = _trial_rows(planned)
     lengths = planned.dataset.lengths[[i for row in rows for i in row]]
     batch = collate(planned.dataset, rows, max(int(planned.dataset.lengths[list(row)].sum()) for row in rows))
@@ -98,10 +96,9 @@ def run_trial(planned: PlannedRun) -> Trial:
                 if skipped and math.isfinite(loss) and precision.can_scale_down():
                     continue
                 losses.append(math.nan if skipped else loss / outcome.count)
-                if skipped:
-                    break
-                unmoved.append(_unmoved_parts(model, before, first_step=not unmoved))
-                if len(losses) == 2:
+                if not skipped:
+                    unmoved.append(_unmoved_parts(model, before, first_step=not unmoved))
+                if skipped or len(losses) == 2:
                     break
     unmoved += [[], []]
     return Trial(tuple(losses), (unmoved[0], unmoved[1]), int(lengths.sum()), flops, seconds)

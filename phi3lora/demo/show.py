@@ -94,10 +94,7 @@ def _tune(
     torch.manual_seed(seed)
     report = inject_lora(model, LoraConfig(**LORA))
     extra: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 10} if full else {"log_level": "warning"}
-    if full:
-        print(report, end="\n\n")
-    else:
-        print(f"\nseed {seed}")
+    print(f"{report}\n" if full else f"\nseed {seed}")
     config = TrainingConfig(output_dir=folder, seed=seed, **TRAINING, **extra)
     train(model, train_set, config, eval_dataset=eval_set, tokenizer=tokenizer)
     after = score(model, tokenizer, rows)
@@ -105,14 +102,10 @@ def _tune(
         off = score(model, tokenizer, rows)
     path = save_adapter(model, Path(folder) / "adapter.safetensors")
     if full:
-        _print_examples(rows, before, after)
+        for i in range(0, len(rows), max(1, len(rows) // EXAMPLES)):
+            print(f"\nquestion  {rows[i]['messages'][-2]['content']}")
+            print(f"before    {before.answers[i]}")
+            print(f"after     {after.answers[i]}")
         print(f"\nadapter: {path} ({path.stat().st_size / 2**10:.0f} KiB)")
     print(f"frozen weights, SHA-256: {hash_before} before, {frozen_hash(model)} after")
     return before, after, off
-
-
-def _print_examples(rows: list[dict[str, Any]], before: Score, after: Score) -> None:
-    for i in range(0, len(rows), max(1, len(rows) // EXAMPLES)):
-        print(f"\nquestion  {rows[i]['messages'][-2]['content']}")
-        print(f"before    {before.answers[i]}")
-        print(f"after     {after.answers[i]}")
