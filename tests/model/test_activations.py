@@ -19,7 +19,7 @@ BATCH = packed_batch([random_documents(9, 5)], 16)
 
 @pytest.fixture
 def adapted() -> nn.Module:
-    return adapted_model().train()
+    return adapted_model(lora_dropout=0.5).train()  # recomputing has to draw the same masks again
 
 
 def switched_on(model: nn.Module) -> int:
@@ -30,6 +30,7 @@ def one_step(model: nn.Module, mode: str) -> tuple[torch.Tensor, list[torch.Tens
     """Loss and adapter gradients."""
     with activation_checkpointing(model, mode):
         model.zero_grad()
+        torch.manual_seed(1)
         loss, _ = p3.causal_lm_loss(model, BATCH)
         loss.backward()
     return loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
@@ -49,16 +50,6 @@ def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode, mlps, qkvs
     assert torch.equal(again, loss)
     torch.testing.assert_close(recomputed, gradients)
     assert [calls.count(name) for name in ("mlp", "qkv_proj", "gate_up_proj")] == [mlps, qkvs, gate_ups]
-
-
-@pytest.mark.parametrize("mode", ["full", "offload"])
-def test_dropout_is_recomputed_with_the_same_mask(mode):
-    results = []
-    for each in ("none", mode):
-        model = adapted_model(lora_dropout=0.5).train()
-        torch.manual_seed(1)
-        results.append(one_step(model, each)[1])
-    torch.testing.assert_close(*results)
 
 
 # --- Inputs on the host
