@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize_adapters
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -33,10 +33,9 @@ def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> list[Tensor]:
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
-@given(
-    st.integers(1, 20), st.integers(1, 25), st.sampled_from(sorted(heads())), st.sampled_from([1, -3]), st.booleans()
-)
-def test_any_chunk_size_gives_cross_entropys_sum_and_gradients(tokens, chunk, name, scale, trains):
+@given(st.integers(1, 20), st.integers(1, 25), st.sampled_from(sorted(heads())), st.booleans())
+@example(0, 4, "adapted", True)  # no supervised tokens
+def test_any_chunk_size_gives_cross_entropys_sum_and_gradients(tokens, chunk, name, trains):
     head, (hidden, labels) = heads()[name], data(tokens)
     hidden.requires_grad = trains or name == "frozen"  # else the decoder is frozen and the head trains
     loss = linear_cross_entropy(hidden, head, labels, chunk)
@@ -92,15 +91,6 @@ def test_no_more_logits_than_a_chunk_exist_at_once(grad):
     with torch.set_grad_enabled(grad):
         linear_cross_entropy(hidden.requires_grad_(), head, labels, 4)
     assert sizes == [4, 4, 2]
-
-
-def test_no_supervised_tokens_are_a_loss_of_zero():
-    head = heads()["adapted"]
-    hidden = torch.zeros(0, 7, requires_grad=True)
-    loss = linear_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long))
-    assert loss.item() == 0
-    loss.backward()
-    assert not head.lora_B.grad.any()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
