@@ -18,6 +18,7 @@ and ``describe``.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -33,6 +34,7 @@ import numpy as np
 from ..config import IGNORE_INDEX
 from ..errors import DataError, is_int, short_repr
 from .documents import NoDocumentsError, RowTokenizer
+from .findings import Findings
 from .formats import check_columns, known_format
 from .rows import BadRows, NumberedRow, find_source, read_rows
 from .template import ChatEncoder
@@ -64,6 +66,7 @@ class ChatDataset:
         truncated: np.ndarray,
         dropped_rows: int = 0,
         bad_rows: tuple[int, ...] = (),
+        findings: Findings | None = None,
     ) -> None:
         # All documents end to end, and those that belong to this set. A label is its token's own id, or -100.
         self._input_ids, self._labels = input_ids, labels  # int32 (tokens,) each
@@ -77,6 +80,8 @@ class ChatDataset:
         """Number of source rows of which truncation left nothing to train."""
         self.bad_rows = bad_rows
         """Numbers of the source rows that ``on_bad_row="skip"`` left out."""
+        self.findings = findings or Findings()
+        """What loading found in the source: see ``data/findings.py``."""
 
     @classmethod
     def load(
@@ -233,6 +238,7 @@ class ChatDataset:
             "longest": self.max_document_tokens,
             "format": self.format,
             "max_length": self.max_length,
+            **dataclasses.asdict(self.findings),
         }
 
     def fingerprint(self) -> str:
@@ -265,7 +271,7 @@ class ChatDataset:
             text += f", {s['truncated']:,} truncated, {s['dropped']:,} rows dropped: nothing trained was left in them"
         if self.bad_rows:
             text += f", {len(self.bad_rows):,} bad rows skipped"
-        return text + ")"
+        return "; ".join([text, *self.findings.describe()]) + ")"
 
 
 class ChatStream:

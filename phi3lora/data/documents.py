@@ -10,11 +10,10 @@ on, this library's own code included. Long chats are cut after the cache, so ``m
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ import transformers
 from ..config import IGNORE_INDEX
 from ..errors import DataError
 from ..files import sha256_of
-from .formats import Message, detect_format, to_messages
+from .findings import Findings
+from .formats import Chat, detect_format, to_chat
 from .rows import BadRows, NumberedRow
 from .template import ChatEncoder, EncodedChat
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("phi3lora")
 NumberedChat = tuple[int, EncodedChat]
 
 SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second that importing datasets takes
-_MODULES = [Path(__file__).with_name(f"{name}.py") for name in ("rows", "formats", "template", "documents")]
+_MODULES = [Path(__file__).with_name(f"{name}.py") for name in ("rows", "formats", "findings", "template", "documents")]
 _CHATS_AT_ONCE = 1000
 
 
@@ -66,14 +66,13 @@ class RowTokenizer:
         all the rows of a file or dataset, ``cached`` is that source, and its tokenised chats are cached.
         """
         with self._one_thread:
-            rows = iter(rows)
+            rows, findings = iter(rows), Findings()
             format, first = self._first_row(rows, format, bad)
-            chats = self._encode(chain([first], rows), format, bad)
-            if cached is None or bad.skips:  # the cache does not record which rows were skipped
-                return self._cut(chats, format, bad)
-            options = [format, sorted(self.columns.items()), self.encoder.train_on]
-            key = cache_key(cached, self.encoder.tokenizer, options)
-            return self._cut(cached_chats(chats, key), format, bad)
+            chats: Iterator[NumberedChat] = self._encode(chain([first], rows), format, bad, findings)
+            if cached is not None and not bad.skips:  # the cache does not record which rows were skipped
+                options = [format, sorted(self.columns.items()), self.encoder.train_on]
+                chats = cached_chats(chats, findings, cache_key(cached, self.encoder.tokenizer, options))
+            return {**self._cut(chats, format, bad), "findings": findings}
 
     def _first_row(self, rows: Iterator[NumberedRow], format: str, bad: BadRows) -> tuple[str, NumberedRow]:
         for number, row in rows:
@@ -84,28 +83,37 @@ class RowTokenizer:
         why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
         raise NoDocumentsError(f"the dataset {self.source} is empty: {why}")
 
-    def _encode(self, rows: Iterable[NumberedRow], format: str, bad: BadRows) -> Generator[NumberedChat]:
+    def _encode(
+        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, findings: Findings
+    ) -> Iterator[NumberedChat]:
         """Yield the encoded chats. Many are tokenised at a time, which the tokenizer spreads over the cores."""
-        chats = self._read_chats(rows, format, bad)
+        chats = self._read_chats(rows, format, bad, findings)
         while batch := list(islice(chats, _CHATS_AT_ONCE)):
-            numbers = [number for number, _ in batch]
             try:
-                yield from zip(numbers, self.encoder.encode([chat for _, chat in batch], numbers), strict=True)
+                encoded = self._encode_batch(batch, findings)
             except DataError:
                 if not bad.skips:
                     raise
-                for number, chat in batch:  # one by one, to find the bad ones
+                encoded = []
+                for chat in batch:  # one by one, to find the bad ones
                     try:
-                        yield number, self.encoder.encode([chat], [number])[0]
+                        encoded += self._encode_batch([chat], findings)
                     except DataError as error:
-                        bad.reject(number, error)
+                        bad.reject(chat[0], error)
+            yield from encoded
+
+    def _encode_batch(self, batch: list[tuple[int, Chat]], findings: Findings) -> list[NumberedChat]:
+        numbers, found = [number for number, _ in batch], Findings()
+        encoded = self.encoder.encode([chat for _, chat in batch], numbers, found)
+        findings += found
+        return list(zip(numbers, encoded, strict=True))
 
     def _read_chats(
-        self, rows: Iterable[NumberedRow], format: str, bad: BadRows
-    ) -> Generator[tuple[int, list[Message]]]:
+        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, findings: Findings
+    ) -> Iterator[tuple[int, Chat]]:
         for number, row in rows:
             try:
-                yield number, to_messages(row, format, number, self.columns)
+                yield number, to_chat(row, format, number, self.columns, findings)
             except DataError as error:
                 bad.reject(number, error)
 
@@ -197,10 +205,11 @@ def _rows_digest(source: Path | Iterable[Any]) -> str | None:
     return fingerprint if fingerprint and dataset.data.nbytes >= SMALLEST_BYTES else None
 
 
-def cached_chats(chats: Generator[NumberedChat], key: str | None) -> Iterator[NumberedChat]:
+def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | None) -> Iterator[NumberedChat]:
     """Return the chats cached under ``key``. If there are none, return ``chats``, which are then cached.
 
-    An exception that ``chats`` raises is raised unchanged, and nothing is cached.
+    ``findings``, complete once ``chats`` is exhausted, is cached with them, as the last record. An exception that
+    ``chats`` raises is raised unchanged, and nothing is cached.
     """
     if key is None:
         return chats
@@ -212,11 +221,16 @@ def cached_chats(chats: Generator[NumberedChat], key: str | None) -> Iterator[Nu
         number=datasets.Value("int64"),
         input_ids=datasets.List(datasets.Value("int32")),
         trained=datasets.List(datasets.Value("bool")),
+        findings=datasets.Value("string"),
     )
+    started = False
 
     def records() -> Iterator[dict[str, Any]]:
+        nonlocal started
+        started = True
         for number, chat in chats:
-            yield {"number": number, "input_ids": chat.input_ids, "trained": chat.trained}
+            yield {"number": number, "input_ids": chat.input_ids, "trained": chat.trained, "findings": None}
+        yield {"number": 0, "input_ids": [], "trained": [], "findings": findings.to_json()}
 
     try:
         table = datasets.Dataset.from_generator(records, features=features, fingerprint=key)
@@ -225,12 +239,14 @@ def cached_chats(chats: Generator[NumberedChat], key: str | None) -> Iterator[Nu
             raise
         raise error.__cause__ from error.__cause__.__cause__
     except OSError as error:
-        if inspect.getgeneratorstate(chats) != inspect.GEN_CREATED:
+        if started:
             raise
         logger.warning("tokenised chats cannot be cached by datasets: %s", error)
         return chats
+    if not started:  # found in the cache
+        findings += Findings.from_json(table[-1]["findings"])
     return (
         (int(number), EncodedChat(input_ids, trained))
-        for part in table.with_format("numpy").iter(_CHATS_AT_ONCE)
+        for part in table.select(range(len(table) - 1)).with_format("numpy").iter(_CHATS_AT_ONCE)
         for number, input_ids, trained in zip(part["number"], part["input_ids"], part["trained"], strict=True)
     )

@@ -11,12 +11,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, is_text, short_repr
 from ..files import parse_json
+from .findings import Findings
 
 Message = dict[str, Any]
+"""``role``, ``content``, ``train`` if its row says so, and the row's other keys, for the template."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One row, read. Which of its keys a template renders is for ``ChatEncoder`` to find out."""
+
+    messages: list[Message]
+    tools: Any = None
+    """Functions that the assistant may call, in OpenAI's JSON schema."""
+    prompt_messages: int = 0
+    """Number of leading messages that are a prompt: not trained, unless ``train_on="all"``."""
+    text: str | None = None
+    """Plain text for continued pretraining, which no template touches; ``messages`` is empty then."""
+
 
 COLUMNS = {
     "messages": ("messages",),
@@ -78,9 +95,13 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
             raise DataError(f"columns={short_repr(dict(columns))}: {short_repr(name)} is not one of {', '.join(known)}")
 
 
-def to_messages(
-    row: Mapping[str, Any], format: str, number: int, columns: Mapping[str, str] | None = None
-) -> list[Message]:
+def to_chat(
+    row: Mapping[str, Any],
+    format: str,
+    number: int,
+    columns: Mapping[str, str] | None = None,
+    findings: Findings | None = None,
+) -> Chat:
     """Return one row as a checked chat. ``columns``: our column name -> the row's.
 
     Raises:
@@ -95,7 +116,7 @@ def to_messages(
     if values.get("system") not in (None, ""):
         messages.insert(0, {"role": "system", "content": _text(values["system"], number, "'system'")})
     _check_roles(messages, number)
-    return messages
+    return Chat(messages)
 
 
 def _text(value: Any, number: int, what: str) -> str:

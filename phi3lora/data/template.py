@@ -30,7 +30,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..errors import DataError, error_line, short_repr
-from .formats import Message
+from .findings import Findings
+from .formats import Chat, Message
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,15 @@ class ChatEncoder:
         self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(self._end_of_turn)
         """Token that closes an assistant turn."""
 
-    def encode(self, chats: Sequence[Sequence[Message]], numbers: Sequence[int]) -> list[EncodedChat]:
-        """Tokenise checked chats (see ``formats.to_messages``). ``numbers`` are their rows', for error messages.
+    def encode(
+        self, chats: Sequence[Chat], numbers: Sequence[int], findings: Findings | None = None
+    ) -> list[EncodedChat]:
+        """Tokenise checked chats (see ``formats.to_chat``). ``numbers`` are their rows', for error messages.
 
         Raises:
             DataError: a chat that the template refuses or does not render in full, or without a supervised token.
         """
-        rendered = [self._render(chat, number) for chat, number in zip(chats, numbers, strict=True)]
+        rendered = [self._render(chat.messages, number) for chat, number in zip(chats, numbers, strict=True)]
         encoded = []
         for (ids, starts), chat, number in zip(self._tokenize(rendered), rendered, numbers, strict=True):
             edges = [edge for span in chat.spans for edge in span]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3lora.data.dataset import ChatDataset
-from phi3lora.data.formats import COLUMNS, detect_format, known_format, to_messages
+from phi3lora.data.formats import COLUMNS, detect_format, known_format, to_chat
 from phi3lora.errors import DataError
 
 TOKENIZER = make_tokenizer()
@@ -31,7 +31,7 @@ TOOL_CHAT = [
 
 def refusal(row, format="messages", number=7, columns=None) -> str:
     with pytest.raises(DataError) as caught:
-        to_messages(row, format, number, columns)
+        to_chat(row, format, number, columns)
     return str(caught.value)
 
 
@@ -39,7 +39,7 @@ def refusal(row, format="messages", number=7, columns=None) -> str:
 def test_a_row_of_each_format_is_recognised_and_gives_the_same_chat(name):
     row = {"id": 5, "source": "mail", **ROWS[name]}
     assert detect_format(row) == name
-    assert to_messages(row, name, 1) == CHAT
+    assert to_chat(row, name, 1).messages == CHAT
 
 
 def test_a_forced_format_wins_over_the_columns_that_would_be_recognised():
@@ -73,12 +73,12 @@ def test_messages_and_sharegpt_keep_every_role_and_character_of_a_chat(turns, sy
         chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     other = {"user": "human", "assistant": "gpt", "system": "system"}
     conversation = [{"from": other[m["role"]], "value": m["content"]} for m in chat]
-    assert to_messages({"messages": chat}, "messages", 1) == chat
-    assert to_messages({"conversations": conversation}, "sharegpt", 1) == chat
+    assert to_chat({"messages": chat}, "messages", 1).messages == chat
+    assert to_chat({"conversations": conversation}, "sharegpt", 1).messages == chat
     without_system = conversation if system is None else conversation[1:]
-    assert to_messages({"conversations": without_system, "system": system}, "sharegpt", 1) == chat
+    assert to_chat({"conversations": without_system, "system": system}, "sharegpt", 1).messages == chat
     as_cell = {"messages": json.dumps(chat)}  # a CSV cell
-    assert to_messages(as_cell, "messages", 1) == chat
+    assert to_chat(as_cell, "messages", 1).messages == chat
 
 
 @pytest.mark.parametrize("tool", ["observation", "function_response", "tool"])
@@ -86,47 +86,47 @@ def test_messages_and_sharegpt_keep_every_role_and_character_of_a_chat(turns, sy
 def test_a_sharegpt_speaker_has_the_role_it_had_in_its_dataset(model, tool):
     speakers = ["human", model, tool, model]
     turns = [{"from": who, "value": m["content"]} for who, m in zip(speakers, TOOL_CHAT, strict=True)]
-    assert to_messages({"conversations": turns}, "sharegpt", 1) == TOOL_CHAT
-    assert to_messages({"conversations": TOOL_CHAT}, "sharegpt", 1) == TOOL_CHAT, "role and content are known too"
+    assert to_chat({"conversations": turns}, "sharegpt", 1).messages == TOOL_CHAT
+    assert to_chat({"conversations": TOOL_CHAT}, "sharegpt", 1).messages == TOOL_CHAT, "role and content are known too"
 
 
 def test_a_turn_keeps_whether_it_is_trained():
     for flag, kept in ((False, False), (0, False), (True, True)):
         turns = [{**CHAT[0], "weight": 1}, {**CHAT[1], "train": flag}]
         expected = [CHAT[0], {**CHAT[1], "train": kept}]
-        assert to_messages({"messages": turns}, "messages", 1) == expected
+        assert to_chat({"messages": turns}, "messages", 1).messages == expected
         speech = [{"from": m["role"], "value": m["content"], "train": m.get("train")} for m in turns]
-        assert to_messages({"conversations": speech}, "sharegpt", 1) == expected
-        assert to_messages({"prompt": turns[:1], "completion": turns[1:]}, "prompt_completion", 1) == expected
-    assert to_messages({"messages": [CHAT[0], {**CHAT[1], "train": None}]}, "messages", 1) == CHAT
+        assert to_chat({"conversations": speech}, "sharegpt", 1).messages == expected
+        assert to_chat({"prompt": turns[:1], "completion": turns[1:]}, "prompt_completion", 1).messages == expected
+    assert to_chat({"messages": [CHAT[0], {**CHAT[1], "train": None}]}, "messages", 1).messages == CHAT
 
 
 def test_a_content_of_text_parts_is_their_text_joined():
     parts = [{"type": "text", "text": "Where "}, {"type": "text", "text": "is it?"}]
-    assert to_messages({"messages": [{"role": "user", "content": parts}, CHAT[1]]}, "messages", 1) == CHAT
-    assert to_messages({"instruction": parts, "output": ANSWER}, "alpaca", 1) == CHAT
+    assert to_chat({"messages": [{"role": "user", "content": parts}, CHAT[1]]}, "messages", 1).messages == CHAT
+    assert to_chat({"instruction": parts, "output": ANSWER}, "alpaca", 1).messages == CHAT
 
 
 def test_trl_s_conversational_prompt_and_completion_join_to_one_chat():
     row = {"prompt": [{"role": "system", "content": "Be brief."}, CHAT[0]], "completion": [CHAT[1]]}
     assert detect_format(row) == "prompt_completion"
-    assert to_messages(row, "prompt_completion", 1) == [{"role": "system", "content": "Be brief."}, *CHAT]
-    assert to_messages({"prompt": QUESTION, "completion": [CHAT[1]]}, "prompt_completion", 1) == CHAT
+    assert to_chat(row, "prompt_completion", 1).messages == [{"role": "system", "content": "Be brief."}, *CHAT]
+    assert to_chat({"prompt": QUESTION, "completion": [CHAT[1]]}, "prompt_completion", 1).messages == CHAT
 
 
 @pytest.mark.parametrize("name", ["sharegpt", "alpaca", "prompt_completion"])
 def test_a_system_column_becomes_the_system_message_and_an_empty_one_none(name):
     system = {"role": "system", "content": "Be brief."}
-    assert to_messages({**ROWS[name], "system": "Be brief."}, name, 1) == [system, *CHAT]
-    assert to_messages({**ROWS[name], "system": ""}, name, 1) == CHAT
+    assert to_chat({**ROWS[name], "system": "Be brief."}, name, 1).messages == [system, *CHAT]
+    assert to_chat({**ROWS[name], "system": ""}, name, 1).messages == CHAT
     for system in (float("nan"), {"a": 1}):  # pandas has NaN in empty cells: not a system prompt "nan"
         assert "row 7" in refusal({**ROWS[name], "system": system}, name)
 
 
 def test_alpaca_s_input_follows_the_instruction_after_an_empty_line():
-    chat = to_messages({"instruction": "Translate.", "input": "Bonjour", "output": "Hello"}, "alpaca", 1)
+    chat = to_chat({"instruction": "Translate.", "input": "Bonjour", "output": "Hello"}, "alpaca", 1).messages
     assert chat[0]["content"] == "Translate.\n\nBonjour"
-    assert to_messages({"instruction": QUESTION, "input": "", "output": ANSWER}, "alpaca", 1) == CHAT
+    assert to_chat({"instruction": QUESTION, "input": "", "output": ANSWER}, "alpaca", 1).messages == CHAT
 
 
 PHI3_TEXTS = {
@@ -141,13 +141,13 @@ PHI3_TEXTS = {
 
 @pytest.mark.parametrize("text", PHI3_TEXTS.values(), ids=PHI3_TEXTS)
 def test_text_in_phi_3_and_phi_4_markers_is_read_as_the_chat_it_renders(text):
-    assert to_messages({"text": text}, "text", 1) == CHAT
+    assert to_chat({"text": text}, "text", 1).messages == CHAT
 
 
 def test_text_keeps_all_four_roles_and_line_ends_inside_a_turn():
     text = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in [{"role": "system", "content": "a\n\nb"}])
     text += "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in TOOL_CHAT)
-    assert to_messages({"text": text}, "text", 1) == [{"role": "system", "content": "a\n\nb"}, *TOOL_CHAT]
+    assert to_chat({"text": text}, "text", 1).messages == [{"role": "system", "content": "a\n\nb"}, *TOOL_CHAT]
 
 
 PHI3_TURNS = f"<|user|>\n{QUESTION}<|end|>\nSTRAY<|assistant|>\n{ANSWER}<|end|>"
@@ -165,13 +165,13 @@ def test_columns_maps_our_names_to_the_row_s(name):
     columns = {ours: f"my_{ours}" for ours in COLUMNS[name]}
     row = {columns[ours]: value for ours, value in ROWS[name].items()}
     assert detect_format(row, columns) == name
-    assert to_messages(row, name, 1, columns) == CHAT
+    assert to_chat(row, name, 1, columns).messages == CHAT
     message = refusal({"wrong": 1}, name, columns=columns)
     assert message.startswith("row 7") and "the keys 'wrong'" in message
     assert "'my_" in message, "what is missing is named as the file would spell it"
     if name == "alpaca":  # the optional columns too
         row, columns = {**row, "extra": "Now.", "rules": "Brief."}, {**columns, "input": "extra", "system": "rules"}
-        contents = [m["content"] for m in to_messages(row, name, 1, columns)]
+        contents = [m["content"] for m in to_chat(row, name, 1, columns)]
         assert contents == ["Brief.", f"{QUESTION}\n\nNow.", ANSWER]
 
 
