@@ -1,0 +1,282 @@
+"""Tools, calls and results in a chat, placed by the template or by Phi-4-mini's convention, or refused."""
+
+import functools
+import json
+
+import pytest
+from conftest import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from phi3lora.data.formats import Chat
+from phi3lora.data.tools import ToolStyle, has_tools
+from phi3lora.errors import DataError
+
+PHI35 = (
+    "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
+    "{{ '<|system|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] in ['user', 'assistant'] %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+PHI4 = (
+    "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant'] %}{{ '<|im_start|>' + "
+    "message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+PHI4_MINI = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Phi-4's markers, and everything for function calling, as ChatML models have it.
+CHATML = (
+    "{% if tools %}{{ '<|im_start|>system<|im_sep|>' }}{% if messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] + '\n' }}{% endif %}{{ '<tools>' }}{% for tool in tools %}{{ tool | tojson }}"
+    "{% endfor %}{{ '</tools><|im_end|>' }}{% endif %}{% for message in messages %}"
+    "{% if not (tools and message['role'] == 'system') %}{{ '<|im_start|>' + message['role'] + '<|im_sep|>' }}"
+    "{% if message['content'] %}{{ message['content'] }}{% endif %}{% if message['tool_calls'] %}"
+    "{% for call in message['tool_calls'] %}{{ '\n<tool_call>' + (call['function'] | tojson) + '</tool_call>' }}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+MARKERS = ["<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"]
+NAMES = {"phi-3.5": ("phi-3", PHI35), "phi-4": ("phi-4", PHI4), "phi-4-mini": ("phi-4-mini", PHI4_MINI),
+         "chatml": ("phi-4", CHATML)}  # fmt: skip
+
+STOCK = {"name": "stock", "description": "Units in stock", "parameters": {"sku": {"type": "str"}}}
+WRAPPED = {"type": "function", "function": STOCK}
+ASK, CALLED, SAID = (
+    {"role": "user", "content": "How many?"},
+    {"role": "assistant"},
+    {"role": "assistant", "content": "7."},
+)
+A7, B8 = ({"name": "stock", "arguments": {"sku": sku}} for sku in ("A7", "B8"))
+
+
+def tokenizer_of(name, special=False):
+    model, template = NAMES[name]
+    tokenizer = make_tokenizer(model)
+    if name == "phi-4-mini":
+        added = [AddedToken(marker, special=special, normalized=False) for marker in MARKERS]
+        tokenizer.add_tokens(added, special_tokens=special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@functools.cache
+def style(name):
+    tokenizer = tokenizer_of(name)
+
+    def render(messages, number, tools=None):
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, tools=tools)
+        except Exception as error:
+            raise DataError(f"row {number}: {error}") from error
+
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return ToolStyle(render, added, added - {*MARKERS, "<unk>"}), render
+
+
+def rendered(name, messages, tools=None, prompt_messages=0):
+    """The chat's text, of values that ``ToolStyle`` placed; every content in it is text."""
+    how, render = style(name)
+    chat = how.place(Chat(messages, tools, prompt_messages), 5)
+    assert all(type(message["content"]) is str and "tool_calls" not in message for message in chat.messages)
+    return render(chat.messages, 5, tools=chat.tools)
+
+
+@pytest.mark.parametrize("tools", [[STOCK], [WRAPPED], json.dumps([STOCK]), json.dumps([WRAPPED]), [json.dumps(STOCK)]])
+@pytest.mark.parametrize("start", [[], [{"role": "system", "content": "Be brief."}]])
+def test_tools_of_a_row_are_in_phi4_minis_system_message(tools, start):
+    text = rendered("phi-4-mini", [*start, ASK, SAID], tools)
+    brief = start[0]["content"] if start else ""
+    assert text.startswith(f"<|system|>{brief}<|tool|>{json.dumps([STOCK])}<|/tool|><|end|><|user|>How many?<|end|>")
+
+
+@pytest.mark.parametrize("tools", [[STOCK], [WRAPPED]])
+def test_tools_of_a_system_message_may_be_a_list(tools):
+    system = {"role": "system", "content": "Be brief.", "tools": tools}
+    assert rendered("phi-4-mini", [system, ASK, SAID]) == rendered(
+        "phi-4-mini", [{**system, "tools": json.dumps([STOCK])}, ASK, SAID]
+    )
+
+
+def test_text_in_tools_of_a_system_message_is_rendered_as_it_is():
+    system = {
+        "role": "system",
+        "content": "",
+        "tools": "[{'name':'stock'}]",
+    }  # the cookbook's notebook has Python's repr
+    assert "<|tool|>[{'name':'stock'}]<|/tool|>" in rendered("phi-4-mini", [system, ASK, SAID])
+
+
+@pytest.mark.parametrize("tools", [[STOCK], [WRAPPED], json.dumps([STOCK])])
+@pytest.mark.parametrize("start", [[], [{"role": "system", "content": "Be brief."}]])
+def test_a_template_that_renders_tools_gets_openais_form(tools, start):
+    text = rendered("chatml", [*start, ASK, SAID], tools)
+    assert f"<tools>{json.dumps(WRAPPED)}</tools><|im_end|>" in text and ("Be brief." in text) == bool(start)
+
+
+CALLS = {
+    "openai": {"tool_calls": [{"id": "1", "type": "function", "function": {**A7, "arguments": '{"sku":"A7"}'}}]},
+    "object": {"tool_calls": [{"type": "function", "function": A7}]},
+    "bare": {"tool_calls": [A7]},
+    "text": {"tool_calls": json.dumps([A7])},
+    "legacy": {"function_call": {**A7, "arguments": json.dumps(A7["arguments"])}},
+    "sharegpt": {"function_call": json.dumps(A7)},
+    "arrow": {"tool_calls": [{"id": None, "function": {**A7, "arguments": {"sku": "A7", "city": None}}}]},
+}
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me see."])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_call_is_in_the_content_in_whatever_form_the_row_has_it(call, content):
+    chat = [ASK, {**CALLED, "content": content, **call}, {"role": "tool", "content": "7"}, SAID]
+    written = json.dumps(A7)
+    text = rendered("phi-4-mini", chat)
+    assert f"<|assistant|>{content or ''}<|tool_call|>[{written}]<|/tool_call|><|end|><|tool|>7<|end|>" in text
+    text = rendered("chatml", chat)
+    assert f"assistant<|im_sep|>{content or ''}\n<tool_call>{written}</tool_call><|im_end|>" in text
+
+
+@pytest.mark.parametrize("arguments", [{}, "{}", "", None])
+def test_a_call_without_arguments_has_an_empty_object(arguments):
+    text = rendered(
+        "phi-4-mini", [ASK, {**CALLED, "content": None, "tool_calls": [{"name": "now", "arguments": arguments}]}]
+    )
+    assert '<|tool_call|>[{"name": "now", "arguments": {}}]<|/tool_call|>' in text
+
+
+def test_an_explicit_null_in_the_text_of_arguments_stays():
+    call = {"name": "stock", "arguments": '{"sku": null}'}
+    assert '{"sku": null}' in rendered("phi-4-mini", [ASK, {**CALLED, "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize("name", ["phi-4-mini", "chatml"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_results_of_parallel_calls_are_in_the_order_of_the_calls(name, order):
+    calls = [{"id": f"id-{i}", "type": "function", "function": call} for i, call in enumerate((A7, B8))]
+    results = [{"role": "tool", "tool_call_id": f"id-{i}", "content": f"result {i}"} for i in order]
+    text = rendered(name, [ASK, {**CALLED, "content": None, "tool_calls": calls}, *results, SAID])
+    assert text.index("A7") < text.index("B8") < text.index("result 0") < text.index("result 1")
+
+
+def test_results_without_an_id_stay_where_they_are():
+    chat = [ASK, {**CALLED, "tool_calls": [A7, B8]}, *({"role": "tool", "content": f"{i}"} for i in "21"), SAID]
+    assert "<|tool|>2<|end|><|tool|>1<|end|>" in rendered("phi-4-mini", chat)
+
+
+def test_messages_of_a_prompt_are_counted_with_the_system_message_put_in_front():
+    how, _ = style("phi-4-mini")
+    assert how.place(Chat([ASK, SAID], [STOCK], prompt_messages=1), 5).prompt_messages == 2
+    assert how.place(Chat([ASK, SAID], [STOCK]), 5).prompt_messages == 0
+
+
+def test_the_row_is_not_changed():
+    messages = [ASK, {**CALLED, "content": None, "tool_calls": [A7]}, {"role": "tool", "content": "7"}, SAID]
+    before = json.dumps(messages)
+    rendered("phi-4-mini", messages, [WRAPPED])
+    assert json.dumps(messages) == before
+
+
+def test_only_chats_with_tools_need_placing():
+    assert not has_tools(Chat([{"role": "system", "content": "x"}, ASK, {**SAID, "train": False, "name": "bot"}]))
+    assert has_tools(Chat([ASK, SAID], [STOCK])) and has_tools(Chat([ASK, {**SAID, "function_call": A7}]))
+    assert has_tools(Chat([ASK, SAID, {"role": "tool", "content": "7"}, SAID]))
+    assert has_tools(Chat([{"role": "system", "content": "x", "tools": "[]"}, ASK, SAID]))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.dictionaries(st.text(max_size=8), JSON, max_size=3))
+def test_what_is_written_of_a_call_reads_back_as_the_call(arguments):
+    text = rendered("phi-4-mini", [ASK, {**CALLED, "tool_calls": [{"name": "f", "arguments": json.dumps(arguments)}]}])
+    written = text.partition("<|tool_call|>")[2].partition("<|/tool_call|>")[0]
+    assert json.loads(written) == [{"name": "f", "arguments": arguments}]
+
+
+def call(arguments, **more):
+    return [ASK, {**CALLED, "content": "", "tool_calls": [{"name": "f", "arguments": arguments, **more}]}]
+
+
+def own(tools):
+    return [{"role": "system", "content": "x", "tools": tools}, ASK, SAID]
+
+
+PLAIN, BOTH, ANY = "phi-3.5 phi-4", "phi-4-mini chatml", [ASK, SAID]  # templates that know no tools, and that do
+REFUSED = [
+    (PLAIN, ANY, [STOCK], r"row 5: 'tools', which .* does not render; .*system message"),
+    (PLAIN, own(json.dumps([STOCK])), None, "row 5: 'tools', which .* does not render"),
+    (PLAIN, call({}), None, "row 5: message 2: 'tool_calls' .*write the call into"),
+    (PLAIN, [*ANY, {"role": "tool", "content": "7"}, SAID], None, "row 5: .* role 'tool'; write"),
+    (BOTH, own([STOCK]), [STOCK], "row 5: 'tools' in the row and in a message"),
+    (BOTH, [{**ASK, "tools": [STOCK]}, SAID], None, "row 5: 'tools' in a message of the role 'user'"),
+    (BOTH, [{**ASK, "tool_calls": [A7]}, SAID], None, "row 5: message 1, of the role 'user', has 'tool_calls'"),
+    (BOTH, [ASK, {**CALLED, "tool_calls": [A7], "function_call": A7}], None, "'tool_calls' and 'function_call'"),
+    (BOTH, ANY, "stock(sku)", "row 5: 'tools' is text but not JSON"),
+    (BOTH, ANY, [{"type": "web_search"}], r"row 5: 'tools'\[0\] is .*allowed: \{'name'"),
+    (BOTH, ANY, 3, r"row 5: 'tools'\[0\] is 3; allowed"),
+    (BOTH, call({}, name=None), None, r"row 5: message 2: 'tool_calls'\[0\] is .*allowed: \{'name'"),
+    (BOTH, call("sku=A7"), None, r"row 5: message 2: 'tool_calls'\[0\]: 'arguments' is text but not JSON"),
+    (BOTH, call([1]), None, r"arguments \[1\]; allowed: 'name', and an object"),
+    (BOTH, call({}, parameters={"a": 1}), None, "the key 'parameters'; allowed: 'name'"),
+    (BOTH, call({"x": float("inf")}), None, "row 5: message 2: 'tool_calls' has no JSON form"),
+    (BOTH, call({"x": {1}}), None, "row 5: message 2: 'tool_calls' has no JSON form"),
+    (BOTH, call('{"x": "\\ud800"}'), None, "surrogate"),
+    ("phi-4-mini", ANY, [{**STOCK, "description": "a <|/tool|> b"}], r"row 5: 'tools' spell .*<\|/tool\|>"),
+    ("phi-4-mini", ANY, [{**STOCK, "description": "<|end|>"}], r"row 5: 'tools' spell .*<\|end\|>"),
+    ("phi-4-mini", own("<|end|>"), None, r"row 5: 'tools' spell .*<\|end\|>"),
+    ("phi-4-mini", call({"x": "<|/tool_call|>"}), None, r"row 5: message 2: .*spell '<\|/tool_call\|>'"),
+    ("phi-4-mini", [ASK, {**CALLED, "content": "<|tool_call|>[]", "tool_calls": [A7]}], None, "not in both"),
+]
+
+
+@pytest.mark.parametrize("names, messages, tools, message", REFUSED)
+def test_what_has_no_place_or_no_one_meaning_is_refused_by_name(names, messages, tools, message):
+    for name in names.split():
+        with pytest.raises(DataError, match=message) as refusal:
+            rendered(name, messages, tools)
+        assert "\n" not in str(refusal.value)
+
+
+def test_deep_values_are_refused():
+    deep = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    for arguments in (deep, '{"a":' * 100_000 + "1" + "}" * 100_000):
+        with pytest.raises(DataError, match=r"row 5: .*nested too deeply"):
+            rendered("phi-4-mini", call(arguments))
+
+
+@pytest.mark.parametrize("empty", [[], "[]", None])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_list_of_tools_is_no_tools(name, empty):
+    assert rendered(name, [ASK, SAID], empty) == rendered(name, [ASK, SAID])
+    system = {"role": "system", "content": "x"}
+    if name != "phi-4-mini":  # whose template renders any text
+        assert rendered(name, [{**system, "tools": "[]"}, ASK, SAID]) == rendered(name, [system, ASK, SAID])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("message['role'] + '<|im_sep|>'", "('call' if message['tool_calls'] else message['role']) + '<|im_sep|>'"),
+         "row 5: message 2: .*outside the turn's content"),
+        (("'\n<tool_call>'", "(loop.index0 | string) + messages[0]['content'] + '<tool_call>'"),
+         "row 5: .*outside the turn's content"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_render_calls_as_a_content_is_refused(change, message):
+    NAMES["changed"] = ("phi-4", CHATML.replace(*change))
+    assert NAMES["changed"][1] != CHATML
+    style.cache_clear()
+    with pytest.raises(DataError, match=message):
+        rendered("changed", [ASK, {**CALLED, "tool_calls": [A7]}])
