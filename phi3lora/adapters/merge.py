@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..errors import AdapterError
 from ..inference.generation import stop_token_ids
@@ -182,7 +183,7 @@ def _compare(model: Any, plain: Any, tokenizer: Any, prompts: Sequence[str]) -> 
         token_ids = torch.randint(model.config.vocab_size, (len(prompts), 32), generator=generator).tolist()
     else:
         encoder = ChatEncoder(tokenizer)
-        token_ids = [encoder.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
+        token_ids = [encoder.prompt_ids(Chat([{"role": "user", "content": prompt}])) for prompt in prompts]
     device = model.get_input_embeddings().weight.device
     largest, kl, agreed, positions = 0.0, 0.0, 0, 0
     with eval_mode(model), eval_mode(plain):

@@ -18,7 +18,6 @@ and ``describe``.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import itertools
 import logging
@@ -238,7 +237,7 @@ class ChatDataset:
             "longest": self.max_document_tokens,
             "format": self.format,
             "max_length": self.max_length,
-            **dataclasses.asdict(self.findings),
+            **self.findings.counts(),
         }
 
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..errors import short_repr
 
@@ -33,8 +34,13 @@ class Findings:
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
         return self
 
+    def counts(self) -> dict[str, Any]:
+        """Return the counts by field, as plain dicts and numbers."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
+
     def to_json(self) -> str:
-        return json.dumps({item.name: getattr(self, item.name) for item in fields(self)})
+        return json.dumps(self.counts())
 
     @classmethod
     def from_json(cls, text: str) -> Findings:

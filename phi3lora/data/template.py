@@ -11,20 +11,20 @@ rendering the same roles with placeholders for contents gives the template's own
 
 Three conditions are checked. ``full``, the rendered chat, alternates between literals and contents. The text before
 an assistant's content is the prompt that generation starts from. A special token follows the content: the end of turn
-(``<|end|>``; ``<|im_end|>`` in Phi-4), which is trained with it. ``full`` is tokenised once, with offsets. A token is
-trained if it starts inside a span. The template's final ``<|endoftext|>`` is not trained.
+(``<|end|>``; ``<|im_end|>`` in Phi-4), which is trained with it. A token is trained if it overlaps a span. The
+template's final ``<|endoftext|>`` is not trained, unless ``train_on="all"``.
 
-A content that spells a special token (``"<|end|>"``) is escaped: it is tokenised by itself, with special tokens
-switched off, and becomes ordinary tokens. A chat cannot smuggle in control tokens.
+The tokens of the literals, and bos, eos and pad, are protected: a content that spells one keeps it as text
+(``data/tokens.py``), so a chat cannot smuggle in control tokens.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -32,6 +32,13 @@ from jinja2 import TemplateError
 from ..errors import DataError, error_line, short_repr
 from .findings import Findings
 from .formats import Chat, Message
+from .tokens import Content, ContentTokenizer, TokenizedText, one_of
+
+_ANSWER = "ANSWER-REWSNA"
+_PROMPT = "prompt"  # "train" of a message that is part of a prompt
+_PLAIN_KEYS = frozenset(("role", "content", "train"))
+_MEANINGFUL = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message that change what the model learns: never left out."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,17 @@ class EncodedChat:
 
 
 @dataclass(frozen=True)
+class _Turn:
+    start: int  # character after the turn before
+    content: int  # first character of the content
+    end: int  # character after the end of turn
+
+
+@dataclass(frozen=True)
 class _Rendered:
     text: str
-    spans: list[tuple[int, int]]  # characters that are trained
-    escaped: list[tuple[int, int]]  # characters of contents that spell control tokens
+    contents: list[Content]
+    trained: list[tuple[int, int]]  # spans of characters
 
 
 class ChatEncoder:
@@ -69,15 +83,10 @@ class ChatEncoder:
         if train_on not in ("assistant", "last", "all"):
             raise DataError(f"train_on={short_repr(train_on)}; allowed: 'assistant', 'last', 'all'")
         self.tokenizer, self.train_on = tokenizer, train_on
-        added = tokenizer.added_tokens_decoder.values()
-        special = sorted({str(token) for token in added} - {""}, key=lambda token: (-len(token), token))
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        # An added token that is not flagged as special cannot be switched off, so text that spells it is cut in two.
-        not_special = [str(token) for token in added if not token.special]
-        self._not_special = re.compile("|".join(map(re.escape, not_special)) or r"(?!)")
-        self._literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
-        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER-REWSNA"}]
-        closing = self._closing(self._apply_template(chat, 0).partition("ANSWER-REWSNA")[2])
+        self._added = one_of({str(token) for token in tokenizer.added_tokens_decoder.values()} - {""})
+        self._literals: dict[object, list[str]] = {}
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+        closing = self._closing(self._apply_template(chat, 0).partition(_ANSWER)[2])
         if closing is None:
             raise DataError(f"the chat template of {name!r} closes an assistant turn with no special token")
         self._end_of_turn = closing.group(1)
@@ -89,18 +98,21 @@ class ChatEncoder:
     ) -> list[EncodedChat]:
         """Tokenise checked chats (see ``formats.to_chat``). ``numbers`` are their rows', for error messages.
 
+        Tokens and keys that were not used as they stand are counted in ``findings``.
+
         Raises:
             DataError: a chat that the template refuses or does not render in full, or without a supervised token.
         """
-        rendered = [self._render(chat.messages, number) for chat, number in zip(chats, numbers, strict=True)]
+        findings = Findings() if findings is None else findings
+        rendered = [self._render(chat, number, findings) for chat, number in zip(chats, numbers, strict=True)]
         encoded = []
-        for (ids, starts), chat, number in zip(self._tokenize(rendered), rendered, numbers, strict=True):
-            edges = [edge for span in chat.spans for edge in span]
-            trained = [bisect_right(edges, start) % 2 == 1 for start in starts]
+        for tokens, chat, number in zip(self._tokenize(rendered), rendered, numbers, strict=True):
+            trained = _overlaps(tokens, chat.trained)
             if not any(trained):
                 raise DataError(
                     f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)"
                 )
+            ids = tokens.input_ids
             if self.train_on != "all":
                 after = [*trained[1:], False]
                 ends = {ids[i] for i in range(len(ids)) if trained[i] and not after[i]}
@@ -108,50 +120,45 @@ class ChatEncoder:
             encoded.append(EncodedChat(ids, trained))
         return encoded
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens from which an answer to ``messages`` is generated: those before the answer in training."""
-        ((ids, _),) = self._tokenize([self._render(messages, 0, prompt=True)])
-        return ids
+    def prompt_ids(self, chat: Chat) -> list[int]:
+        """Return the tokens from which an answer to ``chat`` is generated: those before the answer in training."""
+        return list(self._tokenize([self._render(chat, 0, Findings(), prompt=True)])[0].input_ids)
 
-    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[tuple[list[int], list[int]]]:
-        """Return token ids of each chat, and the character at which each token starts.
+    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[TokenizedText]:
+        return self._content_tokenizer.tokenize([(chat.text, chat.contents) for chat in rendered])
 
-        An escaped stretch is tokenised by itself, as ordinary text.
+    @cached_property
+    def _content_tokenizer(self) -> ContentTokenizer:
+        return ContentTokenizer(self.tokenizer, self._protected())
+
+    def _protected(self) -> set[str]:
+        """Return the tokens that only the template may write: its markers and end of turn, and bos, eos and pad.
+
+        A template that brings its own system prompt may mention ``<think>`` and ``</think>`` there. Tokens that come in
+        such pairs enclose part of a content, so they are no markers.
         """
-        pieces: tuple[list[str], list[str]] = ([], [])  # texts with control tokens, escaped texts
-        order = []  # (chat, first character, index into pieces, index into that list)
-        for i, chat in enumerate(rendered):
-            edges = [0, *(edge for stretch in chat.escaped for edge in stretch), len(chat.text)]
-            for k, (start, stop) in enumerate(pairwise(edges)):
-                if start < stop:
-                    order.append((i, start, k % 2, len(pieces[k % 2])))
-                    pieces[k % 2].append(chat.text[start:stop])
-        options = {"add_special_tokens": False, "return_offsets_mapping": True}
-        tokens = [self._ids(pieces[0], **options), {"input_ids": [], "offset_mapping": []}]
-        if pieces[1]:
-            tokens[1] = self._ids(pieces[1], split_special_tokens=True, **options)
-        result: list[tuple[list[int], list[int]]] = [([], []) for _ in rendered]
-        for i, shift, kind, place in order:
-            result[i][0].extend(tokens[kind]["input_ids"][place])
-            result[i][1].extend(shift + start for start, _ in tokens[kind]["offset_mapping"][place])
-        return result
+        known = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        written = {self._end_of_turn}
+        for roles in (("user", "assistant", "user"), ("system", "user", "assistant", "user")):
+            chat = [{"role": role, "content": f"CONTENT-{i}-TNETNOC"} for i, role in enumerate(roles)]
+            try:
+                text = self._apply_template(chat, 0, add_generation_prompt=True)
+            except DataError:  # some templates have no system messages
+                continue
+            written.update(self._added.findall(text))
+        markers = {token for token in written if not known & _counterparts(token)}
+        always = (self._end_of_turn, self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
+        return markers | {token for token in always if token}
 
-    def _ids(self, texts: list[str], **options: Any) -> Any:
-        try:
-            return self.tokenizer(texts, **options)
-        except Exception as error:  # tokenizers raises this very class; transformers raises any, for odd settings
-            raise DataError(
-                f"the tokenizer cannot encode a chat: {error_line(error)}; is its folder damaged?"
-            ) from error
-
-    def _render(self, messages: Sequence[Message], number: int, prompt: bool = False) -> _Rendered:
-        """Render a chat, and find its trained and its escaped characters."""
-        plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
-        text = self._apply_template(plain, number, add_generation_prompt=prompt)
-        literals = self._find_literals(tuple(m["role"] for m in messages), number, prompt)
-        trained = set() if prompt else self._trained_turns(messages)
-        spans: list[tuple[int, int]] = []
-        escaped: list[tuple[int, int]] = []
+    def _render(self, chat: Chat, number: int, findings: Findings, prompt: bool = False) -> _Rendered:
+        """Render a chat, and find its contents and its trained spans."""
+        if chat.text is not None:
+            return self._plain_text(chat.text, number, findings)
+        messages, tools = self._for_template(chat, number, findings)
+        text = self._apply_template(messages, number, tools=tools, add_generation_prompt=prompt)
+        literals = self._find_literals(messages, tools, number, prompt)
+        contents: list[Content] = []
+        turns: list[_Turn] = []
         position = turn_start = 0
         for i, message in enumerate(messages):
             start = position + len(literals[i])
@@ -166,28 +173,110 @@ class ChatEncoder:
             position = start + len(content)
             closing = self._closing(literals[i + 1])
             end = position + (closing.end() if closing else 0)
-            if i in trained:
-                spans.append((turn_start if self.train_on == "all" else start, end))
-            if self._special.search(content):
-                # Leading white space is not escaped: the marker before it may absorb it.
-                first = start + len(content) - len(content.lstrip())
-                cuts = [start + found.start() + 1 for found in self._not_special.finditer(content)]
-                escaped += pairwise([first, *cuts, position])
+            contents.append(Content(start, position, is_answer=message["role"] == "assistant"))
+            turns.append(_Turn(turn_start, start, end))
             turn_start = end
-        return _Rendered(text, spans, escaped)
+            self._count_tokens(content, findings)
+        return _Rendered(text, contents, [] if prompt else self._trained_spans(messages, turns, len(text)))
 
-    def _trained_turns(self, messages: Sequence[Message]) -> set[int]:
-        """Return the indices of the messages that are trained."""
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if self.train_on == "last":
-            turns = turns[-1:]
-        elif self.train_on == "all":
-            turns = list(range(turns[-1] + 1))
-        return {i for i in turns if messages[i].get("train", True)}
+    def _trained_spans(self, messages: Sequence[Message], turns: Sequence[_Turn], length: int) -> list[tuple[int, int]]:
+        """Return the characters that are trained. A message that says ``"train": False`` never is."""
+        if self.train_on == "all":
+            off = [(turn.start, turn.end) for turn, m in zip(turns, messages, strict=True) if m.get("train") is False]
+            edges = [0, *(edge for span in off for edge in span), length]
+            return list(zip(edges[::2], edges[1::2], strict=True))
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") != _PROMPT]
+        chosen = answers[-1:] if self.train_on == "last" else answers
+        return [(turns[i].content, turns[i].end) for i in chosen if messages[i].get("train", True)]
 
-    def _apply_template(self, messages: Iterable[Message], number: int, **options: Any) -> str:
+    def _plain_text(self, text: str, number: int, findings: Findings) -> _Rendered:
+        """Lay out a text of continued pretraining: bos if the tokenizer puts one in front of texts, text, eos."""
+        if self.train_on != "all":
+            raise DataError(
+                f"row {number}: 'text' is not a chat in the family's markers: {short_repr(text, 60)}; allowed: "
+                f"'<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>' (or Phi-4's <|im_start|> form), "
+                f"or train_on='all' to train plain text"
+            )
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token or self._end_of_turn
+        has_bos = bos is not None and self.tokenizer("a")["input_ids"][0] == bos
+        start = len(self.tokenizer.bos_token) if has_bos else 0
+        self._count_tokens(text, findings)
+        whole = (self.tokenizer.bos_token if has_bos else "") + text + eos
+        return _Rendered(whole, [Content(start, start + len(text), is_answer=True)], [(0, len(whole))])
+
+    def _count_tokens(self, content: str, findings: Findings) -> None:
+        for token in self._added.findall(content):
+            is_protected = token in self._content_tokenizer.protected
+            (findings.kept_as_text if is_protected else findings.added_tokens)[token] += 1
+
+    def _for_template(self, chat: Chat, number: int, findings: Findings) -> tuple[list[Message], Any]:
+        """Return the messages and the tools as the template takes them; each content is text.
+
+        Keys that the template does not render are refused if they bear meaning, and counted if not.
+        """
+        messages = [
+            {**m, "train": _PROMPT} if i < chat.prompt_messages and m.get("train", True) else m
+            for i, m in enumerate(chat.messages)
+        ]
+        tools = chat.tools
+        if messages and _is_empty_system(messages[0]):
+            rest = messages[1:]
+            if self._render_alike(messages, rest, tools, tools, number):  # Phi-3.5 leaves out an empty one
+                messages = rest
+        if tools is not None and self._render_alike(messages, messages, tools, None, number):
+            raise DataError(_not_rendered(number, "tools", "a row"))
+        for i, message in enumerate(messages):
+            for key in sorted(message.keys() - _PLAIN_KEYS):
+                rest = [*messages]
+                rest[i] = {name: value for name, value in messages[i].items() if name != key}
+                if self._may_render(key) and not self._render_alike(messages, rest, tools, tools, number):
+                    continue
+                if key in _MEANINGFUL:
+                    raise DataError(_not_rendered(number, key, f"a message of role {message['role']!r}"))
+                findings.unused[f"messages.{key}"] += 1
+                messages = rest
+            if message["role"] == "assistant" and not messages[i].keys() <= _PLAIN_KEYS:
+                messages = self._fold(messages, i, tools, number)
+        return messages, tools
+
+    def _fold(self, messages: list[Message], i: int, tools: Any, number: int) -> list[Message]:
+        """Replace an assistant message with other keys by one whose content is what the template makes of them."""
+        before = self._apply_template(messages[:i], number, tools=tools, add_generation_prompt=True)
+        text = self._apply_template(messages[: i + 1], number, tools=tools)
+        end = text.find(self._end_of_turn, len(before))
+        folded: Message = {"role": "assistant", "content": text[len(before) : end]}
+        if "train" in messages[i]:
+            folded["train"] = messages[i]["train"]
+        replaced = [*messages[:i], folded, *messages[i + 1 :]]
+        is_same = end >= 0 and self._apply_template(replaced[: i + 1], number, tools=tools) == text
+        if not text.startswith(before) or not is_same:
+            keys = ", ".join(sorted(messages[i].keys() - _PLAIN_KEYS))
+            raise DataError(
+                f"row {number}: the chat template renders message {i + 1} ({keys}) in a way that no mask fits; "
+                f"allowed: the same as text in its content"
+            )
+        return replaced
+
+    def _may_render(self, key: str) -> bool:
+        """Return False if the template surely never reads a key of a message."""
+        return key in self._template_words or not self._template_words.isdisjoint(("items", "tojson", "values"))
+
+    @cached_property
+    def _template_words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", str(self.tokenizer.chat_template)))
+
+    def _render_alike(self, one: list[Message], other: list[Message], tools: Any, others: Any, number: int) -> bool:
+        """Return whether two chats, ``one`` with ``tools`` and ``other`` with ``others``, give the same text."""
+        text = self._apply_template(one, number, tools=tools)
         try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            return text == self._apply_template(other, number, tools=others)
+        except DataError:  # the template needs what the other lacks
+            return False
+
+    def _apply_template(self, messages: Sequence[Message], number: int, **options: Any) -> str:
+        plain = [{key: value for key, value in m.items() if key != "train"} for m in messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(plain, tokenize=False, **options)
             return text
         except Exception as error:  # a template is a program by the model's author: it may raise anything
             what = str(error) if isinstance(error, TemplateError) else error_line(error)
@@ -195,21 +284,29 @@ class ChatEncoder:
 
     def _closing(self, literal: str) -> re.Match[str] | None:
         """Match the special token that ``literal`` begins with, after optional white space."""
-        return re.match(rf"\s*({self._special.pattern})", literal)
+        return re.match(rf"\s*({self._added.pattern})", literal)
 
-    def _find_literals(self, roles: tuple[str, ...], number: int, prompt: bool = False) -> list[str]:
-        """Return the template's own text around the contents, len(roles) + 1 pieces. Checked once per roles."""
-        if (roles, prompt) in self._literals:
+    def _find_literals(self, messages: Sequence[Message], tools: Any, number: int, prompt: bool) -> list[str]:
+        """Return the template's own text around the contents, len(messages) + 1 pieces.
+
+        Messages of the same roles have the same literals, unless the template renders other keys of theirs.
+        """
+        roles = tuple(m["role"] for m in messages)
+        is_plain = tools is None and all(m.keys() <= _PLAIN_KEYS for m in messages)
+        if is_plain and (roles, prompt) in self._literals:
             return self._literals[roles, prompt]
-        chat = [{"role": role, "content": f"CONTENT-{i}-TNETNOC"} for i, role in enumerate(roles)]
-        text = self._apply_template(chat, number, add_generation_prompt=prompt)
+        chat = [{**m, "content": f"CONTENT-{i}-TNETNOC"} for i, m in enumerate(messages)]
+        text = self._apply_template(chat, number, tools=tools, add_generation_prompt=prompt)
         literals, position = [], 0
         for i, message in enumerate(chat):
             start = text.find(message["content"], position)
             if start < 0:
                 raise DataError(f"row {number}: the chat template does not render the role {message['role']!r}")
             is_answer = message["role"] == "assistant" and not prompt
-            if is_answer and self._apply_template(chat[:i], number, add_generation_prompt=True) != text[:start]:
+            if (
+                is_answer
+                and self._apply_template(chat[:i], number, tools=tools, add_generation_prompt=True) != text[:start]
+            ):
                 raise DataError(
                     f"row {number}: the chat template renders the turns before message {i + 1} differently when "
                     f"generating and when complete, so no mask can be right; use the model's own template"
@@ -225,5 +322,33 @@ class ChatEncoder:
                     f"row {number}: the chat template closes message {i + 1} with {found!r} and another assistant turn "
                     f"with {self._end_of_turn!r}; allowed: one end-of-turn token for all"
                 )
-        self._literals[roles, prompt] = literals
+        if is_plain:
+            self._literals[roles, prompt] = literals
         return literals
+
+
+def _is_empty_system(message: Message) -> bool:
+    return message["role"] == "system" and message["content"] == "" and message.keys() <= _PLAIN_KEYS
+
+
+def _counterparts(token: str) -> set[str]:
+    """Return the tokens that would close or open what a token opens or closes: ``</think>`` for ``<think>``."""
+    spellings = {token.replace("<|", "<|/", 1), token.replace("<", "</", 1), token.replace("/", "", 1)}
+    return spellings - {token}
+
+
+def _not_rendered(number: int, key: str, where: str) -> str:
+    return (
+        f"row {number}: the tokenizer's chat template does not render {key!r} of {where}; allowed: "
+        f"a template that does, or the same as text in a message's content"
+    )
+
+
+def _overlaps(tokens: TokenizedText, spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Return, for each token, whether it starts in a span or reaches into one."""
+    edges = [edge for span in spans for edge in span]
+    trained = []
+    for start, stop in zip(tokens.starts, tokens.stops, strict=True):
+        i = bisect_right(edges, start)
+        trained.append(i % 2 == 1 or (i < len(edges) and stop > edges[i]))
+    return trained

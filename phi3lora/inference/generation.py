@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..errors import DataError
 from ..model.forward import eval_mode
@@ -65,7 +66,7 @@ def generate(
 
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     encoder = ChatEncoder(tokenizer)
-    prompts = [encoder.prompt_ids(chat) for chat in chats]
+    prompts = [encoder.prompt_ids(Chat(chat)) for chat in chats]
     device = model_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:

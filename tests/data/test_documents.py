@@ -34,7 +34,7 @@ def encoded(monkeypatch):
     """The row numbers that were tokenised, in order."""
     numbers: list[int] = []
     encode = ChatEncoder.encode
-    monkeypatch.setattr(ChatEncoder, "encode", lambda self, c, n: numbers.extend(n) or encode(self, c, n))
+    monkeypatch.setattr(ChatEncoder, "encode", lambda self, c, n, f: numbers.extend(n) or encode(self, c, n, f))
     return numbers
 
 

@@ -171,7 +171,7 @@ def test_columns_maps_our_names_to_the_row_s(name):
     assert "'my_" in message, "what is missing is named as the file would spell it"
     if name == "alpaca":  # the optional columns too
         row, columns = {**row, "extra": "Now.", "rules": "Brief."}, {**columns, "input": "extra", "system": "rules"}
-        contents = [m["content"] for m in to_chat(row, name, 1, columns)]
+        contents = [m["content"] for m in to_chat(row, name, 1, columns).messages]
         assert contents == ["Brief.", f"{QUESTION}\n\nNow.", ANSWER]
 
 

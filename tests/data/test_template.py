@@ -1,6 +1,7 @@
 """Trained tokens of a chat, compared with the three templates written out by hand."""
 
 import functools
+import re
 from itertools import groupby
 
 import pytest
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from phi3lora.data.findings import Findings
+from phi3lora.data.formats import Chat
 from phi3lora.data.template import ChatEncoder
 from phi3lora.errors import DataError
 
 # The templates by hand: what precedes and follows a content, how the chat ends.
-# Phi-3's markers swallow white space to their right, the template's own line ends and what a content begins with.
+# Phi-3's markers swallow white space to their right: the template's own line ends, and what a question begins with.
 BY_HAND = {
     "phi-3": (["<|{role}|>"], "<|end|>", ["<|endoftext|>"]),
     "phi-4": (["<|im_start|>", "{role}", "<|im_sep|>"], "<|im_end|>", []),
@@ -58,23 +61,33 @@ def chats(draw, name: str, contents=CONTENTS):
 
 def encoded(name, chat, train_on="assistant"):
     """(ids, trained) of one chat."""
-    (result,) = encoder(name, train_on).encode([chat], [1])
+    (result,) = encoder(name, train_on).encode([Chat(chat)], [1])
     assert len(result.input_ids) == len(result.trained)
     return result.input_ids, result.trained
 
 
-def swallowed(name, content):
-    return content.lstrip(WHITE_SPACE) if name == "phi-3" else content
+def kept(name, message):
+    """A content as its tokens spell it: an answer to the letter, another without the white space a marker swallows."""
+    swallows = name == "phi-3" and message["role"] != "assistant"
+    return message["content"].lstrip(WHITE_SPACE) if swallows else message["content"]
+
+
+def spelled(name, content):
+    """The added tokens that a content spells and that are no markers of the template: each is one id."""
+    own = {*BY_HAND[name][2], BY_HAND[name][1], "<|user|>", "<|assistant|>", "<|system|>", "<|im_start|>", "<|im_sep|>"}
+    added = [str(token) for token in encoder(name).tokenizer.added_tokens_decoder.values()]
+    found = re.findall("|".join(map(re.escape, added)), content)
+    return [token for token in found if token not in own | {"<s>", "<|endoftext|>"}]
 
 
 def by_hand(name, chat):
-    """The chat's text, its control tokens in order."""
+    """The chat's text, its added tokens in order."""
     before, end, last = BY_HAND[name]
     text, control = "", []
     for message in chat:
         head = [piece.format(role=message["role"]) for piece in before]
-        text += "".join(head) + swallowed(name, message["content"]) + end
-        control += [piece for piece in head if piece.startswith("<|")] + [end]
+        text += "".join(head) + kept(name, message) + end
+        control += [piece for piece in head if piece.startswith("<|")] + spelled(name, message["content"]) + [end]
     return text + "".join(last), control + last
 
 
@@ -104,7 +117,7 @@ each_template = pytest.mark.parametrize("name", TEMPLATES)
 @each_template
 @PROPERTY
 @given(data=st.data())
-def test_each_turn_trains_its_content_and_end_of_turn_and_no_content_adds_a_control_token(name, data):
+def test_each_turn_trains_its_content_and_end_of_turn_and_no_content_adds_a_marker(name, data):
     chat = data.draw(chats(name))
     tokenizer, end = encoder(name).tokenizer, BY_HAND[name][1]
     ids, trained = encoded(name, chat)
@@ -112,10 +125,12 @@ def test_each_turn_trains_its_content_and_end_of_turn_and_no_content_adds_a_cont
     assert control_tokens(tokenizer, ids) == control
     assert decode(tokenizer, ids) == text, "no character is lost"
     stretches = trained_stretches(ids, trained)
-    answers = [swallowed(name, m["content"]) for m in chat if m["role"] == "assistant"]
+    answers = [m["content"] for m in chat if m["role"] == "assistant"]
     assert [decode(tokenizer, stretch) for stretch in stretches] == [answer + end for answer in answers]
     for start, turn in answer_starts(chat, trained):
-        assert encoder(name).prompt_ids(chat[:turn]) == ids[:start], "generation starts from what training had before"
+        assert encoder(name).prompt_ids(Chat(chat[:turn])) == ids[:start], (
+            "generation starts from what training had before"
+        )
     assert {stretch[-1] for stretch in stretches} == {tokenizer.convert_tokens_to_ids(end)}
 
 
@@ -124,6 +139,8 @@ def test_each_turn_trains_its_content_and_end_of_turn_and_no_content_adds_a_cont
 @given(data=st.data())
 def test_without_control_text_the_tokens_are_those_of_apply_chat_template(name, data):
     chat = data.draw(chats(name, PLAIN))
+    for message in chat:  # phi-3's markers would swallow white space that an answer begins with
+        message["content"] = message["content"].lstrip()
     tokenizer = encoder(name).tokenizer
     ids, trained = encoded(name, chat)
 
@@ -137,15 +154,19 @@ def test_without_control_text_the_tokens_are_those_of_apply_chat_template(name, 
 
 
 @each_template
-def test_a_user_cannot_smuggle_in_an_added_token_that_is_not_flagged_as_special(name):
-    """Tokenizers have markers with "special": false, so that decoding shows them: tool calls, for one."""
+@pytest.mark.parametrize("special", [False, True])
+def test_an_added_token_that_is_no_marker_of_the_template_is_one_id_in_a_content(name, special):
     tokenizer = make_tokenizer(name)
-    tokenizer.add_tokens([AddedToken("<|tool_call|>", special=False, normalized=False)])
-    chat = [{"role": "user", "content": "a <|tool_call|> b <|end|>"}, {"role": "assistant", "content": "No."}]
-    (result,) = ChatEncoder(tokenizer).encode([chat], [1])
-    text, control = by_hand(name, chat)
-    assert control_tokens(tokenizer, result.input_ids) == control
-    assert decode(tokenizer, result.input_ids) == text
+    tokenizer.add_tokens([AddedToken(t, special=special, rstrip=True) for t in ("<|call|>", "<loc>")])
+    answer = "<loc>  A <|call|>\n<loc>"
+    chat = [{"role": "user", "content": "a <|call|> b <|end|><s>"}, {"role": "assistant", "content": answer}]
+    findings = Findings()
+    (result,) = ChatEncoder(tokenizer).encode([Chat(chat)], [1], findings)
+    (stretch,) = trained_stretches(result.input_ids, result.trained)
+    assert decode(tokenizer, stretch) == answer + BY_HAND[name][1]
+    assert control_tokens(tokenizer, stretch) == ["<loc>", "<|call|>", "<loc>", BY_HAND[name][1]]
+    assert findings.added_tokens == {"<|call|>": 2, "<loc>": 2}
+    assert findings.kept_as_text == ({"<s>": 1} if name == "phi-4" else {"<s>": 1, "<|end|>": 1})
 
 
 @each_template
@@ -159,7 +180,7 @@ def test_turns_that_carry_train_false_are_not_trained_and_the_tokens_stay(name, 
     for message, flag in zip(turns, flags, strict=True):
         if flag is not None:
             message["train"] = flag
-    answers = [swallowed(name, m["content"]) for m in turns if m.get("train") is not False]
+    answers = [m["content"] for m in turns if m.get("train") is not False]
     if not answers:
         with pytest.raises(DataError, match="row 1: no supervised token"):
             encoded(name, chat)
@@ -173,7 +194,7 @@ def test_turns_that_carry_train_false_are_not_trained_and_the_tokens_stay(name, 
 @each_template
 @PROPERTY
 @given(data=st.data())
-def test_train_on_last_trains_the_last_turn_and_all_every_token_up_to_its_end(name, data):
+def test_train_on_last_trains_the_last_turn_and_all_every_token(name, data):
     chat = data.draw(chats(name))
     ids, turns = encoded(name, chat)
     end = max(i for i, now in enumerate(turns) if now) + 1
@@ -185,7 +206,7 @@ def test_train_on_last_trains_the_last_turn_and_all_every_token_up_to_its_end(na
     assert last[:end][-1] and not any(last[end:])
     same, everything = encoded(name, chat, "all")
     assert same == ids
-    assert everything == [True] * end + [False] * (len(ids) - end)
+    assert all(everything)
 
 
 def test_train_false_excludes_a_prompt_from_train_on_all():
@@ -198,7 +219,7 @@ def test_train_false_excludes_a_prompt_from_train_on_all():
     ids, trained = encoded("phi-4-mini", chat, "all")
     (stretch,) = trained_stretches(ids, trained)
     text = decode(encoder("phi-4-mini").tokenizer, stretch)
-    assert text == "<|assistant|>two<|end|><|user|>three<|end|><|assistant|>four<|end|>"
+    assert text == "<|assistant|>two<|end|><|user|>three<|end|><|assistant|>four<|end|><|endoftext|>"
 
 
 @each_template
@@ -213,8 +234,8 @@ def test_the_end_of_turn_token_is_read_from_the_template(name):
 def test_a_batch_of_chats_encodes_as_its_chats_one_by_one(name):
     some = [row["messages"] for row in chat_rows(6)]
     some[2] = [{"role": "user", "content": "<|end|> and <s>"}, {"role": "assistant", "content": "</s>!"}]
-    together = encoder(name).encode(some, range(1, 7))
-    assert together == [encoder(name).encode([chat], [9])[0] for chat in some]
+    together = encoder(name).encode(list(map(Chat, some)), range(1, 7))
+    assert together == [encoder(name).encode([Chat(chat)], [9])[0] for chat in some]
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -238,7 +259,7 @@ def test_a_sentencepiece_tokenizer_trains_the_answer_character_for_character(ans
     """Text that spells a control token gets no space inside: HTML's <s>20</s> must not come out as < s>20< /s>."""
     tokenizer = sentencepiece_tokenizer()
     chat = [{"role": "user", "content": "<|end|> the price?"}, {"role": "assistant", "content": answer}]
-    (result,) = ChatEncoder(tokenizer).encode([chat], [1])
+    (result,) = ChatEncoder(tokenizer).encode([Chat(chat)], [1])
     (stretch,) = trained_stretches(result.input_ids, result.trained)
     assert stretch.count(tokenizer.convert_tokens_to_ids("<|end|>")) == 1
     assert decode(tokenizer, stretch) == answer + "<|end|>"
@@ -248,7 +269,7 @@ def test_a_template_with_a_beginning_of_text_keeps_it_once_and_untrained():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + PHI3_TEMPLATE
     chat = chat_rows(1)[0]["messages"]
-    (with_bos,) = ChatEncoder(tokenizer).encode([chat], [1])
+    (with_bos,) = ChatEncoder(tokenizer).encode([Chat(chat)], [1])
     ids, trained = encoded("phi-3", chat)
     assert with_bos.input_ids == [tokenizer.bos_token_id, *ids]
     assert with_bos.trained == [False, *trained]
@@ -258,7 +279,7 @@ def test_a_template_that_trims_contents_trains_the_trimmed_answer():
     tokenizer = make_tokenizer("phi-4-mini")
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
     chat = [{"role": "user", "content": "  Hi "}, {"role": "assistant", "content": " Hello! \n"}]
-    (result,) = ChatEncoder(tokenizer).encode([chat], [1])
+    (result,) = ChatEncoder(tokenizer).encode([Chat(chat)], [1])
     assert [decode(tokenizer, s) for s in trained_stretches(result.input_ids, result.trained)] == ["Hello!<|end|>"]
 
 
@@ -294,7 +315,7 @@ def test_a_template_that_gives_no_right_mask_is_refused_with_the_row(template, c
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=words):
-        ChatEncoder(tokenizer).encode([chat], [4])
+        ChatEncoder(tokenizer).encode([Chat(chat)], [4])
 
 
 def test_a_slow_or_damaged_tokenizer_is_refused():
@@ -305,4 +326,4 @@ def test_a_slow_or_damaged_tokenizer_is_refused():
     encoder = ChatEncoder(damaged)
     damaged.model_max_length = "many"
     with pytest.raises(DataError, match="the tokenizer cannot encode a chat"):
-        encoder.encode([HELLO], [1])
+        encoder.encode([Chat(HELLO)], [1])
