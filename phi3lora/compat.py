@@ -53,7 +53,7 @@ _SWITCHES = """
 _OPTIONS = """
     alora_invocation_tokens arrow_config deepspeed kasa_config layer_replication layers_to_transform lora_ga_config
     modules_to_save monteclora_config neftune_noise_alpha optim_target_modules parallelism_config
-    trainable_token_indices velora_config
+    trainable_token_indices trainable_tokens velora_config
 """
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_SWITCHES.split(), (False, None)),
@@ -74,6 +74,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Argument that would change the result -> its accepted values, which change nothing."""
 
+_ADAPT_THE_EMBEDDING = "add 'embed_tokens' and 'lm_head' to target_modules: LoRA trains the rows of the tokens met"
 INSTEAD = {
     "push_to_hub": "call phi3lora.push_to_hub(folder, name) after training",
     "train_sampling_strategy": "packing=True needs no grouping by length",
@@ -82,6 +83,8 @@ INSTEAD = {
     "dataset_text_field": "ChatDataset.load(..., columns={'text': 'your_column'}) names the column",
     "use_cpu": "load_model(..., device='cpu') trains on the CPU",
     "no_cuda": "load_model(..., device='cpu') trains on the CPU",
+    "trainable_token_indices": _ADAPT_THE_EMBEDDING,
+    "trainable_tokens": _ADAPT_THE_EMBEDDING,
     "full_determinism": "call torch.use_deterministic_algorithms(True) before train",
 }
 """Unsupported argument -> the way to get what it asks for."""

@@ -14,7 +14,7 @@ from ..config import TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import Phi3LoRAError, TrainingError
 from ..training.checkpoint import rng_state, set_rng_state
-from . import documents, settings
+from . import documents, rows, settings
 from . import model as model_checks
 from .planned_run import PlannedRun
 from .report import DoctorReport, Finding, error, warning
@@ -24,6 +24,11 @@ CHECKS: dict[str, Callable[[PlannedRun], Finding]] = {
     "run": model_checks.check_run_is_accepted,
     "targets": model_checks.check_targets,
     "frozen": model_checks.check_trainable_parameters,
+    "rows": rows.check_forms,
+    "columns": rows.check_columns,
+    "kept as text": rows.check_kept_as_text,
+    "added tokens": rows.check_added_tokens,
+    "advice": rows.check_advice,
     "supervised": documents.check_supervised_share,
     "preview": documents.preview_first_document,
     "end of turn": documents.check_end_of_turn,

@@ -12,7 +12,8 @@ from ..model.load import longrope_boundary
 from .planned_run import PlannedRun, token_text
 from .report import Finding, error, first_of, ok, warning
 
-_PREVIEW_CHARACTERS = 240  # of one piece of the previewed document
+_PREVIEW_TOKENS = 30  # at each end of a piece of the previewed document
+_DIVIDER = "·"
 
 
 def check_supervised_share(planned: PlannedRun) -> Finding:
@@ -29,6 +30,7 @@ def check_supervised_share(planned: PlannedRun) -> Finding:
 
 
 def preview_first_document(planned: PlannedRun) -> Finding:
+    """Show the first document's tokens: a marker is one piece (``<|end|>``), its spelling is not (``<·|·end·|·>``)."""
     if planned.tokenizer is None:
         return ok("no tokenizer given: nothing to show")
     if len(planned.dataset) == 0:
@@ -36,19 +38,38 @@ def preview_first_document(planned: PlannedRun) -> Finding:
     ids, labels = planned.dataset.document(0)
     trained = labels != IGNORE_INDEX
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
-    pieces: list[tuple[str, bool]] = []
-    for start, stop in pairwise(edges):
-        text = planned.tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
-        pieces.append((_printable(text), bool(trained[start])))
-    return ok(f"row {planned.dataset.row_number(0)}, {len(ids)} tokens; the trained part is marked", tuple(pieces))
+    pieces = [(_preview(planned, ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairwise(edges)]
+    text = f"row {planned.dataset.row_number(0)}, {len(ids)} tokens, divided by spaces and {_DIVIDER}"
+    return ok(f"{text}; the trained part is marked", tuple(pieces))
 
 
-def _printable(text: str) -> str:
-    """Shorten a text in the middle and escape its control characters."""
-    if len(text) > _PREVIEW_CHARACTERS:
-        half = _PREVIEW_CHARACTERS // 2
-        text = f"{text[:half]} [...] {text[-half:]}"
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+def _preview(planned: PlannedRun, ids: list[int]) -> str:
+    """Return the tokens' text, shortened in the middle, with a divider before each token that no space begins."""
+    if len(ids) > 2 * _PREVIEW_TOKENS:
+        head, tail = (_token_texts(planned, part) for part in (ids[:_PREVIEW_TOKENS], ids[-_PREVIEW_TOKENS:]))
+        texts = [*head, " [...]", *tail]
+    else:
+        texts = _token_texts(planned, ids)
+    shown = ""
+    for text in texts:
+        is_apparent = not shown or shown.endswith("\n") or text[:1].isspace()
+        shown += text if is_apparent else _DIVIDER + text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
+
+
+def _token_texts(planned: PlannedRun, ids: list[int]) -> list[str]:
+    """Return the text that each token adds; tokens that share a character (an emoji's bytes) are one text.
+
+    A decoder may drop the space that its first token begins with, so the end of turn goes first, and is taken away.
+    """
+    first = [planned.dataset.end_of_turn_id]
+    before, texts = planned.tokenizer.decode(first, clean_up_tokenization_spaces=False), []
+    for stop in range(1, len(ids) + 1):
+        text = planned.tokenizer.decode([*first, *ids[:stop]], clean_up_tokenization_spaces=False)
+        if not text.endswith("\ufffd") or stop == len(ids):
+            texts.append(text[len(before) :])
+            before = text
+    return texts
 
 
 def check_end_of_turn(planned: PlannedRun) -> Finding:

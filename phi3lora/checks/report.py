@@ -42,7 +42,8 @@ class Finding:
         before, after = (_HIGHLIGHT, _RESET) if colour else ("[[", "]]")
         details = "".join(before + text + after if highlighted else text for text, highlighted in self.details)
         indent = width + 11
-        lines = [part for line in (self.text, *details.splitlines()) for part in _wrap(line, columns, indent)]
+        lines = _wrap(self.text, columns, indent)
+        lines += [part for line in details.splitlines() for part in _wrap(line, columns, indent, break_words=True)]
         return f"{head}  {self.name:<{width}}  " + ("\n" + " " * indent).join(lines)
 
 
@@ -114,10 +115,10 @@ def _terminal_columns() -> int:
     return max(80, shutil.get_terminal_size((110, 24)).columns)
 
 
-def _wrap(line: str, columns: int | None, indent: int) -> list[str]:
+def _wrap(line: str, columns: int | None, indent: int, break_words: bool = False) -> list[str]:
     if columns is None or len(line) + indent <= columns:
         return [line]
-    return textwrap.wrap(line, max(20, columns - indent), break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(line, max(20, columns - indent), break_long_words=break_words, break_on_hyphens=False)
 
 
 def first_of(items: Sequence[object], most: int = 5) -> str:

@@ -90,6 +90,7 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if longrope_boundary(model.config) is not None:
         logger.info(longrope_note(model.config))
+    model.checkpoint_tokens = frozenset(tokenizer.get_added_vocab())  # doctor tells later ones by it
     model = model.to(device).eval()
     if in_4_bits:
         keep_4bit_packing(model)

@@ -109,7 +109,8 @@ def check_documents(model: nn.Module, dataset: ChatDataset, name: str, row_lengt
     if dataset.largest_token_id() >= model_config.vocab_size:
         raise DataError(
             f"{name} has token id {dataset.largest_token_id()}; the model's vocabulary has "
-            f"{model_config.vocab_size}. Tokenise with the model's own tokenizer"
+            f"{model_config.vocab_size}. Tokenise with the model's own tokenizer; for tokens that you added, call "
+            f"model.resize_token_embeddings(len(tokenizer)) before inject_lora"
         )
 
 

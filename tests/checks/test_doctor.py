@@ -11,7 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import adapted_model, chat_dataset, longrope_model, make_tokenizer, randomize_adapters, token_documents
+from conftest import (
+    TEMPLATES,
+    adapted_model,
+    chat_dataset,
+    longrope_model,
+    make_tokenizer,
+    randomize_adapters,
+    token_documents,
+)
 from faulty import (
     LONG,
     chats_of,
@@ -172,17 +180,38 @@ def test_a_run_after_the_doctor_equals_the_run_without_it(tmp_path):
 
 
 def test_the_preview_highlights_what_is_trained(tmp_path, monkeypatch):
-    report = examine(tmp_path, dataset=chats_of("Hello\x1b[31m you!"))
-    assert "".join(text for text, trained in report["preview"].details if trained) == "Hello\\x1b[31m you!<|end|>"
+    report = examine(tmp_path, dataset=chats_of("hello\x1b user"))
+    assert "".join(text for text, trained in report["preview"].details if trained) == "he·llo·\\x1b user·<|end|>"
     plain, coloured = report.render(columns=110), report.render(colour=True, columns=110)
-    assert "[[Hello\\x1b[31m you!<|end|>]]" in plain
+    assert "[[he·llo·\\x1b user·<|end|>]]" in plain
     assert "\x1b" not in plain
-    assert "\x1b[32mHello\\x1b[31m you!<|end|>\x1b[0m" in coloured
+    assert "\x1b[32mhe·llo·\\x1b user·<|end|>\x1b[0m" in coloured
     monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("COLUMNS", "110")
     for no_color, expected in (("", coloured), ("1", plain)):
         monkeypatch.setenv("NO_COLOR", no_color)
         assert str(report) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "text", [" a  b\n\nc ", "\u65e5\u672c \U0001f642\u200b\r", "<|end|>", "<|en d|></s>", "\ufffd x"], ids=repr
+)
+def test_the_preview_s_tokens_are_the_document(tmp_path, name, text):
+    tokenizer = make_tokenizer(name)
+    row = {"prompt": text, "completion": text}
+    chats = p3.ChatDataset.load([row], tokenizer, max_length=256)
+    preview = "".join(piece for piece, _ in examine(tmp_path, None, chats, tokenizer)["preview"].details)
+    whole = tokenizer.decode(chats[0]["input_ids"], clean_up_tokenization_spaces=False)
+    escaped = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in whole)
+    assert preview.replace("·", "") == escaped
+    marker = tokenizer.convert_ids_to_tokens(chats.end_of_turn_id)
+    assert preview.count(marker) == chats[0]["input_ids"].count(chats.end_of_turn_id)  # a spelled one is divided
+
+
+def test_a_preview_without_spaces_keeps_to_the_columns(tmp_path):
+    report = examine(tmp_path, dataset=chats_of("0" * 50 + "|" * 50))
+    assert max(map(len, report["preview"].lines(14, False, 80).splitlines())) <= 80
 
 
 def test_one_finding_prints_as_its_lines_of_the_report(tmp_path):
