@@ -37,7 +37,7 @@ NumberedChat = tuple[int, EncodedChat]
 SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second that importing datasets takes
 _MODULES = [
     Path(__file__).with_name(f"{name}.py")
-    for name in ("rows", "formats", "findings", "template", "tokens", "documents")
+    for name in ("rows", "formats", "findings", "template", "tools", "tokens", "documents")
 ]
 _CHATS_AT_ONCE = 1000
 

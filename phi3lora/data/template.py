@@ -33,6 +33,7 @@ from ..errors import DataError, error_line, short_repr
 from .findings import Findings
 from .formats import Chat, Message
 from .tokens import Content, ContentTokenizer, TokenizedText, one_of
+from .tools import ToolStyle, has_tools
 
 _ANSWER = "ANSWER-REWSNA"
 _PROMPT = "prompt"  # "train" of a message that is part of a prompt
@@ -131,6 +132,11 @@ class ChatEncoder:
     def _content_tokenizer(self) -> ContentTokenizer:
         return ContentTokenizer(self.tokenizer, self._protected())
 
+    @cached_property
+    def _tool_style(self) -> ToolStyle:
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        return ToolStyle(self._apply_template, added, self._content_tokenizer.protected)
+
     def _protected(self) -> set[str]:
         """Return the tokens that only the template may write: its markers and end of turn, and bos, eos and pad.
 
@@ -154,7 +160,9 @@ class ChatEncoder:
         """Render a chat, and find its contents and its trained spans."""
         if chat.text is not None:
             return self._plain_text(chat.text, number, findings)
-        messages, tools = self._for_template(chat, number, findings)
+        if has_tools(chat):
+            chat = self._tool_style.place(chat, number)
+        messages, tools = self._for_template(chat, number, findings), chat.tools or None
         text = self._apply_template(messages, number, tools=tools, add_generation_prompt=prompt)
         literals = self._find_literals(messages, tools, number, prompt)
         contents: list[Content] = []
@@ -209,35 +217,39 @@ class ChatEncoder:
             is_protected = token in self._content_tokenizer.protected
             (findings.kept_as_text if is_protected else findings.added_tokens)[token] += 1
 
-    def _for_template(self, chat: Chat, number: int, findings: Findings) -> tuple[list[Message], Any]:
-        """Return the messages and the tools as the template takes them; each content is text.
+    def _for_template(self, chat: Chat, number: int, findings: Findings) -> list[Message]:
+        """Return the messages as the template takes them: with no key beside the content that it does not render.
 
-        Keys that the template does not render are refused if they bear meaning, and counted if not.
+        Such a key is refused if it bears meaning, and counted if not. What an assistant's other keys become is made
+        part of its content.
         """
+        tools = chat.tools or None
         messages = [
             {**m, "train": _PROMPT} if i < chat.prompt_messages and m.get("train", True) else m
             for i, m in enumerate(chat.messages)
         ]
-        tools = chat.tools
         if messages and _is_empty_system(messages[0]):
             rest = messages[1:]
-            if self._render_alike(messages, rest, tools, tools, number):  # Phi-3.5 leaves out an empty one
+            if self._render_alike(messages, rest, tools, number):  # Phi-3.5 leaves out an empty one
                 messages = rest
-        if tools is not None and self._render_alike(messages, messages, tools, None, number):
-            raise DataError(_not_rendered(number, "tools", "a row"))
+        if all(m.keys() <= _PLAIN_KEYS for m in messages):
+            return messages
         for i, message in enumerate(messages):
             for key in sorted(message.keys() - _PLAIN_KEYS):
                 rest = [*messages]
                 rest[i] = {name: value for name, value in messages[i].items() if name != key}
-                if self._may_render(key) and not self._render_alike(messages, rest, tools, tools, number):
+                if self._may_render(key) and not self._render_alike(messages, rest, tools, number):
                     continue
                 if key in _MEANINGFUL:
-                    raise DataError(_not_rendered(number, key, f"a message of role {message['role']!r}"))
+                    raise DataError(
+                        f"row {number}: the chat template does not render {key!r} of message {i + 1} (role "
+                        f"{message['role']!r}); allowed: a template that does, or the same as text in the content"
+                    )
                 findings.unused[f"messages.{key}"] += 1
                 messages = rest
             if message["role"] == "assistant" and not messages[i].keys() <= _PLAIN_KEYS:
                 messages = self._fold(messages, i, tools, number)
-        return messages, tools
+        return messages
 
     def _fold(self, messages: list[Message], i: int, tools: Any, number: int) -> list[Message]:
         """Replace an assistant message with other keys by one whose content is what the template makes of them."""
@@ -265,11 +277,11 @@ class ChatEncoder:
     def _template_words(self) -> frozenset[str]:
         return frozenset(re.findall(r"\w+", str(self.tokenizer.chat_template)))
 
-    def _render_alike(self, one: list[Message], other: list[Message], tools: Any, others: Any, number: int) -> bool:
-        """Return whether two chats, ``one`` with ``tools`` and ``other`` with ``others``, give the same text."""
+    def _render_alike(self, one: list[Message], other: list[Message], tools: Any, number: int) -> bool:
+        """Return whether two chats give the same text."""
         text = self._apply_template(one, number, tools=tools)
         try:
-            return text == self._apply_template(other, number, tools=others)
+            return text == self._apply_template(other, number, tools=tools)
         except DataError:  # the template needs what the other lacks
             return False
 
@@ -335,13 +347,6 @@ def _counterparts(token: str) -> set[str]:
     """Return the tokens that would close or open what a token opens or closes: ``</think>`` for ``<think>``."""
     spellings = {token.replace("<|", "<|/", 1), token.replace("<", "</", 1), token.replace("/", "", 1)}
     return spellings - {token}
-
-
-def _not_rendered(number: int, key: str, where: str) -> str:
-    return (
-        f"row {number}: the tokenizer's chat template does not render {key!r} of {where}; allowed: "
-        f"a template that does, or the same as text in a message's content"
-    )
 
 
 def _overlaps(tokens: TokenizedText, spans: Sequence[tuple[int, int]]) -> list[bool]:
