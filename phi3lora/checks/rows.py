@@ -44,7 +44,8 @@ def check_columns(planned: PlannedRun) -> Finding:
 
 def _last_word(name: str) -> str:
     """Return the last word of a column's name in lower case: that of ``prompt_id``, ``questionId``, ``Unnamed: 0``."""
-    return (re.findall(r"[A-Z]+(?![a-z])|[^\W\d_][^\W\d_A-Z]*", name) or [name])[-1].lower()
+    words: list[str] = re.findall(r"[A-Z]+(?![a-z])|[^\W\d_][^\W\d_A-Z]*", name)
+    return words[-1].lower() if words else name
 
 
 def check_kept_as_text(planned: PlannedRun) -> Finding:
