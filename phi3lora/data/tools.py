@@ -4,8 +4,7 @@ A row holds them as values: ``tools`` beside the messages, ``tool_calls`` in an 
 role ``tool``. A template writes them as text. Three ways, tried in this order, for tools and for calls each:
 
 1.  The template renders ``tools=`` or ``tool_calls`` itself (ChatML with tools, llama.cpp's template for Phi-4-mini).
-    It is given the values in OpenAI's form. What it writes for calls becomes the content of their message, so that the
-    mask has contents only; the whole chat is rendered both ways and must come out the same.
+    It is given the values in OpenAI's form, and the encoder makes what it writes for calls the content of their turn.
 2.  Phi-4-mini's own convention. Its template renders the system message's ``tools``, JSON text, but no ``tool_calls``
     (here with line ends, of which the template writes none)::
 
@@ -81,8 +80,6 @@ class ToolStyle:
         with_call = self._try([_QUESTION, call])
         self._takes_calls = _PROBE in with_call
         self._has_markers = CALL in added_tokens and CALL_END in added_tokens
-        around_answer = self._try([_QUESTION, {**_ANSWER, "content": _PROBE}]).partition(_PROBE)
-        self._before_answer, self._after_answer = around_answer[0], around_answer[2]
 
         result: Message = {"role": "tool", "content": _PROBE}
         self._takes_results = _PROBE in self._try([_QUESTION, {**call, "content": "call"}, result, _ANSWER])
@@ -101,48 +98,41 @@ class ToolStyle:
     def place(self, chat: Chat, number: int) -> Chat:
         """Return the chat as the template takes it. Its ``tools`` are the template's argument of that name, or None.
 
-        Calls are part of the content of their message. A system message is put in front if the template renders tools
-        there and the chat has none. The results of parallel calls come in the order of the calls.
+        Calls are in OpenAI's form if the template renders them, else part of the content. A system message is put in
+        front if the template renders tools there and the chat has none. The results of parallel calls come in the order
+        of the calls.
 
         Raises:
             DataError: values of another form, or that the template has no place for, or that spell its markers.
         """
-        as_values = [_read_calls(m, f"row {number}: message {i}") for i, m in enumerate(chat.messages, 1)]
-        placed = [self._place_calls(m, number, i) for i, m in enumerate(as_values, 1)]
-        if any(m["role"] == "tool" for m in placed) and not self._takes_results:
+        messages = [_read_calls(m, f"row {number}: message {i}") for i, m in enumerate(chat.messages, 1)]
+        if any(m["role"] == "tool" for m in messages) and not self._takes_results:
             raise DataError(
                 f"row {number}: the chat template does not render the role 'tool'; write the result into a message of "
                 f"the user, or use a tokenizer whose template renders the role"
             )
-        order = _order(as_values)
-        messages, tools = self._place_tools([placed[i] for i in order], chat.tools, number)
-        if self._takes_calls and any("tool_calls" in m for m in as_values):
-            values, _ = self._place_tools([as_values[i] for i in order], chat.tools, number)
-            if self._render(values, number, tools=tools) != self._render(messages, number, tools=tools):
-                raise _no_mask(f"row {number}")
-        shift = len(messages) - len(placed) if chat.prompt_messages else 0
+        order = _order(messages)
+        messages = [self._place_calls(m, f"row {number}: message {i}") for i, m in enumerate(messages, 1)]
+        messages, tools = self._place_tools([messages[i] for i in order], chat.tools, number)
+        shift = len(messages) - len(order) if chat.prompt_messages else 0
         return replace(chat, messages=messages, tools=tools, prompt_messages=chat.prompt_messages + shift)
 
-    def _place_calls(self, message: Message, number: int, i: int) -> Message:
-        """Return a message with its calls in its content."""
+    def _place_calls(self, message: Message, where: str) -> Message:
+        if not self._takes_calls and "tool_call_id" in message:  # of use for the order of results only
+            message = {k: v for k, v in message.items() if k != "tool_call_id"}
         if "tool_calls" not in message:
             return message
-        where, content = f"row {number}: message {i}", message["content"]
-        plain = {k: v for k, v in message.items() if k != "tool_calls"}
         text = _to_json([call["function"] for call in message["tool_calls"]], f"{where}: 'tool_calls'")
-        if found := self._not_in_calls.search(content + text):
+        if found := self._not_in_calls.search(message["content"] + text):
             raise DataError(
                 f"{where}: its content or 'tool_calls' spell {found[0]!r}, a token that encloses calls; allowed: calls "
                 f"in the content or in 'tool_calls', not in both"
             )
         if self._takes_calls:
-            rendered = self._render([_QUESTION, message], number)
-            before, after = self._before_answer, self._after_answer
-            if not (rendered.startswith(before) and rendered.endswith(after)):
-                raise _no_mask(where)
-            return {**plain, "content": rendered[len(before) : len(rendered) - len(after)]}
+            return message
         if self._has_markers:
-            return {**plain, "content": f"{content}{CALL}{text}{CALL_END}"}
+            plain = {k: v for k, v in message.items() if k != "tool_calls"}
+            return {**plain, "content": f"{message['content']}{CALL}{text}{CALL_END}"}
         raise DataError(
             f"{where}: 'tool_calls' or 'function_call', which the chat template does not render; write the call into "
             f"the content, or use a tokenizer whose template renders tool_calls or whose vocabulary has {CALL}"
@@ -174,13 +164,6 @@ class ToolStyle:
             f"{where}, which the chat template does not render; describe them in the system message's content, or use "
             f"a tokenizer whose template renders tools"
         )
-
-
-def _no_mask(where: str) -> DataError:
-    return DataError(
-        f"{where}: the chat template renders tool_calls outside the turn's content, so no mask can be right; write the "
-        f"calls into the content"
-    )
 
 
 def _read_tools(value: Any, where: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Tools, calls and results in a chat, placed by the template or by Phi-4-mini's convention, or refused."""
 
 import functools
+import itertools
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from phi3lora.data.formats import Chat
+from phi3lora.data.template import ChatEncoder
 from phi3lora.data.tools import ToolStyle, has_tools
 from phi3lora.errors import DataError
 
@@ -80,11 +82,25 @@ def style(name):
 
 
 def rendered(name, messages, tools=None, prompt_messages=0):
-    """The chat's text, of values that ``ToolStyle`` placed; every content in it is text."""
+    """The text that a template makes of values that ``ToolStyle`` placed."""
     how, render = style(name)
     chat = how.place(Chat(messages, tools, prompt_messages), 5)
-    assert all(type(message["content"]) is str and "tool_calls" not in message for message in chat.messages)
     return render(chat.messages, 5, tools=chat.tools)
+
+
+@functools.cache
+def encoder(name, **flags):
+    return ChatEncoder(tokenizer_of(name, **flags))
+
+
+def trained(name, messages, tools=None, **flags):
+    """The trained spans of a chat, as text, and all of its text."""
+    how = encoder(name, **flags)
+    (chat,) = how.encode([Chat(messages, tools)], [5])
+    decode = functools.partial(how.tokenizer.decode, skip_special_tokens=False)
+    marks = zip(chat.trained, chat.input_ids, strict=True)
+    spans = [[token for _, token in run] for on, run in itertools.groupby(marks, lambda mark: mark[0]) if on]
+    return [decode(span) for span in spans], decode(chat.input_ids)
 
 
 @pytest.mark.parametrize("tools", [[STOCK], [WRAPPED], json.dumps([STOCK]), json.dumps([WRAPPED]), [json.dumps(STOCK)]])
@@ -203,6 +219,9 @@ def test_what_is_written_of_a_call_reads_back_as_the_call(arguments):
     assert json.loads(written) == [{"name": "f", "arguments": arguments}]
 
 
+RESULT = {"role": "tool", "content": "7"}
+
+
 def call(arguments, **more):
     return [ASK, {**CALLED, "content": "", "tool_calls": [{"name": "f", "arguments": arguments, **more}]}]
 
@@ -216,7 +235,7 @@ REFUSED = [
     (PLAIN, ANY, [STOCK], r"row 5: 'tools', which .* does not render; .*system message"),
     (PLAIN, own(json.dumps([STOCK])), None, "row 5: 'tools', which .* does not render"),
     (PLAIN, call({}), None, "row 5: message 2: 'tool_calls' .*write the call into"),
-    (PLAIN, [*ANY, {"role": "tool", "content": "7"}, SAID], None, "row 5: .* role 'tool'; write"),
+    (PLAIN, [*ANY, RESULT, SAID], None, "row 5: .* role 'tool'; write"),
     (BOTH, own([STOCK]), [STOCK], "row 5: 'tools' in the row and in a message"),
     (BOTH, [{**ASK, "tools": [STOCK]}, SAID], None, "row 5: 'tools' in a message of the role 'user'"),
     (BOTH, [{**ASK, "tool_calls": [A7]}, SAID], None, "row 5: message 1, of the role 'user', has 'tool_calls'"),
@@ -265,18 +284,65 @@ def test_an_empty_list_of_tools_is_no_tools(name, empty):
         assert rendered(name, [{**system, "tools": "[]"}, ASK, SAID]) == rendered(name, [system, ASK, SAID])
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (("message['role'] + '<|im_sep|>'", "('call' if message['tool_calls'] else message['role']) + '<|im_sep|>'"),
-         "row 5: message 2: .*outside the turn's content"),
-        (("'\n<tool_call>'", "(loop.index0 | string) + messages[0]['content'] + '<tool_call>'"),
-         "row 5: .*outside the turn's content"),
-    ],
-)  # fmt: skip
-def test_a_template_that_does_not_render_calls_as_a_content_is_refused(change, message):
-    NAMES["changed"] = ("phi-4", CHATML.replace(*change))
-    assert NAMES["changed"][1] != CHATML
-    style.cache_clear()
-    with pytest.raises(DataError, match=message):
-        rendered("changed", [ASK, {**CALLED, "tool_calls": [A7]}])
+# --- In the encoder: what is trained of them
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("content", [None, "Let me see."])
+def test_calls_are_trained_with_their_markers_and_end_of_turn(content, special):
+    messages = [ASK, {**CALLED, "content": content, "tool_calls": [A7, B8]}, RESULT, RESULT, SAID]
+    call = f"{content or ''}<|tool_call|>{json.dumps([A7, B8])}<|/tool_call|><|end|>"
+    spans, text = trained("phi-4-mini", messages, [WRAPPED], special=special)
+    assert spans == [call, "7.<|end|>"]
+    prompt = f"<|system|><|tool|>{json.dumps([STOCK])}<|/tool|><|end|><|user|>How many?<|end|><|assistant|>"
+    assert text == f"{prompt}{call}<|tool|>7<|end|><|tool|>7<|end|><|assistant|>7.<|end|><|endoftext|>"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_each_marker_is_one_token(special):
+    tokenizer = tokenizer_of("phi-4-mini", special)
+    messages = [ASK, {**CALLED, "content": None, "tool_calls": [A7]}, RESULT, SAID]
+    ((ids, _),) = [
+        (c.input_ids, c.trained) for c in encoder("phi-4-mini", special=special).encode([Chat(messages, [STOCK])], [5])
+    ]
+    counts = {"<|tool|>": 2, "<|/tool|>": 1, "<|tool_call|>": 1, "<|/tool_call|>": 1}
+    assert {marker: list(ids).count(tokenizer.convert_tokens_to_ids(marker)) for marker in counts} == counts
+
+
+def test_calls_that_a_template_renders_are_trained_as_it_writes_them():
+    messages = [ASK, {**CALLED, "content": "Let me see.", "tool_calls": [A7, B8]}, RESULT, SAID]
+    spans, text = trained("chatml", messages, [STOCK])
+    calls = "".join(f"\n<tool_call>{json.dumps(call)}</tool_call>" for call in (A7, B8))
+    assert spans == [f"Let me see.{calls}<|im_end|>", "7.<|im_end|>"]
+    assert text == rendered("chatml", messages, [STOCK])
+
+
+@pytest.mark.parametrize("name", ["phi-4-mini", "chatml"])
+def test_generation_starts_from_what_training_had_before_the_answer(name):
+    messages = [ASK, {**CALLED, "content": None, "tool_calls": [A7]}, RESULT, SAID]
+    (chat,) = encoder(name).encode([Chat(messages, [STOCK])], [5])
+    starts = [i for i, on in enumerate(chat.trained) if on and not chat.trained[i - 1]]
+    for turn, start in zip((1, 3), starts, strict=True):
+        assert encoder(name).prompt_ids(Chat(messages[:turn], [STOCK])) == list(chat.input_ids[:start])
+
+
+def test_a_protected_token_in_an_argument_stays_text():
+    tokenizer = tokenizer_of("phi-4-mini")
+    (chat,) = encoder("phi-4-mini").encode([Chat(call({"x": "<|end|><|user|>"}))], [5])
+    assert list(chat.input_ids).count(tokenizer.convert_tokens_to_ids("<|user|>")) == 1
+    assert '{"x": "<|end|><|user|>"}' in tokenizer.decode(chat.input_ids)
+
+
+def test_a_call_that_its_row_switches_off_is_not_trained():
+    messages = [ASK, {**CALLED, "content": None, "tool_calls": [A7], "train": False}, RESULT, SAID]
+    for name, end in (("phi-4-mini", "<|end|>"), ("chatml", "<|im_end|>")):
+        assert trained(name, messages)[0] == [f"7.{end}"]
+
+
+def test_a_template_that_renders_calls_outside_the_turn_is_refused():
+    turned = CHATML.replace(
+        "message['role'] + '<|im_sep|>'", "('call' if message['tool_calls'] else message['role']) + '<|im_sep|>'"
+    )
+    NAMES["turned"] = ("phi-4", turned)
+    with pytest.raises(DataError, match=r"row 5: .*message 2 \(tool_calls\)"):
+        trained("turned", [ASK, {**CALLED, "content": "", "tool_calls": [A7]}])
