@@ -125,6 +125,20 @@ class ChatEncoder:
         """Return the tokens from which an answer to ``chat`` is generated: those before the answer in training."""
         return list(self._tokenize([self._render(chat, 0, Findings(), prompt=True)])[0].input_ids)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return a generated answer as text, without the template's own tokens and bos, eos, pad and unk.
+
+        Other tokens stay, whether the vocabulary flags them as special or not: an answer reads as a content does, with
+        its ``<|tool_call|>`` and ``<think>``.
+        """
+        text: str = self.tokenizer.decode([i for i in ids if i not in self._hidden_ids], skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def _hidden_ids(self) -> set[int]:
+        hidden = {*self._content_tokenizer.protected, self.tokenizer.unk_token} - {None}
+        return {self.tokenizer.convert_tokens_to_ids(token) for token in hidden}
+
     def _tokenize(self, rendered: Sequence[_Rendered]) -> list[TokenizedText]:
         return self._content_tokenizer.tokenize([(chat.text, chat.contents) for chat in rendered])
 

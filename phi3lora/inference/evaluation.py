@@ -23,6 +23,7 @@ from torch import nn
 from ..config import IGNORE_INDEX
 from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
+from ..data.template import ChatEncoder
 from ..errors import DataError, Phi3LoRAError
 from ..model.backend import PLAIN, use_backend
 from ..model.forward import eval_mode, supervised_hidden_states
@@ -174,9 +175,10 @@ def sample_answers(
             f"(train_on='all') or was cut within it (max_length={dataset.max_length})"
         )
     prompts = [prompt for prompt, _ in pairs]
-    answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, {"do_sample": False})
+    encoder = ChatEncoder(tokenizer)
+    answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size, {"do_sample": False})
     return Answers(
-        Answer(tokenizer.decode(prompt), tokenizer.decode(reference, skip_special_tokens=True).strip(), answer)
+        Answer(tokenizer.decode(prompt), encoder.decode(reference).strip(), answer)
         for (prompt, reference), answer in zip(pairs, answers, strict=True)
     )
 

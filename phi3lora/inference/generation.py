@@ -24,6 +24,7 @@ def generate(
     *,
     max_new_tokens: int = 256,
     system: str | None = None,
+    tools: Any = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -36,9 +37,11 @@ def generate(
 
     Args:
         model, tokenizer: the result of ``load_model``; the model's modes are restored.
-        prompt: a question; a chat (a list of ``{"role", "content"}``, with a user's turn last); or a list of either.
+        prompt: a question; a chat (a list of ``{"role", "content"}``, a user's or a tool's turn last); or a list of
+            either. Messages are read as those of a training row, ``tool_calls`` and ``tool_call_id`` included.
         max_new_tokens: the longest answer, in tokens.
         system: a system prompt before each question.
+        tools: functions that the answers may call, as in a training row's ``tools``; None: none.
         temperature: 0 always takes the likeliest token (and so gives the same answer every time); above 0 samples.
         top_p: sample from the likeliest tokens with this total probability.
         top_k: sample from this many of the likeliest tokens; 0: from all.
@@ -49,7 +52,8 @@ def generate(
         stream: print the answer while it is generated (one prompt only).
 
     Returns:
-        The answer, or a list of answers for a list of prompts, without special tokens.
+        The answer, or a list of answers for a list of prompts, without the template's tokens. What a content may spell
+        stays, flagged as special or not: ``<|tool_call|>[{"name": ..., "arguments": {}}]<|/tool_call|>``, ``<think>``.
 
     Raises:
         DataError: a prompt of another form, no prompt, ``stream`` with several; a setting outside its range.
@@ -61,23 +65,24 @@ def generate(
     if stream and len(chats) > 1:
         raise DataError(f"stream=True with {len(chats)} prompts; allowed: one")
     options = _sampling_options(temperature, top_p, top_k, repetition_penalty)
+    encoder = ChatEncoder(tokenizer)
     if stream:
         from transformers import TextStreamer
 
-        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    encoder = ChatEncoder(tokenizer)
-    prompts = [encoder.prompt_ids(Chat(chat)) for chat in chats]
+        decoder: Any = encoder  # of a tokenizer, a streamer uses decode alone
+        options["streamer"] = TextStreamer(decoder, skip_prompt=True)
+    prompts = [encoder.prompt_ids(Chat(chat, tools)) for chat in chats]
     device = model_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, options)
+        answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size, options)
     return answers if is_list else answers[0]
 
 
 def generate_answers(
     model: nn.Module,
-    tokenizer: Any,
+    encoder: ChatEncoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
@@ -89,15 +94,19 @@ def generate_answers(
     equal_lengths = "repetition_penalty" in options  # a penalty would count padding as repeated tokens
     with eval_mode(model):
         for group in _group_prompts(lengths, batch_size, max_new_tokens, boundary, equal_lengths):
-            new_ids = _generate_ids(model, tokenizer, [prompts[i] for i in group], max_new_tokens, options)
-            for i, text in zip(group, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
-                answers[i] = text.strip()
+            new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], max_new_tokens, options)
+            for i, ids in zip(group, new_ids.tolist(), strict=True):
+                answers[i] = encoder.decode(ids).strip()
     return answers
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the template's end of turn and eos (Phi-3: ``<|end|>, <|endoftext|>``)."""
-    return list(dict.fromkeys([ChatEncoder(tokenizer).end_of_turn_id, tokenizer.eos_token_id]))
+    return _stop_token_ids(ChatEncoder(tokenizer))
+
+
+def _stop_token_ids(encoder: ChatEncoder) -> list[int]:
+    return list(dict.fromkeys([encoder.end_of_turn_id, encoder.tokenizer.eos_token_id]))
 
 
 def _group_prompts(
@@ -119,12 +128,12 @@ def _group_prompts(
 
 
 def _generate_ids(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, options: dict[str, Any]
+    model: Any, encoder: ChatEncoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, options: dict[str, Any]
 ) -> Tensor:
     """Return new token ids (B, <= max_new_tokens) after the prompts, which are padded on the left."""
     width = max(map(len, prompts))
-    stops = stop_token_ids(tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[-1]
+    stops, pad = _stop_token_ids(encoder), encoder.tokenizer.pad_token_id
+    pad = stops[-1] if pad is None else pad
     input_ids = torch.full((len(prompts), width), pad)
     attention_mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import adapted_model, longrope_model, make_tokenizer, quiet_config, tiny_model
+from tokenizers import AddedToken
 
 import phi3lora as p3
 from phi3lora.inference.generation import stop_token_ids
@@ -110,6 +113,67 @@ def test_a_longrope_model_answers_a_short_prompt_the_same_beside_a_long_one():
     assert len(prompt_ids(user(short))) + 8 < 40 < len(prompt_ids(user(long)))
     alone = [p3.generate(model, TOKENIZER, prompt, max_new_tokens=8) for prompt in (short, long)]
     assert p3.generate(model, TOKENIZER, [short, long], max_new_tokens=8) == alone
+
+
+# --- Function calling
+
+MARKERS = ["<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<think>"]
+STOCK = {"type": "function", "function": {"name": "stock", "parameters": {"sku": {"type": "str"}}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "stock", "arguments": '{"sku": "A7"}'}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def tool_tokenizer(special=False):
+    """Phi-4-mini's, with the markers flagged as special or not, and with ``<think>``."""
+    tokenizer = make_tokenizer("phi-4-mini")
+    tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for m in MARKERS], special_tokens=special)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+        "{% if 'tools' in message %}{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("marker", MARKERS)
+def test_markers_that_a_content_may_have_stay_in_the_answer_whatever_their_flag(marker, special, capsys):
+    tokenizer = tool_tokenizer(special)
+    model = constant_model(tokenizer.convert_tokens_to_ids(marker))
+    for stream in (False, True):
+        assert p3.generate(model, tokenizer, "Hi", max_new_tokens=2, stream=stream) == marker * 2
+    assert capsys.readouterr().out.strip() == marker * 2
+
+
+@pytest.mark.parametrize("token", ["<|user|>", "<|system|>", "<|assistant|>"])
+def test_the_template_s_own_tokens_are_not_in_the_answer(token, capsys):
+    tokenizer = tool_tokenizer()
+    model = constant_model(tokenizer.convert_tokens_to_ids(token))
+    for stream in (False, True):
+        assert p3.generate(model, tokenizer, "Hi", max_new_tokens=2, stream=stream) == ""
+    assert capsys.readouterr().out.strip() == ""
+
+
+@pytest.mark.parametrize("tools", [[STOCK], [STOCK["function"]], json.dumps([STOCK])])
+def test_tools_and_results_are_where_the_template_has_them(tools):
+    tokenizer, model = tool_tokenizer(), confident_model()
+    calls = record_calls(model)
+    chat = [*user("How many?"), CALLED, {"role": "tool", "tool_call_id": "1", "content": "7"}]
+    p3.generate(model, tokenizer, chat, tools=tools, system="Be brief.", max_new_tokens=1)
+    function, call = json.dumps([STOCK["function"]]), '[{"name": "stock", "arguments": {"sku": "A7"}}]'
+    assert tokenizer.decode(calls[0]["input_ids"][0]) == (
+        f"<|system|>Be brief.<|tool|>{function}<|/tool|><|end|><|user|>How many?<|end|>"
+        f"<|assistant|><|tool_call|>{call}<|/tool_call|><|end|><|tool|>7<|end|><|assistant|>"
+    )
+
+
+def test_tools_go_to_each_of_several_prompts_and_are_refused_where_nothing_renders_them():
+    tokenizer, model = tool_tokenizer(), confident_model()
+    calls = record_calls(model)
+    p3.generate(model, tokenizer, PROMPTS, tools=[STOCK], max_new_tokens=1)
+    assert all(tokenizer.decode(ids).count("<|tool|>[") == 1 for ids in calls[0]["input_ids"])
+    with pytest.raises(p3.DataError, match="'tools', which the chat template does not render"):
+        p3.generate(model, TOKENIZER, "Hi", tools=[STOCK])
 
 
 # --- Forms of a prompt
