@@ -11,6 +11,7 @@ from typing import Any
 
 from . import (
     ChatDataset,
+    DataError,
     LoraConfig,
     Phi3LoRAError,
     TrainingConfig,
@@ -23,6 +24,9 @@ from . import (
     save_adapter,
     train,
 )
+from .data.formats import check_columns, known_format
+from .data.rows import find_source
+from .model.load import load_tokenizer
 
 _ADAPTER_HELP = "an adapter file, a training checkpoint's folder, or the output folder of the train command"
 
@@ -41,7 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
     run = argparse.ArgumentParser(add_help=False, parents=[model])  # what doctor and train share
-    run.add_argument("--data", required=True, help="a .jsonl, .json, .csv or .parquet file, or a hub dataset")
+    run.add_argument(
+        "--data", required=True, nargs="+", action="extend", help="files, folders or hub datasets; several are joined"
+    )
+    run.add_argument("--split", default="train", help="split of a dataset: train, train[:10%%]")
+    run.add_argument("--format", default="auto", help="messages, sharegpt, alpaca, prompt_completion or text")
+    run.add_argument(
+        "--columns", nargs="+", action="extend", default=[], metavar="OURS=YOURS", help="prompt=question for instance"
+    )
+    run.add_argument("--train-on", default="assistant", help="assistant (default), last or all")
+    run.add_argument("--overflow", default="truncate", help="of a long document: truncate (default), split or error")
     run.add_argument("--eval-share", type=float, default=0.0, help="share of the rows held out for evaluation")
     run.add_argument("--max-length", type=int, default=2048, help="tokens in a document and in a packed row")
     run.add_argument("--dtype", default="bfloat16")
@@ -94,17 +107,48 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatDataset | None, TrainingConfig]:
-    """Return the model with adapters, its tokenizer, the training data, the held-out data and the configuration."""
+    """Return the model with adapters, its tokenizer, the training data, the held-out data and the configuration.
+
+    The model comes last: whatever is wrong with the settings or the data is refused before its weights are read.
+    """
     settings = dict(map(_parse_setting, options.set))
-    lora = {f.name: settings.pop(f.name) for f in dataclasses.fields(LoraConfig) if f.name in settings}
+    lora = LoraConfig(**{f.name: settings.pop(f.name) for f in dataclasses.fields(LoraConfig) if f.name in settings})
     config = TrainingConfig(**settings)
+    chats, held_out = _load_data(options)
     model, tokenizer = load_model(options.model, dtype=options.dtype)
-    print(inject_lora(model, LoraConfig(**lora)))
-    chats = ChatDataset.load(options.data, tokenizer, max_length=options.max_length)
-    held_out = None
-    if options.eval_share:
-        chats, held_out = chats.split(options.eval_share)
+    print(inject_lora(model, lora))
     return model, tokenizer, chats, held_out, config
+
+
+def _load_data(options: argparse.Namespace) -> tuple[ChatDataset, ChatDataset | None]:
+    """Return the training data and the held-out data."""
+    columns = _parse_columns(options.columns)
+    known_format(options.format)
+    check_columns(columns)
+    for source in options.data:  # a missing one is refused before the tokenizer is downloaded
+        find_source(source, options.split)
+    chats = ChatDataset.load(
+        options.data if len(options.data) > 1 else options.data[0],
+        load_tokenizer(options.model),
+        max_length=options.max_length,
+        split=options.split,
+        format=options.format,
+        columns=columns,
+        overflow=options.overflow,
+        train_on=options.train_on,
+    )
+    return chats.split(options.eval_share) if options.eval_share else (chats, None)
+
+
+def _parse_columns(pairs: list[str]) -> dict[str, str] | None:
+    """Return our column's name -> the data's, of ``OURS=YOURS`` each."""
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        ours, _, yours = pair.partition("=")
+        if not ours or not yours or ours in columns:
+            raise DataError(f"--columns {pair!r}; allowed: OURS=YOURS, each of ours once (prompt=question)")
+        columns[ours] = yours
+    return columns or None
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 import torch
@@ -86,6 +87,86 @@ def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
     assert sampled[0] != sampled[1]
     likeliest = chat(monkeypatch, capsys, QUESTIONS, "--temperature", "3", "--top-p", "1e-6")
     assert likeliest == [*answers_to(model, tokenizer, QUESTIONS), ""]
+
+
+# --- The data of train and doctor
+
+DOCTOR = ["doctor", "--dtype", "float32", "--max-length", "64", "--set", "r=2", "max_steps=1"]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Two files with columns of their own, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a", 6), ("b", 2)):
+        rows = [{"question": f"Is it {name}{i}?", "reply": f"It is {i}.", "id": i} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The data sets that the command line loads."""
+    found, load = [], p3.ChatDataset.load
+
+    def keep(*args, **kwargs):
+        found.append(load(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(p3.ChatDataset, "load", keep)
+    return found
+
+
+COLUMNS = ["--columns", "prompt=question", "completion=reply"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (COLUMNS, {}),
+        (["--columns", "prompt=question", "--columns", "completion=reply"], {}),
+        ([*COLUMNS, "--format", "prompt_completion"], {}),
+        ([*COLUMNS, "--train-on", "all"], {"train_on": "all"}),
+        ([*COLUMNS, "--overflow", "split"], {"overflow": "split"}),
+    ],
+    ids=str,
+)
+def test_the_options_of_the_data_are_those_of_load(data, loaded, options, expected):
+    assert main([*DOCTOR, "--model", str(p3.demo.BASE), "--data", "a.jsonl", *options]) == 0
+    _, tokenizer, _, _ = p3.demo.load()
+    columns = {"prompt": "question", "completion": "reply"}
+    alone = p3.ChatDataset.load("a.jsonl", tokenizer, max_length=64, columns=columns, **expected)
+    assert loaded[0].fingerprint() == alone.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "a.jsonl", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "a.jsonl"], "row 1 has the keys 'question', 'reply', 'id'"),
+        (["--data", "a.jsonl", "--columns", "promt=question"], "'promt' is not one of"),
+        (["--data", "a.jsonl", "--columns", "prompt"], "--columns 'prompt'; allowed: OURS=YOURS"),
+        (["--data", "a.jsonl", "--columns", "prompt=a", "prompt=b"], "--columns 'prompt=b'; allowed"),
+        (["--data", "a.jsonl", "--format", "chats", *COLUMNS], "format='chats'; allowed"),
+        (["--data", "a.jsonl", "--train-on", "answers", *COLUMNS], "train_on='answers'; allowed"),
+        (["--data", "a.jsonl", "--overflow", "drop", *COLUMNS], "overflow='drop'; allowed"),
+        (["--data", "a.jsonl", *COLUMNS, "--set", "r=0"], "r=0"),
+    ],
+    ids=str,
+)
+def test_wrong_data_is_one_line_before_the_weights_are_read(data, monkeypatch, capsys, options, message):
+    monkeypatch.delattr("phi3lora.__main__.load_model")
+    for command in ("train", "doctor"):
+        assert main([command, "--model", str(p3.demo.BASE), *options]) == 1
+        line = capsys.readouterr().err
+        assert message in line and line.count("\n") == 1 and line.startswith("phi3lora: ")
+
+
+@pytest.mark.parametrize("options", [["--data", "nowhere.jsonl"], ["--data", "a.jsonl", "--columns", "x=question"]])
+def test_wrong_data_is_named_before_a_wrong_model(data, capsys, options):
+    assert main(["train", "--model", "no/such/model", *options]) == 1
+    assert "no/such/model" not in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_exit_status_1(tmp_path, capsys):

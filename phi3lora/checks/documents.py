@@ -81,7 +81,9 @@ def check_end_of_turn(planned: PlannedRun) -> Finding:
                 f"the tokenizer's template ends a turn with {token_text(planned.tokenizer, expected)}, the dataset's "
                 f"with {name}: load the dataset with this tokenizer"
             )
-    ends = spans.last_token == dataset.end_of_turn_id
+    eos = dataset.pad_token_id if planned.tokenizer is None else planned.tokenizer.eos_token_id
+    # With train_on="all", a span starts with its document, has its turns inside, and may end in the template's eos.
+    ends = np.isin(spans.last_token, [dataset.end_of_turn_id, eos]) | ((spans.start == 0) & ~spans.cut)
     missing = ~ends & ~spans.cut
     turns = f"{len(ends):,} trained turns of {spans.documents:,} documents"
     if missing.any():

@@ -83,11 +83,10 @@ def load_model(
     _check_sizes(Path(name), config)
     in_4_bits = _options_for_4_bits(name, config, base_precision, torch_dtype, device)
     register()
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {"dtype": torch_dtype or "auto", "attn_implementation": attn_implementation, **in_4_bits}
-    model, tokenizer = _read(name, source, use_cache, options)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name, **source)
+    model = _read_weights(name, source, use_cache, options)
     if longrope_boundary(model.config) is not None:
         logger.info(longrope_note(model.config))
     model.checkpoint_tokens = frozenset(tokenizer.get_added_vocab())  # doctor tells later ones by it
@@ -97,6 +96,22 @@ def load_model(
     elif base_precision is not None:
         quantize_base(model, base_precision)
     return model, tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that ``load_model`` returns, and no weights. It pads with eos if it has no padding token.
+
+    Raises:
+        ModelError: nothing loadable there, or not a Phi-3 model's.
+    """
+    _read_config(name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # half-written files, odd fields: transformers has an error for each
+        raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _available_device(device: Any) -> torch.device:
@@ -175,8 +190,8 @@ def _options_for_4_bits(
     return options
 
 
-def _read(name: str, source: dict[str, Any], use_cache: bool, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Read model and tokenizer with transformers; every weight must be in the files."""
+def _read_weights(name: str, source: dict[str, Any], use_cache: bool, options: dict[str, Any]) -> Any:
+    """Read the model with transformers; every weight must be in the files."""
     try:
         config = AutoConfig.from_pretrained(name, **source)
         config.use_cache = use_cache
@@ -184,7 +199,6 @@ def _read(name: str, source: dict[str, Any], use_cache: bool, options: dict[str,
             name, config=config, output_loading_info=True, **source, **options
         )
         model, loading_info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
         raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
     missing = sorted(loading_info["missing_keys"])
@@ -192,7 +206,7 @@ def _read(name: str, source: dict[str, Any], use_cache: bool, options: dict[str,
         raise ModelError(
             f"cannot load {short_repr(name)}: {len(missing)} weights are not in its files, {missing[0]!r} first"
         )
-    return model, tokenizer
+    return model
 
 
 def longrope_boundary(config: Any) -> int | None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import chat_dataset, longrope_model, make_tokenizer, tiny_model, token_documents
+from conftest import TEMPLATES, chat_dataset, longrope_model, make_tokenizer, tiny_model, token_documents
 from faulty import (
     LONG,
     chats_of,
@@ -199,6 +199,18 @@ def test_split_documents_and_other_masks_have_their_ends_of_turn_and_no_empty_an
         report = examine(tmp_path, dataset=chats)
         assert report["empty answers"].status == "ok"
         assert "do not train" not in report["end of turn"].text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_documents_that_are_trained_whole_have_their_ends(tmp_path, name):
+    tokenizer = make_tokenizer(name)
+    for rows in (
+        [{"prompt": "Hi", "completion": "yes"}] * 4,
+        [{"messages": [{"role": "user", "content": "Hi", "train": False}, {"role": "assistant", "content": "yes"}]}]
+        * 4,
+    ):
+        chats = p3.ChatDataset.load(rows, tokenizer, max_length=64, train_on="all")
+        assert examine(tmp_path, dataset=chats, tokenizer=tokenizer)["end of turn"].status == "ok"
 
 
 def test_trained_spans_equal_those_of_a_plain_loop(monkeypatch):
