@@ -122,7 +122,10 @@ _LORA_RULES: dict[str, Rule] = {
         lambda value: bool(value) and all(isinstance(name, str) and name for name in value),
         "'all-linear' or a list of module-name suffixes that is not empty",
     ),
-    "modules_to_save": (lambda value: value is None, "None (training whole modules is not supported)"),
+    "modules_to_save": (
+        lambda value: value is None,
+        "None (training whole modules is not supported; adapters on them are: target_modules)",
+    ),
     "use_rslora": _SWITCH,
     "task_type": _NAME,
     "segments": _optional((lambda value: _are_segments(value), "a dict: suffix -> list of widths, or name -> width")),
