@@ -20,6 +20,7 @@ _BOOKKEEPING = frozenset(
     """.split()
 )
 """Last words of names of columns that say where a row is from, not what it says."""
+_COPIES = ("prompt", "text")  # columns in which public datasets repeat the chat: ultrachat_200k's, alpaca's
 _CHUNK = 2048  # documents examined at once
 
 
@@ -36,7 +37,7 @@ def check_columns(planned: PlannedRun) -> Finding:
     if not unused:
         return ok("no column and no key of a message is left out")
     text = f"not used: {_counted(unused)}"
-    telling = [name for name in unused if _last_word(name) not in _BOOKKEEPING]
+    telling = [name for name in unused if name not in _COPIES and _last_word(name) not in _BOOKKEEPING]
     if telling:
         return warning(f"{text}: the model sees nothing of {first_of(telling)}; map it with columns=, or leave it out")
     return ok(text)

@@ -20,8 +20,8 @@ CASES = {  # name -> (findings, name of the check, status, text)
     "turns switched off": ({"turns_switched_off": 3}, "rows", "ok", "3 assistant turns are switched off"),
     "ids": ({"unused": {"id": 9, "Unnamed: 0": 9, "questionId": 2, "row_ID": 1}}, "columns", "ok", r"id \(9\)"),
     "context": (
-        {"unused": {"id": 9, "context": 4, "messages.name": 2}}, "columns", "warning",
-        r"id \(9\), context \(4\).*the model sees nothing of context",
+        {"unused": {"id": 9, "system_prompt": 4, "messages.name": 2, "prompt": 1}}, "columns", "warning",
+        r"id \(9\), system_prompt \(4\).*the model sees nothing of system_prompt, messages.name;",
     ),
     "nothing unused": ({}, "columns", "ok", "no column"),
     "control tokens": ({"kept_as_text": {"<s>": 2, "</s>": 1}}, "kept as text", "warning", r"<s> \(2\), </s> \(1\)"),
