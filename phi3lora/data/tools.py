@@ -106,13 +106,14 @@ class ToolStyle:
             DataError: values of another form, or that the template has no place for, or that spell its markers.
         """
         messages = [_read_calls(m, f"row {number}: message {i}") for i, m in enumerate(chat.messages, 1)]
-        if any(m["role"] == "tool" for m in messages) and not self._takes_results:
-            raise DataError(
-                f"row {number}: the chat template does not render the role 'tool'; write the result into a message of "
-                f"the user, or use a tokenizer whose template renders the role"
-            )
         order = _order(messages)
         messages = [self._place_calls(m, f"row {number}: message {i}") for i, m in enumerate(messages, 1)]
+        results = [i for i, m in enumerate(messages, 1) if m["role"] == "tool"]
+        if results and not self._takes_results:
+            raise DataError(
+                f"row {number}: message {results[0]}: the chat template does not render the role 'tool'; write the "
+                f"result into a message of the user, or use a tokenizer whose template renders the role"
+            )
         messages, tools = self._place_tools([messages[i] for i in order], chat.tools, number)
         shift = len(messages) - len(order) if chat.prompt_messages else 0
         return replace(chat, messages=messages, tools=tools, prompt_messages=chat.prompt_messages + shift)

@@ -234,8 +234,8 @@ PLAIN, BOTH, ANY = "phi-3.5 phi-4", "phi-4-mini chatml", [ASK, SAID]  # template
 REFUSED = [
     (PLAIN, ANY, [STOCK], r"row 5: 'tools', which .* does not render; .*system message"),
     (PLAIN, own(json.dumps([STOCK])), None, "row 5: 'tools', which .* does not render"),
-    (PLAIN, call({}), None, "row 5: message 2: 'tool_calls' .*write the call into"),
-    (PLAIN, [*ANY, RESULT, SAID], None, "row 5: .* role 'tool'; write"),
+    (PLAIN, [*call({}), RESULT, SAID], None, "row 5: message 2: 'tool_calls' .*write the call into"),
+    (PLAIN, [*ANY, RESULT, SAID], None, "row 5: message 3: .* role 'tool'; write"),
     (BOTH, own([STOCK]), [STOCK], "row 5: 'tools' in the row and in a message"),
     (BOTH, [{**ASK, "tools": [STOCK]}, SAID], None, "row 5: 'tools' in a message of the role 'user'"),
     (BOTH, [{**ASK, "tool_calls": [A7]}, SAID], None, "row 5: message 1, of the role 'user', has 'tool_calls'"),
