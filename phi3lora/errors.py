@@ -78,7 +78,7 @@ def is_int(value: object, least: int, end: int = 2**63) -> bool:
 
 def is_text(value: object) -> TypeGuard[str]:
     """Return whether a value is a string that can be encoded as UTF-8; half of a surrogate pair cannot."""
-    return isinstance(value, str) and not _SURROGATE.search(value)
+    return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 
 def is_path(value: object) -> bool:

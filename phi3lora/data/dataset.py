@@ -133,8 +133,8 @@ class ChatDataset:
         _check(is_known, "overflow", overflow, "'truncate', 'split', 'error'")
         _check(isinstance(streaming, bool), "streaming", streaming, "True, False")
         _check(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
-        check_columns(columns)
         format, bad = known_format(format), BadRows(on_bad_row)
+        check_columns(columns, format)
         # A stream is tokenised in a background thread, and a fast tokenizer must not be used by two threads at once.
         encoder = ChatEncoder(copy.deepcopy(tokenizer) if streaming else tokenizer, train_on)
         is_path = isinstance(source, (str, os.PathLike))
@@ -332,7 +332,7 @@ class ChatStream:
                     return
                 if number >= start:
                     try:
-                        documents = self._documents(window, first.format, bad) if in_pass else first
+                        documents = self._documents(window, self._format, bad) if in_pass else first
                     except NoDocumentsError as why:
                         logger.warning("window %d of the stream is skipped: %s", number, why)
                     else:

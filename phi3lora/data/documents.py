@@ -35,10 +35,8 @@ logger = logging.getLogger("phi3lora")
 NumberedChat = tuple[int, EncodedChat]
 
 SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second that importing datasets takes
-_MODULES = [
-    Path(__file__).with_name(f"{name}.py")
-    for name in ("rows", "formats", "findings", "template", "tools", "tokens", "documents")
-]
+_READING = "rows formats turns marked_text other_jobs findings template tokens tools documents".split()
+_MODULES = [Path(__file__).with_name(f"{name}.py") for name in _READING]
 _CHATS_AT_ONCE = 1000
 
 
@@ -58,6 +56,7 @@ class RowTokenizer:
     ) -> None:
         self.encoder, self.max_length, self.overflow = encoder, max_length, overflow
         self.columns, self.source = columns or {}, source
+        self._not_met = set(self.columns.values())  # mapped columns that no row had so far
         self._one_thread = threading.Lock()  # a fast tokenizer must not be used by two threads at once
 
     def tokenize(
@@ -65,19 +64,22 @@ class RowTokenizer:
     ) -> dict[str, Any]:
         """Return the documents of ``rows`` as the arguments of ``ChatDataset``.
 
-        ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: that of the first row. If ``rows`` are
-        all the rows of a file or dataset, ``cached`` is that source, and its tokenised chats are cached.
+        ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: each row's own, the first row's before others. If
+        ``rows`` are all the rows of a file or dataset, ``cached`` is that source, and its tokenised chats are cached.
         """
         with self._one_thread:
             rows, findings = iter(rows), Findings()
-            format, first = self._first_row(rows, format, bad)
-            chats: Iterator[NumberedChat] = self._encode(chain([first], rows), format, bad, findings)
+            form, first = self._first_row(rows, format, bad)
+            chats = self._encode(self._read_chats(chain([first], rows), format, form, bad, findings), bad, findings)
             if cached is not None and not bad.skips:  # the cache does not record which rows were skipped
                 options = [format, sorted(self.columns.items()), self.encoder.train_on]
                 chats = cached_chats(chats, findings, cache_key(cached, self.encoder.tokenizer, options))
-            return {**self._cut(chats, format, bad), "findings": findings}
+            documents = self._cut(chats, bad)
+            formats = sorted({form.partition(" as ")[0] for form in findings.rows_by_form})
+            return {**documents, "format": ", ".join(formats), "findings": findings}
 
     def _first_row(self, rows: Iterator[NumberedRow], format: str, bad: BadRows) -> tuple[str, NumberedRow]:
+        """Return the format of the first row that has a known one, and that row."""
         for number, row in rows:
             try:
                 return (detect_format(row, self.columns, number) if format == "auto" else format), (number, row)
@@ -86,11 +88,8 @@ class RowTokenizer:
         why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
         raise NoDocumentsError(f"the dataset {self.source} is empty: {why}")
 
-    def _encode(
-        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, findings: Findings
-    ) -> Iterator[NumberedChat]:
+    def _encode(self, chats: Iterator[tuple[int, Chat]], bad: BadRows, findings: Findings) -> Iterator[NumberedChat]:
         """Yield the encoded chats. Many are tokenised at a time, which the tokenizer spreads over the cores."""
-        chats = self._read_chats(rows, format, bad, findings)
         while batch := list(islice(chats, _CHATS_AT_ONCE)):
             try:
                 encoded = self._encode_batch(batch, findings)
@@ -112,15 +111,26 @@ class RowTokenizer:
         return list(zip(numbers, encoded, strict=True))
 
     def _read_chats(
-        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, findings: Findings
+        self, rows: Iterable[NumberedRow], format: str, first: str, bad: BadRows, findings: Findings
     ) -> Iterator[tuple[int, Chat]]:
+        """Yield the chats of the rows; ``first`` is the first row's format.
+
+        A mapped column that none of the rows has is refused after the last one, before anything is cached. Of a stream,
+        that is the first window's last row.
+        """
         for number, row in rows:
+            if self._not_met:
+                self._not_met.difference_update(row)
             try:
-                yield number, to_chat(row, format, number, self.columns, findings)
+                form = detect_format(row, self.columns, number, first) if format == "auto" else format
+                yield number, to_chat(row, form, number, self.columns, findings)
             except DataError as error:
                 bad.reject(number, error)
+        if self._not_met:
+            missing = ", ".join(map(repr, sorted(self._not_met)))
+            raise DataError(f"columns={self.columns}: no row of {self.source} has {missing}; allowed: columns it has")
 
-    def _cut(self, chats: Iterable[NumberedChat], format: str, bad: BadRows) -> dict[str, Any]:
+    def _cut(self, chats: Iterable[NumberedChat], bad: BadRows) -> dict[str, Any]:
         """Cut the chats into documents of at most ``max_length`` tokens."""
         documents: list[tuple[int, bool, np.ndarray, np.ndarray]] = []  # (row, truncated, ids, labels)
         dropped_rows = longest_prompt = 0
@@ -163,7 +173,6 @@ class RowTokenizer:
             "max_length": self.max_length,
             "pad_token_id": pad or 0,
             "end_of_turn_id": self.encoder.end_of_turn_id,
-            "format": format,
         }
 
     def _parts(self, ids: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

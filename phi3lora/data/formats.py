@@ -5,21 +5,24 @@ sharegpt            {"conversations": [{"from": "human", "value": "..."}, ...]} 
 alpaca              {"instruction": "...", "input": "...", "output": "..."}            Alpaca, Dolly-like
 prompt_completion   {"prompt": "...", "completion": "..."}                             OpenAI's old form, TRL, MLX
 text                {"text": "<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>"}         the Phi-3 cookbook's JSONL
+
+Beside these, every form may have the columns ``system`` and ``tools``, and alpaca ``history``. What else a row has is
+counted as unused, unless it shows that the row is for another job (``other_jobs.py``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from ..errors import DataError, is_text, short_repr
-from ..files import parse_json
+from ..errors import DataError, short_repr
 from .findings import Findings
-
-Message = dict[str, Any]
-"""``role``, ``content``, ``train`` if its row says so, and the row's other keys, for the template."""
+from .marked_text import is_templated, read_marked_text, read_templated, starts_with_role
+from .other_jobs import advice_about, refuse_media, refuse_other_job
+from .turns import ROW_SWITCHES, check_row_switch, is_empty, json_of, read_turns, text_of
+from .turns import Message as Message
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,11 @@ COLUMNS = {
 }
 """Format -> required columns, in the order in which the formats are tried."""
 
-_OPTIONAL = {"alpaca": ("input", "system"), "prompt_completion": ("system",), "sharegpt": ("system",)}
+_CONTEXT = ("system", "tools", "functions")
+OPTIONAL = {name: (("input", "history") if name == "alpaca" else ()) + _CONTEXT for name in COLUMNS}
+"""Format -> columns that are read if a row has them. ``functions`` is an older name of ``tools``."""
+
 _NAMES = {"conversations": "sharegpt", "prompt-completion": "prompt_completion", "chatml": "messages"}
-_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-    "function_response": "tool", "observation": "tool",
-}  # fmt: skip
-_PHI3_TURN = re.compile(
-    r"<\|(system|user|assistant|tool)\|>(.*?)(?:<\|end\|>|(?=<\|(?:system|user|assistant)\|>)|\Z)", re.S
-)
-_PHI4_TURN = re.compile(r"<\|im_start\|>(\w+)<\|im_sep\|>(.*?)(?:<\|im_end\|>|\Z)", re.S)
 
 
 def known_format(name: str) -> str:
@@ -65,13 +62,53 @@ def known_format(name: str) -> str:
     return known
 
 
-def detect_format(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, number: int = 1) -> str:
-    """Return the format of a row, recognised by its keys."""
+def check_columns(columns: Mapping[str, str] | None, format: str = "auto") -> None:
+    """Raise if ``columns`` names a column that no format has, or columns that no one format has."""
+    if columns is None:
+        return
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
+        raise DataError(f"columns={short_repr(columns)}; allowed: a dict of our column's name -> yours")
+    known = sorted({column for name in COLUMNS for column in COLUMNS[name] + OPTIONAL[name]})
+    what = f"columns={short_repr(dict(columns))}"
+    for name in columns:
+        if name not in known:
+            raise DataError(f"{what}: {short_repr(name)} is not one of {', '.join(known)}")
+    formats = _candidates(tuple(columns))
+    if not formats or format not in ("auto", *formats):
+        of_each = "; ".join(f"{name}: {', '.join(COLUMNS[name] + OPTIONAL[name])}" for name in COLUMNS)
+        wanted = "one format" if format == "auto" else f"format {format!r}"
+        raise DataError(f"{what}: not all of them are columns of {wanted}; allowed: the columns of one ({of_each})")
+
+
+@lru_cache(maxsize=64)
+def _candidates(mapped: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the formats that have all of the mapped columns."""
+    return tuple(name for name in COLUMNS if set(mapped) <= {*COLUMNS[name], *OPTIONAL[name]})
+
+
+def detect_format(
+    row: Mapping[str, Any], columns: Mapping[str, str] | None = None, number: int = 1, first: str | None = None
+) -> str:
+    """Return the format of a row, recognised by its keys; ``first`` is tried before the others.
+
+    Raises:
+        DataError: the row has no known format; if it looks like one of another job, the message says which.
+    """
     names = columns or {}
-    for name, needed in COLUMNS.items():
-        if all(row.get(names.get(column, column)) is not None for column in needed):
-            return name
-    forms = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
+    formats = _candidates(tuple(names))
+    tried = formats if first is None or first not in formats else (first, *formats)
+    for is_missing in (is_empty, lambda value: value is None):  # an empty answer, if there is no better form
+        for name in tried:
+            for column in COLUMNS[name]:
+                if is_missing(row.get(names.get(column, column))):
+                    break
+            else:
+                return name
+    if not names:
+        refuse_other_job(row, None, (), number)
+    if absent := ", ".join(repr(theirs) for theirs in names.values() if theirs not in row):
+        raise DataError(f"row {number} has no {absent}, named by columns={dict(names)}; it has the keys {_keys(row)}")
+    forms = "; ".join(f"{name}: {', '.join(names.get(c, c) for c in COLUMNS[name])}" for name in formats)
     raise DataError(
         f"row {number} has the keys {_keys(row)}, which is no known format. Known: {forms}. "
         f"Name your columns with columns={{'prompt': 'your column', ...}}"
@@ -83,16 +120,35 @@ def _keys(row: Mapping[Any, Any]) -> str:
     return (", ".join(short_repr(key, 60) for key in list(row)[:20]) or "(none)") + more
 
 
-def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Raise if a key of ``columns`` is a column of no format."""
-    if columns is None:
-        return
-    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
-        raise DataError(f"columns={short_repr(columns)}; allowed: a dict of our column's name -> yours")
-    known = sorted({c for needed in (*COLUMNS.values(), *_OPTIONAL.values()) for c in needed})
-    for name in columns:
-        if name not in known:
-            raise DataError(f"columns={short_repr(dict(columns))}: {short_repr(name)} is not one of {', '.join(known)}")
+class _Plan(NamedTuple):
+    """How the rows with the same keys are read."""
+
+    columns: tuple[tuple[str, str], ...]  # (our name, the row's) of each column that is read
+    unused: tuple[str, ...]
+    switches: tuple[str, ...]  # those of the unused ones that may say how much the row is trained
+    is_chosen: bool  # columns= names what is trained
+
+
+@lru_cache(maxsize=1024)
+def _plan(format: str, keys: tuple[Any, ...], mapped: tuple[tuple[str, str], ...]) -> _Plan:
+    names, read = dict(mapped), []
+    for ours in COLUMNS[format] + OPTIONAL[format]:
+        theirs = names.get(ours, ours)
+        # columns={"instruction": "input"} does not read "input" a second time, as the input.
+        if theirs in keys and (ours in names or theirs not in names.values()):
+            read.append((ours, theirs))
+    unused = tuple(key for key in keys if key not in dict(read).values())
+    switches = tuple(key for key in unused if key in ROW_SWITCHES)
+    return _Plan(tuple(read), unused, switches, is_chosen=not set(names).isdisjoint(COLUMNS[format]))
+
+
+class _Read(NamedTuple):
+    """What the function of a format makes of a row's columns."""
+
+    messages: list[Message]
+    prompt_messages: int
+    form: str
+    text: str | None = None
 
 
 def to_chat(
@@ -102,118 +158,149 @@ def to_chat(
     columns: Mapping[str, str] | None = None,
     findings: Findings | None = None,
 ) -> Chat:
-    """Return one row as a checked chat. ``columns``: our column name -> the row's.
+    """Return one row as a checked chat, and count in ``findings`` how it was read.
+
+    ``columns``: our column name -> the row's.
 
     Raises:
-        DataError: columns missing, no text, unknown roles, roles out of order, no assistant turn.
+        DataError: columns missing, a row of another job, no text, unknown roles, roles out of order, no assistant
+            turn, two system messages, a weight or a loss switch that cannot be followed.
     """
-    names = dict(columns or {})
-    values = {name: row.get(names.get(name, name)) for name in (*COLUMNS[format], *_OPTIONAL.get(format, ()))}
-    missing = ", ".join(repr(names.get(c, c)) for c in COLUMNS[format] if values[c] is None)
+    names = columns or {}
+    plan = _plan(format, tuple(row), tuple(names.items()))
+    values = {ours: row[theirs] for ours, theirs in plan.columns}
+    missing = [names.get(column, column) for column in COLUMNS[format] if values.get(column) is None]
     if missing:
-        raise DataError(f"row {number}: format {format!r} needs {missing}; the row has the keys {_keys(row)}")
-    messages = _CONVERTERS[format](values, number)
-    if values.get("system") not in (None, ""):
-        messages.insert(0, {"role": "system", "content": _text(values["system"], number, "'system'")})
-    _check_roles(messages, number)
-    return Chat(messages)
+        needed = ", ".join(map(repr, missing))
+        raise DataError(f"row {number}: format {format!r} needs {needed}; the row has the keys {_keys(row)}")
+    if not plan.is_chosen:
+        refuse_other_job(row, format, COLUMNS[format], number)
+    unused = [key for key in plan.unused if not is_empty(row[key])]
+    for key in plan.switches:
+        if key in unused and check_row_switch(key, row[key], number):
+            unused.remove(key)
+    messages, prompt_messages, form, text = _READERS[format](values, number)
+    tools = _tools(values, number)
+    has_system = not is_empty(values.get("system"))
+    if text is not None:
+        if has_system or tools:
+            raise DataError(f"row {number}: 'text' is plain text; allowed: no column 'system' or 'tools' beside it")
+    else:
+        if has_system:
+            prompt_messages += _add_system(messages, text_of(values["system"], number, "'system'"), number)
+        _check_roles(messages, number)
+        refuse_media(messages, number)
+    _count(Findings() if findings is None else findings, messages, form, unused)
+    return Chat(messages, tools, prompt_messages, text)
 
 
-def _text(value: Any, number: int, what: str) -> str:
-    """Return a string, or the joined text parts of OpenAI's list form."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        parts = [p["text"] for p in value if isinstance(p, Mapping) and p.get("type") == "text" and "text" in p]
-        if len(parts) == len(value) and all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-    if not is_text(value):
-        kind = type(value).__name__
-        raise DataError(f"row {number}: {what} is {kind} {short_repr(value, 60)}; allowed: Unicode text")
-    return value
-
-
-def _is_empty(value: Any) -> bool:
-    """Return whether an optional column has no value: it is None, ``""``, ``[]``, ``{}``, False or 0."""
-    return value is None or (isinstance(value, (str, list, tuple, dict, int, float)) and not value)
-
-
-def _turns(value: Any, number: int, column: str) -> list[Mapping[str, Any]]:
-    if isinstance(value, str):  # a CSV cell holds a chat as JSON
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            what = f"row {number}: {column!r} is text but not JSON ({error})"
-            raise DataError(f"{what}; allowed: a list of turns") from None
-    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"row {number}: {column!r} is {short_repr(value, 60)}; allowed: a list of turns (dicts)")
-    return list(value)
-
-
-def _role(name: Any, number: int) -> str:
-    role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise DataError(f"row {number}: role {short_repr(name, 60)}; allowed: {', '.join(_ROLES)}")
-    return role
-
-
-def _from_messages(values: Mapping[str, Any], number: int) -> list[Message]:
-    messages = []
-    for turn in _turns(values["messages"], number, "messages"):
-        message: Message = {
-            "role": _role(turn.get("role"), number),
-            "content": _text(turn.get("content"), number, f"the content of role {short_repr(turn.get('role'), 60)}"),
-        }
-        if any(not _is_empty(turn.get(name)) for name in ("tool_calls", "function_call")):
-            raise DataError(f"row {number}: a message with tool_calls; allowed: content as the template renders it")
-        train = turn.get("train")
-        if train is not None:
-            if train not in (0, 1):  # True and False are 1 and 0
-                raise DataError(f"row {number}: 'train' of a message is {short_repr(train, 60)}; allowed: true, false")
-            message["train"] = bool(train)
-        messages.append(message)
-    return messages
-
-
-def _from_sharegpt(values: Mapping[str, Any], number: int) -> list[Message]:
-    turns = []
-    for turn in _turns(values["conversations"], number, "conversations"):
-        role = turn.get("from", turn.get("role"))
-        turns.append({"role": role, "content": turn.get("value", turn.get("content")), "train": turn.get("train")})
-    return _from_messages({"messages": turns}, number)
-
-
-def _from_alpaca(values: Mapping[str, Any], number: int) -> list[Message]:
-    question = _text(values["instruction"], number, "'instruction'")
-    if not _is_empty(values.get("input")):
-        question += "\n\n" + _text(values["input"], number, "'input'")
-    answer = _text(values["output"], number, "'output'")
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _from_prompt_completion(values: Mapping[str, Any], number: int) -> list[Message]:
-    messages: list[Message] = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = values[column]
-        if isinstance(value, str):
-            messages.append({"role": role, "content": _text(value, number, repr(column))})
-        else:  # TRL's conversational form: each a list of messages
-            messages += _from_messages({"messages": value}, number)
-    return messages
-
-
-def _from_text(values: Mapping[str, Any], number: int) -> list[Message]:
-    text = _text(values["text"], number, "'text'")
-    bare = text.strip().removeprefix("<s>").removesuffix("<|endoftext|>").strip()
-    turn = _PHI4_TURN if "<|im_start|>" in bare else _PHI3_TURN
-    messages = [{"role": _role(m[1], number), "content": m[2].strip()} for m in turn.finditer(bare)]
-    if not messages or turn.sub("", bare).strip():
+def _add_system(messages: list[Message], system: str, number: int) -> int:
+    """Put ``system`` in front, unless it is there already, and return the number of messages that were added."""
+    if not messages or messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+        return 1
+    own = messages[0]["content"]
+    if own not in ("", system):
         raise DataError(
-            f"row {number}: 'text' is not a chat in Phi-3's markers: {text[:60]!r}; allowed: "
-            f"'<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>' (or Phi-4's <|im_start|> form), no text outside"
+            f"row {number}: the column 'system' is {short_repr(system, 60)} and the chat's system message is "
+            f"{short_repr(own, 60)}; allowed: one of the two, or equal ones"
         )
-    return messages
+    messages[0]["content"] = system
+    return 0
 
 
-_CONVERTERS = {
+def _tools(values: Mapping[str, Any], number: int) -> Any:
+    """Return the functions of a row, None if it has none; JSON text is parsed. ``tools.py`` checks them."""
+    allowed = "a list of functions as JSON schemas; remove the column if it holds something else"
+    found = []
+    for name in ("tools", "functions"):
+        tools = values.get(name)
+        if isinstance(tools, str):
+            tools = json_of(tools, number, repr(name), allowed) if tools.strip() else None
+        if not is_empty(tools):
+            found.append(tools)
+    if len(found) > 1 and found[0] != found[1]:
+        raise DataError(f"row {number}: the columns 'tools' and 'functions' differ; allowed: one of the two")
+    return found[0] if found else None
+
+
+def _count(findings: Findings, messages: list[Message], form: str, unused: list[str]) -> None:
+    """Count what was found in a row that is read. Only assistant turns are trained, so only they keep ``train``."""
+    findings.rows_by_form[form] += 1
+    for key in unused:
+        findings.unused[str(key)] += 1
+    for sentence in advice_about(messages):
+        findings.advice[sentence] += 1
+    for message in messages:
+        on = message.get("train")
+        if on is False and message["role"] == "assistant":
+            findings.turns_switched_off += 1
+        elif on is True and message["role"] != "assistant":
+            del message["train"]
+            findings.advice[
+                f"a {message['role']} message is switched on for training, which only train_on='all' follows"
+            ] += 1
+
+
+def _from_messages(values: Mapping[str, Any], number: int) -> _Read:
+    return _Read(read_turns(values["messages"], number, "messages"), 0, "messages")
+
+
+def _from_sharegpt(values: Mapping[str, Any], number: int) -> _Read:
+    return _Read(read_turns(values["conversations"], number, "conversations"), 0, "sharegpt")
+
+
+def _from_alpaca(values: Mapping[str, Any], number: int) -> _Read:
+    parts = [text_of(values["instruction"], number, "'instruction'")]
+    if not is_empty(values.get("input")):
+        parts.append(text_of(values["input"], number, "'input'"))
+    question, answer = "\n\n".join(filter(None, parts)), text_of(values["output"], number, "'output'")
+    history = _history(values.get("history"), number)
+    if is_templated(question) and not history:
+        return _Read(*read_templated(question, answer, number), form="alpaca as text")
+    pair = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return _Read([*history, *pair], 0, "alpaca")
+
+
+def _history(value: Any, number: int) -> list[Message]:
+    """Return LLaMA-Factory's earlier pairs of question and answer; their answers are trained like the last one."""
+    if is_empty(value):
+        return []
+    allowed = "a list of pairs [question, answer]"
+    pairs = json_of(value, number, "'history'", allowed) if isinstance(value, str) else value
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise DataError(f"row {number}: 'history' is {short_repr(value, 60)}; allowed: {allowed}")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text_of(text, number, "a text of 'history'")}
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+def _from_prompt_completion(values: Mapping[str, Any], number: int) -> _Read:
+    prompt, completion = values["prompt"], values["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str) and is_templated(prompt):
+        return _Read(*read_templated(prompt, completion, number), form="prompt_completion as text")
+    parts: list[list[Message]] = []
+    for column, role, value in (("prompt", "user", prompt), ("completion", "assistant", completion)):
+        if isinstance(value, str):
+            parts.append([{"role": role, "content": text_of(value, number, repr(column))}])
+        else:  # TRL's conversational form: each a list of messages
+            parts.append(read_turns(value, number, column))
+    return _Read(parts[0] + parts[1], len(parts[0]), "prompt_completion")
+
+
+def _from_text(values: Mapping[str, Any], number: int) -> _Read:
+    text = text_of(values["text"], number, "'text'")
+    if not text.strip():
+        raise DataError(f"row {number}: 'text' is empty: {text[:60]!r}; allowed: a chat, or plain text")
+    if not starts_with_role(text):
+        return _Read([], 0, "text as plain text", text=text)
+    return _Read(read_marked_text(text, number), 0, "text")
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], int], _Read]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3lora.data.dataset import ChatDataset
-from phi3lora.data.formats import COLUMNS, detect_format, known_format, to_chat
+from phi3lora.data.findings import Findings
+from phi3lora.data.formats import COLUMNS, OPTIONAL, Chat, check_columns, detect_format, known_format, to_chat
 from phi3lora.errors import DataError
 
 TOKENIZER = make_tokenizer()
@@ -27,6 +28,15 @@ TOOL_CHAT = [
     {"role": "tool", "content": "rain"},
     {"role": "assistant", "content": "It rains."},
 ]
+
+
+def trained(row, tokenizer=TOKENIZER, **options) -> str:
+    document = ChatDataset.load([row], tokenizer, max_length=256, **options)[0]
+    return tokenizer.decode([label for label in document["labels"] if label >= 0])
+
+
+def load(rows, **options) -> ChatDataset:
+    return ChatDataset.load(rows, TOKENIZER, max_length=256, **options)
 
 
 def refusal(row, format="messages", number=7, columns=None) -> str:
@@ -90,37 +100,85 @@ def test_a_sharegpt_speaker_has_the_role_it_had_in_its_dataset(model, tool):
     assert to_chat({"conversations": TOOL_CHAT}, "sharegpt", 1).messages == TOOL_CHAT, "role and content are known too"
 
 
-def test_a_turn_keeps_whether_it_is_trained():
-    for flag, kept in ((False, False), (0, False), (True, True)):
-        turns = [{**CHAT[0], "weight": 1}, {**CHAT[1], "train": flag}]
-        expected = [CHAT[0], {**CHAT[1], "train": kept}]
-        assert to_chat({"messages": turns}, "messages", 1).messages == expected
-        speech = [{"from": m["role"], "value": m["content"], "train": m.get("train")} for m in turns]
-        assert to_chat({"conversations": speech}, "sharegpt", 1).messages == expected
-        assert to_chat({"prompt": turns[:1], "completion": turns[1:]}, "prompt_completion", 1).messages == expected
-    assert to_chat({"messages": [CHAT[0], {**CHAT[1], "train": None}]}, "messages", 1).messages == CHAT
+SYSTEM = {"role": "system", "content": "Be brief."}
+PROMPTS = {"a text": (QUESTION, CHAT[:1]), "a message": (CHAT[0], CHAT[:1]), "messages": (CHAT[:1], CHAT[:1])}
+PROMPTS |= {"a chat so far": ([SYSTEM, *CHAT, CHAT[0]], [SYSTEM, *CHAT, CHAT[0]])}
 
 
-def test_a_content_of_text_parts_is_their_text_joined():
-    parts = [{"type": "text", "text": "Where "}, {"type": "text", "text": "is it?"}]
-    assert to_chat({"messages": [{"role": "user", "content": parts}, CHAT[1]]}, "messages", 1).messages == CHAT
-    assert to_chat({"instruction": parts, "output": ANSWER}, "alpaca", 1).messages == CHAT
-
-
-def test_trl_s_conversational_prompt_and_completion_join_to_one_chat():
-    row = {"prompt": [{"role": "system", "content": "Be brief."}, CHAT[0]], "completion": [CHAT[1]]}
+@pytest.mark.parametrize("completion", [ANSWER, CHAT[1], [CHAT[1]]], ids=["text", "message", "messages"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_and_a_completion_join_to_one_chat_of_which_the_completion_is_trained(prompt, completion):
+    given, messages = PROMPTS[prompt]
+    row = {"prompt": given, "completion": completion}
     assert detect_format(row) == "prompt_completion"
-    assert to_chat(row, "prompt_completion", 1).messages == [{"role": "system", "content": "Be brief."}, *CHAT]
-    assert to_chat({"prompt": QUESTION, "completion": [CHAT[1]]}, "prompt_completion", 1).messages == CHAT
+    chat = to_chat(row, "prompt_completion", 1)
+    assert chat.messages == [*messages, CHAT[1]]
+    assert chat.prompt_messages == len(messages)
+    if messages[0] != SYSTEM:
+        chat = to_chat({**row, "system": "Be brief."}, "prompt_completion", 1)
+        assert chat.messages == [SYSTEM, *messages, CHAT[1]]
+        assert chat.prompt_messages == len(messages) + 1
 
 
-@pytest.mark.parametrize("name", ["sharegpt", "alpaca", "prompt_completion"])
+def test_answers_inside_a_prompt_are_not_trained_and_those_of_alpaca_s_history_are():
+    prompt = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "EARLIER"}, CHAT[0]]
+    assert trained({"prompt": prompt, "completion": [CHAT[1]]}) == f"{ANSWER}<|end|>"
+    row = {"instruction": QUESTION, "input": "", "output": ANSWER, "history": [["Q1", "EARLIER"]]}
+    assert trained(row) == f"EARLIER<|end|>{ANSWER}<|end|>"
+    assert trained({**row, "history": json.dumps(row["history"])}) == trained(row)
+    for empty in ([], None, "", float("nan")):
+        assert to_chat({**row, "history": empty}, "alpaca", 1).messages == CHAT
+    for history in ([["Q1"]], "EARLIER", 5, [["Q1", None]], [{"role": "user"}]):
+        assert "row 7: " in (message := refusal({**row, "history": history}, "alpaca")) and "'history'" in message
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "prompt_completion", "text"])
+def test_a_system_column_beside_a_system_message_is_equal_or_refused(name):
+    row = {
+        "messages": {"messages": [SYSTEM, *CHAT]},
+        "sharegpt": {"conversations": [SYSTEM, *CHAT]},
+        "prompt_completion": {"prompt": [SYSTEM, CHAT[0]], "completion": ANSWER},
+        "text": {"text": f"<|system|>\nBe brief.<|end|>\n{ROWS['text']['text']}"},
+    }[name]
+    assert to_chat({**row, "system": "Be brief."}, name, 1) == to_chat(row, name, 1)
+    message = refusal({**row, "system": "Be long."}, name)
+    assert "row 7" in message and "'Be long.'" in message and "'Be brief.'" in message
+
+
+def test_a_system_column_takes_the_place_of_an_empty_system_message():
+    chat = [{"role": "system", "content": ""}, *CHAT]
+    assert to_chat({"messages": chat, "system": "Be brief."}, "messages", 1).messages == [SYSTEM, *CHAT]
+    assert to_chat({"messages": chat}, "messages", 1).messages == chat
+
+
+TOOLS = [{"type": "function", "function": {"name": "stock", "parameters": {"sku": {"type": "string"}}}}]
+
+
+@pytest.mark.parametrize("column", ["tools", "functions"])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_format_has_tools_as_a_list_or_as_json(name, column):
+    for value in (TOOLS, json.dumps(TOOLS)):
+        assert to_chat({**ROWS[name], column: value}, name, 1).tools == TOOLS
+    for empty in (None, "", "[]", [], float("nan"), " "):
+        assert to_chat({**ROWS[name], column: empty}, name, 1).tools is None
+    assert f"row 7: {column!r} is text but not JSON" in refusal({**ROWS[name], column: "stock, price"}, name)
+    assert "differ" in refusal({**ROWS[name], "tools": TOOLS, "functions": [{"name": "price"}]}, name)
+
+
+def test_plain_text_is_kept_to_the_letter_and_has_no_context():
+    for text in ("  Once upon a time\n", "no marker", f"stray {PHI3_TEXTS['no line ends']}"):
+        assert to_chat({"text": text}, "text", 1) == Chat([], text=text)
+        assert "plain text" in refusal({"text": text, "system": "Be brief."}, "text")
+    assert "row 7: 'text' is empty" in refusal({"text": " \n"}, "text")
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_a_system_column_becomes_the_system_message_and_an_empty_one_none(name):
     system = {"role": "system", "content": "Be brief."}
     assert to_chat({**ROWS[name], "system": "Be brief."}, name, 1).messages == [system, *CHAT]
-    assert to_chat({**ROWS[name], "system": ""}, name, 1).messages == CHAT
-    for system in (float("nan"), {"a": 1}):  # pandas has NaN in empty cells: not a system prompt "nan"
-        assert "row 7" in refusal({**ROWS[name], "system": system}, name)
+    for empty in ("", None, float("nan"), [], {}):  # pandas has NaN in empty cells
+        assert to_chat({**ROWS[name], "system": empty}, name, 1).messages == CHAT
+    assert "row 7: 'system' is dict" in refusal({**ROWS[name], "system": {"a": 1}}, name)
 
 
 def test_alpaca_s_input_follows_the_instruction_after_an_empty_line():
@@ -145,16 +203,17 @@ def test_text_in_phi_3_and_phi_4_markers_is_read_as_the_chat_it_renders(text):
 
 
 def test_text_keeps_all_four_roles_and_line_ends_inside_a_turn():
-    text = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in [{"role": "system", "content": "a\n\nb"}])
-    text += "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in TOOL_CHAT)
-    assert to_chat({"text": text}, "text", 1).messages == [{"role": "system", "content": "a\n\nb"}, *TOOL_CHAT]
+    chat = [{"role": "system", "content": "a\n\nb"}, *TOOL_CHAT]
+    for newline in ("", "\n", "\r\n"):
+        text = "".join(f"<|{m['role']}|>{newline}{m['content']}<|end|>{newline}" for m in chat)
+        assert to_chat({"text": text}, "text", 1).messages == chat
 
 
 PHI3_TURNS = f"<|user|>\n{QUESTION}<|end|>\nSTRAY<|assistant|>\n{ANSWER}<|end|>"
 PHI4_TURNS = f"{PHI3_TEXTS['phi-4s']} stray"
 
 
-@pytest.mark.parametrize("text", ["no marker", "", f"stray {PHI3_TEXTS['no line ends']}", PHI3_TURNS, PHI4_TURNS])
+@pytest.mark.parametrize("text", [PHI3_TURNS, PHI4_TURNS, "<|im_start|>user\nChatML<|im_end|>"])
 def test_text_with_words_outside_the_turns_is_refused_and_not_dropped(text):
     message = refusal({"text": text}, "text")
     assert "row 7" in message and "<|user|>" in message
@@ -175,9 +234,79 @@ def test_columns_maps_our_names_to_the_row_s(name):
         assert contents == ["Brief.", f"{QUESTION}\n\nNow.", ANSWER]
 
 
-def test_a_name_in_columns_that_no_format_has_is_refused():
+@pytest.mark.parametrize("name", ROWS)
+def test_optional_columns_can_be_mapped_too(name):
+    chat = to_chat({**ROWS[name], "sp": "Be brief.", "fn": TOOLS}, name, 1, {"system": "sp", "tools": "fn"})
+    assert chat.messages == [SYSTEM, *CHAT] and chat.tools == TOOLS
+
+
+def test_columns_win_over_the_columns_that_would_be_recognised():
+    row = {"instruction": QUESTION, "output": "draft", "final": ANSWER}
+    chats = load([row], columns={"prompt": "instruction", "completion": "final"})
+    assert chats.format == "prompt_completion"
+    assert list(chats) == list(load([ROWS["messages"]]))
+    assert chats.findings.unused == {"output": 1}
+    row = {**ROWS["messages"], "body": f"<|user|>{QUESTION}<|end|><|assistant|>{ANSWER}<|end|>"}
+    assert load([row], columns={"text": "body"}).format == "text"
+
+
+def test_a_column_that_is_mapped_is_not_read_a_second_time_under_its_own_name():
+    columns = {"instruction": "input", "output": "system"}
+    assert to_chat({"input": QUESTION, "system": ANSWER}, "alpaca", 1, columns).messages == CHAT
+
+
+def test_names_in_columns_that_no_format_has_are_refused():
     with pytest.raises(DataError, match=r"'question' is not one of .*completion.*prompt"):
-        ChatDataset.load([ROWS["messages"]], TOKENIZER, max_length=64, columns={"question": "prompt"})
+        load([ROWS["messages"]], columns={"question": "prompt"})
+    for columns, format in (({"messages": "a", "output": "b"}, "auto"), ({"prompt": "a"}, "alpaca")):
+        with pytest.raises(DataError, match=r"not all of them are columns of .*allowed: .*alpaca: instruction, output"):
+            load([ROWS["messages"]], columns=columns, format=format)
+    check_columns({column: column for column in COLUMNS["alpaca"] + OPTIONAL["alpaca"]}, "alpaca")
+
+
+@pytest.mark.parametrize("columns", [{"input": "contxt"}, {"system": "contxt"}, {"completion": "contxt"}])
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_mapped_column_that_no_row_has_is_refused(columns, on_bad_row):
+    rows = [ROWS["prompt_completion"] if "completion" in columns else ROWS["alpaca"]] * 3
+    with pytest.raises(DataError, match="'contxt'"):
+        load(rows, columns=columns, on_bad_row=on_bad_row)
+    with pytest.raises(DataError, match="'contxt'"):
+        load(rows, columns=columns, streaming=True).first_window  # noqa: B018
+    if "completion" not in columns:
+        assert len(load([*rows, {**rows[0], "contxt": "Now."}], columns=columns)) == 4, "one row has it"
+
+
+def test_rows_of_several_formats_are_read_each_in_its_own():
+    rows = [ROWS["alpaca"], *(ROWS[name] for name in ROWS), ROWS["alpaca"]]
+    chats = load(rows)
+    assert chats.format == "alpaca, messages, prompt_completion, sharegpt, text"
+    assert chats.findings.rows_by_form == {**dict.fromkeys(ROWS, 1), "alpaca": 3}
+    assert list(chats) == [load([ROWS["messages"]])[0]] * len(rows)
+    cells = [{column: row.get(column, "") for each in ROWS.values() for column in each} for row in rows]
+    assert list(load(cells)) == list(chats), "in a CSV file the other columns are empty"
+    with pytest.raises(DataError, match=r"row 2: format 'alpaca' needs 'instruction', 'output'"):
+        load(rows, format="alpaca")
+
+
+def test_the_first_row_s_format_is_tried_first():
+    both = {**ROWS["messages"], **ROWS["alpaca"]}
+    assert load([ROWS["alpaca"], both]).format == "alpaca"
+    assert load([ROWS["messages"], both]).format == "messages"
+    stream = load([ROWS["alpaca"], ROWS["alpaca"], ROWS["messages"], both], streaming=True, buffer_size=2)
+    assert [window.format for _, window in stream.windows(endless=False)] == ["alpaca", "messages"]
+
+
+def test_columns_that_hold_something_and_are_not_read_are_counted():
+    row = {"id": 0, "source": "mail", "note": "", "score": None, "rating": float("nan"), "tags": [], **ROWS["messages"]}
+    assert load([row, {**row, "note": "x"}]).findings.unused == {"id": 2, "source": 2, "note": 1}
+    assert load([{**row, "system": "Be brief."}]).findings.unused == {"id": 1, "source": 1}
+
+
+def test_nothing_is_counted_of_a_row_that_is_refused():
+    findings = Findings()
+    with pytest.raises(DataError):
+        to_chat({"id": 5, "messages": [CHAT[0], {**CHAT[1], "train": False}, CHAT[1]]}, "messages", 1, None, findings)
+    assert findings == Findings()
 
 
 def test_an_unknown_format_shows_the_row_s_keys_and_what_each_format_needs():
@@ -217,7 +346,7 @@ IMAGE = [{"type": "image_url", "image_url": "x.png"}, {"type": "text", "text": "
 HALF_A_SURROGATE_PAIR = "half \ud83d"  # legal in JSON: an emoji cut in half
 
 
-@pytest.mark.parametrize("content", [None, 3, float("nan"), IMAGE, [], ["x"], HALF_A_SURROGATE_PAIR], ids=ascii)
+@pytest.mark.parametrize("content", [None, 3, float("nan"), IMAGE, [], [1], HALF_A_SURROGATE_PAIR], ids=ascii)
 def test_content_that_is_not_text_is_refused_with_its_type(content):
     message = refusal({"messages": [{"role": "user", "content": content}, CHAT[1]]})
     assert "row 7" in message and type(content).__name__ in message
