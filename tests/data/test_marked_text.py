@@ -34,16 +34,15 @@ def trained(row, tokenizer) -> str:
     return tokenizer.decode([label for label in document["labels"] if label >= 0])
 
 
-CONTENTS = st.text("ab 
-	<|>", max_size=12).filter(lambda text: not text.startswith(("", "
-")))
+CONTENTS = st.text("ab \n\r\t<|>", max_size=12).filter(lambda text: not text.startswith(("\r", "\n")))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3), st.sampled_from(STYLES))
 def test_a_content_is_what_stands_between_its_markers_to_the_letter(turns, style):
     render, newline = style
-    chat = [{"role": role, "content": text} for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True)]
+    pairs = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
+    chat = [{"role": role, "content": text} for pair in pairs for role, text in pair]
     assert read(render(chat, newline)) == chat
     assert read(f"\n<s>{render(chat, newline)}<|endoftext|>\n") == chat
 
