@@ -21,7 +21,6 @@ The tokens of the literals, and bos, eos and pad, are protected: a content that 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +31,7 @@ from jinja2 import TemplateError
 from ..errors import DataError, error_line, short_repr
 from .findings import Findings
 from .formats import Chat, Message
-from .tokens import Content, ContentTokenizer, TokenizedText, one_of
+from .tokens import Content, ContentTokenizer, Rendered, one_of
 from .tools import ToolStyle, has_tools
 
 _ANSWER = "ANSWER-REWSNA"
@@ -55,13 +54,6 @@ class _Turn:
     start: int  # character after the turn before
     content: int  # first character of the content
     end: int  # character after the end of turn
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    text: str
-    contents: list[Content]
-    trained: list[tuple[int, int]]  # spans of characters
 
 
 class ChatEncoder:
@@ -107,23 +99,24 @@ class ChatEncoder:
         findings = Findings() if findings is None else findings
         rendered = [self._render(chat, number, findings) for chat, number in zip(chats, numbers, strict=True)]
         encoded = []
-        for tokens, chat, number in zip(self._tokenize(rendered), rendered, numbers, strict=True):
-            trained = _overlaps(tokens, chat.trained)
+        for chat, number in zip(self._content_tokenizer.tokenize(rendered), numbers, strict=True):
+            ids, trained = chat.input_ids, [False] * len(chat.input_ids)
+            for start, stop in chat.trained:
+                trained[start:stop] = [True] * (stop - start)
             if not any(trained):
                 raise DataError(
                     f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)"
                 )
-            ids = tokens.input_ids
             if self.train_on != "all":
-                after = [*trained[1:], False]
-                ends = {ids[i] for i in range(len(ids)) if trained[i] and not after[i]}
+                ends = {ids[stop - 1] for _, stop in chat.trained}
                 assert ends == {self.end_of_turn_id}, "a trained turn lost its end-of-turn token"
             encoded.append(EncodedChat(ids, trained))
         return encoded
 
     def prompt_ids(self, chat: Chat) -> list[int]:
         """Return the tokens from which an answer to ``chat`` is generated: those before the answer in training."""
-        return list(self._tokenize([self._render(chat, 0, Findings(), prompt=True)])[0].input_ids)
+        (tokenized,) = self._content_tokenizer.tokenize([self._render(chat, 0, Findings(), prompt=True)])
+        return list(tokenized.input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return a generated answer as text, without the template's own tokens and bos, eos, pad and unk.
@@ -138,9 +131,6 @@ class ChatEncoder:
     def _hidden_ids(self) -> set[int]:
         hidden = {*self._content_tokenizer.protected, self.tokenizer.unk_token} - {None}
         return {self.tokenizer.convert_tokens_to_ids(token) for token in hidden}
-
-    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[TokenizedText]:
-        return self._content_tokenizer.tokenize([(chat.text, chat.contents) for chat in rendered])
 
     @cached_property
     def _content_tokenizer(self) -> ContentTokenizer:
@@ -170,7 +160,7 @@ class ChatEncoder:
         always = (self._end_of_turn, self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
         return markers | {token for token in always if token}
 
-    def _render(self, chat: Chat, number: int, findings: Findings, prompt: bool = False) -> _Rendered:
+    def _render(self, chat: Chat, number: int, findings: Findings, prompt: bool = False) -> Rendered:
         """Render a chat, and find its contents and its trained spans."""
         if chat.text is not None:
             return self._plain_text(chat.text, number, findings)
@@ -199,19 +189,23 @@ class ChatEncoder:
             turns.append(_Turn(turn_start, start, end))
             turn_start = end
             self._count_tokens(content, findings)
-        return _Rendered(text, contents, [] if prompt else self._trained_spans(messages, turns, len(text)))
+        return Rendered(text, contents, [] if prompt else self._trained_spans(messages, turns, text))
 
-    def _trained_spans(self, messages: Sequence[Message], turns: Sequence[_Turn], length: int) -> list[tuple[int, int]]:
+    def _trained_spans(self, messages: Sequence[Message], turns: Sequence[_Turn], text: str) -> list[tuple[int, int]]:
         """Return the characters that are trained. A message that says ``"train": False`` never is."""
         if self.train_on == "all":
-            off = [(turn.start, turn.end) for turn, m in zip(turns, messages, strict=True) if m.get("train") is False]
-            edges = [0, *(edge for span in off for edge in span), length]
-            return list(zip(edges[::2], edges[1::2], strict=True))
+            edges = [0]
+            for turn, message in zip(turns, messages, strict=True):
+                if message.get("train") is False:  # with the line end after it, which its marker may absorb
+                    after = text[turn.end :]
+                    edges += [turn.start, turn.end + len(after) - len(after.lstrip())]
+            spans = zip(edges[::2], [*edges[1::2], len(text)], strict=True)
+            return [(start, stop) for start, stop in spans if start < stop]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") != _PROMPT]
         chosen = answers[-1:] if self.train_on == "last" else answers
         return [(turns[i].content, turns[i].end) for i in chosen if messages[i].get("train", True)]
 
-    def _plain_text(self, text: str, number: int, findings: Findings) -> _Rendered:
+    def _plain_text(self, text: str, number: int, findings: Findings) -> Rendered:
         """Lay out a text of continued pretraining: bos if the tokenizer puts one in front of texts, text, eos."""
         if self.train_on != "all":
             raise DataError(
@@ -224,7 +218,7 @@ class ChatEncoder:
         start = len(self.tokenizer.bos_token) if has_bos else 0
         self._count_tokens(text, findings)
         whole = (self.tokenizer.bos_token if has_bos else "") + text + eos
-        return _Rendered(whole, [Content(start, start + len(text), is_answer=True)], [(0, len(whole))])
+        return Rendered(whole, [Content(start, start + len(text), is_answer=True)], [(0, len(whole))])
 
     def _count_tokens(self, content: str, findings: Findings) -> None:
         for token in self._added.findall(content):
@@ -361,13 +355,3 @@ def _counterparts(token: str) -> set[str]:
     """Return the tokens that would close or open what a token opens or closes: ``</think>`` for ``<think>``."""
     spellings = {token.replace("<|", "<|/", 1), token.replace("<", "</", 1), token.replace("/", "", 1)}
     return spellings - {token}
-
-
-def _overlaps(tokens: TokenizedText, spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Return, for each token, whether it starts in a span or reaches into one."""
-    edges = [edge for span in spans for edge in span]
-    trained = []
-    for start, stop in zip(tokens.starts, tokens.stops, strict=True):
-        i = bisect_right(edges, start)
-        trained.append(i % 2 == 1 or (i < len(edges) and stop > edges[i]))
-    return trained

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,22 @@ class Content:
 
 
 @dataclass(frozen=True)
-class TokenizedText:
-    """Token ids, and the characters ``starts[i]`` to ``stops[i]`` of the text that token i stands for; (n,) each."""
+class Rendered:
+    """A rendered chat."""
+
+    text: str
+    contents: Sequence[Content]
+    """In order."""
+    trained: Sequence[tuple[int, int]]
+    """Spans of characters, in order."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Token ids (n,), and the spans of tokens that overlap the trained characters."""
 
     input_ids: Sequence[int]
-    starts: Sequence[int]
-    stops: Sequence[int]
+    trained: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -91,11 +101,10 @@ class ContentTokenizer:
         self._prefix_at_start = self._prefix_after("")
         self._prefix_after_marker = self._prefix_after(min(self.protected, default=""))
 
-    def tokenize(self, texts: Sequence[tuple[str, Sequence[Content]]]) -> list[TokenizedText]:
-        """Tokenise rendered chats, each with the places of its contents in order."""
-        is_odd = [any(self._is_odd(text, content) for content in contents) for text, contents in texts]
-        whole = self._tokenize_whole([text for (text, _), odd in zip(texts, is_odd, strict=True) if not odd])
-        in_pieces = self._tokenize_in_pieces([text for text, odd in zip(texts, is_odd, strict=True) if odd])
+    def tokenize(self, chats: Sequence[Rendered]) -> list[Tokenized]:
+        is_odd = [any(self._is_odd(chat.text, content) for content in chat.contents) for chat in chats]
+        whole = self._tokenize_whole([chat for chat, odd in zip(chats, is_odd, strict=True) if not odd])
+        in_pieces = self._tokenize_in_pieces([chat for chat, odd in zip(chats, is_odd, strict=True) if odd])
         return [next(in_pieces if odd else whole) for odd in is_odd]
 
     def _is_odd(self, text: str, content: Content) -> bool:
@@ -107,38 +116,44 @@ class ContentTokenizer:
         at_start = self._odd_start and text[content.start] in _WHITE_SPACE
         return at_start or (self._odd_end and text[content.stop - 1] in _WHITE_SPACE)
 
-    def _tokenize_whole(self, texts: list[str]) -> Iterator[TokenizedText]:
-        encoded = self._encode(texts) if texts else {"input_ids": [], "offset_mapping": []}
-        for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield TokenizedText(ids, [start for start, _ in offsets], [stop for _, stop in offsets])
+    def _tokenize_whole(self, chats: Sequence[Rendered]) -> Iterator[Tokenized]:
+        for chat, encoding in zip(chats, self._encode([chat.text for chat in chats]), strict=True):
+            spans = [_token_span(encoding.char_to_token, *span) for span in chat.trained]
+            yield Tokenized(encoding.ids, spans)
 
-    def _encode(self, texts: list[str]) -> Any:
-        try:
-            return self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        except Exception as error:  # tokenizers raises this very class; transformers raises any, for odd settings
-            what = f"the tokenizer cannot encode a chat: {error_line(error)}; is its folder damaged?"
-            raise DataError(what) from error
+    def _encode(self, texts: list[str]) -> list[Any]:
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()  # what the tokenizer's last call has set
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        return _encode_batch(backend, texts)
 
-    def _tokenize_in_pieces(self, texts: Sequence[tuple[str, Sequence[Content]]]) -> Iterator[TokenizedText]:
-        chats = [self._cut(text, contents) for text, contents in texts]
+    def _tokenize_in_pieces(self, chats: Sequence[Rendered]) -> Iterator[Tokenized]:
+        cut = [self._cut(chat.text, chat.contents) for chat in chats]
         runs = [
-            piece.prefix + text[piece.start : piece.stop]
-            for (text, _), pieces in zip(texts, chats, strict=True)
+            piece.prefix + chat.text[piece.start : piece.stop]
+            for chat, pieces in zip(chats, cut, strict=True)
             for piece in pieces
             if not piece.ids
         ]
-        encodings = iter(self._ordinary.encode_batch(runs, add_special_tokens=False))
-        for pieces in chats:
-            tokens: list[tuple[int, int, int]] = []
+        encodings = iter(_encode_batch(self._ordinary, runs))
+        for chat, pieces in zip(chats, cut, strict=True):
+            ids: list[int] = []
+            token_at: dict[int, int] = {}  # character -> the first token that stands for it
             for piece in pieces:
                 if piece.ids:
-                    tokens += [(i, piece.start, piece.stop) for i in piece.ids]
-                    continue
-                encoding, shift = next(encodings), piece.start - len(piece.prefix)
-                for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-                    tokens.append((i, max(piece.start, start + shift), max(piece.start, stop + shift)))
-            ids, starts, stops = zip(*tokens, strict=True)
-            yield TokenizedText(list(ids), starts, stops)
+                    tokens = [(i, piece.start, piece.stop) for i in piece.ids]
+                else:
+                    encoding, shift = next(encodings), piece.start - len(piece.prefix)
+                    tokens = [
+                        (i, max(piece.start, start + shift), stop + shift)
+                        for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+                    ]
+                for i, start, stop in tokens:
+                    for character in range(start, stop):
+                        token_at.setdefault(character, len(ids))
+                    ids.append(i)
+            yield Tokenized(ids, [_token_span(token_at.get, *span) for span in chat.trained])
 
     def _cut(self, text: str, contents: Sequence[Content]) -> list[_Piece]:
         """Cut a chat into added tokens and the runs of ordinary text between them."""
@@ -191,13 +206,32 @@ class ContentTokenizer:
         return piece.token in self._flags and bool(getattr(self._flags[piece.token], side))
 
     def _keeps(self, text: str) -> bool:
-        ids = self._ordinary.encode(text, add_special_tokens=False).ids
+        ids = _encode_batch(self._ordinary, [text])[0].ids
         return bool(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text)
 
     def _prefix_after(self, marker: str) -> str:
         """Return the space that the tokenizer puts in front of text after a marker, or ``""``."""
-        ids = self._encode([marker + "a"])["input_ids"][0][bool(marker) :]
-        return " " if ids == self._ordinary.encode(" a", add_special_tokens=False).ids else ""
+        ids = self._encode([marker + "a"])[0].ids[bool(marker) :]
+        return " " if ids == _encode_batch(self._ordinary, [" a"])[0].ids else ""
+
+
+def _encode_batch(backend: Any, texts: list[str]) -> list[Any]:
+    try:
+        encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises this very class
+        what = f"the tokenizer cannot encode a chat: {error_line(error)}; is its folder damaged?"
+        raise DataError(what) from error
+    return encodings
+
+
+def _token_span(token_at: Callable[[int], int | None], start: int, stop: int) -> tuple[int, int]:
+    """Return the tokens from the first that reaches into the characters to the one that ends them.
+
+    The last character is the end of turn's, or another added token's: one token stands for it.
+    """
+    first = next((token for token in map(token_at, range(start, stop)) if token is not None), None)
+    last = next((token for token in map(token_at, range(stop - 1, start - 1, -1)) if token is not None), None)
+    return (0, 0) if first is None or last is None else (first, last + 1)
 
 
 def one_of(tokens: Iterable[str]) -> re.Pattern[str]:

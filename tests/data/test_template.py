@@ -324,6 +324,6 @@ def test_a_slow_or_damaged_tokenizer_is_refused():
     with pytest.raises(DataError, match="not a fast one"):
         ChatEncoder(slow)
     encoder = ChatEncoder(damaged)
-    damaged.model_max_length = "many"
+    damaged.backend_tokenizer.model = models.WordLevel({"a": 0}, unk_token="missing")
     with pytest.raises(DataError, match="the tokenizer cannot encode a chat"):
         encoder.encode([Chat(HELLO)], [1])
