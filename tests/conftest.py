@@ -1,4 +1,4 @@
-"""Tiny models, a byte-level tokenizer with each family member's chat template, chats, and a few helpers."""
+"""Tiny models, chats, and a few helpers. The tokenizers are in family.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, line by line; read by Triton's import
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from family import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, make_tokenizer  # noqa: F401
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi3lora.data.dataset import ChatDataset
@@ -39,30 +39,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("out of time")
 
 
-PHI3_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant'] %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-PHI4_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] "
-    "+ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
-)
-PHI4_MINI_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
-)
-# name -> (template, special tokens that swallow white space to their right, other special tokens, eos, pad)
-TEMPLATES = {
-    "phi-3": (PHI3_TEMPLATE, ["<|assistant|>", "<|system|>", "<|end|>", "<|user|>"], [], "<|endoftext|>"),
-    "phi-4": (PHI4_TEMPLATE, [], ["<|im_start|>", "<|im_sep|>", "<|im_end|>"], "<|im_end|>"),
-    "phi-4-mini": (PHI4_MINI_TEMPLATE, [], ["<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|tool|>"],
-                   "<|endoftext|>"),
-}  # fmt: skip
-
-CORPUS = ["The quick brown fox says hello to the user and waits for an answer. " * 4, "What is the price? 42 dollars."]
-
-
 def require_four_bit() -> None:
     """Skip the module where nf4 cannot run: no bitsandbytes, or none of its 4-bit kernels for this CPU."""
     reason = "nf4 needs bitsandbytes: pip install 'phi3lora[qlora]'"
@@ -72,27 +48,6 @@ def require_four_bit() -> None:
         bitsandbytes.functional.dequantize_4bit(*bitsandbytes.functional.quantize_4bit(torch.ones(8, 8)))
     except Exception as error:
         pytest.skip(f"bitsandbytes has no 4-bit kernels here: {error}", allow_module_level=True)
-
-
-def make_tokenizer(name: str = "phi-3") -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of 400 tokens with the markers and template of a family member."""
-    template, swallowing, plain, eos = TEMPLATES[name]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    specials = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=specials, initial_alphabet=alphabet),
-    )
-    core.add_special_tokens([AddedToken(t, rstrip=True, special=True) for t in swallowing])
-    core.add_special_tokens([AddedToken(t, special=True) for t in plain])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token=eos, pad_token="<|endoftext|>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def tiny_config(**changes) -> Phi3Config:

@@ -5,11 +5,11 @@ import re
 from itertools import groupby
 
 import pytest
-from conftest import CORPUS, PHI3_TEMPLATE, TEMPLATES, chat_rows, make_tokenizer
+from conftest import PHI3_TEMPLATE, chat_rows, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from transformers import ByT5Tokenizer
 
 from phi3lora.data.findings import Findings
 from phi3lora.data.formats import Chat
@@ -111,7 +111,7 @@ def control_tokens(tokenizer, ids):
     return [tokenizer.convert_ids_to_tokens(i) for i in ids if i in tokenizer.added_tokens_decoder]
 
 
-each_template = pytest.mark.parametrize("name", TEMPLATES)
+each_template = pytest.mark.parametrize("name", BY_HAND)
 
 
 @each_template
@@ -238,26 +238,12 @@ def test_a_batch_of_chats_encodes_as_its_chats_one_by_one(name):
     assert together == [encoder(name).encode([Chat(chat)], [9])[0] for chat in some]
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer like Phi-3-mini's: every stretch of text gets a leading space, unknown characters become bytes."""
-    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(steps)
-    specials = ["<unk>", "<s>", "</s>", "<|endoftext|>", *(f"<0x{i:02X}>" for i in range(256))]
-    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=specials))
-    core.add_special_tokens([AddedToken(t, rstrip=True, special=True) for t in TEMPLATES["phi-3"][1]])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|endoftext|>")
-    tokenizer.chat_template = PHI3_TEMPLATE
-    return tokenizer
-
-
 @pytest.mark.parametrize(
     "answer", ["The price is 42.", "é 😀 ok", "it was <s>20</s> 10", "say <|end|> twice", "<|user|>", "a\n\n  b "]
 )
 def test_a_sentencepiece_tokenizer_trains_the_answer_character_for_character(answer):
     """Text that spells a control token gets no space inside: HTML's <s>20</s> must not come out as < s>20< /s>."""
-    tokenizer = sentencepiece_tokenizer()
+    tokenizer = make_tokenizer("phi-3-legacy")
     chat = [{"role": "user", "content": "<|end|> the price?"}, {"role": "assistant", "content": answer}]
     (result,) = ChatEncoder(tokenizer).encode([Chat(chat)], [1])
     (stretch,) = trained_stretches(result.input_ids, result.trained)
