@@ -48,7 +48,7 @@ class Case:
     @functools.cached_property
     def tokenizer(self):
         tokenizer = make_tokenizer(self.name, self.folder)
-        tokenizer.add_tokens(["<loc>", "</loc>", AddedToken("<think>", normalized=False)])
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("<loc>", "</loc>", "<think>")])
         return tokenizer
 
     @functools.cached_property
@@ -180,7 +180,8 @@ def test_white_space_alone_and_at_the_ends_is_kept(case):
 @PROPERTY
 @given(data=st.data())
 def test_a_question_is_tokenised_as_an_answer_is(case, data):
-    content = data.draw(case.contents)
+    """But for white space at its ends, which markers may strip: so they do when a question is asked."""
+    content = data.draw(case.contents).strip()
     ids, trained = case.encode(turns(content, content))
     ((*answer, end),) = stretches(ids, trained)
     start = ids.index(case.id("<|im_sep|>" if case.name == "phi-4" else "<|user|>")) + 1
@@ -196,7 +197,7 @@ def test_generation_starts_from_what_training_had_before_the_answer(case, data):
     starts = [i for i, now in enumerate(trained) if now and not trained[i - 1]]
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for start, turn in zip(starts, answers, strict=True):
-        assert list(case.encoder().prompt_ids(messages[:turn])) == ids[:start]
+        assert list(case.encoder().prompt_ids(Chat(messages[:turn]))) == ids[:start]
 
 
 @each_case
@@ -209,23 +210,20 @@ def test_ordinary_chats_have_the_tokenizer_s_own_ids(case, data):
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = case.own_ids(messages[:turn], add_generation_prompt=True)
-            assert list(case.encoder().prompt_ids(messages[:turn])) == prompt == ids[: len(prompt)]
+            assert list(case.encoder().prompt_ids(Chat(messages[:turn]))) == prompt == ids[: len(prompt)]
 
 
 @each_case
 @PROPERTY
 @given(data=st.data())
-def test_last_trains_the_last_turn_and_all_every_token_up_to_its_end(case, data):
+def test_last_trains_the_last_turn_and_all_every_token(case, data):
     messages = data.draw(chats(case))
     ids, each = case.encode(messages)
+    assert case.encode(messages, "all") == (ids, [True] * len(ids))
     same, last = case.encode(messages, "last")
     assert same == ids
     assert stretches(ids, last) == stretches(ids, each)[-1:]
     assert last[max(i for i, now in enumerate(each) if now)]
-    same, everything = case.encode(messages, "all")
-    assert same == ids
-    end = max(i for i, now in enumerate(each) if now) + 1
-    assert all(everything[:end])
 
 
 @each_case
@@ -252,7 +250,7 @@ def test_turns_switched_off_are_not_trained_and_the_tokens_stay(case, data):
 def test_a_template_that_puts_a_space_before_the_answer_trains_all_of_the_answer(case, answer):
     """A token may hold that space and the answer's first letters: it is trained."""
     tokenizer = make_tokenizer(case.name, case.folder)
-    tokenizer.add_tokens(["<loc>"])
+    tokenizer.add_tokens([AddedToken("<loc>", normalized=False)])
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['role'].title() + ': ' + message['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
@@ -271,7 +269,7 @@ def test_an_empty_system_message_is_dropped_where_the_template_drops_it(case):
     assert case.encode(empty + chat)[0] == case.own_ids(empty + chat)
     if case.name in ("phi-3.5", "phi-3-april"):
         assert case.encode(empty + chat) == case.encode(chat)
-        assert case.encoder().prompt_ids(empty + chat[:1]) == case.encoder().prompt_ids(chat[:1])
+        assert case.encoder().prompt_ids(Chat(empty + chat[:1])) == case.encoder().prompt_ids(Chat(chat[:1]))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name == "phi-3-april"])
