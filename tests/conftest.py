@@ -12,7 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, line by line; read by Triton's import
-from family import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, make_tokenizer  # noqa: F401
+from family import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, TEMPLATES, make_tokenizer  # noqa: F401
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi3lora.data.dataset import ChatDataset
