@@ -23,10 +23,10 @@ import tokenizers
 import transformers
 
 from ..config import IGNORE_INDEX
-from ..errors import DataError
+from ..errors import DataError, did_you_mean
 from ..files import sha256_of
 from .findings import Findings
-from .formats import Chat, detect_format, to_chat
+from .formats import Chat, detect_format, keys_of, to_chat
 from .rows import BadRows, NumberedRow
 from .template import ChatEncoder, EncodedChat
 
@@ -127,8 +127,10 @@ class RowTokenizer:
             except DataError as error:
                 bad.reject(number, error)
         if self._not_met:
-            missing = ", ".join(map(repr, sorted(self._not_met)))
-            raise DataError(f"columns={self.columns}: no row of {self.source} has {missing}; allowed: columns it has")
+            missing = sorted(self._not_met)
+            what = f"columns={dict(self.columns)}: no row of {self.source} has {', '.join(map(repr, missing))}"
+            hint = did_you_mean(missing[0], map(str, row))
+            raise DataError(f"{what}; the last row has the keys {keys_of(row)}.{hint}")
 
     def _cut(self, chats: Iterable[NumberedChat], bad: BadRows) -> dict[str, Any]:
         """Cut the chats into documents of at most ``max_length`` tokens."""

@@ -21,7 +21,7 @@ from ..errors import DataError, short_repr
 from .findings import Findings
 from .marked_text import is_templated, read_marked_text, read_templated, starts_with_role
 from .other_jobs import advice_about, refuse_media, refuse_other_job
-from .turns import ROW_SWITCHES, check_row_switch, is_empty, json_of, read_turns, text_of
+from .turns import ROW_SWITCHES, check_row_switch, has_call, is_empty, json_of, read_turns, text_of
 from .turns import Message as Message
 
 
@@ -104,18 +104,20 @@ def detect_format(
                     break
             else:
                 return name
-    if not names:
+    needed = {column for name in formats for column in COLUMNS[name]}
+    if absent := ", ".join(repr(theirs) for ours, theirs in names.items() if ours in needed and theirs not in row):
+        raise DataError(f"row {number} has no {absent}, named by columns={dict(names)}; it has the keys {keys_of(row)}")
+    if needed.isdisjoint(names):
         refuse_other_job(row, None, (), number)
-    if absent := ", ".join(repr(theirs) for theirs in names.values() if theirs not in row):
-        raise DataError(f"row {number} has no {absent}, named by columns={dict(names)}; it has the keys {_keys(row)}")
     forms = "; ".join(f"{name}: {', '.join(names.get(c, c) for c in COLUMNS[name])}" for name in formats)
     raise DataError(
-        f"row {number} has the keys {_keys(row)}, which is no known format. Known: {forms}. "
+        f"row {number} has the keys {keys_of(row)}, which is no known format. Known: {forms}. "
         f"Name your columns with columns={{'prompt': 'your column', ...}}"
     )
 
 
-def _keys(row: Mapping[Any, Any]) -> str:
+def keys_of(row: Mapping[Any, Any]) -> str:
+    """Return a row's keys for a message."""
     more = f" and {len(row) - 20} more" if len(row) > 20 else ""
     return (", ".join(short_repr(key, 60) for key in list(row)[:20]) or "(none)") + more
 
@@ -172,7 +174,7 @@ def to_chat(
     missing = [names.get(column, column) for column in COLUMNS[format] if values.get(column) is None]
     if missing:
         needed = ", ".join(map(repr, missing))
-        raise DataError(f"row {number}: format {format!r} needs {needed}; the row has the keys {_keys(row)}")
+        raise DataError(f"row {number}: format {format!r} needs {needed}; the row has the keys {keys_of(row)}")
     if not plan.is_chosen:
         refuse_other_job(row, format, COLUMNS[format], number)
     unused = [key for key in plan.unused if not is_empty(row[key])]
@@ -317,14 +319,16 @@ _MAY_FOLLOW = {
 
 
 def _check_roles(messages: list[Message], number: int) -> None:
-    previous = "start"
+    previous, uses_tools = "start", False  # since the last message of the user
     for message in messages:
         role = message["role"]
-        if previous not in _MAY_FOLLOW[role]:
+        uses_tools = role != "user" and (uses_tools or role == "tool" or has_call(message))
+        if previous not in _MAY_FOLLOW[role] and not (uses_tools and previous == role == "assistant"):
             order = ", ".join(m["role"] for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
             raise DataError(
                 f"row {number}: roles out of order: {role!r} after {previous!r} ({order}); allowed: an optional "
-                f"'system', then alternating 'user' and 'assistant' ('tool' after 'assistant')"
+                f"'system', then alternating 'user' and 'assistant' ('tool' after 'assistant'; with tools, several "
+                f"'assistant' in a row)"
             )
         previous = role
     if not any(message["role"] == "assistant" for message in messages):

@@ -46,7 +46,7 @@ def refuse_other_job(row: Mapping[str, Any], form: str | None, needed: Sequence[
     for column, value in suspects.items():
         what = f"row {number}: its column {column!r} is {short_repr(value, 60)}: it looks like "
         if column in _REJECTED or column == "chosen":
-            raise DataError(f"{what}a preference pair (DPO), not a chat to train on; {_preferred(row, anyway)}")
+            raise DataError(f"{what}half of a preference pair (DPO), not a chat to train on; {_preferred(row, anyway)}")
         if column in _MEDIA:
             raise DataError(f"{what}multimodal data, but the models are text-only; remove the row, or {anyway or _MAP}")
         is_flag = isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))

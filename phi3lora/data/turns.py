@@ -128,7 +128,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     message: Message = {"role": role, "content": content}
     if lower in _CALLS:
         message.update(content="", tool_calls=_calls(content, number, lower))
-    elif role == "assistant" and is_empty(content) and _has_call(turn):
+    elif role == "assistant" and is_empty(content) and has_call(turn):
         message["content"] = ""
     elif not is_text(content):
         message["content"] = text_of(content, number, f"the content of role {short_repr(name, 60)}")
@@ -146,7 +146,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     return message
 
 
-def _has_call(turn: Mapping[str, Any]) -> bool:
+def has_call(turn: Mapping[str, Any]) -> bool:
     return not (is_empty(turn.get("tool_calls")) and is_empty(turn.get("function_call")))
 
 

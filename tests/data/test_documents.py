@@ -186,6 +186,23 @@ def test_the_cache_changes_no_error_message(tmp_path):
     assert same(load(written(path)), load(ROWS)), "the file mended"
 
 
+def test_an_optional_column_that_no_row_has_is_refused_each_time_and_nothing_is_cached(tmp_path, empty_cache):
+    path, columns = written(tmp_path / "a.jsonl", PAIRS), {"system": "contxt"}
+    for _ in range(2):
+        with pytest.raises(DataError, match="no row of .* has 'contxt'"):
+            load(path, columns=columns)
+    assert not list(empty_cache.rglob("*.arrow"))
+    load(written(path, [*PAIRS, {**PAIRS[0], "contxt": "Be brief."}]), columns=columns)
+
+
+def test_a_mixed_file_has_the_same_format_and_findings_from_the_cache(tmp_path):
+    path = written(tmp_path / "a.jsonl", [*ROWS, *PAIRS])
+    first, second = load(path), load(path)
+    assert first.format == second.format == "messages, prompt_completion"
+    assert first.findings == second.findings
+    assert second.findings.rows_by_form == {"messages": 9, "prompt_completion": 9}
+
+
 def test_a_document_that_is_too_long_is_named_when_it_comes_from_the_cache(tmp_path):
     path = written(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "Hi", "completion": "long " * 99}])
     for _ in range(2):

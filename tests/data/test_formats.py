@@ -272,6 +272,8 @@ def test_a_mapped_column_that_no_row_has_is_refused(columns, on_bad_row):
         load(rows, columns=columns, on_bad_row=on_bad_row)
     with pytest.raises(DataError, match="'contxt'"):
         load(rows, columns=columns, streaming=True).first_window  # noqa: B018
+    with pytest.raises(DataError, match="Did you mean 'context'" if "completion" not in columns else "'contxt'"):
+        load([{**row, "context": ""} for row in rows], columns=columns, on_bad_row=on_bad_row)
     if "completion" not in columns:
         assert len(load([*rows, {**rows[0], "contxt": "Now."}], columns=columns)) == 4, "one row has it"
 
@@ -320,6 +322,8 @@ def test_an_unknown_format_shows_the_row_s_keys_and_what_each_format_needs():
 
 ORDERS = [
     "assistant",
+    "user, assistant, assistant",
+    "user, assistant, tool, assistant, user, assistant, assistant",
     "user, user, assistant",
     "user, system, assistant",
     "system, assistant",
@@ -333,6 +337,13 @@ def test_roles_out_of_order_or_without_an_assistant_are_refused(order):
     message = refusal({"messages": [{"role": role, "content": "x"} for role in order.split(", ") if role]})
     assert message.startswith("row 7")
     assert "roles out of order" in message and f"({order})" in message if order in ORDERS else "no assistant" in message
+
+
+def test_with_tools_several_assistant_turns_may_follow_one_another():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]}
+    user, said, result, answer = TOOL_CHAT
+    for chat in ([user, said, call, result, answer], [user, call, call, result, result, answer, answer]):
+        assert to_chat({"messages": chat}, "messages", 1).messages == chat
 
 
 @pytest.mark.parametrize("role", ["usr", None, 3])
