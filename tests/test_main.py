@@ -148,6 +148,7 @@ def test_the_options_of_the_data_are_those_of_load(data, loaded, options, expect
         (["--data", "a.jsonl", "--columns", "promt=question"], "'promt' is not one of"),
         (["--data", "a.jsonl", "--columns", "prompt"], "--columns 'prompt'; allowed: OURS=YOURS"),
         (["--data", "a.jsonl", "--columns", "prompt=a", "prompt=b"], "--columns 'prompt=b'; allowed"),
+        (["--data", "a.jsonl", "--columns", "prompt=question", "completion=answer"], "'answer'"),
         (["--data", "a.jsonl", "--format", "chats", *COLUMNS], "format='chats'; allowed"),
         (["--data", "a.jsonl", "--train-on", "answers", *COLUMNS], "train_on='answers'; allowed"),
         (["--data", "a.jsonl", "--overflow", "drop", *COLUMNS], "overflow='drop'; allowed"),

@@ -10,10 +10,9 @@ from ..config import IGNORE_INDEX
 from ..data.template import ChatEncoder
 from ..model.load import longrope_boundary
 from .planned_run import PlannedRun, token_text
-from .report import Finding, error, first_of, ok, warning
+from .report import DIVIDER, Finding, error, first_of, ok, warning
 
 _PREVIEW_TOKENS = 30  # at each end of a piece of the previewed document
-_DIVIDER = "·"
 
 
 def check_supervised_share(planned: PlannedRun) -> Finding:
@@ -39,7 +38,7 @@ def preview_first_document(planned: PlannedRun) -> Finding:
     trained = labels != IGNORE_INDEX
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
     pieces = [(_preview(planned, ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairwise(edges)]
-    text = f"row {planned.dataset.row_number(0)}, {len(ids)} tokens, divided by spaces and {_DIVIDER}"
+    text = f"row {planned.dataset.row_number(0)}, {len(ids)} tokens, divided by spaces and {DIVIDER}"
     return ok(f"{text}; the trained part is marked", tuple(pieces))
 
 
@@ -53,7 +52,7 @@ def _preview(planned: PlannedRun, ids: list[int]) -> str:
     shown = ""
     for text in texts:
         is_apparent = not shown or shown.endswith("\n") or text[:1].isspace()
-        shown += text if is_apparent else _DIVIDER + text
+        shown += text if is_apparent else DIVIDER + text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 
 Details = tuple[tuple[str, bool], ...]
 """Pieces of the text below a finding's line, each with a flag: highlighted or not."""
+
+DIVIDER = "·"
+"""Stands between two tokens of a document."""
 
 _COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
 _HIGHLIGHT, _RESET = "\x1b[32m", "\x1b[0m"
@@ -43,7 +47,7 @@ class Finding:
         details = "".join(before + text + after if highlighted else text for text, highlighted in self.details)
         indent = width + 11
         lines = _wrap(self.text, columns, indent)
-        lines += [part for line in details.splitlines() for part in _wrap(line, columns, indent, break_words=True)]
+        lines += [part for line in details.splitlines() for part in _wrap(line, columns, indent, is_detail=True)]
         return f"{head}  {self.name:<{width}}  " + ("\n" + " " * indent).join(lines)
 
 
@@ -115,10 +119,17 @@ def _terminal_columns() -> int:
     return max(80, shutil.get_terminal_size((110, 24)).columns)
 
 
-def _wrap(line: str, columns: int | None, indent: int, break_words: bool = False) -> list[str]:
+class _DetailsWrapper(textwrap.TextWrapper):
+    """A wrapper that also breaks lines between the tokens of a document, and at the ends of its trained parts."""
+
+    wordsep_simple_re = re.compile(rf"(\s+)|(?<={DIVIDER})|(?=\[\[)|(?<=\]\])")
+
+
+def _wrap(line: str, columns: int | None, indent: int, is_detail: bool = False) -> list[str]:
     if columns is None or len(line) + indent <= columns:
         return [line]
-    return textwrap.wrap(line, max(20, columns - indent), break_long_words=break_words, break_on_hyphens=False)
+    wrapper = _DetailsWrapper if is_detail else textwrap.TextWrapper
+    return wrapper(max(20, columns - indent), break_long_words=is_detail, break_on_hyphens=False).wrap(line)
 
 
 def first_of(items: Sequence[object], most: int = 5) -> str:

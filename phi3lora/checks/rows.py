@@ -89,7 +89,7 @@ def _new_tokens(planned: PlannedRun) -> dict[int, str]:
     """Return the added tokens, by id, that the checkpoint's own tokenizer does not have.
 
     ``load_model`` notes those it has; without this note, those of the tokenizer's own files count; without either,
-    those that are flagged as special. Rows that the model was resized by are new in any case.
+    those that are special or look like the family's markers. Rows that the model was resized by are always new.
     """
     tokenizer, model = planned.tokenizer, planned.model
     if tokenizer is None:
@@ -98,7 +98,8 @@ def _new_tokens(planned: PlannedRun) -> dict[int, str]:
     known = getattr(model, "checkpoint_tokens", None)
     if known is None:
         in_files = tokenizer.init_kwargs.get("added_tokens_decoder")
-        known = {str(t) for t in (in_files or {k: t for k, t in added.items() if t.special}).values()}
+        of_the_family = [t for t in added.values() if t.special or str(t).startswith("<|")]
+        known = set(map(str, in_files.values() if in_files else of_the_family))
     rows = getattr(model.get_decoder(), "vocab_size", model.config.vocab_size)  # before model.resize_token_embeddings
     return {token_id: str(t) for token_id, t in added.items() if token_id >= rows or str(t) not in known}
 
