@@ -12,41 +12,35 @@ from ..lora.inject import lora_layers
 from .planned_run import PlannedRun
 from .report import Finding, first_of, ok, warning
 
-_BOOKKEEPING = frozenset(
+_CONTEXT = frozenset(
     """
-    at author category count created dataset date domain hash id ids idx index lang language length level license
-    model num origin quality rating score sha source split subset tag tags time timestamp tokens topic turns type
-    unnamed uri url uuid version
+    article background context contexts cot document documents evidence history instruction instructions knowledge
+    passage passages persona rationale reasoning system thinking thought thoughts
     """.split()
 )
-"""Last words of names of columns that say where a row is from, not what it says."""
-_COPIES = ("prompt", "text")  # columns in which public datasets repeat the chat: ultrachat_200k's, alpaca's
+"""Words in names of columns that a model should probably see. Most other columns say where a row is from."""
+_WORD = r"[A-Z]+(?![a-z])|[^\W\d_][^\W\d_A-Z]*"  # of snake_case, camelCase or plain text
 _CHUNK = 2048  # documents examined at once
 
 
 def check_forms(planned: PlannedRun) -> Finding:
     found = planned.dataset.findings
-    forms = _counted(found.rows_by_form) or f"format {planned.dataset.format!r}"
-    off = f"; {found.turns_switched_off:,} assistant turns are switched off by their rows"
-    return ok(f"read as {forms}{off if found.turns_switched_off else ''}")
+    text = f"read as {_counted(found.rows_by_form) or f'format {planned.dataset.format!r}'}"
+    if found.turns_switched_off:
+        text += f"; {found.turns_switched_off:,} assistant turn{'s' * (found.turns_switched_off != 1)} switched off"
+    return ok(text)
 
 
 def check_columns(planned: PlannedRun) -> Finding:
-    """Check that nothing but bookkeeping (ids, sources, scores) is left out."""
+    """Name the columns and keys of messages that are left out, and warn of those that look like context."""
     unused = planned.dataset.findings.unused
     if not unused:
         return ok("no column and no key of a message is left out")
     text = f"not used: {_counted(unused)}"
-    telling = [name for name in unused if name not in _COPIES and _last_word(name) not in _BOOKKEEPING]
+    telling = [name for name in unused if _CONTEXT & {word.lower() for word in re.findall(_WORD, name)}]
     if telling:
         return warning(f"{text}: the model sees nothing of {first_of(telling)}; map it with columns=, or leave it out")
     return ok(text)
-
-
-def _last_word(name: str) -> str:
-    """Return the last word of a column's name in lower case: that of ``prompt_id``, ``questionId``, ``Unnamed: 0``."""
-    words: list[str] = re.findall(r"[A-Z]+(?![a-z])|[^\W\d_][^\W\d_A-Z]*", name)
-    return words[-1].lower() if words else name
 
 
 def check_kept_as_text(planned: PlannedRun) -> Finding:
@@ -119,7 +113,8 @@ def check_advice(planned: PlannedRun) -> Finding:
     advice = planned.dataset.findings.advice
     if not advice:
         return ok("no row is doubtful")
-    return warning("; ".join(f"{sentence} ({count:,} rows)" for sentence, count in advice.most_common()))
+    by_count = sorted(advice.items(), key=lambda item: (-item[1], item[0]))
+    return warning("; ".join(f"{n:,} row{'s' * (n != 1)}: {sentence}" for sentence, n in by_count))
 
 
 def _counted(counts: Counter[str]) -> str:
