@@ -52,7 +52,7 @@ class Findings:
     def describe(self) -> list[str]:
         """Return one phrase for each kind of finding, for the line that loading logs."""
         phrases = []
-        if len(self.rows_by_form) > 1:
+        if len(self.rows_by_form) > 1 or any(" as " in form for form in self.rows_by_form):
             phrases.append("rows by form: " + ", ".join(f"{name} {n:,}" for name, n in self.rows_by_form.most_common()))
         if self.turns_switched_off:
             phrases.append(f"{self.turns_switched_off:,} assistant turns switched off by their rows")

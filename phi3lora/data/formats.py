@@ -258,7 +258,9 @@ def _from_alpaca(values: Mapping[str, Any], number: int) -> _Read:
         parts.append(text_of(values["input"], number, "'input'"))
     question, answer = "\n\n".join(filter(None, parts)), text_of(values["output"], number, "'output'")
     history = _history(values.get("history"), number)
-    if is_templated(question) and not history:
+    if is_templated(question):
+        if history:
+            raise DataError(f"row {number}: 'instruction' is templated already; allowed: no 'history' beside it")
         return _Read(*read_templated(question, answer, number), form="alpaca as text")
     pair = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _Read([*history, *pair], 0, "alpaca")
@@ -282,7 +284,9 @@ def _history(value: Any, number: int) -> list[Message]:
 
 def _from_prompt_completion(values: Mapping[str, Any], number: int) -> _Read:
     prompt, completion = values["prompt"], values["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str) and is_templated(prompt):
+    if isinstance(prompt, str) and is_templated(prompt):
+        if not isinstance(completion, str):
+            raise DataError(f"row {number}: 'prompt' is templated already; allowed: a text as its 'completion'")
         return _Read(*read_templated(prompt, completion, number), form="prompt_completion as text")
     parts: list[list[Message]] = []
     for column, role, value in (("prompt", "user", prompt), ("completion", "assistant", completion)):

@@ -193,7 +193,7 @@ def _switch(turn: Mapping[str, Any], switches: Sequence[str], masks: Sequence[st
 
 def _on_off(value: Any) -> bool | None:
     key = value.strip().lower() if isinstance(value, str) else value
-    return _ON_OFF.get(key) if isinstance(key, Hashable) else None
+    return _ON_OFF.get(key) if isinstance(key, Hashable) and not isinstance(key, tuple) else None
 
 
 def check_row_switch(column: str, value: Any, number: int) -> bool:

@@ -189,7 +189,7 @@ def test_the_cache_changes_no_error_message(tmp_path):
 def test_an_optional_column_that_no_row_has_is_refused_each_time_and_nothing_is_cached(tmp_path, empty_cache):
     path, columns = written(tmp_path / "a.jsonl", PAIRS), {"system": "contxt"}
     for _ in range(2):
-        with pytest.raises(DataError, match="no row of .* has 'contxt'"):
+        with pytest.raises(DataError, match=r"no row of .* has 'contxt'"):
             load(path, columns=columns)
     assert not list(empty_cache.rglob("*.arrow"))
     load(written(path, [*PAIRS, {**PAIRS[0], "contxt": "Be brief."}]), columns=columns)
