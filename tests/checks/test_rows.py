@@ -47,6 +47,44 @@ def test_a_finding_of_the_load_is_shown(tmp_path, case):
     assert re.search(text, examine(tmp_path, dataset=chats, tokenizer=None)[name].text)
 
 
+HI, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+FAULTY_ROWS = {  # name -> (row, name of the check, status, text)
+    "an unused column": ({"prompt": "a", "completion": "b", "id": 3}, "columns", "ok", r"not used: id \(1\)"),
+    "unused context": ({"prompt": "a", "completion": "b", "context": "c"}, "columns", "warning", "nothing of context"),
+    "an unused key": (
+        {"messages": [{**HI, "name": "Bob"}, HELLO]},
+        "columns", "ok", r"messages\.name",
+    ),
+    "a turn switched off": (
+        {"messages": [HI, {**HELLO, "weight": 0}, HI, HELLO]},
+        "rows", "ok", r"read as messages \(1\); 1 assistant turn switched off",
+    ),
+    "rendered already": (
+        {"prompt": "<|user|>\nHi<|end|>\n<|assistant|>\n", "completion": "b"},
+        "rows", "ok", "prompt_completion as text",
+    ),
+    "a marker in a content": (
+        {"prompt": "a <|end|>", "completion": "b"}, "kept as text", "warning", r"<\|end\|> \(1\)",
+    ),
+    "another end of turn": (
+        {"prompt": "a", "completion": "b<|im_end|>"}, "advice", "warning", r"1 row: .*<\|im_end\|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTY_ROWS)
+def test_the_fault_of_a_row_is_shown(tmp_path, case):
+    row, name, status, text = FAULTY_ROWS[case]
+    found = examine(tmp_path, dataset=p3.ChatDataset.load([row], make_tokenizer(), max_length=128))[name]
+    assert found.status == status and re.search(text, found.text), found
+
+
+def test_mixed_forms_are_counted(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": [HI, HELLO]}] * 3
+    found = examine(tmp_path, dataset=p3.ChatDataset.load(rows, make_tokenizer(), max_length=64))["rows"]
+    assert found.status == "ok" and "prompt_completion (3)" in found.text and "messages (3)" in found.text
+
+
 # --- Tokens that the checkpoint does not know
 
 
@@ -88,8 +126,9 @@ def test_a_tied_embedding_takes_no_adapter_so_the_way_out_is_another(tmp_path):
 
 
 def test_a_row_that_the_model_was_resized_by_is_new_even_for_a_special_token(tmp_path):
-    tokenizer, model = with_tokens("<loc>", special=True), tiny_model(vocab_size=324)
-    assert added_tokens(tmp_path, tokenizer, tiny_model(vocab_size=325)).status == "ok"
+    tokenizer = with_tokens("<loc>", special=True)
+    model = tiny_model(vocab_size=len(tokenizer) - 1)
+    assert added_tokens(tmp_path, tokenizer, tiny_model(vocab_size=len(tokenizer))).status == "ok"
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     assert added_tokens(tmp_path, tokenizer, model).status == "warning"
 
@@ -121,7 +160,7 @@ def test_a_token_that_only_a_later_tokenizer_has_is_new_to_the_model(tmp_path):
 def test_an_id_beyond_the_embedding_is_an_error_with_the_way_out(tmp_path):
     tokenizer = with_tokens("<loc>")
     chats = p3.ChatDataset.load([{"prompt": "<loc>", "completion": "Hi"}] * 4, tokenizer, max_length=64)
-    model = tiny_model(vocab_size=324)
+    model = tiny_model(vocab_size=len(tokenizer) - 1)
     p3.inject_lora(model, p3.LoraConfig(r=4))
     found = examine(tmp_path, model, chats, tokenizer)["run"]
-    assert found.status == "error" and re.search(r"token id 324;.*resize_token_embeddings", found.text), found
+    assert found.status == "error" and re.search(r"token id \d+;.*resize_token_embeddings", found.text), found
