@@ -124,7 +124,16 @@ def test_a_templated_row_trains_the_answer_once_and_says_how_it_was_read():
     )
     assert chats.format == "prompt_completion"
     assert chats.findings.rows_by_form == {"prompt_completion as text": 1}
+    assert "rows by form: prompt_completion as text 1" in repr(chats)
     assert not chats.findings.kept_as_text and not chats.findings.advice
+
+
+def test_a_templated_prompt_stands_beside_nothing_that_would_be_templated():
+    prompt = phi3([USER]) + "<|assistant|>\n"
+    with pytest.raises(DataError, match="row 7: 'prompt' is templated already; allowed: a text"):
+        pair("prompt_completion", prompt, [ANSWER])
+    with pytest.raises(DataError, match="row 7: 'instruction' is templated already; allowed: no 'history'"):
+        to_chat({"instruction": prompt, "output": "Hello!", "history": [["Q", "A"]]}, "alpaca", 7)
 
 
 @pytest.mark.parametrize(
