@@ -25,7 +25,7 @@ from . import (
     train,
 )
 from .data.formats import check_columns, known_format
-from .data.rows import find_source
+from .data.sources import find_sources
 from .model.load import load_tokenizer
 
 _ADAPTER_HELP = "an adapter file, a training checkpoint's folder, or the output folder of the train command"
@@ -126,7 +126,7 @@ def _load_data(options: argparse.Namespace) -> tuple[ChatDataset, ChatDataset | 
     known_format(options.format)
     check_columns(columns)
     for source in options.data:  # a missing one is refused before the tokenizer is downloaded
-        find_source(source, options.split)
+        find_sources(source, options.split)
     chats = ChatDataset.load(
         options.data if len(options.data) > 1 else options.data[0],
         load_tokenizer(options.model),

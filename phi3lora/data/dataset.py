@@ -1,5 +1,8 @@
 """``ChatDataset``: tokenised chats in memory. ``ChatStream``: chats that are read and tokenised during training.
 
+Either may have several sources, one after the other or mixed by weights (``data/mix.py``). Each source has its own
+format and its own row numbers.
+
 The training loop takes *windows* from either; each window is a ``ChatDataset``:
 
     ChatDataset    window n is the dataset itself, for every n: a window is an epoch
@@ -21,24 +24,28 @@ import copy
 import hashlib
 import itertools
 import logging
-import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from functools import cached_property
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import islice, takewhile
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ..config import IGNORE_INDEX
-from ..errors import DataError, is_int, short_repr
+from ..errors import SEED_END, DataError, is_int, short_repr
 from .documents import NoDocumentsError, RowTokenizer
 from .findings import Findings
 from .formats import check_columns, known_format
-from .rows import BadRows, NumberedRow, find_source, read_rows
+from .mix import STRATEGIES, due_order, interleaved, weighted_sources
+from .rows import BadRows
+from .sources import Source, find_sources
 from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
+
+_NAMED = 8  # of the sources in the load line
 
 
 class ChatDataset:
@@ -66,11 +73,13 @@ class ChatDataset:
         dropped_rows: int = 0,
         bad_rows: tuple[int, ...] = (),
         findings: Findings | None = None,
+        source: str = "(documents)",
     ) -> None:
         # All documents end to end, and those that belong to this set. A label is its token's own id, or -100.
         self._input_ids, self._labels = input_ids, labels  # int32 (tokens,) each
         self._starts = starts  # position of each document's first token, and the end, int64 (documents + 1,)
-        self._rows = rows  # number of each document's source row (documents,)
+        self._rows = rows  # number of each document's row in its source (documents,)
+        self._sources = np.zeros(len(rows), dtype=np.int64)  # position of its source in ``sources`` (documents,)
         self._truncated = truncated  # whether it was cut, bool (documents,)
         self._index = np.arange(len(starts) - 1)
         self.max_length, self.format = max_length, format
@@ -78,7 +87,9 @@ class ChatDataset:
         self.dropped_rows = dropped_rows
         """Number of source rows of which truncation left nothing to train."""
         self.bad_rows = bad_rows
-        """Numbers of the source rows that ``on_bad_row="skip"`` left out."""
+        """Numbers of the source rows that ``on_bad_row="skip"`` left out, source after source."""
+        self.sources: tuple[str, ...] = (source,)
+        """Paths and hub names (in quotes), or types, of what the rows were read from."""
         self.findings = findings or Findings()
         """What loading found in the source: see ``data/findings.py``."""
 
@@ -90,6 +101,7 @@ class ChatDataset:
         *,
         max_length: int,
         split: str = "train",
+        name: str | None = None,
         format: str = "auto",
         columns: Mapping[str, str] | None = None,
         overflow: str = "truncate",
@@ -102,10 +114,16 @@ class ChatDataset:
         """Read a chat dataset, recognise its format, render and tokenise it.
 
         Args:
-            source: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a hub name, a ``datasets.Dataset``, dicts.
+            source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` file, packed (``.gz``,
+                ``.bz2``, ``.xz``, ``.zst``) or not; a folder of them, or one that ``save_to_disk`` wrote; a pattern
+                (``"data/*.jsonl"``); a hub name; a ``datasets.Dataset`` or ``DatasetDict``; a DataFrame or Arrow table;
+                dicts; or a list of such sources, one after the other, each read in its own format.
             tokenizer: a fast tokenizer with a chat template.
             max_length: tokens of the longest document.
-            split: split of a hub dataset.
+            split: split of the source, or a part of one as ``datasets`` writes it: ``"train[:100]"``,
+                ``"train[10%:20%]"``, ``"train[:50%]+test"``, ``"all"``. A source without splits is all ``"train"``. Of
+                a list of sources, each is split on its own. Rows of a file or object keep their numbers.
+            name: configuration of a hub dataset.
             format: ``"auto"`` (by the first row's keys), ``"messages"``, ``"sharegpt"``, ``"alpaca"``,
                 ``"prompt_completion"`` or ``"text"``; see ``data/formats.py``.
             columns: our column name -> yours, ``{"prompt": "question", "completion": "answer"}``.
@@ -133,20 +151,73 @@ class ChatDataset:
         _check(is_known, "overflow", overflow, "'truncate', 'split', 'error'")
         _check(isinstance(streaming, bool), "streaming", streaming, "True, False")
         _check(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
-        format, bad = known_format(format), BadRows(on_bad_row)
+        format = known_format(format)
         check_columns(columns, format)
+        BadRows(on_bad_row)  # checks it
         # A stream is tokenised in a background thread, and a fast tokenizer must not be used by two threads at once.
         encoder = ChatEncoder(copy.deepcopy(tokenizer) if streaming else tokenizer, train_on)
-        is_path = isinstance(source, (str, os.PathLike))
-        description = short_repr(os.fspath(source)) if is_path else f"({type(source).__name__})"
-        row_tokenizer = RowTokenizer(encoder, max_length, overflow, columns, description)
-        found = find_source(source, split, revision, streaming)
+        one_thread = threading.Lock()
+        sources = find_sources(source, split, name, revision, streaming)
+        parts = [
+            _Part(RowTokenizer(encoder, max_length, overflow, columns, found, one_thread), format, on_bad_row)
+            for found in sources
+        ]
         if streaming:
-            stream = ChatStream(found, row_tokenizer, format, buffer_size, on_bad_row)
-            return cast(ChatDataset, stream)  # declared as what all but streaming users get
-        dataset = cls(**row_tokenizer.tokenize(read_rows(found, bad), format, bad, cached=found))
+            return cast(ChatDataset, ChatStream(parts, buffer_size))  # declared as what all but streaming users get
+        dataset = _joined([part.load(len(parts) > 1) for part in parts])
         logger.info("%s", dataset)
         return dataset
+
+    @classmethod
+    def mix(
+        cls,
+        weights: Mapping[Any, float] | Iterable[tuple[Any, float]],
+        tokenizer: Any = None,
+        *,
+        seed: int = 0,
+        stopping_strategy: str = "first_exhausted",
+        **options: Any,
+    ) -> ChatDataset:
+        """Mix the documents of several sources, so that each has the share that its weight says.
+
+        A weight is a share of documents, not of tokens: with ``{"chat.jsonl": 3, "code.jsonl": 1}``, three documents
+        in four are chats, to within one document. Weights need not add up to 1. The documents of the sources alternate;
+        ``train`` shuffles them again every epoch.
+
+        Args:
+            weights: source -> weight > 0, or pairs. A source is a ``ChatDataset`` or ``ChatStream``, or what
+                :meth:`load` reads. Pairs of loaded ones can have different formats, columns or splits.
+            tokenizer, options: arguments of :meth:`load`, for sources that are not loaded yet.
+            seed: which documents of a source are taken if not all are, and in which order. A stream's rows are taken
+                in their order.
+            stopping_strategy: ``"first_exhausted"`` takes no document twice: the mix ends when the first source has
+                nothing left, and the others' rest is not used. ``"all_exhausted"`` takes every document at least
+                once, and those of smaller sources again. The names are those of ``datasets.interleave_datasets``.
+
+        Returns:
+            A ``ChatDataset``; or a ``ChatStream`` if the sources are streams (``streaming=True``), whose weights are
+            shares of rows. A pass of it ends where a mix of datasets would, and the next one is the same.
+
+        Raises:
+            DataError: a weight that is not positive, sources of different tokenizers, what :meth:`load` raises.
+        """
+        given, shares = weighted_sources(weights)
+        _check(is_int(seed, 0, SEED_END), "seed", seed, f"a whole number from 0 to {SEED_END - 1}")
+        is_known = stopping_strategy in STRATEGIES
+        _check(is_known, "stopping_strategy", stopping_strategy, ", ".join(map(repr, STRATEGIES)))
+        if tokenizer is None and not all(isinstance(source, (ChatDataset, ChatStream)) for source in given):
+            raise DataError("a mix of sources that are not loaded needs the arguments of load: tokenizer, max_length=")
+        parts: list[ChatDataset | ChatStream] = []
+        for source in given:
+            is_loaded = isinstance(source, (ChatDataset, ChatStream))
+            with _naming(short_repr(source) if isinstance(source, str) else f"({type(source).__name__})", True):
+                parts.append(source if is_loaded else cls.load(source, tokenizer, **options))
+        streams = [part for part in parts if isinstance(part, ChatStream)]
+        if streams and len(streams) < len(parts):
+            raise DataError("a mix of streams and datasets; allowed: one kind. Load all with the same streaming=")
+        if streams:
+            return cast(ChatDataset, _MixedStream(streams, shares, stopping_strategy))
+        return _mixed(cast("list[ChatDataset]", parts), shares, stopping_strategy, seed)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -184,8 +255,16 @@ class ChatDataset:
         return int(np.maximum.reduceat(self._input_ids, self._starts[:-1])[self._index].max())
 
     def row_number(self, i: int) -> int:
-        """Return the source row (counted from 1) that document ``i`` came from."""
+        """Return the row (counted from 1, in its source) that document ``i`` came from."""
         return int(self._rows[self._index[i]])
+
+    def source(self, i: int) -> str:
+        """Return which of :attr:`sources` document ``i`` came from. Its row number counts that source's rows."""
+        return self.sources[int(self._sources[self._index[i]])]
+
+    def row_name(self, i: int) -> str:
+        """Return what messages call the row of document ``i``: ``"row 3"``, or ``"row 3 of 'b.csv'"`` of several."""
+        return f"row {self.row_number(i)}" + (f" of {self.source(i)}" if len(self.sources) > 1 else "")
 
     def windows(
         self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = lambda: True
@@ -202,15 +281,17 @@ class ChatDataset:
     def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
         """Return ``(train, eval)``: a random ``fraction`` of the documents, at least one, becomes the second set.
 
-        Documents made of one long row (``overflow="split"``) stay together, so no row is in both sets.
+        Documents made of one long row (``overflow="split"``), or of a row that a mix repeats, stay together, so no
+        row is in both sets. Rows of different sources are different rows, whatever their numbers.
         """
         _check(isinstance(fraction, float) and 0 < fraction < 1, "fraction", fraction, "0 < fraction < 1")
-        rows = np.unique(self._rows[self._index])
+        keys = (self._sources * 2**40 + self._rows)[self._index]  # one for each row of each source
+        rows = np.unique(keys)
         if len(rows) < 2:
             raise DataError(f"cannot split a dataset of {len(rows)} row; allowed: 2 or more")
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         held_out = np.random.default_rng([seed]).permutation(rows)[:count]
-        in_second = np.isin(self._rows[self._index], held_out)
+        in_second = np.isin(keys, held_out)
         return self.select(~in_second), self.select(in_second)
 
     def select(self, documents: Any) -> ChatDataset:
@@ -266,11 +347,38 @@ class ChatDataset:
             f"ChatDataset({s['documents']:,} documents, {s['tokens']:,} tokens, {100 * s['supervised_share']:.1f} % "
             f"supervised, longest {s['longest']:,} of {self.max_length:,}, format {self.format!r}"
         )
+        if len(self.sources) > 1:
+            counts = np.bincount(self._sources[self._index], minlength=len(self.sources)).tolist()
+            named = [f"{name} {count:,}" for name, count in zip(self.sources, counts, strict=True)]
+            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+            text += f", documents by source: {', '.join(named[:_NAMED])}{more}"
         if s["truncated"] or s["dropped"]:
             text += f", {s['truncated']:,} truncated, {s['dropped']:,} rows dropped: nothing trained was left in them"
         if self.bad_rows:
             text += f", {len(self.bad_rows):,} bad rows skipped"
         return "; ".join([text, *self.findings.describe()]) + ")"
+
+
+class _Part(NamedTuple):
+    """One source, and how its rows become documents."""
+
+    row_tokenizer: RowTokenizer
+    format: str
+    on_bad_row: str
+
+    @property
+    def source(self) -> Source:
+        return self.row_tokenizer.source
+
+    def load(self, is_one_of_several: bool) -> ChatDataset:
+        """Return the documents of the whole source."""
+        with _naming(self.source.name, is_one_of_several):
+            bad = BadRows(self.on_bad_row)
+            return ChatDataset(**self.row_tokenizer.tokenize(self.source.read(bad), self.format, bad, cache=True))
+
+
+_StreamRow = tuple[int, int, Mapping[str, Any]]
+"""A row of a stream: the position of its part, its number there, and its columns."""
 
 
 class ChatStream:
@@ -282,32 +390,24 @@ class ChatStream:
 
     known_length = False
 
-    def __init__(
-        self,
-        source: Path | Iterable[Any],
-        row_tokenizer: RowTokenizer,
-        format: str,
-        buffer_size: int,
-        on_bad_row: str,
-        skipped_rows: int = 0,
-    ) -> None:
-        if isinstance(source, Iterator):
-            raise DataError(
-                f"a stream cannot be a {type(source).__name__}, which can be read only once; "
-                f"allowed: a path, a hub name, a Dataset, an IterableDataset, a list"
-            )
-        self._source, self._row_tokenizer, self._format = source, row_tokenizer, format
-        self.buffer_size, self._on_bad_row, self._skipped_rows = buffer_size, on_bad_row, skipped_rows
-        self.max_length = self.max_document_tokens = row_tokenizer.max_length
-        self._first_pass: tuple[Iterator[NumberedRow], BadRows] | None = None
+    def __init__(self, parts: Sequence[_Part], buffer_size: int, skipped_rows: int = 0) -> None:
+        for part in parts:
+            if isinstance(part.source.rows, Iterator):
+                raise DataError(
+                    f"a stream cannot be a {type(part.source.rows).__name__}, which can be read only once; "
+                    f"allowed: a path, a hub name, a Dataset, an IterableDataset, a list"
+                )
+        self._parts, self.buffer_size, self._skipped_rows = list(parts), buffer_size, skipped_rows
+        self.max_length = self.max_document_tokens = max(part.row_tokenizer.max_length for part in parts)
+        self._first_pass: tuple[Iterator[_StreamRow], list[BadRows]] | None = None
 
     @cached_property
     def first_window(self) -> ChatDataset:
         """Window 0, which stands for the whole stream in all checks before a run."""
-        rows, bad = self._open()
+        rows, bads = self._open()
         window = list(islice(rows, self.buffer_size))
-        documents = self._documents(window, self._format, bad)
-        self._first_pass = itertools.chain(window, rows), bad  # for windows(), so that nothing is read twice
+        documents = self._documents(window, bads)
+        self._first_pass = itertools.chain(window, rows), bads  # for windows(), so that nothing is read twice
         return documents
 
     def windows(
@@ -324,7 +424,7 @@ class ChatStream:
             DataError: anything that cannot be trained on, with the row's number.
         """
         first, number = self.first_window, 0
-        (rows, bad), self._first_pass = self._first_pass or self._open(), None
+        (rows, bads), self._first_pass = self._first_pass or self._open(), None
         while True:
             in_pass = 0
             while window := list(islice(takewhile(lambda _: wanted(), rows), self.buffer_size)):
@@ -332,31 +432,34 @@ class ChatStream:
                     return
                 if number >= start:
                     try:
-                        documents = self._documents(window, self._format, bad) if in_pass else first
+                        documents = self._documents(window, bads) if in_pass else first
                     except NoDocumentsError as why:
                         logger.warning("window %d of the stream is skipped: %s", number, why)
                     else:
                         yield number, documents
                 number, in_pass = number + 1, in_pass + 1
-                bad.clear()
+                for bad in bads:
+                    bad.clear()
             if not wanted() or (not endless and number > start):
                 return
             if not in_pass:
                 raise DataError("the stream has no more rows")
             number += max(0, start - number) // in_pass * in_pass  # whole passes before the start are not read
-            rows, bad = self._open()
+            rows, bads = self._open()
 
     def take(self, rows: int) -> ChatDataset:
         """Return the documents of the first ``rows`` rows, in memory: to evaluate on."""
         _check(is_int(rows, 1), "rows", rows, "a whole number >= 1")
-        source, bad = self._open()
-        return self._documents(list(islice(source, rows)), self._format, bad)
+        stream, bads = self._open()
+        return self._documents(list(islice(stream, rows)), bads)
 
     def skip(self, rows: int) -> ChatStream:
         """Return the stream without its first ``rows`` rows."""
         _check(is_int(rows, 1), "rows", rows, "a whole number >= 1")
-        fixed = self._source, self._row_tokenizer, self._format, self.buffer_size, self._on_bad_row
-        return ChatStream(*fixed, self._skipped_rows + rows)
+        rest = copy.copy(self)
+        rest._skipped_rows, rest._first_pass = self._skipped_rows + rows, None
+        vars(rest).pop("first_window", None)
+        return rest
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ChatDataset, ChatDataset]:
         """Raise a ``DataError`` that names the way out: a stream cannot be split."""
@@ -375,17 +478,146 @@ class ChatStream:
     def __repr__(self) -> str:
         return f"ChatStream(windows of {self.buffer_size:,} rows; the first: {self.first_window!r})"
 
-    def _open(self) -> tuple[Iterator[NumberedRow], BadRows]:
-        """Return the rows from the start, and the record of those that cannot be used."""
-        bad = BadRows(self._on_bad_row)
-        rows = read_rows(self._source, bad)
+    def _open(self) -> tuple[Iterator[_StreamRow], list[BadRows]]:
+        """Return the rows from the start, and the record of each part's that cannot be used."""
+        bads = [BadRows(part.on_bad_row) for part in self._parts]
+        return self._rows(bads), bads
+
+    def _rows(self, bads: Sequence[BadRows]) -> Iterator[_StreamRow]:
+        rows = self._all_rows(bads)
         skipped = sum(1 for _ in islice(rows, self._skipped_rows))
         if skipped < self._skipped_rows:
             raise DataError(f"skip({self._skipped_rows:,}) leaves nothing of a stream of {skipped:,} rows")
-        return rows, bad
+        return rows
 
-    def _documents(self, window: list[NumberedRow], format: str, bad: BadRows) -> ChatDataset:
-        return ChatDataset(**self._row_tokenizer.tokenize(window, format, bad))
+    def _all_rows(self, bads: Sequence[BadRows]) -> Iterator[_StreamRow]:
+        for at, (part, bad) in enumerate(zip(self._parts, bads, strict=True)):
+            with _naming(part.source.name, len(self._parts) > 1):
+                for number, row in part.source.read(bad):
+                    yield at, number, row
+
+    def _documents(self, window: list[_StreamRow], bads: Sequence[BadRows]) -> ChatDataset:
+        """Return the documents of rows in their order. The rows of each part are tokenised together."""
+        rows_of: dict[int, list[int]] = {}
+        for place, (at, _, _) in enumerate(window):
+            rows_of.setdefault(at, []).append(place)
+        made: list[ChatDataset] = []
+        places: list[int] = []
+        unusable: list[NoDocumentsError] = []
+        for at, inside in (rows_of or {0: []}).items():
+            part, rows = self._parts[at], [window[place][1:] for place in inside]
+            try:
+                with _naming(part.source.name, len(self._parts) > 1):
+                    made.append(ChatDataset(**part.row_tokenizer.tokenize(rows, part.format, bads[at])))
+            except NoDocumentsError as error:
+                unusable.append(error)
+            else:
+                places += _places_of(made[-1], [number for number, _ in rows], inside)
+        if not made:
+            raise unusable[0]
+        for why in unusable:
+            logger.warning("left out: %s", why)
+        return _joined(made).select(np.argsort(places, kind="stable")) if len(made) > 1 else made[0]
+
+
+class _MixedStream(ChatStream):
+    """Streams whose rows alternate as ``interleaved`` says."""
+
+    def __init__(self, streams: Sequence[ChatStream], weights: list[float], strategy: str) -> None:
+        parts = [part for stream in streams for part in stream._parts]
+        super().__init__(parts, max(stream.buffer_size for stream in streams))
+        self._streams, self._weights, self._strategy = streams, weights, strategy
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "weights": self._weights, "stopping_strategy": self._strategy}
+
+    def _all_rows(self, bads: Sequence[BadRows]) -> Iterator[_StreamRow]:
+        def open_stream(stream: ChatStream, first: int) -> Iterator[_StreamRow]:
+            rows = stream._rows(bads[first : first + len(stream._parts)])
+            return ((first + at, number, row) for at, number, row in rows)
+
+        firsts = itertools.accumulate((len(stream._parts) for stream in self._streams), initial=0)
+        openers = [partial(open_stream, stream, first) for stream, first in zip(self._streams, firsts, strict=False)]
+        return interleaved(openers, self._weights, self._strategy)
+
+
+def _joined(parts: Sequence[ChatDataset]) -> ChatDataset:
+    """Return the documents of several sets, one set after the other. Sources of the same path are one source."""
+    if len(parts) == 1:
+        return parts[0]
+    for name in ("pad_token_id", "end_of_turn_id"):
+        if len(ids := {getattr(part, name) for part in parts}) > 1:
+            raise DataError(f"datasets of different tokenizers: their {name}s are {ids}; allowed: one tokenizer")
+    joined = copy.copy(parts[0])
+    tokens = np.cumsum([0, *(len(part._input_ids) for part in parts)])
+    documents = np.cumsum([0, *(len(part._rows) for part in parts)])
+    starts = [part._starts[:-1] + first for part, first in zip(parts, tokens[:-1], strict=True)]
+    joined._starts = np.concatenate([*starts, tokens[-1:]])
+    joined._index = np.concatenate([part._index + first for part, first in zip(parts, documents[:-1], strict=True)])
+    for name in ("_input_ids", "_labels", "_rows", "_truncated"):
+        setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
+    names: list[str] = []
+    positions = []
+    for part in parts:
+        for name in part.sources:
+            is_new = name not in names or not name.startswith(("'", '"'))  # two lists are two sources
+            positions.append(len(names) if is_new else names.index(name))
+            names += [name] if is_new else []
+    firsts = itertools.accumulate((len(part.sources) for part in parts), initial=0)
+    numbered = [part._sources + first for part, first in zip(parts, firsts, strict=False)]
+    joined._sources, joined.sources = np.array(positions)[np.concatenate(numbered)], tuple(names)
+    joined.format = ", ".join(sorted({name for part in parts for name in part.format.split(", ")}))
+    joined.max_length = max(part.max_length for part in parts)
+    joined.dropped_rows = sum(part.dropped_rows for part in parts)
+    joined.bad_rows = tuple(number for part in parts for number in part.bad_rows)
+    joined.findings = Findings()
+    for part in parts:
+        joined.findings += part.findings
+    return joined
+
+
+def _mixed(parts: Sequence[ChatDataset], weights: list[float], strategy: str, seed: int) -> ChatDataset:
+    """Return the documents of several sets in the order of ``due_order``, each set's own order drawn from ``seed``."""
+    sizes = [len(part) for part in parts]
+    what = [" + ".join(part.sources) for part in parts]
+    if 0 in sizes:
+        raise DataError(f"source {sizes.index(0) + 1} of the mix, {what[sizes.index(0)]}, has no documents")
+    sources, numbers = due_order(sizes, weights, strategy)
+    taken = np.bincount(sources, minlength=len(parts)).tolist()
+    counts = [f"{name} {n:,} of {size:,}" for name, n, size in zip(what, taken, sizes, strict=True)]
+    if 0 in taken:
+        why = f"the first source is exhausted before document 1 of source {taken.index(0) + 1} is due"
+        raise DataError(
+            f"a mix of documents: {', '.join(counts)}: {why}. Make the weights closer, or set "
+            f"stopping_strategy='all_exhausted'"
+        )
+    chosen = np.empty(len(numbers), dtype=np.int64)
+    for i, first in enumerate(np.cumsum([0, *sizes[:-1]])):
+        order = np.random.default_rng([seed, i]).permutation(sizes[i])
+        chosen[sources == i] = first + order[numbers[sources == i] % sizes[i]]
+    logger.info("mix of documents: %s", ", ".join(counts))
+    return _joined(parts).select(chosen)
+
+
+def _places_of(documents: ChatDataset, numbers: list[int], places: list[int]) -> list[int]:
+    """Return the place of each document's row, where rows of ``numbers`` have ``places``; some have no document."""
+    found, at = [], 0
+    for number in documents._rows.tolist():
+        while numbers[at] != number:
+            at += 1
+        found.append(places[at])
+    return found
+
+
+@contextmanager
+def _naming(name: str, is_one_of_several: bool) -> Generator[None]:
+    """Add a source's name to the errors about one of several sources."""
+    try:
+        yield
+    except DataError as error:
+        if not is_one_of_several or name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:

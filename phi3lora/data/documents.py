@@ -27,7 +27,8 @@ from ..errors import DataError, did_you_mean
 from ..files import sha256_of
 from .findings import Findings
 from .formats import Chat, detect_format, keys_of, to_chat
-from .rows import BadRows, NumberedRow
+from .rows import BadRows, NumberedRow, file_kind
+from .sources import Source
 from .template import ChatEncoder, EncodedChat
 
 logger = logging.getLogger("phi3lora")
@@ -45,38 +46,46 @@ class NoDocumentsError(DataError):
 
 
 class RowTokenizer:
-    """A tokenizer for numbered rows: rows in, documents of at most ``max_length`` tokens out.
+    """A tokenizer for the numbered rows of one source: rows in, documents of at most ``max_length`` tokens out.
 
-    ``overflow`` ("truncate", "split" or "error") sets what happens to a longer chat, ``columns`` maps our column names
-    to the source's, and ``source`` describes the source in messages.
+    ``overflow`` ("truncate", "split" or "error") sets what happens to a longer chat, and ``columns`` maps our column
+    names to the source's. ``one_thread`` is held while the encoder is used: a fast tokenizer must not be used by two
+    threads at once.
     """
 
     def __init__(
-        self, encoder: ChatEncoder, max_length: int, overflow: str, columns: Mapping[str, str] | None, source: str
+        self,
+        encoder: ChatEncoder,
+        max_length: int,
+        overflow: str,
+        columns: Mapping[str, str] | None,
+        source: Source,
+        one_thread: threading.Lock,
     ) -> None:
         self.encoder, self.max_length, self.overflow = encoder, max_length, overflow
         self.columns, self.source = columns or {}, source
         self._not_met = set(self.columns.values())  # mapped columns that no row had so far
-        self._one_thread = threading.Lock()  # a fast tokenizer must not be used by two threads at once
+        self._one_thread = one_thread
 
     def tokenize(
-        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, cached: Path | Iterable[Any] | None = None
+        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, *, cache: bool = False
     ) -> dict[str, Any]:
         """Return the documents of ``rows`` as the arguments of ``ChatDataset``.
 
-        ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: each row's own, the first row's before others. If
-        ``rows`` are all the rows of a file or dataset, ``cached`` is that source, and its tokenised chats are cached.
+        ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: each row's own, the first row's before others.
+        ``cache`` caches the tokenised chats, if ``rows`` are all the rows of the source.
         """
         with self._one_thread:
             rows, findings = iter(rows), Findings()
             form, first = self._first_row(rows, format, bad)
             chats = self._encode(self._read_chats(chain([first], rows), format, form, bad, findings), bad, findings)
-            if cached is not None and not bad.skips:  # the cache does not record which rows were skipped
-                options = [format, sorted(self.columns.items()), self.encoder.train_on]
-                chats = cached_chats(chats, findings, cache_key(cached, self.encoder.tokenizer, options))
+            if cache and not bad.skips:  # the cache does not record which rows were skipped
+                options = [format, sorted(self.columns.items()), self.encoder.train_on, self.source.ranges]
+                chats = cached_chats(chats, findings, cache_key(self.source.rows, self.encoder.tokenizer, options))
             documents = self._cut(chats, bad)
             formats = sorted({form.partition(" as ")[0] for form in findings.rows_by_form})
-            return {**documents, "format": ", ".join(formats), "findings": findings}
+            facts = {"format": ", ".join(formats), "findings": findings, "source": self.source.name}
+            return {**documents, **facts}
 
     def _first_row(self, rows: Iterator[NumberedRow], format: str, bad: BadRows) -> tuple[str, NumberedRow]:
         """Return the format of the first row that has a known one, and that row."""
@@ -86,7 +95,7 @@ class RowTokenizer:
             except DataError as error:
                 bad.reject(number, error)
         why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
-        raise NoDocumentsError(f"the dataset {self.source} is empty: {why}")
+        raise NoDocumentsError(f"the dataset {self.source.name} is empty: {why}")
 
     def _encode(self, chats: Iterator[tuple[int, Chat]], bad: BadRows, findings: Findings) -> Iterator[NumberedChat]:
         """Yield the encoded chats. Many are tokenised at a time, which the tokenizer spreads over the cores."""
@@ -128,7 +137,7 @@ class RowTokenizer:
                 bad.reject(number, error)
         if self._not_met:
             missing = sorted(self._not_met)
-            what = f"columns={dict(self.columns)}: no row of {self.source} has {', '.join(map(repr, missing))}"
+            what = f"columns={dict(self.columns)}: no row of {self.source.name} has {', '.join(map(repr, missing))}"
             hint = did_you_mean(missing[0], map(str, row))
             raise DataError(f"{what}; the last row has the keys {keys_of(row)}.{hint}")
 
@@ -187,7 +196,7 @@ class RowTokenizer:
         return [(ids[part], labels[part]) for part in parts if (labels[part][1:] != IGNORE_INDEX).any()]
 
 
-def cache_key(source: Path | Iterable[Any], tokenizer: Any, options: list[Any]) -> str | None:
+def cache_key(source: Any, tokenizer: Any, options: list[Any]) -> str | None:
     """Return a digest of the rows, the tokenizer, the options (JSON values) and the code; None for no cache.
 
     The contents of the rows count, not the name of their file. Only files and ``datasets.Dataset`` of
@@ -210,13 +219,12 @@ def cache_key(source: Path | Iterable[Any], tokenizer: Any, options: list[Any]) 
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _rows_digest(source: Path | Iterable[Any]) -> str | None:
+def _rows_digest(source: Any) -> str | None:
     if isinstance(source, Path):
         is_large = source.stat().st_size >= SMALLEST_BYTES
-        return source.suffix.lower() + sha256_of(source) if is_large else None
-    dataset: Any = source
-    fingerprint: str | None = getattr(dataset, "_fingerprint", None)  # a datasets.Dataset has one
-    return fingerprint if fingerprint and dataset.data.nbytes >= SMALLEST_BYTES else None
+        return "".join(file_kind(source)) + sha256_of(source) if is_large else None
+    fingerprint: str | None = getattr(source, "_fingerprint", None)  # a datasets.Dataset has one
+    return fingerprint if fingerprint and source.data.nbytes >= SMALLEST_BYTES else None
 
 
 def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | None) -> Iterator[NumberedChat]:

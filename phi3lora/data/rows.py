@@ -1,16 +1,27 @@
-"""Numbered rows of a file, a hub dataset, a ``datasets.Dataset`` or a list of dicts; and what happens to bad ones."""
+"""Numbered rows of one file, table, ``datasets.Dataset`` or list of dicts; and what happens to bad ones.
+
+A row is a dict of Python's own values. NaN, ``pandas.NA`` and NaT are None in it, and numpy's arrays are lists.
+"""
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import logging
+import lzma
 import os
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from ..errors import DataError, as_path, error_line, short_repr
+from ..errors import DataError, error_line, short_repr
 from ..files import parse_json
 
 logger = logging.getLogger("phi3lora")
@@ -18,9 +29,18 @@ logger = logging.getLogger("phi3lora")
 NumberedRow = tuple[int, Mapping[str, Any]]
 """A row with its number. Rows count from 1; in a .jsonl file the number is the line's."""
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+"""Endings that may follow those of :data:`SUFFIXES`."""
+
 _ROWS_AT_ONCE = 1000  # of a table
 _QUOTED_ERRORS = 3
+_LONGEST_FIELD = 2**31 - 1  # characters of a CSV cell, the most that every platform takes; Python's default is 131,072
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+# Damaged files, and values that Python cannot hold: text that is not UTF-8, dates past 9999.
+_TABLE_ERRORS = (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError)
+_IN_A_ROW = ("messages", "conversations", "history", "tools", "functions")  # lists of objects that are no rows
+_PYTHON_TYPES = frozenset({str, int, bool, type(None), bytes})
 
 
 class BadRows:
@@ -52,79 +72,131 @@ class BadRows:
             logger.warning("%d bad rows skipped: %s%s", len(self.numbers), "; ".join(map(str, self.errors)), more)
 
 
-def find_source(
-    source: Any, split: str = "train", revision: str | None = None, streaming: bool = False
-) -> Path | Iterable[Any]:
-    """Return the path of the file that ``source`` names, or an iterable of rows. Arguments: ``ChatDataset.load``."""
-    if not isinstance(split, str):
-        raise DataError(f"split={short_repr(split)}; allowed: a name")
-    if isinstance(source, (str, os.PathLike)):
-        path = as_path(source, "a dataset", DataError)
-        suffix = path.suffix.lower()
-        if suffix in SUFFIXES and path.is_file():
-            return path
-        if suffix in SUFFIXES:
-            raise DataError(f"no such file: {str(path)!r}")
-        if path.is_file():
-            raise DataError(f"{str(path)!r} ends in {suffix or 'nothing'!r}; allowed: {', '.join(SUFFIXES)}")
-        return _load_dataset(os.fspath(source), split, revision, streaming)
-    if isinstance(source, Mapping) and split not in source:
-        raise DataError(f"no split {split!r}; allowed: {', '.join(map(short_repr, source))}")
-    rows = source[split] if isinstance(source, Mapping) else source
-    if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, bytearray, type, Tensor)):
-        raise DataError(f"a dataset cannot be a {type(rows).__name__}; allowed: a path, a hub name, a Dataset, dicts")
-    return rows
+def file_kind(path: Path) -> tuple[str, str]:
+    """Return the endings that say how a file is read: one of :data:`SUFFIXES` (or another), and of the compression."""
+    name = path.name.lower()
+    compression = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    return os.path.splitext(name.removesuffix(compression))[1], compression
 
 
-def _load_dataset(name: str, split: str, revision: str | None, streaming: bool) -> Iterable[Any]:
-    import datasets
-    from datasets.exceptions import DatasetsError
+def package_of(value: Any) -> str:
+    """Return the name of the package that a value's class is from, which need not be imported to ask."""
+    return type(value).__module__.partition(".")[0]
 
+
+def is_table(value: Any) -> bool:
+    """Return whether a value is a DataFrame or an Arrow table, of any library."""
+    is_frame = package_of(value) == "pandas" and type(value).__name__ == "DataFrame"
+    return is_frame or (hasattr(value, "__arrow_c_stream__") and not isinstance(value, type))
+
+
+def read_rows(source: Any, bad: BadRows) -> Iterator[NumberedRow]:
+    """Return the numbered rows of a file (a ``Path``), table, ``datasets.Dataset`` or iterable of dicts."""
+    if isinstance(source, Path):
+        return _file_rows(source, bad)
+    if package_of(source) == "datasets":
+        return _numbered(_without_format(source), bad)
+    if is_table(source):
+        return _numbered(_frame_rows(source) if package_of(source) == "pandas" else _arrow_rows(source), bad)
+    return _numbered(source, bad)
+
+
+def _file_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
+    suffix, _ = file_kind(path)
     try:
-        dataset = datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
-    # No such dataset, no such split, no network; a damaged folder raises errors of any kind.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, DatasetsError) as error:
-        raise DataError(f"cannot load the dataset {short_repr(name)}, split {split!r}: {error_line(error)}") from error
-    return cast("Iterable[Any]", dataset)
-
-
-def read_rows(source: Path | Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
-    """Yield the numbered rows of a source that :func:`find_source` returned."""
-    if not isinstance(source, Path):
-        yield from _numbered(source, bad)
-        return
-    suffix = source.suffix.lower()
-    try:
-        if suffix == ".csv":
-            yield from _numbered(_csv_rows(source), bad)
-        elif suffix == ".parquet":
-            yield from _numbered(_parquet_rows(source), bad)
+        if suffix in (".csv", ".tsv"):
+            yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",", bad)
+        elif suffix in (".parquet", ".arrow"):
+            yield from _numbered(_parquet_rows(path) if suffix == ".parquet" else _arrow_file_rows(path), bad)
         elif suffix == ".json":
-            yield from _json_rows(source, bad)
+            yield from _json_rows(path, bad)
         else:
-            yield from _jsonl_rows(source, bad)
+            yield from _jsonl_rows(path, bad)
     except UnicodeDecodeError as error:
-        raise DataError(f"{str(source)!r} is not UTF-8: {error}") from None
-    except OSError as error:
-        raise DataError(f"{str(source)!r} cannot be read: {error}") from error
+        raise _not_utf8(f"{str(path)!r}", error) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error_line(error)}") from error
+
+
+def _open(path: Path) -> Any:
+    """Open a file of text, and unpack it on the way. One in UTF-16 or UTF-32 is refused."""
+    file = _open_binary(path)
+    start = file.peek(4)[:4]
+    wide = "UTF-32" if start in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        file.close()
+        raise DataError(
+            f"{str(path)!r} looks like {wide}, it starts with the bytes {start!r}; allowed: UTF-8. Save it so"
+        )
+    return file
+
+
+def _open_binary(path: Path) -> Any:
+    _, compression = file_kind(path)
+    if compression == ".gz":
+        return gzip.open(path, "rb")
+    if compression == ".bz2":
+        return bz2.open(path, "rb")
+    if compression == ".xz":
+        return lzma.open(path, "rb")
+    if not compression:
+        return open(path, "rb")
+    import pyarrow  # comes with datasets
+
+    if not pyarrow.Codec.is_available("zstd"):
+        raise DataError(f"{str(path)!r}: this pyarrow cannot read .zst; unpack the file, or save it as .gz")
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+
+
+def _not_utf8(what: str, error: UnicodeDecodeError) -> DataError:
+    """Return an error that names the encoding that the bytes look like."""
+    near = error.object[max(0, error.start - 10) : error.start + 10].decode("cp1252", "replace")
+    is_text = near.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable() and "\ufffd" not in near
+    looks = f"; it looks like Latin-1 (Windows-1252), where it reads {near!r}" if is_text else ""
+    return DataError(f"{what} is not UTF-8: {error}{looks}. Allowed: UTF-8; save it so")
+
+
+def plain(value: Any) -> Any:
+    """Return a cell's value in Python's own types, at any depth. No value (NaN, ``pandas.NA``, NaT) is None."""
+    kind = type(value)
+    if kind in _PYTHON_TYPES:
+        return value
+    if kind is float:
+        return value if value == value else None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return plain(value.tolist())
+    if kind.__name__ in ("NAType", "NaTType"):  # of pandas, which is not imported for this
+        return None
+    if package_of(value) == "pyarrow" and hasattr(value, "as_py"):
+        return plain(value.as_py())
+    return value
 
 
 def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Mapping):
-            yield number, row
+            try:
+                values = plain(row)
+            except RecursionError:
+                bad.reject(number, DataError(f"row {number} is nested too deeply"))
+                continue
+            yield number, values
             continue
         kind = type(row).__name__
         bad.reject(number, DataError(f"row {number} is a {kind} {short_repr(row, 60)}; allowed: a dict of columns"))
 
 
 def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
-    with open(path, "rb") as file:  # as bytes: text would also end lines at a lone \r
+    with _open(path) as file:  # as bytes: text would also end lines at a lone \r
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(f"{str(path)!r}, row {number} is not UTF-8: {error}") from None
+                raise _not_utf8(f"{str(path)!r}, row {number}", error) from None
             if not text.strip():
                 continue
             try:
@@ -133,48 +205,218 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
                 what = f"not JSON: {error}; got {text[:60].rstrip()!r}"
             else:
                 if isinstance(row, Mapping):
-                    yield number, row
+                    yield number, plain(row) if "NaN" in text else row
                     continue
                 what = f"{text[:60].rstrip()!r}; allowed: a JSON object"
             bad.reject(number, DataError(f"{str(path)!r}, row {number}: {what}"))
 
 
 def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
-    """Read a list of objects; an object that holds one (``{"data": [...]}``); or, misnamed, one object a line."""
-    text = path.read_text(encoding="utf-8-sig")
+    """Read the forms of :func:`_rows_in`; or, misnamed, one object a line."""
+    with _open(path) as file:
+        text = file.read().decode("utf-8-sig")
     try:
         value = parse_json(text)
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":
             return _jsonl_rows(path, bad)
         raise DataError(f"{str(path)!r} is not JSON: {error}") from None
-    if isinstance(value, Mapping):
-        (name, content), *others = value.items() or [("", None)]
-        is_row = others or name in ("messages", "conversations") or not isinstance(content, list)
-        value = [value] if is_row else content
-    if not isinstance(value, list):
-        raise DataError(f"{str(path)!r} holds a {type(value).__name__}; allowed: a list of objects")
-    return _numbered(value, bad)
+    try:
+        rows = _rows_in(value)
+    except DataError as error:
+        raise DataError(f"{str(path)!r} {error}") from None
+    return _numbered(rows, bad)
 
 
-def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pandas  # comes with datasets
+def _rows_in(value: Any) -> list[Any]:
+    """Return the rows in a JSON value.
+
+    [row, ...]                                            a list of rows
+    {"data": [row, ...], "version": ...}                  an object that holds one list of rows, also of "table" form
+    {"prompt": [...], "completion": [...]}                columns
+    {"prompt": {"0": ...}, "completion": {"0": ...}}      what DataFrame.to_json writes: "columns"
+    {"0": row, "1": row}, {"columns": [...], "data": ...} its "index" and "split"
+    row                                                   a single row
+    """
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, Mapping):
+        raise DataError(f"holds a {type(value).__name__}; allowed: a list of objects")
+    held = {key: item for key, item in value.items() if key not in _IN_A_ROW and _is_list_of_rows(item)}
+    if len(held) == 1:
+        return list(*held.values())
+    if held:
+        raise DataError(
+            f"holds several lists of objects: {', '.join(map(short_repr, held))}; allowed: one, a file each"
+        )
+    names, cells = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(cells, list) and value.keys() <= {"columns", "data", "index"}:
+        if not all(isinstance(row, list) and len(row) == len(names) for row in cells):
+            raise DataError(f"holds rows that are not lists of {len(names)} values, one for each of its 'columns'")
+        return [dict(zip(map(str, names), row, strict=True)) for row in cells]
+    if is_columnar(value):
+        return columnar_rows(value)
+    if value and all(isinstance(item, Mapping) for item in value.values()):
+        first, *others = value.values()
+        if first and all(key.isdigit() for key in first) and all(item.keys() == first.keys() for item in others):
+            return [{name: column[key] for name, column in value.items()} for key in first]
+        return list(value.values())
+    only = next(iter(value.values())) if len(value) == 1 else None
+    return only if only == [] else [value]
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    """Return whether a value is a list of objects that are rows, not the messages of a chat."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, Mapping) for item in value):
+        return False
+    return "role" not in value[0] and "from" not in value[0]
+
+
+def is_columnar(value: Mapping[Any, Any]) -> bool:
+    """Return whether a dict holds columns, lists of cells, and not one row. Messages (dicts) are no cells."""
+    columns = list(value.values())
+    return bool(columns) and all(
+        isinstance(column, (list, np.ndarray)) and len(column) and not isinstance(column[0], Mapping)
+        for column in columns
+    )
+
+
+def columnar_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of columns of equal length."""
+    if len(set(map(len, columns.values()))) > 1:
+        lengths = ", ".join(f"{short_repr(name, 40)} {len(column)}" for name, column in columns.items())
+        raise DataError(f"holds columns of different lengths: {lengths}; allowed: equal ones")
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _csv_rows(path: Path, separator: str, bad: BadRows) -> Iterator[NumberedRow]:
+    """Yield rows of text cells. Python's parser, unlike pandas', never shifts a row that has a field too many."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            filled = (fields for fields in lines if fields and not (len(fields) == 1 and fields[0].isspace()))
+            names = _column_names(path, next(filled, []), separator)
+            for number, fields in enumerate(filled, start=1):
+                if len(fields) == len(names):
+                    yield number, dict(zip(names, fields, strict=True))
+                else:
+                    bad.reject(number, _field_count_error(path, number, fields, names, separator))
+        except csv.Error as error:  # nothing after it can be trusted to start where a row starts
+            raise DataError(
+                f"{str(path)!r} is not a CSV table: {error} (line {lines.line_num}); allowed: a field with quotes or "
+                f'line breaks in double quotes, a quote inside it doubled: "say ""hi"""'
+            ) from None
+
+
+def _column_names(path: Path, header: list[str], separator: str) -> list[str]:
+    other = next((mark for mark in _SEPARATORS if mark != separator and len(header) == 1 and mark in header[0]), None)
+    if other:
+        raise DataError(
+            f"{str(path)!r} has one column, {short_repr(header[0], 60)}: its fields are separated by "
+            f"{_SEPARATORS[other]}; allowed: {_SEPARATORS[separator]} (.csv: commas, .tsv: tabs)"
+        )
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]  # as pandas names them
+    _check_unique(str(path), names)
+    return names
+
+
+def _check_unique(what: str, names: Iterable[Any]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{what!r} has several columns of the name {short_repr(twice[0], 60)}; allowed: one each")
+
+
+def _field_count_error(path: Path, number: int, fields: list[str], names: list[str], separator: str) -> DataError:
+    mark = _SEPARATORS[separator].removesuffix("s")
+    if len(fields) < len(names):
+        cause = "a field is missing, or an unquoted line break cut the row"
+    elif fields[len(names) :] == [""] * (len(fields) - len(names)):
+        cause = f"the line ends in a {mark}"
+    else:
+        cause = f"an unquoted {mark} in a field"
+    return DataError(
+        f"{str(path)!r}, row {number}: {len(fields)} fields, the header has {len(names)} "
+        f"({short_repr(separator.join(names), 60)}): {cause}? Allowed: as many as the header; a field with a {mark} "
+        f"or line break in double quotes. Got {short_repr(separator.join(fields), 60)}"
+    )
+
+
+def _without_format(dataset: Any) -> Any:
+    """Return a ``datasets.Dataset`` whose rows are Python's values, with the columns that its format shows."""
+    format = getattr(dataset, "format", None)
+    if not isinstance(format, dict) or format["type"] in (None, "custom"):
+        return dataset
+    return dataset.with_format(None, columns=format["columns"])
+
+
+def _frame_rows(frame: Any) -> Iterator[Mapping[str, Any]]:
+    if any(name is not None for name in frame.index.names):  # a named index is a column that was set aside
+        try:
+            frame = frame.reset_index()
+        except ValueError as error:
+            raise DataError(f"the DataFrame's index cannot become a column: {error_line(error)}") from None
+    _check_unique("the DataFrame", frame.columns)
+    for start in range(0, len(frame), _ROWS_AT_ONCE):
+        yield from frame.iloc[start : start + _ROWS_AT_ONCE].to_dict("records")
+
+
+def _arrow_rows(table: Any, what: str = "the table") -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of anything that gives an Arrow stream: a table of pyarrow, polars or duckdb."""
+    from pyarrow import ArrowException, RecordBatchReader  # comes with datasets
 
     try:
-        with pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=_ROWS_AT_ONCE) as tables:
-            for table in tables:
-                yield from table.to_dict("records")
-    except ValueError as error:
-        raise DataError(f"{str(path)!r} is not a CSV table: {error}") from None
+        reader = table if isinstance(table, RecordBatchReader) else RecordBatchReader.from_stream(table)
+        _check_unique(what, reader.schema.names)
+        for batch in reader:
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+    except DataError:
+        raise
+    except (*_TABLE_ERRORS, ArrowException) as error:
+        raise DataError(f"{what!r} is not an Arrow table that can be read: {error_line(error)}") from None
+
+
+def _table_bytes(path: Path) -> Any:
+    """Return a file for Arrow: mapped into memory, or unpacked."""
+    import pyarrow
+
+    if not file_kind(path)[1]:
+        return pyarrow.memory_map(str(path))
+    with _open_binary(path) as file:
+        return pyarrow.BufferReader(file.read())
+
+
+def _arrow_file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Read both of Arrow's formats: the stream, which ``datasets`` writes, and the file."""
+    from pyarrow import ArrowException, RecordBatchReader, ipc
+
+    try:
+        with _table_bytes(path) as file:
+            is_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            if is_stream:
+                table = ipc.open_stream(file)
+            else:
+                stored = ipc.open_file(file)
+                batches = (stored.get_batch(i) for i in range(stored.num_record_batches))
+                table = RecordBatchReader.from_batches(stored.schema, batches)
+            yield from _arrow_rows(table, str(path))
+    except DataError:
+        raise
+    except (*_TABLE_ERRORS, ArrowException) as error:
+        raise DataError(f"{str(path)!r} is not an Arrow table that can be read: {error_line(error)}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    from pyarrow import ArrowException, parquet  # comes with datasets
+    from pyarrow import ArrowException, parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(_table_bytes(path)) as file:
+            _check_unique(str(path), file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
-    # Not only Arrow's own errors: Python cannot hold all of its values (text that is not UTF-8, dates past 9999).
-    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError, ArrowException) as error:
+    except DataError:
+        raise
+    except (*_TABLE_ERRORS, ArrowException) as error:
         raise DataError(f"{str(path)!r} is not a Parquet table that can be read: {error_line(error)}") from None

@@ -1,19 +1,27 @@
 """Every kind of source gives the same chats; a row that cannot be read or trained on is named, or skipped."""
 
+import bz2
 import csv
+import gzip
 import json
 import logging
-import socket
+import lzma
+import math
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
 
 import datasets
-import huggingface_hub.constants
+import numpy as np
+import pandas
 import pyarrow
 import pytest
 from conftest import chat_rows, make_tokenizer
-from pyarrow import parquet
+from pyarrow import feather, ipc, parquet
 
 from phi3lora.data.dataset import ChatDataset
-from phi3lora.data.rows import SUFFIXES, BadRows, read_rows
+from phi3lora.data.rows import COMPRESSIONS, SUFFIXES, BadRows, read_rows
 from phi3lora.errors import DataError
 
 TOKENIZER = make_tokenizer()
@@ -37,11 +45,37 @@ def written(path, content):
     return path
 
 
-def write_csv(path):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+def write_csv(path, delimiter=",", encoding="utf-8"):
+    with path.open("w", newline="", encoding=encoding) as file:
+        table = csv.writer(file, delimiter=delimiter)
         table.writerow(["id", "messages"])
         table.writerows([i, json.dumps(row["messages"])] for i, row in enumerate(ROWS))
+    return path
+
+
+IDS = list(range(len(ROWS)))
+TABLE = pyarrow.Table.from_pylist(ROWS)
+FRAME = pandas.DataFrame(ROWS)
+
+
+class ArrowStream:
+    """What polars and duckdb give: a table that is known by Arrow's protocol only."""
+
+    def __init__(self, table):
+        self._table = table
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return self._table.__arrow_c_stream__(requested_schema)
+
+
+def write_stream(path):
+    with ipc.new_stream(path, TABLE.schema) as file:
+        file.write_table(TABLE)
+    return path
+
+
+def to_json(path, orient):
+    FRAME.to_json(path, orient=orient)
     return path
 
 
@@ -56,9 +90,26 @@ WRITERS = {
     "data.json": lambda path: written(path, json.dumps({"data": ROWS})),
     "misnamed_jsonl.json": lambda path: written(path, JSONL),
     "chats.csv": write_csv,
-    "chats.parquet": lambda path: parquet.write_table(pyarrow.Table.from_pylist(ROWS), path) or path,
+    "byte_order_mark.csv": lambda path: write_csv(path, encoding="utf-8-sig"),
+    "chats.tsv": lambda path: write_csv(path, "\t"),
+    "chats.parquet": lambda path: parquet.write_table(TABLE, path) or path,
+    "file.arrow": lambda path: feather.write_feather(TABLE, path, compression="uncompressed") or path,
+    "stream.arrow": lambda path: write_stream(path),
+    "several.json": lambda path: written(path, json.dumps({"version": "1.0", "data": ROWS, "license": None})),
+    "columnar.json": lambda path: written(path, json.dumps({"id": IDS, "messages": [r["messages"] for r in ROWS]})),
+    "columns.json": lambda path: FRAME.to_json(path) or path,  # pandas' own default
+    **{f"{orient}.json": partial(to_json, orient=orient) for orient in ("records", "index", "split", "table")},
 }
 OBJECTS = {
+    "DataFrame": lambda: FRAME,
+    "DataFrame with a named index": lambda: FRAME.assign(a=1).set_index("messages"),
+    "Table": lambda: TABLE,
+    "Arrow stream of another library": lambda: ArrowStream(TABLE),
+    "formatted Dataset": lambda: datasets.Dataset.from_list(ROWS).with_format("numpy"),
+    "Dataset as pandas": lambda: datasets.Dataset.from_list(ROWS).with_format("pandas"),
+    "columns": lambda: {"messages": [row["messages"] for row in ROWS], "id": IDS},
+    "numpy arrays in cells": lambda: [{"messages": np.array(row["messages"])} for row in ROWS],
+    "tuple": lambda: tuple(ROWS),
     "list": lambda: ROWS,
     "generator": lambda: (row for row in ROWS),
     "Dataset": lambda: datasets.Dataset.from_list(ROWS),
@@ -72,20 +123,42 @@ def test_every_file_form_gives_the_documents_of_the_list_of_dicts(name, tmp_path
     assert list(load(WRITERS[name](tmp_path / name))) == list(load(ROWS))
 
 
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def packed(path, compression):
+    content = path.read_bytes()
+    if compression == ".zst":
+        content = pyarrow.compress(content, codec="zstd", asbytes=True)
+    else:
+        content = PACKERS[compression](content)
+    return written(path.with_name(path.name + compression.upper()), content)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow"])
+def test_a_packed_file_gives_the_documents_of_the_file(name, compression, tmp_path):
+    writer = {"a.jsonl": "chats.jsonl", "a.json": "list.json", "a.arrow": "stream.arrow"}.get(name, f"chats{name[1:]}")
+    path = packed(WRITERS[writer](tmp_path / name), compression)
+    assert list(load(path)) == list(load(ROWS))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_packed_file_that_is_cut_or_not_packed_is_refused_by_name(compression, tmp_path):
+    path = packed(written(tmp_path / "a.jsonl", JSONL), compression)
+    for content in (path.read_bytes()[:-9], JSONL.encode()):
+        assert "a.jsonl" in refusal(written(path, content))
+
+
+def test_zstd_without_its_codec_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    path = packed(written(tmp_path / "a.jsonl", JSONL), ".zst")
+    monkeypatch.setattr(pyarrow, "Codec", SimpleNamespace(is_available=lambda name: False))
+    assert "unpack the file" in refusal(path)
+
+
 @pytest.mark.parametrize("name", OBJECTS)
 def test_every_object_form_gives_the_documents_of_the_list_of_dicts(name):
     assert list(load(OBJECTS[name]())) == list(load(ROWS))
-
-
-def test_a_dataset_dict_gives_the_split_asked_for_and_lists_its_splits_otherwise():
-    splits = datasets.DatasetDict(
-        {"train": datasets.Dataset.from_list(ROWS[:4]), "test": datasets.Dataset.from_list(ROWS[4:])}
-    )
-    assert list(load(splits)) == list(load(ROWS[:4]))
-    assert list(load(splits, split="test")) == list(load(ROWS[4:]))
-    message = refusal(splits, split="validation")
-    assert "'validation'" in message
-    assert "'train', 'test'" in message
 
 
 def test_plain_columns_of_a_csv_are_text_whatever_they_look_like(tmp_path):
@@ -95,7 +168,16 @@ def test_plain_columns_of_a_csv_are_text_whatever_they_look_like(tmp_path):
     assert list(load(str(path))) == list(load(expected))
 
 
-@pytest.mark.parametrize("row", [ROWS[0], {"prompt": "a", "completion": "b"}], ids=["one column", "two columns"])
+SINGLE = {
+    "one column": ROWS[0],
+    "two columns": {"prompt": "a", "completion": "b"},
+    "lists of messages": {"prompt": ROWS[0]["messages"][:1], "completion": ROWS[0]["messages"][1:2]},
+    "messages and text": {"prompt": ROWS[0]["messages"][:1], "completion": "b"},
+    "messages and tools": {"messages": ROWS[0]["messages"], "meta": {"tools": [{"name": "f"}]}},
+}
+
+
+@pytest.mark.parametrize("row", SINGLE.values(), ids=SINGLE)
 def test_a_json_file_with_a_single_row_is_a_dataset_of_one(row, tmp_path):
     """One line of JSONL, misnamed: its list of messages is a chat, not a list of rows."""
     assert list(load(written(tmp_path / "one.json", json.dumps(row)))) == list(load([row]))
@@ -121,21 +203,140 @@ def refused_files():
         yield "odd.json", text, ["allowed"]
     for name in ("deep.json", "deep.jsonl"):
         yield name, "[" * 100_000 + "]" * 100_000, [name]
+    for name in ("utf16.jsonl", "utf16.json", "utf16.csv"):
+        for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+            yield name, JSONL.encode(encoding), [name, "UTF-16", "UTF-8"]
+    yield "utf32.csv", "prompt,completion\na,b\n".encode("utf-32"), ["utf32.csv", "UTF-32"]
+    yield "row.jsonl", JSONL.encode() + '{"prompt": "café"}'.encode("latin-1"), ["row 8", "Latin-1", "café"]
     latin = {"csv": 'prompt,completion\n"café",b\n', "json": '{"prompt": "café", "completion": "b"}\n'}
     for name in ("latin.jsonl", "latin.json", "latin.csv"):
-        yield name, latin["csv" if name.endswith("csv") else "json"].encode("latin-1"), [name, "0xe9"]
+        yield (
+            name,
+            latin["csv" if name.endswith("csv") else "json"].encode("latin-1"),
+            [name, "0xe9", "Latin-1", "café"],
+        )
     yield "chats.txt", JSONL, ["chats.txt", *SUFFIXES]
     yield "chats", JSONL, ["chats", *SUFFIXES]
     for name, text in (("a.jsonl", "\n \n"), ("a.json", "[]"), ("a.csv", "prompt,completion\n"), ("b.csv", "")):
         yield name, text, [name]
     yield "broken.parquet", b"PAR1 but not really", ["broken.parquet", "Parquet"]
     yield "open.csv", 'prompt,completion\na,b\n"c,d\n', ["open.csv"]
+    yield "quotes.csv", 'prompt,completion\n"say "hi"",b\n', ["quotes.csv", "line 2", '""hi""']
+    yield "twice.csv", "prompt,completion,prompt\na,b,c\n", ["twice.csv", "'prompt'"]
+    yield "semicolons.csv", "prompt;completion\na;b\n", ["semicolons.csv", "'prompt;completion'", "semicolons"]
+    yield "tabs.csv", "prompt\tcompletion\na\tb\n", ["tabs.csv", "tabs", ".tsv"]
+    yield "commas.tsv", "prompt,completion\na,b\n", ["commas.tsv", "commas", ".csv"]
+    yield (
+        "lengths.json",
+        '{"prompt": ["a", "b"], "completion": ["c"]}',
+        ["lengths.json", "'prompt' 2", "'completion' 1"],
+    )
+    yield "lists.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', ["lists.json", "'train', 'test'"]
+    yield "split.json", '{"columns": ["prompt", "completion"], "data": [["a"]]}', ["split.json", "2 values"]
+    yield "broken.arrow", b"ARROW1 but not really", ["broken.arrow", "Arrow"]
+    yield "empty.arrow", b"", ["empty.arrow"]
 
 
 @pytest.mark.parametrize(("name", "content", "words"), list(refused_files()), ids=lambda value: str(value)[:20])
 def test_a_file_that_cannot_be_read_is_refused_with_its_name_or_row(name, content, words, tmp_path):
     message = refusal(written(tmp_path / name, content))
     assert all(word in message for word in words), message
+
+
+SHIFTED = {
+    "an unquoted comma in row 1": ("prompt,completion\nHi?,Hello, friend.\nBye?,See you.\n", 1, "3 fields", "unquoted"),
+    "an unquoted comma in row 2": ("prompt,completion\nHi?,Hello.\nBye?,See you, friend.\n", 2, "3 fields", "unquoted"),
+    "two commas": ("prompt,completion\nHi?,Hello.\n\nBye?,See, you, friend.\n", 2, "4 fields", "unquoted"),
+    "a comma at each line's end": (
+        "prompt,completion\nHi?,Hello.,\nBye?,See you.,\n",
+        1,
+        "3 fields",
+        "ends in a comma",
+    ),
+    "no last field": ("prompt,completion\nHi?,Hello.\nBye?\n", 2, "1 fields", "missing"),
+    "no field of three": ("instruction,input,output\nTranslate,Katze\nGo on,,Yes.\n", 1, "2 fields", "missing"),
+    "one column": ("text\nHello, you\n<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n", 1, "2 fields", "unquoted"),
+}
+
+
+@pytest.mark.parametrize(("text", "row", "count", "cause"), SHIFTED.values(), ids=SHIFTED)
+def test_a_csv_row_with_more_or_fewer_fields_than_the_header_is_a_bad_row(text, row, count, cause, tmp_path):
+    path = written(tmp_path / "shifted.csv", text)
+    message = refusal(path)
+    assert all(word in message for word in ("shifted.csv", f"row {row}:", count, cause, "header")), message
+    bad = BadRows("skip")
+    header, kept = text.split("\n")[0].split(","), [row for _, row in read_rows(path, bad)]
+    assert row in bad.numbers
+    assert all(list(row) == header and None not in row.values() for row in kept)
+
+
+def test_quoted_csv_fields_hold_commas_line_ends_quotes_and_any_length(tmp_path):
+    answer = 'a, "b"\n\nc;\td' + "x" * 200_000
+    path = tmp_path / "quoted.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([["prompt", "completion"], [answer, answer], [], ["  "], ["second", ""]])
+    rows = [(1, {"prompt": answer, "completion": answer}), (2, {"prompt": "second", "completion": ""})]
+    assert list(read_rows(path, BadRows("error"))) == rows
+
+
+def test_csv_columns_without_a_name_are_named_as_pandas_names_them(tmp_path):
+    path = written(tmp_path / "index.csv", ",prompt,completion,\n0,a,b,\n")
+    expected = {"Unnamed: 0": "0", "prompt": "a", "completion": "b", "Unnamed: 3": ""}
+    assert list(read_rows(path, BadRows("error"))) == [(1, expected)]
+    assert list(load(path)) == list(load([{"prompt": "a", "completion": "b"}]))
+
+
+NO_VALUE = {"NaN": math.nan, "pandas.NA": pandas.NA, "NaT": pandas.NaT, "numpy's NaN": np.float32("nan")}
+
+
+@pytest.mark.parametrize("value", NO_VALUE.values(), ids=NO_VALUE)
+def test_nan_and_its_kin_are_no_value_at_any_depth(value):
+    row = {"instruction": "Hi", "input": value, "output": "Hello", "more": {"a": [value, 1.5, (value,)]}}
+    expected = {"instruction": "Hi", "input": None, "output": "Hello", "more": {"a": [None, 1.5, [None]]}}
+    assert list(read_rows([row], BadRows("error"))) == [(1, expected)]
+    assert list(load([row])) == list(load([expected]))
+
+
+def test_a_frame_with_missing_cells_is_read_as_the_rows_without_them(tmp_path):
+    path = written(tmp_path / "a.csv", "instruction,input,output\nTranslate,Bonjour,Hello\nSay hi,,Hi\n")
+    expected = list(load(path))
+    for frame in (pandas.read_csv(path), pandas.read_csv(path, dtype_backend="numpy_nullable")):
+        assert list(load(frame)) == list(load(frame.to_dict("records"))) == expected
+        frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+        assert list(load(tmp_path / "a.jsonl")) == expected
+    nan = written(tmp_path / "nan.jsonl", '{"instruction": "Say hi", "input": NaN, "output": "Hi"}')
+    assert list(load(nan)) == expected[1:]
+
+
+def test_numpy_values_become_python_s():
+    row = {"a": np.str_("x"), "b": np.array([[1, 2]]), "c": np.int64(3), "d": np.array(["x", None], dtype=object)}
+    assert list(read_rows([row], BadRows("error"))) == [(1, {"a": "x", "b": [[1, 2]], "c": 3, "d": ["x", None]})]
+    ((_, values),) = read_rows([row], BadRows("error"))
+    assert [type(value) for value in values.values()] == [str, list, int, list]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pandas.DataFrame([["a", "b", "c"]], columns=["prompt", "completion", "prompt"]),
+        pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "prompt"]),
+    ],
+    ids=["DataFrame", "Table"],
+)
+def test_a_table_with_two_columns_of_a_name_is_refused(table):
+    assert "'prompt'" in refusal(table)
+
+
+def test_pandas_is_not_imported_for_a_csv(tmp_path):
+    path = write_csv(tmp_path / "a.csv")
+    probe = (
+        "import sys\nfrom pathlib import Path\nfrom phi3lora.data.rows import BadRows, read_rows\n"
+        "before = 'pandas' in sys.modules\n"
+        f"assert len(list(read_rows(Path({str(path)!r}), BadRows('error')))) == 7\n"
+        "assert before or 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True)
 
 
 @pytest.mark.parametrize(
@@ -167,37 +368,6 @@ def test_a_source_without_usable_rows_is_a_data_error(source, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("name", ["nobody/no-such-dataset", "./no_folder"])
-def test_a_hub_name_offline_is_a_data_error_and_no_connection_is_tried(name, monkeypatch, tmp_path):
-    connections = []
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # both are read once, at import
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: connections.append(a) or [])
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: connections.append(address))
-    message = refusal(name, split="validation")
-    assert name in message
-    assert "'validation'" in message
-    assert connections == []
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_name_is_asked_for_with_its_split_and_revision(monkeypatch, streaming):
-    asked = {}
-
-    def fake(name, **options):
-        asked.update(options, name=name)
-        dataset = datasets.Dataset.from_list(ROWS)
-        return dataset.to_iterable_dataset() if streaming else dataset
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    chats = load("someone/chats", split="train_sft", revision="abc", streaming=streaming)
-    assert list(chats.first_window) == list(load(ROWS))
-    assert asked == {"name": "someone/chats", "split": "train_sft", "revision": "abc", "streaming": streaming}
-
-
 # Rows that cannot be trained on.
 
 GOOD = {"prompt": "What is 2 + 2?", "completion": "4, as ever."}
@@ -205,6 +375,7 @@ BAD = {
     "not JSON": "{'prompt': 1}",
     "a list": "[1, 2]",
     "no completion": json.dumps({"prompt": "What?"}),
+    "deep": '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "nothing supervised": '{"prompt": "a", "completion": [{"role": "assistant", "content": "b", "train": false}]}',
 }
 
