@@ -48,6 +48,7 @@ _KEYS = frozenset({"tools", "tool_calls", "function_call"})
 _PROBE = "probe_eborp"
 _TOOL = {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
 _CALL = {"id": "call00001", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
+_PROBES = json.dumps([_TOOL, _CALL])
 _SYSTEM: Message = {"role": "system", "content": "system"}
 _QUESTION: Message = {"role": "user", "content": "question"}
 _ANSWER: Message = {"role": "assistant", "content": "answer"}
@@ -84,10 +85,15 @@ class ToolStyle:
         result: Message = {"role": "tool", "content": _PROBE}
         self._takes_results = _PROBE in self._try([_QUESTION, {**call, "content": "call"}, result, _ANSWER])
 
-        # What values must not spell. Protected tokens in a call are harmless: the call becomes a content.
-        around_tools = _tokens_in("".join([*with_tools, with_own_tools]), added_tokens)
-        self._not_in_tools = _any_of({*protected, *around_tools})
-        self._not_in_calls = _any_of({CALL, CALL_END, *_tokens_in(with_call, added_tokens)} - {*protected})
+        # What values must not spell: what the template writes around them. A call becomes a content, which protects the
+        # protected tokens itself.
+        plain = self._try(chat) + self._try([_SYSTEM, *chat])
+
+        def around(*texts: str) -> set[str]:
+            return {token for token in added_tokens if token in "".join(texts) and token not in plain + _PROBES}
+
+        self._not_in_tools = _any_of({*protected, *around(*with_tools, with_own_tools)})
+        self._not_in_calls = _any_of({CALL, CALL_END, *around(with_call)} - {*protected})
 
     def _try(self, messages: list[Message], tools: Any = None) -> str:
         try:
@@ -282,12 +288,6 @@ def _drop_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _drop_none(v) for k, v in value.items() if v is not None}
     return [_drop_none(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _tokens_in(text: str, tokens: Collection[str]) -> set[str]:
-    """Return the tokens that a template wrote into ``text``, other than those that the probes spell."""
-    probes = _to_json([_TOOL, _CALL, _SYSTEM, _QUESTION, _ANSWER], "")
-    return {token for token in tokens if token in text and token not in probes}
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:

@@ -155,3 +155,26 @@ def test_thoughts_that_the_template_cuts_out_of_the_history_are_refused(train_on
 def test_a_prompt_that_begins_the_thought_for_the_answer_is_refused():
     with pytest.raises(p3.DataError, match=r"row 1: .*differently when generating"):
         load(chat("6 x 7?", THOUGHT), reasoning("begun", special=False))
+
+
+@pytest.mark.parametrize("name", ["replaced", "mini"])
+def test_a_thought_in_a_key_of_its_own_is_refused_by_name(name):
+    row = chat("6 x 7?", "42.")
+    row["messages"][1]["reasoning_content"] = "6 times 7?"
+    with pytest.raises(p3.DataError, match=r"row 1: .*'reasoning_content'"):
+        load(row, reasoning(name, special=False))
+
+
+def test_mini_reasoning_takes_tools_as_phi4_mini_does():
+    tokenizer = reasoning("mini", special=False)
+    row = {**chat("6 x 7?", "<think>call</think>"), "tools": [{"name": "product"}]}
+    row["messages"][1]["tool_calls"] = [{"name": "product", "arguments": {"a": 6, "b": 7}}]
+    text, ids = trained(row, tokenizer)
+    assert (
+        text
+        == '<think>call</think><|tool_call|>[{"name": "product", "arguments": {"a": 6, "b": 7}}]<|/tool_call|><|end|>'
+    )
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|tool_call|>")) == 1
+    assert tokenizer.decode(load(row, tokenizer)["input_ids"]).startswith(
+        f'<|system|>{BUILT_IN} <|tool|>[{{"name": "product"}}]<|/tool|><|end|>'
+    )
