@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
+from ..data.turns import read_turns
 from ..errors import DataError
 from ..model.forward import eval_mode
 from ..model.load import longrope_boundary, model_device
@@ -71,13 +72,21 @@ def generate(
 
         decoder: Any = encoder  # of a tokenizer, a streamer uses decode alone
         options["streamer"] = TextStreamer(decoder, skip_prompt=True)
-    prompts = [encoder.prompt_ids(Chat(chat, tools)) for chat in chats]
+    prompts = [_prompt_ids(encoder, chat, tools, i) for i, chat in enumerate(chats, 1)]
     device = model_device(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size, options)
     return answers if is_list else answers[0]
+
+
+def _prompt_ids(encoder: ChatEncoder, chat: list[dict[str, Any]], tools: Any, number: int) -> list[int]:
+    """Return the tokens of a prompt, read as a training row is."""
+    try:
+        return encoder.prompt_ids(Chat(read_turns(chat, 0, "prompt"), tools))
+    except DataError as error:
+        raise DataError(str(error).replace("row 0", f"prompt {number}", 1)) from error
 
 
 def generate_answers(

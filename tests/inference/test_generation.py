@@ -172,8 +172,25 @@ def test_tools_go_to_each_of_several_prompts_and_are_refused_where_nothing_rende
     calls = record_calls(model)
     p3.generate(model, tokenizer, PROMPTS, tools=[STOCK], max_new_tokens=1)
     assert all(tokenizer.decode(ids).count("<|tool|>[") == 1 for ids in calls[0]["input_ids"])
-    with pytest.raises(p3.DataError, match="'tools', which the chat template does not render"):
+    with pytest.raises(p3.DataError, match=r"^prompt 1: 'tools', which the chat template does not render"):
         p3.generate(model, TOKENIZER, "Hi", tools=[STOCK])
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_messages_are_read_as_those_of_a_training_row(content):
+    tokenizer, model = tool_tokenizer(), confident_model()
+    calls = record_calls(model)
+    chat = [*user("How many?"), {**CALLED, "content": content}, {"role": "tool", "tool_call_id": "1", "content": "7"}]
+    row = {"messages": [*chat, {"role": "assistant", "content": "7."}], "tools": [STOCK]}
+    document = p3.ChatDataset.load([row], tokenizer, max_length=512, train_on="last")[0]
+    start = next(i for i, label in enumerate(document["labels"]) if label != -100)
+    same = [{"from": "human", "value": "How many?"}, {"from": "function_call", "value": json.dumps(CALL["function"])},
+            {"from": "observation", "value": "7"}]  # fmt: skip
+    for prompt in (chat, same, [chat]):
+        p3.generate(model, tokenizer, prompt, tools=[STOCK], max_new_tokens=1)
+        assert calls.pop()["input_ids"][0].tolist() == document["input_ids"][:start]
+    with pytest.raises(p3.DataError, match=r"^prompt 2: role 'root'; allowed"):
+        p3.generate(model, tokenizer, [chat, [{"role": "root", "content": "Hi"}]])
 
 
 # --- Forms of a prompt
