@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import DataError, short_repr
-from .turns import ROLES, Message, has_call, is_empty
+from .turns import ROLES, Message, is_empty
 
 _REJECTED = ("rejected", "rejected_response", "rejected_responses", "rejected_messages")
 _LABELS = ("label", "kto_tag")
@@ -111,8 +111,6 @@ def advice_about(messages: Sequence[Message]) -> set[str]:
                     f"an answer ends in {found!r}, which is trained as part of the answer, and the template adds its "
                     f"own end of turn: remove it from the rows"
                 )
-            if not end and not has_call(message):
-                advice.add("an answer is empty, so that the model learns to end its turn at once")
             if content[:2] == "<|" and content.startswith(_ROLE_STARTS):
                 advice.add("an answer starts with a role marker, which is trained as text: pass the bare answer")
             continue
