@@ -46,9 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", default="microsoft/Phi-3-mini-4k-instruct", help="hub name or folder")
     run = argparse.ArgumentParser(add_help=False, parents=[model])  # what doctor and train share
     run.add_argument(
-        "--data", required=True, nargs="+", action="extend", help="files, folders or hub datasets; several are joined"
+        "--data",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="files, folders, patterns or hub datasets; several are joined",
     )
-    run.add_argument("--split", default="train", help="split of a dataset: train, train[:10%%]")
+    run.add_argument("--split", default="train", help="split or part of one: train, train[:10%%], train+test")
+    run.add_argument("--name", "--config-name", metavar="NAME", help="configuration of a hub dataset")
     run.add_argument("--format", default="auto", help="messages, sharegpt, alpaca, prompt_completion or text")
     run.add_argument(
         "--columns", nargs="+", action="extend", default=[], metavar="OURS=YOURS", help="prompt=question for instance"
@@ -123,15 +128,15 @@ def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatD
 def _load_data(options: argparse.Namespace) -> tuple[ChatDataset, ChatDataset | None]:
     """Return the training data and the held-out data."""
     columns = _parse_columns(options.columns)
-    known_format(options.format)
-    check_columns(columns)
-    for source in options.data:  # a missing one is refused before the tokenizer is downloaded
-        find_sources(source, options.split)
+    check_columns(columns, known_format(options.format))
+    source = options.data if len(options.data) > 1 else options.data[0]
+    find_sources(source, options.split, options.name)  # a missing one is refused before a tokenizer is downloaded
     chats = ChatDataset.load(
-        options.data if len(options.data) > 1 else options.data[0],
+        source,
         load_tokenizer(options.model),
         max_length=options.max_length,
         split=options.split,
+        name=options.name,
         format=options.format,
         columns=columns,
         overflow=options.overflow,

@@ -128,6 +128,7 @@ COLUMNS = ["--columns", "prompt=question", "completion=reply"]
         ([*COLUMNS, "--format", "prompt_completion"], {}),
         ([*COLUMNS, "--train-on", "all"], {"train_on": "all"}),
         ([*COLUMNS, "--overflow", "split"], {"overflow": "split"}),
+        ([*COLUMNS, "--split", "train[50%:]"], {"split": "train[50%:]"}),
     ],
     ids=str,
 )
@@ -137,6 +138,15 @@ def test_the_options_of_the_data_are_those_of_load(data, loaded, options, expect
     columns = {"prompt": "question", "completion": "reply"}
     alone = p3.ChatDataset.load("a.jsonl", tokenizer, max_length=64, columns=columns, **expected)
     assert loaded[0].fingerprint() == alone.fingerprint()
+
+
+@pytest.mark.parametrize("options", [["--data", "a.jsonl", "b.jsonl"], ["--data", "a.jsonl", "--data", "b.jsonl"]])
+def test_several_sources_are_joined_in_their_order(data, loaded, options):
+    assert main([*DOCTOR, "--model", str(p3.demo.BASE), *options, *COLUMNS]) == 0
+    _, tokenizer, _, _ = p3.demo.load()
+    columns = {"prompt": "question", "completion": "reply"}
+    each = [p3.ChatDataset.load(f"{n}.jsonl", tokenizer, max_length=64, columns=columns) for n in ("a", "b")]
+    assert list(loaded[0]) == [document for chats in each for document in chats]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +159,8 @@ def test_the_options_of_the_data_are_those_of_load(data, loaded, options, expect
         (["--data", "a.jsonl", "--columns", "prompt"], "--columns 'prompt'; allowed: OURS=YOURS"),
         (["--data", "a.jsonl", "--columns", "prompt=a", "prompt=b"], "--columns 'prompt=b'; allowed"),
         (["--data", "a.jsonl", "--columns", "prompt=question", "completion=answer"], "'answer'"),
+        (["--data", "a.jsonl", "--split", "test", *COLUMNS], "no split 'test'"),
+        (["--data", "a.jsonl", "--name", "main", *COLUMNS], "name='main' is for a dataset of the hub"),
         (["--data", "a.jsonl", "--format", "chats", *COLUMNS], "format='chats'; allowed"),
         (["--data", "a.jsonl", "--train-on", "answers", *COLUMNS], "train_on='answers'; allowed"),
         (["--data", "a.jsonl", "--overflow", "drop", *COLUMNS], "overflow='drop'; allowed"),
