@@ -145,8 +145,8 @@ class ContentTokenizer:
                     tokens = [(i, piece.start, piece.stop) for i in piece.ids]
                 else:
                     encoding, shift = next(encodings), piece.start - len(piece.prefix)
-                    tokens = [
-                        (i, max(piece.start, start + shift), stop + shift)
+                    tokens = [  # a space in front stands for the first character
+                        (i, max(piece.start, start + shift), max(piece.start + 1, stop + shift))
                         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
                     ]
                 for i, start, stop in tokens:

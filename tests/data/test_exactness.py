@@ -9,7 +9,7 @@ from itertools import groupby
 
 import pytest
 from family import MEMBERS, full_tables, make_tokenizer
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -287,6 +287,9 @@ def test_the_template_s_own_rendering_read_as_text_gives_the_same_documents(case
         ordinary(case, character), st.lists(st.sampled_from([*SPACES, "x", "42"]), max_size=4).map("".join)
     )
     messages = data.draw(chats(case, contents, unanswered=False))
+    # Where each content starts with a line end, a text of these could be in Phi-3's style.
+    starts = [message["content"].startswith(("\n", "\r\n")) for message in messages if message["content"]]
+    assume(case.name not in ("phi-4", "phi-4-mini") or not starts or not all(starts))
     text = case.tokenizer.apply_chat_template(messages, tokenize=False)
     loaded = [
         ChatDataset.load([row], case.tokenizer, max_length=4096, format=name)[0]

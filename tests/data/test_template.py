@@ -4,7 +4,7 @@ from itertools import groupby
 
 import pytest
 from conftest import PHI3_TEMPLATE, chat_rows, make_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 from transformers import ByT5Tokenizer
 
 from phi3lora.data.findings import Findings
