@@ -219,8 +219,11 @@ def _tools(values: Mapping[str, Any], number: int) -> Any:
         tools = values.get(name)
         if isinstance(tools, str):
             tools = json_of(tools, number, repr(name), allowed) if tools.strip() else None
-        if not is_empty(tools):
-            found.append(tools)
+        if is_empty(tools):
+            continue
+        if not isinstance(tools, (list, tuple, Mapping)):
+            raise DataError(f"row {number}: {name!r} is {short_repr(tools, 60)}; allowed: {allowed}")
+        found.append(tools)
     if len(found) > 1 and found[0] != found[1]:
         raise DataError(f"row {number}: the columns 'tools' and 'functions' differ; allowed: one of the two")
     return found[0] if found else None

@@ -153,12 +153,11 @@ def has_call(turn: Mapping[str, Any]) -> bool:
 def _add_doubles(message: Message, turn: Mapping[str, Any], role_key: str, content_key: str, number: int) -> None:
     """Keep what a turn says twice (``role`` and ``from``, ``content`` and ``value``); refuse what contradicts."""
     for key in (*_ROLE_KEYS, *_CONTENT_KEYS):
-        value = turn.get(key)
-        if key in (role_key, content_key) or is_empty(value) or value == turn.get(content_key):
+        value, used = turn.get(key), role_key if key in _ROLE_KEYS else content_key
+        if key == used or is_empty(value) or (isinstance(value, str) and value == turn[used]):
             continue
         role = ROLES.get(value.lower()) if key in _ROLE_KEYS and isinstance(value, str) else None
         if key == "value" or role not in (None, message["role"]):
-            used = content_key if key == "value" else role_key
             both = f"{used!r} is {short_repr(turn[used], 60)} and {key!r} is {short_repr(value, 60)}"
             raise DataError(f"row {number}: a turn says two things: {both}; allowed: one of the two keys")
         if role is None:

@@ -162,6 +162,7 @@ def test_every_format_has_tools_as_a_list_or_as_json(name, column):
     for empty in (None, "", "[]", [], float("nan"), " "):
         assert to_chat({**ROWS[name], column: empty}, name, 1).tools is None
     assert f"row 7: {column!r} is text but not JSON" in refusal({**ROWS[name], column: "stock, price"}, name)
+    assert f"row 7: {column!r} is 5" in refusal({**ROWS[name], column: 5}, name)
     assert "differ" in refusal({**ROWS[name], "tools": TOOLS, "functions": [{"name": "price"}]}, name)
 
 
