@@ -38,7 +38,7 @@ def preview_first_document(planned: PlannedRun) -> Finding:
     trained = labels != IGNORE_INDEX
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
     pieces = [(_preview(planned, ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairwise(edges)]
-    text = f"row {planned.dataset.row_number(0)}, {len(ids)} tokens, divided by spaces and {DIVIDER}"
+    text = f"{planned.dataset.row_name(0)}, {len(ids)} tokens, divided by spaces and {DIVIDER}"
     return ok(f"{text}; the trained part is marked", tuple(pieces))
 
 

@@ -24,9 +24,9 @@ import copy
 import hashlib
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import islice, takewhile
 from typing import Any, NamedTuple, cast
@@ -40,7 +40,7 @@ from .findings import Findings
 from .formats import check_columns, known_format
 from .mix import STRATEGIES, due_order, interleaved, weighted_sources
 from .rows import BadRows
-from .sources import Source, find_sources
+from .sources import Source, distinct_names, find_sources, naming
 from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
@@ -210,7 +210,8 @@ class ChatDataset:
         parts: list[ChatDataset | ChatStream] = []
         for source in given:
             is_loaded = isinstance(source, (ChatDataset, ChatStream))
-            with _naming(short_repr(source) if isinstance(source, str) else f"({type(source).__name__})", True):
+            is_path = isinstance(source, (str, os.PathLike))
+            with naming(repr(os.fspath(source)) if is_path else f"({type(source).__name__})", True):
                 parts.append(source if is_loaded else cls.load(source, tokenizer, **options))
         streams = [part for part in parts if isinstance(part, ChatStream)]
         if streams and len(streams) < len(parts):
@@ -372,7 +373,7 @@ class _Part(NamedTuple):
 
     def load(self, is_one_of_several: bool) -> ChatDataset:
         """Return the documents of the whole source."""
-        with _naming(self.source.name, is_one_of_several):
+        with naming(self.source.name, is_one_of_several):
             bad = BadRows(self.on_bad_row)
             return ChatDataset(**self.row_tokenizer.tokenize(self.source.read(bad), self.format, bad, cache=True))
 
@@ -398,6 +399,7 @@ class ChatStream:
                     f"allowed: a path, a hub name, a Dataset, an IterableDataset, a list"
                 )
         self._parts, self.buffer_size, self._skipped_rows = list(parts), buffer_size, skipped_rows
+        self._names = distinct_names(part.source.name for part in parts)
         self.max_length = self.max_document_tokens = max(part.row_tokenizer.max_length for part in parts)
         self._first_pass: tuple[Iterator[_StreamRow], list[BadRows]] | None = None
 
@@ -492,7 +494,7 @@ class ChatStream:
 
     def _all_rows(self, bads: Sequence[BadRows]) -> Iterator[_StreamRow]:
         for at, (part, bad) in enumerate(zip(self._parts, bads, strict=True)):
-            with _naming(part.source.name, len(self._parts) > 1):
+            with naming(self._names[at], len(self._parts) > 1):
                 for number, row in part.source.read(bad):
                     yield at, number, row
 
@@ -507,11 +509,12 @@ class ChatStream:
         for at, inside in (rows_of or {0: []}).items():
             part, rows = self._parts[at], [window[place][1:] for place in inside]
             try:
-                with _naming(part.source.name, len(self._parts) > 1):
+                with naming(self._names[at], len(self._parts) > 1):
                     made.append(ChatDataset(**part.row_tokenizer.tokenize(rows, part.format, bads[at])))
             except NoDocumentsError as error:
                 unusable.append(error)
             else:
+                made[-1].sources = (self._names[at],)
                 places += _places_of(made[-1], [number for number, _ in rows], inside)
         if not made:
             raise unusable[0]
@@ -556,13 +559,9 @@ def _joined(parts: Sequence[ChatDataset]) -> ChatDataset:
     joined._index = np.concatenate([part._index + first for part, first in zip(parts, documents[:-1], strict=True)])
     for name in ("_input_ids", "_labels", "_rows", "_truncated"):
         setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
-    names: list[str] = []
-    positions = []
-    for part in parts:
-        for name in part.sources:
-            is_new = name not in names or not name.startswith(("'", '"'))  # two lists are two sources
-            positions.append(len(names) if is_new else names.index(name))
-            names += [name] if is_new else []
+    resolved = distinct_names(name for part in parts for name in part.sources)
+    names = list(dict.fromkeys(resolved))
+    positions = [names.index(name) for name in resolved]
     firsts = itertools.accumulate((len(part.sources) for part in parts), initial=0)
     numbered = [part._sources + first for part, first in zip(parts, firsts, strict=False)]
     joined._sources, joined.sources = np.array(positions)[np.concatenate(numbered)], tuple(names)
@@ -607,17 +606,6 @@ def _places_of(documents: ChatDataset, numbers: list[int], places: list[int]) ->
             at += 1
         found.append(places[at])
     return found
-
-
-@contextmanager
-def _naming(name: str, is_one_of_several: bool) -> Generator[None]:
-    """Add a source's name to the errors about one of several sources."""
-    try:
-        yield
-    except DataError as error:
-        if not is_one_of_several or name in str(error):
-            raise
-        raise type(error)(f"{name}: {error}") from error
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -61,10 +61,11 @@ def due_order(sizes: Sequence[int], weights: Sequence[float], strategy: str) -> 
     sources = np.repeat(np.arange(len(sizes)), counts)
     numbers = np.concatenate([np.arange(count) for count in counts])
     due = (numbers + 0.5) / np.asarray(weights)[sources]
-    order = np.lexsort((sources, due))
+    is_missing = (numbers == np.asarray(sizes)[sources]) & (strategy == "first_exhausted")
+    order = np.lexsort((sources, ~is_missing, due))  # of those due at one time, a missing one comes first
     sources, numbers = sources[order], numbers[order]
     if strategy == "first_exhausted":
-        end_at = int(np.argmax(numbers == np.asarray(sizes)[sources]))
+        end_at = int(np.argmax(is_missing[order]))
     else:
         end_at = int(np.flatnonzero(numbers == np.asarray(sizes)[sources] - 1)[-1]) + 1
     return sources[:end_at], numbers[:end_at]
@@ -77,10 +78,10 @@ def interleaved(openers: Sequence[Callable[[], Iterator[T]]], weights: Sequence[
     ahead: list[Any] = [next(reader, nothing) for reader in readers]
     whole: set[int] = set()
     taken = [0] * len(readers)
-    due = [(0.5 / weight, i) for i, weight in enumerate(weights)]
+    due = [(0.5 / weight, ahead[i] is not nothing, i) for i, weight in enumerate(weights)]
     heapq.heapify(due)
     while True:
-        _, i = heapq.heappop(due)
+        _, _, i = heapq.heappop(due)
         if ahead[i] is nothing:
             return
         yield ahead[i]
@@ -92,4 +93,4 @@ def interleaved(openers: Sequence[Callable[[], Iterator[T]]], weights: Sequence[
                 return
             readers[i] = openers[i]()
             ahead[i] = next(readers[i], nothing)
-        heapq.heappush(due, ((taken[i] + 0.5) / weights[i], i))
+        heapq.heappush(due, ((taken[i] + 0.5) / weights[i], ahead[i] is not nothing, i))

@@ -6,9 +6,10 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,30 @@ def find_sources(
         return _select(_splits_of(source, text, split), split, streaming)
     except OSError as error:
         raise DataError(f"{what} cannot be read: {error}") from error
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Return the names of several sources: of two lists, which are two sources, the second is ``"(list) 2"``.
+
+    Two mentions of one path stay one source.
+    """
+    found: list[str] = []
+    for name in names:
+        is_object = name in found and not name.startswith(("'", '"'))
+        numbered = (f"{name} {n}" for n in count(2))
+        found.append(next(new for new in numbered if new not in found) if is_object else name)
+    return found
+
+
+@contextmanager
+def naming(name: str, is_one_of_several: bool) -> Generator[None]:
+    """Add a source's name to the errors about one of several sources."""
+    try:
+        yield
+    except DataError as error:
+        if not is_one_of_several or name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _is_list_of_sources(source: Any) -> bool:
@@ -302,22 +327,22 @@ def _slice(sources: list[Source], parts: list[str], split: str) -> list[Source]:
     import datasets
 
     sources = [replace(s, rows=list(s.rows)) if isinstance(s.rows, Iterator) else s for s in sources]
-    counts = [_count(source.rows) for source in sources]
+    sizes = [_count(source.rows) for source in sources]
     try:
         instruction = datasets.ReadInstruction.from_spec("+".join(f"rows{part}" for part in parts))
-        absolute = instruction.to_absolute({"rows": sum(counts)})
+        absolute = instruction.to_absolute({"rows": sum(sizes)})
     except (ValueError, AssertionError, LookupError) as error:
         message = f"split={split!r}: {error_line(error)}; allowed: {_ALLOWED_SPLITS}, sums of them with +"
         raise DataError(message) from None
     ranges = [(part.from_, part.to) for part in absolute if part.from_ < part.to]
     if not ranges:
-        raise DataError(f"split={split!r} leaves nothing of {sum(counts)} rows")
+        raise DataError(f"split={split!r} leaves nothing of {sum(sizes)} rows")
     chosen, first = [], 0
-    for source, count in zip(sources, counts, strict=True):
-        inside = [(max(start - first, 0), min(end - first, count)) for start, end in ranges]
+    for source, size in zip(sources, sizes, strict=True):
+        inside = [(max(start - first, 0), min(end - first, size)) for start, end in ranges]
         if kept := tuple((start, end) for start, end in inside if start < end):
             chosen.append(replace(source, ranges=kept))
-        first += count
+        first += size
     return chosen
 
 

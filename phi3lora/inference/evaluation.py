@@ -185,10 +185,11 @@ def sample_answers(
 
 def _prompts_and_references(dataset: ChatDataset) -> Iterator[tuple[list[int], list[int]]]:
     """Yield the token ids of prompt and reference of each document that holds both completely."""
-    rows: set[int] = set()
+    rows: set[tuple[str, int]] = set()
     for i in range(len(dataset)):
-        is_continued = dataset.row_number(i) in rows  # a later part of a split row, whose prompt is in an earlier one
-        rows.add(dataset.row_number(i))
+        row = dataset.source(i), dataset.row_number(i)
+        is_continued = row in rows  # a later part of a split row, whose prompt is in an earlier one
+        rows.add(row)
         ids, labels = dataset.document(i)
         end = int(np.flatnonzero(labels != IGNORE_INDEX)[-1])
         before = np.flatnonzero(labels[:end] == IGNORE_INDEX)

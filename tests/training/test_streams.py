@@ -152,8 +152,8 @@ def test_a_later_window_that_does_not_fit_the_model_stops_the_run(tmp_path):
     data = stream()
     make = data._documents
 
-    def window(rows, format, bad):
-        dataset = make(rows, format, bad)
+    def window(*arguments):
+        dataset = make(*arguments)
         if dataset.row_number(0) > 1:
             dataset._input_ids[3] = 5000
         return dataset
