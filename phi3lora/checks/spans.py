@@ -37,9 +37,9 @@ class TrainedSpans:
     wrong_labels: int
     """Number of labels that are not their own token's id."""
 
-    def rows(self, dataset: ChatDataset, chosen: np.ndarray) -> list[int]:
-        """Return the row numbers, in the source, of the spans that the mask ``chosen`` selects."""
-        return sorted({dataset.row_number(int(i)) for i in self.document[chosen]})
+    def rows(self, dataset: ChatDataset, chosen: np.ndarray) -> list[str]:
+        """Return the names of the rows of the spans that the mask ``chosen`` selects."""
+        return dataset.row_names(self.document[chosen].tolist())
 
 
 def trained_spans(dataset: ChatDataset, sample: int = _SAMPLE) -> TrainedSpans:

@@ -267,6 +267,11 @@ class ChatDataset:
         """Return what messages call the row of document ``i``: ``"row 3"``, or ``"row 3 of 'b.csv'"`` of several."""
         return f"row {self.row_number(i)}" + (f" of {self.source(i)}" if len(self.sources) > 1 else "")
 
+    def row_names(self, documents: Iterable[int]) -> list[str]:
+        """Return the rows of documents for messages, in order, each once: ``["3", "8"]``, or ``["3 of 'b.csv'"]``."""
+        rows = sorted({(self.source(i), self.row_number(i), self.row_name(i)) for i in documents})
+        return [name.removeprefix("row ") for _, _, name in rows]
+
     def windows(
         self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = lambda: True
     ) -> Generator[tuple[int, ChatDataset]]:

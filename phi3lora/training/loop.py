@@ -299,10 +299,8 @@ class _Run:
         config, in_a_row = self.config, self.state.nonfinite_in_a_row
         dataset = record.step.plan.dataset
         documents = [i for micro in record.step.micro_batches for row in micro for i in row]
-        rows = sorted({(dataset.source(i), dataset.row_number(i)) for i in documents})
-        several = len(dataset.sources) > 1
-        shown = ", ".join(f"{number} of {source}" if several else str(number) for source, number in rows[:16])
-        listed = f"[{shown}]{' ...' if len(rows) > 16 else ''}"
+        rows = dataset.row_names(documents)
+        listed = f"[{', '.join(rows[:16])}]{' ...' if len(rows) > 16 else ''}"
         details = f"loss {loss_sum / record.supervised_tokens}, gradient norm {norm}; rows {listed} of the data"
         logger.warning("step %d was skipped: %s", record.number, details)
         if in_a_row < min(config.max_nonfinite_steps, self.state.total_steps):

@@ -214,6 +214,15 @@ def test_a_preview_without_spaces_keeps_to_the_columns(tmp_path):
     assert max(map(len, report["preview"].lines(14, False, 80).splitlines())) <= 80
 
 
+def test_rows_of_several_sources_are_named_with_their_source(tmp_path):
+    paths = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for path in paths:
+        path.write_text("".join(f"{json.dumps({'prompt': 'Hi', 'completion': text})}\n" for text in ("yes", "")))
+    report = examine(tmp_path, dataset=p3.ChatDataset.load(paths, make_tokenizer(), max_length=64))
+    assert f"(rows 2 of '{paths[0]}', 2 of '{paths[1]}')" in report["empty answers"].text
+    assert report["preview"].text.startswith(f"row 1 of '{paths[0]}', ")
+
+
 def test_one_finding_prints_as_its_lines_of_the_report(tmp_path):
     report = examine(tmp_path)
     assert str(report["saving"]) == "ok       saving  checkpoints: none"

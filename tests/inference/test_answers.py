@@ -55,6 +55,13 @@ def test_chats_that_were_cut_are_skipped():
             p3.sample_answers(model(), TOKENIZER, load([long], max_length=40, overflow=overflow))
 
 
+def test_rows_of_the_same_number_in_several_sources_are_different_chats(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "Who?", "completion": name}))
+    answers = p3.sample_answers(model(), TOKENIZER, load([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]), count=9)
+    assert sorted(a.reference for a in answers) == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("options", "count", "message"),
     [({"train_on": "all"}, 4, "train_on='all'"), ({}, 0, "count=0; allowed"), ({}, 1.5, "count=1.5; allowed")],
