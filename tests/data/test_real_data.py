@@ -19,12 +19,10 @@ def read(path):
 
 
 def alpaca_rows(path):
-    """Rows of instruction, input, output; without white space at their ends, which the text format cannot keep."""
+    """Rows of instruction, input, output."""
     if path == PROMPTS:
-        rows = [{"instruction": row["prompt"], "input": "", "output": row["completion"]} for row in read(path)]
-    else:
-        rows = [{"instruction": row["instruction"], **case} for row in read(path) for case in row["instances"]]
-    return [{key: value.strip() for key, value in row.items()} for row in rows]
+        return [{"instruction": row["prompt"], "input": "", "output": row["completion"]} for row in read(path)]
+    return [{"instruction": row["instruction"], **case} for row in read(path) for case in row["instances"]]
 
 
 def in_format(rows, name):
