@@ -192,7 +192,7 @@ def to_chat(
             prompt_messages += _add_system(messages, text_of(values["system"], number, "'system'"), number)
         _check_roles(messages, number)
         refuse_media(messages, number)
-    _count(Findings() if findings is None else findings, messages, form, unused)
+    _count(Findings() if findings is None else findings, messages, prompt_messages, form, unused)
     return Chat(messages, tools, prompt_messages, text)
 
 
@@ -229,22 +229,23 @@ def _tools(values: Mapping[str, Any], number: int) -> Any:
     return found[0] if found else None
 
 
-def _count(findings: Findings, messages: list[Message], form: str, unused: list[str]) -> None:
-    """Count what was found in a row that is read. Only assistant turns are trained, so only they keep ``train``."""
+def _count(findings: Findings, messages: list[Message], prompt_messages: int, form: str, unused: list[str]) -> None:
+    """Count what was found in a row that is read, and take off switches that turn on what is never trained."""
     findings.rows_by_form[form] += 1
     for key in unused:
         findings.unused[str(key)] += 1
     for sentence in advice_about(messages):
         findings.advice[sentence] += 1
-    for message in messages:
-        on = message.get("train")
-        if on is False and message["role"] == "assistant":
-            findings.turns_switched_off += 1
-        elif on is True and message["role"] != "assistant":
+    for i, message in enumerate(messages):
+        if "train" not in message:
+            continue
+        role, is_prompt = message["role"], i < prompt_messages
+        if not message["train"]:
+            findings.turns_switched_off += role == "assistant"
+        elif role != "assistant" or is_prompt:
             del message["train"]
-            findings.advice[
-                f"a {message['role']} message is switched on for training, which only train_on='all' follows"
-            ] += 1
+            what = f"the {role}'s message{' in a prompt' * is_prompt}"
+            findings.advice[f"{what} is switched on for training, which only train_on='all' follows"] += 1
 
 
 def _from_messages(values: Mapping[str, Any], number: int) -> _Read:

@@ -68,8 +68,9 @@ def read_templated(prompt: str, answer: str, number: int) -> tuple[list[Message]
     body = answer.rstrip()
     if not body.removesuffix(_EOS).rstrip().endswith(_END_OF[marker]):
         answer = (body.removesuffix(_EOS) if body.endswith(_EOS) else answer) + _END_OF[marker]
-    cut = style and not space
-    answers, _ = _messages(marker + answer, number, "an answer with the template's markers", cut)
+    if style and (space or not _LINE_END.match(answer)):
+        marker += "\n"  # like the other markers, so that the answer's own line end is not cut
+    answers, _ = _messages(marker + answer, number, "an answer with the template's markers", style)
     return messages + answers, len(messages)
 
 

@@ -116,6 +116,16 @@ def test_the_answer_to_a_templated_prompt_is_kept_to_the_letter(answer, newline)
     assert found.messages == [USER, {**ANSWER, "content": answer}]
 
 
+@pytest.mark.parametrize(("render", "newline"), STYLES)
+def test_an_answer_with_further_turns_is_read_to_its_end(render, newline):
+    marker, _, closing = render([ANSWER], newline).partition("Hello!")
+    further = [USER, {**ANSWER, "content": "Again!"}]
+    answer = "Hello!" + closing + render(further, newline)
+    for prompt in (render([USER], newline) + marker, (render([USER], newline) + marker).rstrip()):
+        found = pair("prompt_completion", prompt, answer)
+        assert (found.messages, found.prompt_messages) == ([USER, ANSWER, *further], 1)
+
+
 def test_a_templated_row_trains_the_answer_once_and_says_how_it_was_read():
     row = {"prompt": "<|user|>\nHi<|end|>\n<|assistant|>\n", "completion": "Hello!<|end|>"}
     chats = ChatDataset.load([row], TOKENIZERS["phi-3"], max_length=64)

@@ -142,10 +142,6 @@ def test_an_answer_that_ends_in_an_end_of_turn_is_read_and_advised_on(end, space
     assert repr(end) in sentence and count == 1
 
 
-def test_an_empty_answer_is_read_and_advised_on():
-    assert any("empty" in sentence for sentence in advice(answer=""))
-
-
 def test_a_pair_of_tags_is_no_end_of_turn():
     assert advice(answer="<s>30</s>") == {}
     assert advice(answer="The tag is <|end|>, I think.") == {}

@@ -137,7 +137,19 @@ def test_a_switch_on_another_s_turn_is_kept_if_off_and_named_if_on():
     assert findings == Findings(rows_by_form=findings.rows_by_form)
     assert read({**USER, "weight": 1}, ANSWER, findings=findings) == [USER, ANSWER]
     (sentence,) = findings.advice
-    assert "user message" in sentence and "train_on='all'" in sentence and findings.turns_switched_off == 0
+    assert (
+        "the user's message is switched on" in sentence
+        and "train_on='all'" in sentence
+        and findings.turns_switched_off == 0
+    )
+
+
+def test_an_answer_in_a_prompt_that_is_switched_on_is_named_and_not_trained():
+    findings, prompt = Findings(), [USER, {**ANSWER, "weight": 1}, {**USER, "weight": 0}]
+    chat = to_chat({"prompt": prompt, "completion": [{**ANSWER, "weight": 1}]}, "prompt_completion", 1, None, findings)
+    assert chat.messages == [USER, ANSWER, {**USER, "train": False}, {**ANSWER, "train": True}]
+    (sentence,) = findings.advice
+    assert "the assistant's message in a prompt is switched on" in sentence and "train_on='all'" in sentence
 
 
 def test_an_answer_with_weight_0_is_context_only():
