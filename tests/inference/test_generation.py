@@ -193,6 +193,17 @@ def test_messages_are_read_as_those_of_a_training_row(content):
         p3.generate(model, tokenizer, [chat, [{"role": "root", "content": "Hi"}]])
 
 
+def test_a_model_trained_on_calls_makes_the_call_and_answers_with_its_result(tmp_path):
+    tokenizer, ask = tool_tokenizer(), user("How many?")
+    called = [*ask, {**CALLED, "content": None}, {"role": "tool", "tool_call_id": "1", "content": "7"}]
+    rows = [{"messages": [*called, {"role": "assistant", "content": "Seven."}], "tools": [STOCK]}] * 4
+    model = adapted_model(r=8)
+    config = quiet_config(tmp_path, max_steps=120, learning_rate=2e-2, per_device_train_batch_size=1)
+    p3.train(model, p3.ChatDataset.load(rows, tokenizer, max_length=256), config)
+    answers = p3.generate(model, tokenizer, [ask, called], tools=[STOCK], max_new_tokens=80)
+    assert answers == ['<|tool_call|>[{"name": "stock", "arguments": {"sku": "A7"}}]<|/tool_call|>', "Seven."]
+
+
 # --- Forms of a prompt
 
 
