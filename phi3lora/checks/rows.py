@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 
 from ..data.dataset import ChatDataset
+from ..errors import short_repr
 from ..lora.inject import lora_layers
 from .planned_run import PlannedRun
 from .report import Finding, first_of, ok, warning
@@ -37,7 +38,7 @@ def check_columns(planned: PlannedRun) -> Finding:
     if not unused:
         return ok("no column and no key of a message is left out")
     text = f"not used: {_counted(unused)}"
-    telling = [name for name in unused if _CONTEXT & {word.lower() for word in re.findall(_WORD, name)}]
+    telling = [short_repr(name, 40) for name in unused if _CONTEXT & {word.lower() for word in re.findall(_WORD, name)}]
     if telling:
         return warning(f"{text}: the model sees nothing of {first_of(telling)}; map it with columns=, or leave it out")
     return ok(text)
@@ -63,8 +64,7 @@ def check_added_tokens(planned: PlannedRun) -> Finding:
     met, written = _met(planned.dataset, np.array(list(new)))
     if not met:
         return ok(text)
-    named = first_of([f"{new[token_id]} ({token_id})" for token_id in met])
-    text = f"the documents hold {named}, new to the checkpoint"
+    text += f"; new to the checkpoint: {first_of([f'{new[token_id]} ({token_id})' for token_id in met])}"
     embedding, head = planned.model.get_input_embeddings(), planned.model.get_output_embeddings()
     trained = [*lora_layers(planned.model).values()]
     trained += [layer for layer in (embedding, head) if layer.weight.requires_grad]
@@ -76,7 +76,7 @@ def check_added_tokens(planned: PlannedRun) -> Finding:
         remedy = "this model's embedding is tied to its head and takes no adapter: spell them with tokens that it knows"
     else:
         remedy = "add 'embed_tokens' and 'lm_head' to target_modules, or spell them with tokens that it knows"
-    return warning(f"{text}: their rows of the embedding are frozen at values that no training has made; {remedy}")
+    return warning(f"{text}, whose rows of the embedding are frozen at values that no training has made; {remedy}")
 
 
 def _new_tokens(planned: PlannedRun) -> dict[int, str]:
@@ -95,7 +95,9 @@ def _new_tokens(planned: PlannedRun) -> dict[int, str]:
         of_the_family = [t for t in added.values() if t.special or str(t).startswith("<|")]
         known = set(map(str, in_files.values() if in_files else of_the_family))
     rows = getattr(model.get_decoder(), "vocab_size", model.config.vocab_size)  # before model.resize_token_embeddings
-    return {token_id: str(t) for token_id, t in added.items() if token_id >= rows or str(t) not in known}
+    return {
+        token_id: short_repr(str(t), 40) for token_id, t in added.items() if token_id >= rows or str(t) not in known
+    }
 
 
 def _met(dataset: ChatDataset, token_ids: np.ndarray) -> tuple[list[int], list[int]]:
@@ -118,4 +120,5 @@ def check_advice(planned: PlannedRun) -> Finding:
 
 
 def _counted(counts: Counter[str]) -> str:
-    return first_of([f"{name} ({count:,})" for name, count in counts.most_common()], 8)
+    """Return the most frequent names, which may hold any character, with their counts."""
+    return first_of([f"{short_repr(name, 40)} ({count:,})" for name, count in counts.most_common()], 8)

@@ -13,22 +13,23 @@ import phi3lora as p3
 from phi3lora.data.findings import Findings
 
 CASES = {  # name -> (findings, name of the check, status, text)
-    "one form": ({"rows_by_form": {"alpaca": 9}}, "rows", "ok", r"read as alpaca \(9\)$"),
+    "one form": ({"rows_by_form": {"alpaca": 9}}, "rows", "ok", r"read as 'alpaca' \(9\)$"),
     "mixed forms": (
-        {"rows_by_form": {"messages": 1200, "sharegpt": 1}}, "rows", "ok", r"messages \(1,200\), sharegpt \(1\)",
+        {"rows_by_form": {"messages": 1200, "sharegpt": 1}}, "rows", "ok", r"'messages' \(1,200\), 'sharegpt' \(1\)",
     ),
     "turns switched off": ({"turns_switched_off": 3}, "rows", "ok", "; 3 assistant turns switched off"),
     "columns without a bearing": (
-        {"unused": {"id": 9, "questionId": 2, "messages.name": 1}}, "columns", "ok", r"id \(9\), questionId \(2\)",
+        {"unused": {"id": 9, "questionId": 2, "messages.name": 1}}, "columns", "ok", r"'id' \(9\), 'questionId' \(2\)",
     ),
     "context": (
         {"unused": {"id": 9, "system_prompt": 4, "retrievedContext": 1}}, "columns", "warning",
-        r"id \(9\), system_prompt \(4\).*the model sees nothing of system_prompt, retrievedContext;",
+        r"'id' \(9\), 'system_prompt' \(4\).*the model sees nothing of 'system_prompt', 'retrievedContext';",
     ),
+    "a name with a line end": ({"unused": {"a\n\x1b[31m": 1}}, "columns", "ok", r"'a\\n\\x1b\[31m' \(1\)$"),
     "nothing unused": ({}, "columns", "ok", "no column"),
-    "control tokens": ({"kept_as_text": {"<s>": 2, "</s>": 1}}, "kept as text", "warning", r"<s> \(2\), </s> \(1\)"),
+    "control tokens": ({"kept_as_text": {"<s>": 2, "</s>": 1}}, "kept as text", "warning", r"'<s>' \(2\), '</s>'"),
     "no control tokens": ({}, "kept as text", "ok", "no content spells"),
-    "added tokens": ({"added_tokens": {"<think>": 2}}, "added tokens", "ok", r"<think> \(2\), each one id"),
+    "added tokens": ({"added_tokens": {"<think>": 2}}, "added tokens", "ok", r"'<think>' \(2\), each one id"),
     "no added tokens": ({}, "added tokens", "ok", "no content holds"),
     "advice": ({"advice": {"an answer looks like a template": 2}}, "advice", "warning", "2 rows: an answer looks"),
     "no advice": ({}, "advice", "ok", "no row is doubtful"),
@@ -49,22 +50,22 @@ def test_a_finding_of_the_load_is_shown(tmp_path, case):
 
 HI, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 FAULTY_ROWS = {  # name -> (row, name of the check, status, text)
-    "an unused column": ({"prompt": "a", "completion": "b", "id": 3}, "columns", "ok", r"not used: id \(1\)"),
-    "unused context": ({"prompt": "a", "completion": "b", "context": "c"}, "columns", "warning", "nothing of context"),
+    "an unused column": ({"prompt": "a", "completion": "b", "id": 3}, "columns", "ok", r"not used: 'id' \(1\)"),
+    "unused context": ({"prompt": "a", "completion": "b", "context": "c"}, "columns", "warning", "of 'context'"),
     "an unused key": (
         {"messages": [{**HI, "name": "Bob"}, HELLO]},
         "columns", "ok", r"messages\.name",
     ),
     "a turn switched off": (
         {"messages": [HI, {**HELLO, "weight": 0}, HI, HELLO]},
-        "rows", "ok", r"read as messages \(1\); 1 assistant turn switched off",
+        "rows", "ok", r"read as 'messages' \(1\); 1 assistant turn switched off",
     ),
     "rendered already": (
         {"prompt": "<|user|>\nHi<|end|>\n<|assistant|>\n", "completion": "b"},
         "rows", "ok", "prompt_completion as text",
     ),
     "a marker in a content": (
-        {"prompt": "a <|end|>", "completion": "b"}, "kept as text", "warning", r"<\|end\|> \(1\)",
+        {"prompt": "a <|end|>", "completion": "b"}, "kept as text", "warning", r"'<\|end\|>' \(1\)",
     ),
     "another end of turn": (
         {"prompt": "a", "completion": "b<|im_end|>"}, "advice", "warning", r"1 row: .*<\|im_end\|>",
@@ -82,7 +83,7 @@ def test_the_fault_of_a_row_is_shown(tmp_path, case):
 def test_mixed_forms_are_counted(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"messages": [HI, HELLO]}] * 3
     found = examine(tmp_path, dataset=p3.ChatDataset.load(rows, make_tokenizer(), max_length=64))["rows"]
-    assert found.status == "ok" and "prompt_completion (3)" in found.text and "messages (3)" in found.text
+    assert found.status == "ok" and "'prompt_completion' (3)" in found.text and "'messages' (3)" in found.text
 
 
 # --- Tokens that the checkpoint does not know
@@ -105,7 +106,10 @@ def test_a_new_token_with_a_frozen_row_is_a_warning_with_its_id_and_the_way_out(
     tokenizer = with_tokens("<loc>", "<never met>")
     found = added_tokens(tmp_path, tokenizer)
     assert found.status == "warning"
-    for text in (f"hold <loc> ({tokenizer.convert_tokens_to_ids('<loc>')}), new", "'embed_tokens' and 'lm_head'"):
+    for text in (
+        f"new to the checkpoint: '<loc>' ({tokenizer.convert_tokens_to_ids('<loc>')}), whose",
+        "'embed_tokens' and 'lm_head'",
+    ):
         assert text in found.text
     assert added_tokens(tmp_path, tokenizer, prompt="Where?").status == "ok"
 
@@ -146,7 +150,7 @@ def test_the_tokens_of_a_checkpoint_s_own_tokenizer_are_known(tmp_path, load):
             loaded.add_tokens([name])
         found = added_tokens(tmp_path, loaded, model, prompt=f"Where is <loc> {name}?")
         assert found.status == status, found
-        assert "<loc>" not in found.text.partition("new to the checkpoint")[0] or status == "ok"
+        assert "<loc>" not in found.text.partition("new to the checkpoint")[2]
 
 
 def test_a_token_that_only_a_later_tokenizer_has_is_new_to_the_model(tmp_path):
