@@ -188,7 +188,7 @@ class ChatEncoder:
             contents.append(Content(start, position, is_answer=message["role"] == "assistant"))
             turns.append(_Turn(turn_start, start, end))
             turn_start = end
-            self._count_tokens(content, findings)
+            self._count_tokens(content, number, findings)
         return Rendered(text, contents, [] if prompt else self._trained_spans(messages, turns, text))
 
     def _trained_spans(self, messages: Sequence[Message], turns: Sequence[_Turn], text: str) -> list[tuple[int, int]]:
@@ -216,13 +216,19 @@ class ChatEncoder:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token or self._end_of_turn
         has_bos = bos is not None and self.tokenizer("a")["input_ids"][0] == bos
         start = len(self.tokenizer.bos_token) if has_bos else 0
-        self._count_tokens(text, findings)
+        self._count_tokens(text, number, findings)
         whole = (self.tokenizer.bos_token if has_bos else "") + text + eos
         return Rendered(whole, [Content(start, start + len(text), is_answer=True)], [(0, len(whole))])
 
-    def _count_tokens(self, content: str, findings: Findings) -> None:
+    def _count_tokens(self, content: str, number: int, findings: Findings) -> None:
         for token in self._added.findall(content):
             is_protected = token in self._content_tokenizer.protected
+            spelling = self._content_tokenizer.respelled.get(token)
+            if spelling is not None and not is_protected:
+                raise DataError(
+                    f"row {number}: a content has the added token {token!r}, which this tokenizer's normaliser made "
+                    f"{spelling!r}, so its text would change; add it as AddedToken({token!r}, normalized=False)"
+                )
             (findings.kept_as_text if is_protected else findings.added_tokens)[token] += 1
 
     def _for_template(self, chat: Chat, number: int, findings: Findings) -> list[Message]:

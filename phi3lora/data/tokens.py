@@ -88,6 +88,9 @@ class ContentTokenizer:
         self._flags = {text: token for text, (_, token) in added.items()}
         self._ids = {text: [i] for text, (i, _) in added.items()}
         self.protected = frozenset(protected) & added.keys()
+        spelled = tokenizer.convert_ids_to_tokens([i for i, _ in added.values()])
+        self.respelled = {text: spelling for text, spelling in zip(added, spelled, strict=True) if spelling != text}
+        """Added tokens that the table's normaliser changes: Phi-3's may put a space into ``add_tokens(["<loc>"])``."""
         self._ordinary = _without_added_tokens(tokenizer.backend_tokenizer)
         if not self._keeps(f"a{_SPACE_SIGN}"):  # read as a space; its bytes are not
             ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in _SPACE_SIGN.encode()])
