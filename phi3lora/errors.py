@@ -21,7 +21,13 @@ _MAX_NAME_BYTES = 255  # of a file's name on every usual system; even asking whe
 
 
 class Phi3LoRAError(ValueError):
-    """Base of all errors that the caller can fix: a setting, a file, a dataset, a model."""
+    """Base of all errors that the caller can fix: a setting, a file, a dataset, a model.
+
+    Its text is one line of printable characters, whatever the names and texts of files in it are.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(Phi3LoRAError):
@@ -54,6 +60,14 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def printable(text: str) -> str:
+    r"""Return ``text`` with ``\n``, ``\x1b`` and every other character that is not printable spelt out.
+
+    A name or text of a stranger's file could else clear the terminal or fake a line of a log.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def short_repr(value: object, most: int = _MAX_CHARACTERS) -> str:
     """Return the ``repr`` of a value for a message, cut after ``most`` characters."""
     text = repr(value)
@@ -62,7 +76,8 @@ def short_repr(value: object, most: int = _MAX_CHARACTERS) -> str:
 
 def error_line(error: BaseException) -> str:
     """Return an error's first line, after its type if the text alone says little (``KeyError: 'state'``)."""
-    text = str(error).strip().partition("\n")[0][:_MAX_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+    text = ValueError.__str__(error) if isinstance(error, Phi3LoRAError) else str(error)
+    text = printable(text.strip().partition("\n")[0][:_MAX_CHARACTERS])
     return text if isinstance(error, (Phi3LoRAError, OSError)) else f"{type(error).__name__}: {text}"
 
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 
-from phi3lora.errors import AdapterError, DataError, as_path, error_line, is_int, is_number, is_path, short_repr
+from phi3lora.errors import (
+    AdapterError,
+    DataError,
+    Phi3LoRAError,
+    as_path,
+    error_line,
+    is_int,
+    is_number,
+    is_path,
+    printable,
+    short_repr,
+)
 from phi3lora.files import parse_json, read_json
 
 
@@ -29,6 +41,20 @@ def test_values_and_errors_are_shown_on_one_short_line():
     assert error_line(KeyError("state")) == "KeyError: 'state'"
     assert error_line(DataError("row 3: no text\nmore")) == "row 3: no text"
     assert error_line(ValueError("\ud800")) == "ValueError: \\ud800"
+
+
+STRANGE = "\x1b[31mred\x1b]0;title\x07\nphi3lora: a line \u202e\u2028\x9b\ufeff\ud800"
+
+
+def test_what_a_terminal_would_obey_is_spelt_out():
+    """Escapes, newlines, bidirectional controls and surrogates; letters and signs of any script stay."""
+    spelt = r"\x1b[31mred\x1b]0;title\x07\nphi3lora: a line \u202e\u2028\x9b\ufeff\ud800"
+    assert printable(STRANGE) == spelt and printable("Straße, 東京, 😀 \\n") == "Straße, 東京, 😀 \\n"
+    for kind in (Phi3LoRAError, AdapterError, DataError):
+        assert str(kind(f"no layer {STRANGE}")) == f"no layer {spelt}"
+        assert str(pickle.loads(pickle.dumps(kind(STRANGE)))) == spelt
+    assert error_line(KeyError(STRANGE)).isprintable() and error_line(OSError(STRANGE)).isprintable()
+    assert error_line(DataError("\x1b[2J")) == r"\x1b[2J"
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "", "{", b"\xff{}"])
