@@ -236,7 +236,7 @@ def _order(messages: list[Message]) -> list[int]:
         while stop < len(messages) and messages[stop]["role"] == "tool":
             stop += 1
         results = [m.get("tool_call_id") for m in messages[i + 1 : stop]]
-        if None not in results and set(results) <= set(ids):
+        if None not in results and all(result in ids for result in results):
             order[i + 1 : stop] = sorted(order[i + 1 : stop], key=lambda k: ids.index(messages[k]["tool_call_id"]))
     return order
 

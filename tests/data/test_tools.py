@@ -179,9 +179,11 @@ def test_results_of_parallel_calls_are_in_the_order_of_the_calls(name, order):
     assert text.index("A7") < text.index("B8") < text.index("result 0") < text.index("result 1")
 
 
-def test_results_without_an_id_stay_where_they_are():
-    chat = [ASK, {**CALLED, "tool_calls": [A7, B8]}, *({"role": "tool", "content": f"{i}"} for i in "21"), SAID]
-    assert "<|tool|>2<|end|><|tool|>1<|end|>" in rendered("phi-4-mini", chat)
+@pytest.mark.parametrize("ids", [{}, {"tool_call_id": "unknown"}, {"tool_call_id": ["no", "text"]}])
+def test_results_that_name_no_call_stay_where_they_are(ids):
+    results = [{"role": "tool", "content": content, **ids} for content in "21"]
+    text = rendered("phi-4-mini", [ASK, {**CALLED, "tool_calls": [{**A7, "id": "1"}, B8]}, *results, SAID])
+    assert "<|tool|>2<|end|><|tool|>1<|end|>" in text
 
 
 def test_messages_of_a_prompt_are_counted_with_the_system_message_put_in_front():
