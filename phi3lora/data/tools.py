@@ -217,7 +217,8 @@ def _read_call(value: Any, where: str) -> dict[str, Any]:
         k for k, v in function.items() if v is not None and k not in ("name", "arguments", "id", "type", "index")
     ]
     arguments = function.get("arguments")
-    arguments = {} if arguments in (None, "") else _from_json(arguments, f"{where}: 'arguments'")
+    for _ in range(2):  # some files hold the text of a text
+        arguments = {} if arguments in (None, "") else _from_json(arguments, f"{where}: 'arguments'")
     if unknown or not isinstance(arguments, Mapping):
         what = f"the key {short_repr(unknown[0], 60)}" if unknown else f"arguments {short_repr(arguments, 60)}"
         raise DataError(f"{where} has {what}; allowed: 'name', and an object or its JSON text as 'arguments'")

@@ -89,7 +89,7 @@ def _part(part: Any, number: int, what: str) -> Any:
             f"row {number}: {what} is a list with a part of type {short_repr(kind, 60)}; allowed: parts of type 'text' "
             f"(the models are text-only; calls of functions go into 'tool_calls', results into a 'tool' message)"
         )
-    return part.get("text")
+    return part.get("text", part.get("value"))  # "value": LLaMA-Factory's second format
 
 
 class _Layout(NamedTuple):

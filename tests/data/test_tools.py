@@ -138,6 +138,9 @@ def test_a_template_that_renders_tools_gets_openais_form(tools, start):
 CALLS = {
     "openai": {"tool_calls": [{"id": "1", "type": "function", "function": {**A7, "arguments": '{"sku":"A7"}'}}]},
     "object": {"tool_calls": [{"type": "function", "function": A7}]},
+    "text of a text": {
+        "tool_calls": [{"id": "1", "function": {**A7, "arguments": json.dumps(json.dumps(A7["arguments"]))}}]
+    },
     "bare": {"tool_calls": [A7]},
     "text": {"tool_calls": json.dumps([A7])},
     "legacy": {"function_call": {**A7, "arguments": json.dumps(A7["arguments"])}},

@@ -66,6 +66,7 @@ PARTS = [
     [{"type": "text", "text": "Whe"}, {"type": "text", "text": "re?"}],
     [{"type": "input_text", "text": "Where?"}],
     [{"type": "output_text", "text": "Where?", "annotations": []}],
+    [{"type": "text", "value": "Where?"}],
     [{"text": "Where?"}],
     [{"type": "text", "text": "Where?", "image_url": None}],
     ["Whe", "re?"],
