@@ -15,23 +15,6 @@ from phi3lora.data.template import ChatEncoder
 from phi3lora.data.tools import ToolStyle, has_tools
 from phi3lora.errors import DataError
 
-PHI35 = (
-    "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
-    "{{ '<|system|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] in ['user', 'assistant'] %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-PHI4 = (
-    "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant'] %}{{ '<|im_start|>' + "
-    "message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
-)
-PHI4_MINI = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
-    "{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
-)
 # Phi-4's markers, and everything for function calling, as ChatML models have it.
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system<|im_sep|>' }}{% if messages[0]['role'] == 'system' %}"
@@ -44,8 +27,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 MARKERS = ["<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"]
-NAMES = {"phi-3.5": ("phi-3", PHI35), "phi-4": ("phi-4", PHI4), "phi-4-mini": ("phi-4-mini", PHI4_MINI),
-         "chatml": ("phi-4", CHATML)}  # fmt: skip
+NAMES = ["phi-3.5", "phi-4", "phi-4-mini", "chatml"]
 
 STOCK = {"name": "stock", "description": "Units in stock", "parameters": {"sku": {"type": "str"}}}
 WRAPPED = {"type": "function", "function": STOCK}
@@ -57,13 +39,13 @@ ASK, CALLED, SAID = (
 A7, B8 = ({"name": "stock", "arguments": {"sku": sku}} for sku in ("A7", "B8"))
 
 
-def tokenizer_of(name, special=False):
-    model, template = NAMES[name]
-    tokenizer = make_tokenizer(model)
-    if name == "phi-4-mini":
-        added = [AddedToken(marker, special=special, normalized=False) for marker in MARKERS]
-        tokenizer.add_tokens(added, special_tokens=special)
-    tokenizer.chat_template = template
+def tokenizer_of(name, special=False, template=CHATML):
+    """A member's tokenizer, its markers for tools flagged as special or not; "chatml" is Phi-4's with ``template``."""
+    tokenizer = make_tokenizer("phi-4" if name == "chatml" else name)
+    if name == "chatml":
+        tokenizer.chat_template = template
+    elif special:
+        tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in MARKERS], special_tokens=True)
     return tokenizer
 
 
@@ -348,6 +330,6 @@ def test_a_template_that_renders_calls_outside_the_turn_is_refused():
     turned = CHATML.replace(
         "message['role'] + '<|im_sep|>'", "('call' if message['tool_calls'] else message['role']) + '<|im_sep|>'"
     )
-    NAMES["turned"] = ("phi-4", turned)
+    turned_encoder = ChatEncoder(tokenizer_of("chatml", template=turned))
     with pytest.raises(DataError, match=r"row 5: .*message 2 \(tool_calls\)"):
-        trained("turned", [ASK, {**CALLED, "content": "", "tool_calls": [A7]}])
+        turned_encoder.encode([Chat([ASK, {**CALLED, "content": "", "tool_calls": [A7]}])], [5])

@@ -127,11 +127,6 @@ def tool_tokenizer(special=False):
     """Phi-4-mini's, with the markers flagged as special or not, and with ``<think>``."""
     tokenizer = make_tokenizer("phi-4-mini")
     tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for m in MARKERS], special_tokens=special)
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-        "{% if 'tools' in message %}{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
-    )
     return tokenizer
 
 
