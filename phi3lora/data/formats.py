@@ -21,7 +21,7 @@ from ..errors import DataError, short_repr
 from .findings import Findings
 from .marked_text import is_templated, read_marked_text, read_templated, starts_with_role
 from .other_jobs import advice_about, refuse_media, refuse_other_job
-from .turns import ROW_SWITCHES, check_row_switch, has_call, is_empty, json_of, read_turns, text_of
+from .turns import ROW_SWITCHES, check_row_switch, has_call, holds_turns, is_empty, json_of, read_turns, text_of
 from .turns import Message as Message
 
 
@@ -288,13 +288,14 @@ def _history(value: Any, number: int) -> list[Message]:
 
 def _from_prompt_completion(values: Mapping[str, Any], number: int) -> _Read:
     prompt, completion = values["prompt"], values["completion"]
+    in_json = holds_turns(prompt) and holds_turns(completion)  # of a CSV file; one alone is a text about JSON
     if isinstance(prompt, str) and is_templated(prompt):
         if not isinstance(completion, str):
             raise DataError(f"row {number}: 'prompt' is templated already; allowed: a text as its 'completion'")
         return _Read(*read_templated(prompt, completion, number), form="prompt_completion as text")
     parts: list[list[Message]] = []
     for column, role, value in (("prompt", "user", prompt), ("completion", "assistant", completion)):
-        if isinstance(value, str):
+        if isinstance(value, str) and not in_json:
             parts.append([{"role": role, "content": text_of(value, number, repr(column))}])
         else:  # TRL's conversational form: each a list of messages
             parts.append(read_turns(value, number, column))

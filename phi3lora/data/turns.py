@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ ROW_SWITCHES = ("train", "training", "trainable", "weight", "loss_weight", "loss
 _MASKS = ("train_detail", "training_detail", "mask", "masked", "loss_mask")
 _ON_OFF: dict[Any, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True}
 _ON_OFF |= {"false": False, "true": True}
+_TURNS_START = re.compile(r'\s*\[\s*\{\s*"')
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -57,6 +59,21 @@ def read_turns(value: Any, number: int, column: str) -> list[Message]:
 
 def _is_turn(value: Any) -> bool:
     return type(value) is dict or isinstance(value, Mapping)
+
+
+def holds_turns(value: Any) -> bool:
+    """Return whether a column is a list of turns, or text that is one as JSON."""
+    if isinstance(value, str):
+        if not _TURNS_START.match(value):
+            return False
+        try:
+            value = parse_json(value)
+        except ValueError:  # text that only starts like it
+            return False
+        return all(
+            isinstance(turn, Mapping) and str(turn.get("role", turn.get("from"))).lower() in ROLES for turn in value
+        )
+    return not is_empty(value)
 
 
 def json_of(text: str, number: int, what: str, allowed: str) -> Any:

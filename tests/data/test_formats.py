@@ -120,6 +120,16 @@ def test_a_prompt_and_a_completion_join_to_one_chat_of_which_the_completion_is_t
         assert chat.prompt_messages == len(messages) + 1
 
 
+def test_turns_in_a_cell_as_json_are_turns_and_a_text_about_json_is_a_text():
+    cells = {"prompt": json.dumps(CHAT[:1]), "completion": json.dumps(CHAT[1:])}
+    turns = {"prompt": CHAT[:1], "completion": CHAT[1:]}
+    assert to_chat(cells, "prompt_completion", 1) == to_chat(turns, "prompt_completion", 1)
+    for column, text in (*cells.items(), ("completion", '[{"name": "stock"}]'), ("completion", "[{")):
+        row = {**ROWS["prompt_completion"], column: text}
+        role = "user" if column == "prompt" else "assistant"
+        assert {"role": role, "content": text} in to_chat(row, "prompt_completion", 1).messages
+
+
 def test_answers_inside_a_prompt_are_not_trained_and_those_of_alpaca_s_history_are():
     prompt = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "EARLIER"}, CHAT[0]]
     assert trained({"prompt": prompt, "completion": [CHAT[1]]}) == f"{ANSWER}<|end|>"
