@@ -47,8 +47,8 @@ CALL, CALL_END = "<|tool_call|>", "<|/tool_call|>"
 _KEYS = frozenset({"tools", "tool_calls", "function_call"})
 _PROBE = "probe_eborp"
 _TOOL = {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
-_CALL = {"id": "call00001", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
-_PROBES = json.dumps([_TOOL, _CALL])
+_ARGUMENTS = {"key": "value"}
+_PROBES = json.dumps([_TOOL, _ARGUMENTS])
 _SYSTEM: Message = {"role": "system", "content": "system"}
 _QUESTION: Message = {"role": "user", "content": "question"}
 _ANSWER: Message = {"role": "assistant", "content": "answer"}
@@ -77,9 +77,14 @@ class ToolStyle:
         self._takes_tools = [_PROBE in text for text in with_tools]  # without a system message, with one
         self._takes_own_tools = _PROBE in with_own_tools
 
-        call: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-        with_call = self._try([_QUESTION, call])
-        self._takes_calls = _PROBE in with_call
+        for arguments in (_ARGUMENTS, json.dumps(_ARGUMENTS)):  # some templates write arguments that are text already
+            made = {"id": "call00001", "type": "function", "function": {"name": _PROBE, "arguments": arguments}}
+            call: Message = {"role": "assistant", "content": "", "tool_calls": [made]}
+            with_call = self._try([_QUESTION, call])
+            self._takes_calls = _PROBE in with_call and repr(_ARGUMENTS) not in with_call
+            self._arguments_as_text = isinstance(arguments, str)
+            if self._takes_calls:
+                break
         self._has_markers = CALL in added_tokens and CALL_END in added_tokens
 
         result: Message = {"role": "tool", "content": _PROBE}
@@ -136,7 +141,7 @@ class ToolStyle:
                 f"in the content or in 'tool_calls', not in both"
             )
         if self._takes_calls:
-            return message
+            return _with_arguments_as_text(message) if self._arguments_as_text else message
         if self._has_markers:
             plain = {k: v for k, v in message.items() if k != "tool_calls"}
             return {**plain, "content": f"{message['content']}{CALL}{text}{CALL_END}"}
@@ -226,6 +231,14 @@ def _read_call(value: Any, where: str) -> dict[str, Any]:
         arguments = _without_none(arguments, where)
     name = {"id": call["id"]} if call.get("id") is not None else {}
     return {**name, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"], "")}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _order(messages: list[Message]) -> list[int]:

@@ -326,6 +326,16 @@ def test_a_call_that_its_row_switches_off_is_not_trained():
         assert trained(name, messages)[0] == [f"7.{end}"]
 
 
+@pytest.mark.parametrize("arguments", ["+ call['function']['arguments'] +", "~ call['function']['arguments'] ~"])
+@pytest.mark.parametrize("given", [A7["arguments"], json.dumps(A7["arguments"])])
+def test_a_template_that_wants_arguments_as_text_gets_their_json(arguments, given):
+    written = "'{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' " + arguments + " '}'"
+    template = CHATML.replace("(call['function'] | tojson)", written)
+    (chat,) = ChatEncoder(tokenizer_of("chatml", template=template)).encode([Chat(call(given))], [5])
+    text = tokenizer_of("chatml").decode(chat.input_ids)
+    assert f'<tool_call>{{"name": "f", "arguments": {json.dumps(A7["arguments"])}}}</tool_call><|im_end|>' in text
+
+
 def test_a_template_that_renders_calls_outside_the_turn_is_refused():
     turned = CHATML.replace(
         "message['role'] + '<|im_sep|>'", "('call' if message['tool_calls'] else message['role']) + '<|im_sep|>'"
