@@ -164,7 +164,7 @@ def plain(value: Any) -> Any:
     if kind is float:
         return value if value == value else None
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: item if type(item) is str else plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
@@ -176,11 +176,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _numbered(rows: Iterable[Any], bad: BadRows) -> Iterator[NumberedRow]:
+def _numbered(rows: Iterable[Any], bad: BadRows, is_plain: bool = False) -> Iterator[NumberedRow]:
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Mapping):
             try:
-                values = plain(row)
+                values = row if is_plain else plain(row)
             except RecursionError:
                 bad.reject(number, DataError(f"row {number} is nested too deeply"))
                 continue
@@ -201,11 +201,12 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
                 continue
             try:
                 row = parse_json(text)
-            except ValueError as error:  # also raised for an integer of too many digits
+                row = plain(row) if "NaN" in text else row
+            except (ValueError, RecursionError) as error:  # also raised for an integer of too many digits
                 what = f"not JSON: {error}; got {text[:60].rstrip()!r}"
             else:
                 if isinstance(row, Mapping):
-                    yield number, plain(row) if "NaN" in text else row
+                    yield number, row
                     continue
                 what = f"{text[:60].rstrip()!r}; allowed: a JSON object"
             bad.reject(number, DataError(f"{str(path)!r}, row {number}: {what}"))
@@ -225,7 +226,7 @@ def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
         rows = _rows_in(value)
     except DataError as error:
         raise DataError(f"{str(path)!r} {error}") from None
-    return _numbered(rows, bad)
+    return _numbered(rows, bad, is_plain="NaN" not in text)
 
 
 def _rows_in(value: Any) -> list[Any]:

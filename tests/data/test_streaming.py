@@ -6,6 +6,7 @@ import itertools
 import threading
 
 import datasets
+import pandas
 import pytest
 from conftest import chat_rows, make_tokenizer
 
@@ -35,6 +36,51 @@ def test_the_windows_of_a_pass_are_the_dataset(kind):
         assert list(itertools.chain.from_iterable(window for _, window in windows)) == list(whole())
     numbers = [window.row_number(i) for _, window in windows for i in range(len(window))]
     assert numbers == list(range(1, 24))
+
+
+PAIRS = [{"prompt": f"What is item {i}?", "completion": f"It is {i}."} for i in range(8)]
+
+
+def several(folder):
+    path = folder / "pairs.csv"
+    pandas.DataFrame(PAIRS).to_csv(path, index=False)
+    return [datasets.Dataset.from_list(ROWS), path, datasets.Dataset.from_list(ROWS[:4])]
+
+
+@pytest.mark.parametrize("buffer_size", [1, 5, 9, 100])
+def test_several_sources_are_streamed_one_after_the_other(buffer_size, tmp_path):
+    expected = whole(several(tmp_path))
+    windows = dict(itertools.islice(stream(several(tmp_path), buffer_size).windows(), 80))
+    passes = -(-35 // buffer_size)
+    assert [document for n in range(passes) for document in windows[n]] == list(expected)
+    facts = [(w.source(i), w.row_number(i)) for n in range(passes) for w in [windows[n]] for i in range(len(w))]
+    assert facts == [(expected.source(i), expected.row_number(i)) for i in range(len(expected))]
+    for start in (1, 4, 50):
+        for number, window in itertools.islice(stream(several(tmp_path), buffer_size).windows(start), 3):
+            assert window.fingerprint() == windows[number].fingerprint()
+    assert list(stream(several(tmp_path)).skip(25).take(8)) == list(expected)[25:33]
+
+
+def test_a_bad_row_of_one_of_several_streamed_sources_names_it(tmp_path, caplog):
+    sources = [*several(tmp_path)[:2], datasets.Dataset.from_list([{"messages": "none"}] * 2), *several(tmp_path)[2:]]
+    with pytest.raises(p3.DataError, match=r"source 3 \(Dataset\): row 1"):
+        list(stream(sources).windows(endless=False))
+    windows = [window for _, window in stream(sources, 30, on_bad_row="skip").windows(endless=False)]
+    assert sum(map(len, windows)) == 35
+    assert "left out: source 3 (Dataset)" in caplog.text
+
+
+def test_a_folder_is_streamed(tmp_path):
+    pandas.DataFrame(PAIRS).to_csv(tmp_path / "a.csv", index=False)
+    pandas.DataFrame(PAIRS[::-1]).to_csv(tmp_path / "b.csv.gz", index=False)
+    assert list(stream(tmp_path).take(20)) == list(whole([*PAIRS, *PAIRS[::-1]]))
+
+
+@pytest.mark.parametrize("split", ["train[:10]", "train[10%:]", "train[1:]+train[:1]"])
+def test_a_part_of_a_stream_is_refused_with_the_way_out(split):
+    for source in (ROWS, "someone/chats"):
+        with pytest.raises(p3.DataError, match=r"take\(100\) and skip\(100\)"):
+            stream(source, split=split)
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 13, 25])
