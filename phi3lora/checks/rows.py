@@ -92,7 +92,7 @@ def _new_tokens(planned: PlannedRun) -> dict[int, str]:
     known = getattr(model, "checkpoint_tokens", None)
     if known is None:
         in_files = tokenizer.init_kwargs.get("added_tokens_decoder")
-        of_the_family = [t for t in added.values() if t.special or str(t).startswith("<|")]
+        of_the_family = [t for t in added.values() if t.special or re.match(r"<\||</?think>", str(t))]
         known = set(map(str, in_files.values() if in_files else of_the_family))
     rows = getattr(model.get_decoder(), "vocab_size", model.config.vocab_size)  # before model.resize_token_embeddings
     return {

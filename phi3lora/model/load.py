@@ -20,7 +20,7 @@ logger = logging.getLogger("phi3lora")
 
 _SUPPORTED = (
     "every checkpoint that transformers loads as Phi3ForCausalLM: Phi-3-mini-4k/128k, Phi-3-medium-4k/128k, "
-    "Phi-3.5-mini, Phi-4, Phi-4-mini"
+    "Phi-3.5-mini, Phi-4, Phi-4-mini and the reasoning members of both"
 )
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
