@@ -370,6 +370,7 @@ def _arrow_rows(table: Any, what: str = "the table") -> Iterator[Mapping[str, An
         reader = table if isinstance(table, RecordBatchReader) else RecordBatchReader.from_stream(table)
         _check_unique(what, reader.schema.names)
         for batch in reader:
+            batch.validate(full=True)  # offsets in a damaged file may point anywhere
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
     except DataError:

@@ -339,6 +339,22 @@ def test_pandas_is_not_imported_for_a_csv(tmp_path):
     subprocess.run([sys.executable, "-c", probe], check=True)
 
 
+@pytest.mark.parametrize("writer", ["file.arrow", "stream.arrow"])
+def test_an_arrow_file_whose_offsets_are_damaged_is_read_or_refused(writer, tmp_path):
+    """Arrow's own reader believes them: unchecked, they point outside the file."""
+    content = WRITERS[writer](tmp_path / "a.arrow").read_bytes()
+    refused = 0
+    for at in range(0, len(content), 8):
+        for damage in (b"\0\0\0\0", b"\xff\xff\xff\x7f"):
+            path = written(tmp_path / "a.arrow", content[:at] + damage + content[at + 4 :])
+            try:
+                list(read_rows(path, BadRows("skip")))
+            except DataError as error:
+                assert "a.arrow" in str(error)
+                refused += 1
+    assert refused > 20
+
+
 @pytest.mark.parametrize(
     "column",
     [pyarrow.array([b"\xff\xff"]).view(pyarrow.string()), pyarrow.array([2**62], pyarrow.duration("s"))],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import lzma
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow
 from conftest import make_tokenizer
 from damage import PLAIN_VALUES, damage_file, damaged_json, random_node
-from pyarrow import parquet
+from pyarrow import feather, parquet
 
 import phi3lora as p3
 
@@ -23,6 +24,8 @@ TEXTS = (
     "\u202e\u200b\ufeff", "😀" * 20, "{{ 7 * 7 }}{% raw %}", "<|endoftext|>" * 50, "\r\n\t\x0b\x1c\u2028", "<|" * 99,
 )  # fmt: skip
 ROLES = ("user", "assistant", "system", "tool", "human", "gpt", "", "root", None, 1)
+SUFFIXES = (".jsonl", ".jsonl", ".json", ".csv", ".parquet", ".ndjson", ".tsv", ".arrow", ".jsonl.gz", ".jsonl.zst")
+PACKED = (".jsonl.gz", ".csv.bz2", ".json.xz", ".jsonl.zst")
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "chats", "text")
 
 
@@ -49,7 +52,7 @@ def prepare(good: Path) -> Callable[[], None]:
     def read() -> None:
         for form in FORMATS:
             rows = _rows(form, Random(0))
-            for suffix in (".jsonl", ".json", ".parquet", ".csv"):
+            for suffix in (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", *PACKED):
                 path = good / f"{form}{suffix}"
                 _write(path, rows)
                 _load(path, {})
@@ -73,9 +76,17 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         path.write_text(json.dumps(rows if len(rows) % 2 else {"data": rows}))
     elif path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        feather.write_feather(pyarrow.Table.from_pylist(rows), path)
+    elif path.name.endswith(PACKED):
+        unpacked = path.with_suffix("")
+        _write(unpacked, rows)
+        codec = {".gz": "gzip", ".bz2": "bz2", ".xz": None, ".zst": "zstd"}[path.suffix]
+        with lzma.open(path, "wb") if codec is None else pyarrow.output_stream(path, compression=codec) as file:
+            file.write(unpacked.read_bytes())
     else:
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
+        writer = csv.DictWriter(text, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
         writer.writeheader()
         writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
         path.write_text(text.getvalue())
@@ -101,7 +112,7 @@ def _options(random: Random) -> dict[str, Any]:
 def make_file(random: Random, good: Path, own: Path) -> tuple[str, Callable[[], None]]:
     """Write a file whose JSON, table or bytes are damaged."""
     form = random.choice(FORMATS)
-    rows, suffix = _rows(form, random), random.choice((".jsonl", ".jsonl", ".json", ".csv", ".parquet", ".ndjson"))
+    rows, suffix = _rows(form, random), random.choice(SUFFIXES)
     path = own / f"rows{suffix}"
     if suffix in (".jsonl", ".ndjson") and random.random() < 0.5:
         lines = [damaged_json(row, random) if random.random() < 0.6 else ("", json.dumps(row)) for row in rows]

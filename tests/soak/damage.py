@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import struct
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -85,7 +86,7 @@ def damaged_json(value: Any, random: Random) -> tuple[str, str]:
         if holder is None:
             continue
         how = random.randrange(8)
-        new = random.choice(PLAIN_VALUES)
+        new = deepcopy(random.choice(PLAIN_VALUES))  # what is put in may be changed next
         if how == 0:
             done.append(f"{path} removed")
             del holder[key]
