@@ -2,13 +2,15 @@
 
 ``.safetensors``: the tensors under loralib's names; the header's key ``phi3lora`` says how each layer is built, so a
 wrong scaling, rank or segment layout is an error at load. ``.pt``: ``torch.save(lora.lora_state_dict(model), path)`` as
-loralib writes it, with the same settings in ``<path>.json`` beside it. A ``.pt`` of loralib's own loads too.
+loralib writes it, with the same settings in one more member of its zip archive, which ``torch.load`` skips; earlier
+versions wrote them to ``<path>.json``. A ``.pt`` of loralib's own loads too.
 
 ``load_state_dict(..., strict=False)`` raises no error, so we check its result: no unexpected key, no missing LoRA key.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,13 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, short_repr
-from ..files import parse_json, read_json, read_tensors, sha256_of, write_atomic
-from ..lora.inject import inject_layers, lora_layers, remove_lora
+from ..files import parse_json, parse_tensors, read_json, tensor_file, write_atomic
+from ..lora.inject import fused_segments, inject_layers, lora_layers, remove_lora
 from ..lora.layers import MergedLinear
 from .named import DEFAULT, LoadedAdapters, list_adapters, loading_inactive
 
@@ -32,7 +33,7 @@ logger = logging.getLogger("phi3lora")
 HEADER_KEY = "phi3lora"
 _FORMAT = 1
 _SHA256 = "sha256"
-"""Key in ``<path>.json`` of the checksum of the ``.pt`` that it describes."""
+"""Key in an older ``<path>.json`` of the checksum of the ``.pt`` that it describes."""
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def adapter_metadata(model: nn.Module) -> dict[str, Any]:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the active adapter to ``path``: ``.safetensors``, or ``.pt`` (with ``<path>.json`` beside it).
+    """Write the active adapter to ``path``: ``.safetensors``, or ``.pt``, each with its settings inside.
 
     The file is on disk when this returns. If the process is killed or the disk is full, an earlier file is unchanged.
 
@@ -85,17 +86,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
-    metadata = adapter_metadata(model)
+    metadata = {HEADER_KEY: json.dumps(adapter_metadata(model))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            header = {"format": "pt", HEADER_KEY: json.dumps(metadata)}
-            write_atomic(path, lambda file: save_file(state, file, metadata=header))
-        else:
-            write_atomic(path, lambda file: torch.save(state, file))
-            text = json.dumps({**metadata, _SHA256: sha256_of(path)})
-            write_atomic(_sidecar(path), lambda file: file.write_text(text))
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        data = tensor_file(path.suffix, state, metadata)
+        write_atomic(path, lambda file: file.write_bytes(data))
+        if path.suffix == ".pt":
+            _sidecar(path).unlink(missing_ok=True)  # an older version's, for the file that was here
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"{str(path)!r} cannot be written: {error}; an earlier file there is unchanged") from error
     return path
 
@@ -155,7 +153,14 @@ def install_adapter(
 
 def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any], source: str) -> None:
     """Inject the file's layers into a plain model and load them; on an error the model is plain again."""
+    fused = fused_segments(model)
     for layer, settings in metadata["layers"].items():
+        widths = list(fused[layer].values()) if layer in fused else settings.get("segments")
+        if settings.get("class") == "MergedLinear" and settings.get("segments") != widths:  # of perhaps the same shapes
+            got = short_repr(settings.get("segments"))
+            raise AdapterError(
+                f"{source!r}: {layer} has segments {got} in the settings; allowed in this model: {widths}"
+            )
         lora_A, r = state.get(f"{layer}.lora_A"), settings.get("r")
         if lora_A is None:
             raise AdapterError(f"{source!r} is incomplete: missing in the file: {layer}.lora_A")
@@ -228,11 +233,11 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if not path.is_file():
         raise AdapterError(f"there is no adapter file {str(path)!r}")
     try:
-        state, header = read_tensors(path)
-        if path.suffix == ".pt":
-            metadata = _read_sidecar(path)
-        else:
-            metadata = parse_json(header[HEADER_KEY]) if HEADER_KEY in header else None
+        data = path.read_bytes()  # once: tensors and settings are those of one file
+        state, header = parse_tensors(data, path.suffix)
+        metadata = parse_json(header[HEADER_KEY]) if HEADER_KEY in header else None
+        if path.suffix == ".pt" and metadata is None:
+            metadata = _read_sidecar(path, hashlib.sha256(data).hexdigest())
         if metadata is not None:
             metadata["config"] = metadata.get("config") or None
             if not all(isinstance(value, dict) for value in (*metadata["layers"].values(), metadata["config"] or {})):
@@ -244,10 +249,10 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return state, metadata
 
 
-def _read_sidecar(path: Path) -> Any:
-    """Return the settings beside a ``.pt``, or None; settings of an earlier file do not count."""
+def _read_sidecar(path: Path, digest: str) -> Any:
+    """Return the settings beside a ``.pt`` of an older version, or None; settings of another file do not count."""
     metadata = read_json(_sidecar(path)) if _sidecar(path).is_file() else {}
-    if metadata.get(_SHA256) not in (None, sha256_of(path)):
+    if metadata.get(_SHA256) not in (None, digest):
         logger.warning("%s was made for another %s: its settings are not used", _sidecar(path), path.name)
         return None
     return {key: value for key, value in metadata.items() if key != _SHA256} or None

@@ -6,6 +6,7 @@ holds others: a training run's folder also has optimizer state, generators and p
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from jinja2 import Template
 from safetensors import SafetensorError, safe_open
 
 from ..config import LoraConfig, TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import AdapterError
-from ..files import read_json
+from ..errors import AdapterError, printable
+from ..files import is_leftover, read_json, write_atomic
 from .adapter_file import HEADER_KEY
 from .peft_format import CONFIG_NAME, TENSORS_NAME
 
@@ -81,7 +82,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 import phi3lora as p3
 
 folder = "."  # this folder, or huggingface_hub.snapshot_download("owner/name")
-model, tokenizer = p3.load_model("{{ base }}")
+model, tokenizer = p3.load_model({{ base }})
 {{ load }}
 ```
 
@@ -92,7 +93,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 folder = "."  # this folder, or huggingface_hub.snapshot_download("owner/name")
-model = AutoModelForCausalLM.from_pretrained("{{ base }}")
+model = AutoModelForCausalLM.from_pretrained({{ base }})
 model = PeftModel.from_pretrained(model, folder)
 ```
 {% else %}For peft, load it so and write its format with `p3.export_peft(model, folder)`.
@@ -135,7 +136,7 @@ def write_model_card(
         The path of the card.
 
     Raises:
-        AdapterError: the folder holds no adapter (with ``merged``: no model).
+        AdapterError: the folder holds no adapter (with ``merged``: no model), or the card cannot be written.
     """
     folder = Path(path)
     files = _adapter_files(folder)
@@ -143,6 +144,32 @@ def write_model_card(
         raise AdapterError(f"{str(folder)!r} holds no merged model (config.json and *.safetensors); see save_merged")
     if not merged and not files:
         raise AdapterError(f"{str(folder)!r} holds no adapter; save_adapter or export_peft writes one (or merged=True)")
+    facts = {"dataset": dataset, "lora": lora, "training": training, "metrics": metrics}
+    title = folder.resolve().name
+    text = model_card(folder, title, base_model, **facts, language=language, license=license, merged=merged)  # type: ignore[arg-type]
+    card = folder / "README.md"
+    try:
+        write_atomic(card, lambda file: file.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{str(card)!r} cannot be written: {error}; an earlier card is unchanged") from error
+    return card
+
+
+def model_card(
+    folder: Path,
+    title: str,
+    base_model: str | os.PathLike[str],
+    *,
+    dataset: str | ChatDataset | ChatStream | None = None,
+    lora: LoraConfig | None = None,
+    training: TrainingConfig | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    language: str | Sequence[str] | None = None,
+    license: str | None = None,
+    merged: bool = False,
+) -> str:
+    """Return the text of the card of a folder: :func:`write_model_card` without its checks, under a given title."""
+    files = _adapter_files(folder)
     own, for_peft = [name for name in files if name != TENSORS_NAME], TENSORS_NAME in files
     link, is_on_hub = _link(base_model), _is_hub_name(base_model)
     front_matter = ModelCardData(
@@ -154,9 +181,11 @@ def write_model_card(
         language=[language] if isinstance(language, str) else list(language) if language else None,
         license=license,
     )
-    data = None if dataset is None else _link(dataset, "datasets/") if isinstance(dataset, str) else dataset.describe()
+    data = None
+    if dataset is not None:
+        data = _link(dataset, "datasets/") if isinstance(dataset, str) else _markdown(dataset.describe())
     numbers = [
-        (name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        (_markdown(name), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
         for name, value in (metrics or {}).items()
         if type(value) in (int, float)
     ]
@@ -165,9 +194,14 @@ def write_model_card(
         for name in ("phi3lora", "torch", "transformers", "loralib")
         for package in islice(distributions(name=name), 1)
     ]
-    text = Template(_CARD, keep_trailing_newline=True).render(
+    load = "p3.import_peft(model, folder)"
+    if own:
+        is_plain = re.fullmatch(r"[\w.-]+", own[0])
+        file = f'f"{{folder}}/{own[0]}"' if is_plain else f"folder + {json.dumps('/' + own[0])}"
+        load = f"p3.load_adapter(model, {file})"
+    text: str = Template(_CARD, keep_trailing_newline=True).render(
         card_data=front_matter.to_yaml(),
-        title=folder.resolve().name,
+        title=_markdown(title),
         kind=f"{link} with a LoRA adapter merged into its weights" if merged else f"a LoRA adapter for {link}",
         data=data,
         tables=[
@@ -175,14 +209,12 @@ def write_model_card(
             ("Metrics", "metric", numbers),
         ],
         merged=merged,
-        base=str(base_model) if is_on_hub else Path(base_model).name,
-        load=f'p3.load_adapter(model, f"{{folder}}/{own[0]}")' if own else "p3.import_peft(model, folder)",
+        base=json.dumps(str(base_model) if is_on_hub else Path(base_model).name),
+        load=load,
         for_peft=for_peft,
         versions=", ".join(versions),
     )
-    card = folder / "README.md"
-    card.write_text(text, encoding="utf-8")
-    return card
+    return text
 
 
 def push_to_hub(
@@ -197,7 +229,7 @@ def push_to_hub(
     """Upload a folder with an adapter or a merged model to the Hugging Face hub, in one commit.
 
     Args:
-        path: the folder; it holds only files of :data:`PUBLISHED` names, and no folders.
+        path: the folder; it holds only files of :data:`PUBLISHED` names, no folders and no links.
         repo_id: ``"you/name"``; created if it does not exist.
         private: True: a repository that has to be created is private.
         token: with write access; None: the one that ``hf auth login`` stored.
@@ -208,8 +240,9 @@ def push_to_hub(
         The commit's address.
 
     Raises:
-        AdapterError: a folder without adapter or model, or with other files; an ``adapter_config.json`` that names a
-            folder on this machine as the base; the hub cannot be reached, refuses the token or has no such repository.
+        AdapterError: a folder without adapter or model, or with other files or links; an ``adapter_config.json`` that
+            names a folder on this machine as the base; the hub cannot be reached, refuses the token or has no such
+            repository.
 
     Example:
         >>> p3.push_to_hub("support-peft", "you/support")  # doctest: +SKIP
@@ -219,15 +252,14 @@ def push_to_hub(
         raise AdapterError(
             f"{str(folder)!r} holds neither an adapter nor a model; save_adapter, export_peft and save_merged write one"
         )
-    _check_publishable(folder)
+    names = _published_names(folder)
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(name, folder / name) for name in names],
             commit_message=commit_message or "Upload with phi3lora",
-            allow_patterns=list(PUBLISHED),
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
@@ -269,10 +301,23 @@ def _holds_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
 
-def _check_publishable(folder: Path) -> None:
-    """Raise AdapterError for files of other names than :data:`PUBLISHED`, or a config that reveals a local path."""
-    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if not file.is_dir()]
+def _published_names(folder: Path) -> list[str]:
+    """Return the names of the files to send.
+
+    Raises:
+        AdapterError: files of other names than :data:`PUBLISHED`; links, whose targets may be anything; a config that
+            reveals a local path.
+    """
+    found = [file for file in sorted(folder.rglob("*")) if file.is_symlink() or not file.is_dir()]
+    found = [file for file in found if not is_leftover(file.name)]
+    linked = {file.relative_to(folder).as_posix() for file in found if file.is_symlink()}
+    names = [file.relative_to(folder).as_posix() for file in found]
     names = [name for name in names if not any(fnmatch(name, pattern) for pattern in _NEVER_SENT)]
+    if links := [name for name in names if name in linked]:
+        raise AdapterError(
+            f"{str(folder)!r} holds links, which are not followed: {', '.join(links[:5])}. Allowed: files. Replace "
+            f"each by what it leads to, if that is to be published"
+        )
     others = [name for name in names if "/" in name or not any(fnmatch(name, pattern) for pattern in PUBLISHED)]
     if others:
         first = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -283,17 +328,25 @@ def _check_publishable(folder: Path) -> None:
     try:
         base = read_json(folder / CONFIG_NAME)["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):  # no PEFT folder, or one that PEFT itself will refuse
-        return
+        return names
     if isinstance(base, str) and is_local(base) and not _HUB_NAME.fullmatch(base):
         raise AdapterError(
             f"{str(folder / CONFIG_NAME)!r} names {base!r} as the base, a folder on this machine; allowed: its name on "
             f"the hub. Write the folder again with export_peft(..., base_model='owner/name')"
         )
+    return names
 
 
 def _link(name: str | os.PathLike[str], kind: str = "") -> str:
     """Return a link to the hub, or the last part of a local path."""
-    return f"[{name}](https://huggingface.co/{kind}{name})" if _is_hub_name(name) else f"`{Path(name).name}`"
+    if _is_hub_name(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{printable(Path(name).name).replace('`', chr(39))}`"
+
+
+def _markdown(text: str) -> str:
+    """Return a text as Markdown that shows it as it is, on one line, also in a cell of a table."""
+    return re.sub(r"[\\`\[\]<>|]", r"\\\g<0>", printable(text))
 
 
 def _rows(config: LoraConfig | TrainingConfig | None, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -301,4 +354,4 @@ def _rows(config: LoraConfig | TrainingConfig | None, names: Sequence[str]) -> l
     values = {} if config is None else config.to_dict()
     unused = "num_train_epochs" if values.get("max_steps", 0) > 0 else "max_steps"
     rows = [(name, values[name]) for name in names if name != unused and values.get(name) is not None]
-    return [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in rows]
+    return [(name, _markdown(", ".join(value) if isinstance(value, list) else str(value))) for name, value in rows]

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
-from ..errors import AdapterError
+from ..errors import AdapterError, error_line
+from ..files import write_folder
 from ..inference.generation import stop_token_ids
 from ..lora.base_weight import Dense, base_weight_of
 from ..lora.inject import lora_layers
@@ -39,6 +41,9 @@ PROMPTS = (
     "Translate to German: the weather is fine today.",
 )
 """Default prompts on which :func:`save_merged` compares the merged model with the adapted one."""
+
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Files of an earlier model that would be read beside the new one's, or before them."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ def save_merged(
         model: a Phi-3 causal LM with adapters; it is not changed.
         tokenizer: saved beside the weights, and the source of the stop tokens in ``generation_config.json``; None: the
             directory has no tokenizer and keeps the model's own stop tokens.
-        path: the directory; ``merge_report.json`` is written into it too.
+        path: the directory, replaced as a whole once it is on disk: the files of an earlier model go, others stay.
+            ``merge_report.json`` is written into it too.
         base: the checkpoint that a quantised base was made from: the adapters are merged into its dense weights.
         prompts: texts on which both models are compared; without a tokenizer as many rows of random tokens are used.
 
@@ -123,7 +129,7 @@ def save_merged(
         The differences between the merged model and the adapted one.
 
     Raises:
-        AdapterError: a model without adapters.
+        AdapterError: a model without adapters; a directory that cannot be written (an earlier model is unchanged).
         ModelError: ``base`` cannot be loaded or is another model.
     """
     if not lora_layers(model):
@@ -132,10 +138,18 @@ def save_merged(
     if tokenizer is not None:
         plain.generation_config.eos_token_id = stop_token_ids(tokenizer)
     report = _compare(model, plain, tokenizer, prompts)
-    plain.save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
-    Path(path, "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+    def write(folder: Path) -> None:
+        plain.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+    try:
+        write_folder(Path(path), write, marker="config.json", replaces=_WEIGHTS)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        what = f"the merged model {os.fspath(path)!r} cannot be written: {error_line(error)}"
+        raise AdapterError(f"{what}; an earlier one there is unchanged") from error
     return report
 
 

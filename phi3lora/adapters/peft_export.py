@@ -22,24 +22,25 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from statistics import mode
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
-from ..errors import AdapterError
+from ..errors import AdapterError, error_line, printable
+from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
 from ..lora.inject import fused_segments, lora_layers
 from ..lora.layers import Conv2d
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite
-from .hub import is_local, write_model_card
+from .hub import is_local, model_card
 from .peft_format import CONFIG_NAME, PREFIX, TENSORS_NAME, Pair, to_modules
 from .peft_import import is_plain_convolution
 
@@ -66,7 +67,8 @@ class PeftExport:
     """Tool -> command lines that use the adapter with it."""
 
     def __str__(self) -> str:
-        lines = [f"PEFT adapter in {self.path}: {len(self.modules)} modules, layout {self.layout!r}, rank {self.rank}"]
+        where = printable(str(self.path))
+        lines = [f"PEFT adapter in {where}: {len(self.modules)} modules, layout {self.layout!r}, rank {self.rank}"]
         if self.rounded:
             lines.append(
                 f"note: {len(self.rounded)} modules ({self.rounded[0]}, ...) have a scaling that differs, and "
@@ -100,8 +102,9 @@ def export_peft(
 
     Args:
         model: a model with adapters; it is not changed. Tensors are written in float32.
-        path: the folder; files of an earlier export in it are replaced. A model card is written where there is none and
-            the base is known; :func:`write_model_card` writes a fuller one, with data and metrics.
+        path: the folder, replaced as a whole once it is on disk: files of an earlier export go, others stay. A model
+            card is written where there is none and the base is known; :func:`write_model_card` writes a fuller one,
+            with data and metrics.
         tokenizer: saved beside the adapter, with a ``generation_config.json`` that has every stop token.
         layout: ``"uniform"`` (one rank for all, right everywhere), ``"pattern"`` (each module's own rank, for PEFT and
             transformers alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were split).
@@ -113,7 +116,8 @@ def export_peft(
 
     Raises:
         AdapterError: no adapters; trained biases, adapters that are disabled or merged, and layers that PEFT cannot
-            express (by name); NaN or infinite values; another layout; a path that is a file.
+            express (by name); NaN or infinite values; another layout; a path that is a file or cannot be written (an
+            earlier export there is unchanged).
 
     Example:
         >>> exported = p3.export_peft(model, "support-peft", tokenizer=tokenizer)
@@ -144,21 +148,29 @@ def export_peft(
         for side, tensor in zip("AB", module.pair, strict=True):
             tensors[f"{PREFIX}{at}.{start}{side}{end}"] = tensor.contiguous()
     header = json.dumps({**metadata, "layout": layout, "segments": segments, "ratios": ratios})
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt", HEADER_KEY: header})
-    (path / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    stops: list[str] = []
-    if tokenizer is not None:
-        stop_ids, start_id, pad_id = stop_token_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id
-        stops = tokenizer.convert_ids_to_tokens(stop_ids)
-        tokenizer.save_pretrained(path)
-        GenerationConfig(bos_token_id=start_id, eos_token_id=stop_ids, pad_token_id=pad_id).save_pretrained(path)
-    if base_model and not (path / "README.md").exists():
-        write_model_card(path, base_model=base_model, lora=getattr(model, "lora_config", None))
+    stops = [] if tokenizer is None else tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+
+    def write(folder: Path) -> None:
+        (folder / TENSORS_NAME).write_bytes(tensor_file(".safetensors", tensors, {HEADER_KEY: header}))
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+            tokenizer.save_pretrained(folder)
+            GenerationConfig(eos_token_id=stop_token_ids(tokenizer), **ids).save_pretrained(folder)
+        if base_model and not (path / "README.md").exists():
+            card = model_card(folder, path.resolve().name, base_model, lora=getattr(model, "lora_config", None))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+    try:
+        write_folder(path, write, marker=CONFIG_NAME)
+    except (OSError, SafetensorError) as error:
+        what = f"the export {str(path)!r} cannot be written: {error_line(error)}"
+        raise AdapterError(f"{what}; an earlier one there is unchanged") from error
     rank = max(len(module.pair.A) for module in modules.values())
     rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)  # not 2^n
     is_phi3 = getattr(getattr(model, "config", None), "model_type", None) == "phi3"
-    notes = _notes(model, layout, rank, base_model, lacks_stops=is_phi3 and not stops)
+    odd_stops = [stop for stop in stops if '"' in stop or not stop.isprintable()]
+    notes = _notes(model, layout, rank, base_model, lacks_stops=is_phi3 and not stops, odd_stops=odd_stops)
     commands = _commands(path, base_model or ("LLAMA_STYLE_BASE" if layout == "split" else "BASE_MODEL"), rank, stops)
     if layout == "pattern" or not is_phi3:  # vLLM and llama.cpp read no patterns, and know no other model
         commands = {"PEFT": commands["PEFT"]}
@@ -279,7 +291,9 @@ def _peft_config(
     }
 
 
-def _notes(model: Any, layout: str, rank: int, base_model: str | None, lacks_stops: bool) -> tuple[str, ...]:
+def _notes(
+    model: Any, layout: str, rank: int, base_model: str | None, lacks_stops: bool, odd_stops: Sequence[str]
+) -> tuple[str, ...]:
     notes = []
     if layout == "pattern":
         notes.append("rank_pattern and alpha_pattern: PEFT and transformers read them, vLLM and llama.cpp do not")
@@ -293,9 +307,13 @@ def _notes(model: Any, layout: str, rank: int, base_model: str | None, lacks_sto
     if is_local(base_model):
         way_out = "for others, give its name on the hub: base_model='owner/name'"
         notes.append(f"the base is recorded as {base_model}, a folder on this machine; {way_out}")
+    if odd_stops:
+        notes.append(
+            f"a Modelfile cannot hold the stop texts {', '.join(map(repr, odd_stops))}; give them in the request"
+        )
     if lacks_stops:
         notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
-    return tuple(notes)
+    return tuple(map(printable, notes))
 
 
 def max_lora_rank(rank: int) -> int | None:
@@ -304,7 +322,10 @@ def max_lora_rank(rank: int) -> int | None:
 
 
 def _commands(path: Path, model: str, rank: int, stops: Sequence[str]) -> dict[str, str]:
-    """Return tool -> command lines; ``stops`` are the texts at which an answer ends."""
+    """Return tool -> command lines; ``stops`` are the texts at which an answer ends.
+
+    Names and texts are quoted for the shell; those that no line can hold are left out of the Modelfile.
+    """
     folder, name, gguf = str(path), path.resolve().name or "adapter", str(path / "adapter.gguf")
     lines = {
         "PEFT": "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
@@ -321,9 +342,18 @@ def _commands(path: Path, model: str, rank: int, stops: Sequence[str]) -> dict[s
         f"python convert_lora_to_gguf.py {base_option} {quote(model)} --outfile {quote(gguf)} {quote(folder)}\n"
         f"llama-cli -m base.gguf --lora {quote(gguf)}  # base.gguf: convert_hf_to_gguf.py of the base"
     )
-    stop_lines = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
-    lines["Ollama"] = (
-        f"cat > Modelfile <<'END'\nFROM ./base.gguf\nADAPTER {gguf}\n{stop_lines}END\n"
-        f"ollama create {quote(name)} -f Modelfile"
-    )
+    stop_lines = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops if '"' not in stop and stop.isprintable())
+    if gguf.isprintable():
+        lines["Ollama"] = (
+            f"cat > Modelfile <<'END'\nFROM ./base.gguf\nADAPTER {gguf}\n{stop_lines}END\n"
+            f"ollama create {quote(name)} -f Modelfile"
+        )
     return lines
+
+
+def quote(text: str) -> str:
+    """Return ``text`` as a word of a POSIX shell, or of bash and zsh if characters of it must be spelt out."""
+    if text.isprintable():
+        return shlex.quote(text)
+    codes = (c if c.isprintable() and c not in "'\\" else f"\\U{ord(c):08x}" for c in text)
+    return f"$'{''.join(codes)}'"

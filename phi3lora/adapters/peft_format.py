@@ -28,7 +28,7 @@ the conversion only moves them, so it is exact in both directions:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
 from ..config import LoraConfig, lora_scaling
-from ..errors import ConfigError, short_repr
+from ..errors import short_repr
 from ..files import read_json
 from ..lora.layers import Segment, adapted_segments
 
@@ -46,6 +46,8 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Start of every tensor's name."""
+
+_MOST_KEYS, _MOST_CHARACTERS, _MOST_REPEATS = 5000, 300, 3
 
 Settings = Mapping[str, Any]
 
@@ -76,14 +78,14 @@ class PeftConfig:
 
     common: LoraConfig
     """Settings of every module that no pattern matches; its target modules are not those of the folder."""
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Sequence[tuple[re.Pattern[str], int]]
+    alpha_pattern: Sequence[tuple[re.Pattern[str], float]]
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """Return the rank and alpha of the module at ``path`` (without prefix), as PEFT's ``get_pattern_key`` does."""
 
-        def first(pattern: Mapping[str, Any], default: Any) -> Any:
-            return next((value for key, value in pattern.items() if re.match(_path_regex(key), path)), default)
+        def first(pattern: Sequence[tuple[re.Pattern[str], Any]], default: Any) -> Any:
+            return next((value for key, value in pattern if key.match(path)), default)
 
         return first(self.rank_pattern, self.common.r), first(self.alpha_pattern, self.common.lora_alpha)
 
@@ -121,20 +123,27 @@ def read_config(folder: Path) -> PeftConfig:
         task_type=found.get("task_type"),
         target_modules=["any"],
     )
-    ranks, alphas = (found.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    for name, pattern, field in (("rank_pattern", ranks, "r"), ("alpha_pattern", alphas, "lora_alpha")):
+    patterns = []
+    for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        pattern = found.get(name) or {}
         try:
-            for key, value in pattern.items():
-                re.compile(_path_regex(key))
-                replace(common, **{field: value})  # validates the value
-        except (AttributeError, re.error, ConfigError) as error:
-            allowed = f"a dict of regular expressions to values of {field}"
+            if len(pattern) > _MOST_KEYS:
+                raise ValueError(f"{len(pattern):,} keys; the modules of a model have fewer")
+            for value in pattern.values():
+                replace(common, **{field: value})  # validates it
+            patterns.append([(_compiled(key), value) for key, value in pattern.items()])
+        except (AttributeError, TypeError, re.error, ValueError) as error:
+            allowed = f"a dict of regular expressions to values of {field}, at most {_MOST_KEYS:,}"
             raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(pattern)}: {error}; allowed: {allowed}") from error
-    return PeftConfig(common, ranks, alphas)
+    return PeftConfig(common, *patterns)
 
 
-def _path_regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+def _compiled(key: str) -> re.Pattern[str]:
+    """Return the key as PEFT matches it. ValueError for one that could take hours on a path of 60 characters."""
+    if len(key) > _MOST_CHARACTERS or len(re.findall(r"[*+{]", key)) > _MOST_REPEATS or re.search(r"\)[*+{]", key):
+        what = f"at most {_MOST_CHARACTERS} characters, {_MOST_REPEATS} of * + {{, and none of them after a group"
+        raise ValueError(f"the key {short_repr(key, 60)} takes too long to match; allowed: {what}")
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _check_setting(name: str, value: Any) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..errors import ModelError, error_line, is_int, is_path, short_repr
+from ..errors import ModelError, error_line, is_int, is_number, is_path, short_repr
 from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
@@ -25,6 +26,7 @@ _SUPPORTED = (
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MAX_LAYERS = 1000  # the family's largest model has 40; transformers builds every layer before it looks for weights
+_MAX_LABELS = 10_000  # a list of their names is built even for a model that has none
 
 
 def load_model(
@@ -59,7 +61,8 @@ def load_model(
 
     Raises:
         ModelError: nothing loadable there, files that are damaged or lack weights, not a Phi-3 model, a checkpoint
-            quantised in another way, 4 bits without bitsandbytes, or a setting that is not one of the above.
+            quantised in another way, 4 bits without bitsandbytes, a folder with an ``adapter_config.json``, or a
+            setting that is not one of the above.
 
     Example:
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
@@ -80,6 +83,7 @@ def load_model(
 
     name = os.fspath(name_or_path)
     config = _read_config(name, revision)
+    _check_no_adapter(name, revision)
     _check_sizes(Path(name), config)
     in_4_bits = _options_for_4_bits(name, config, base_precision, torch_dtype, device)
     register()
@@ -138,30 +142,52 @@ def _read_config(name: str, revision: str | None) -> dict[str, Any]:
         raise ModelError(
             f"{short_repr(name)} has model_type {short_repr(model_type)}; supported: {_SUPPORTED} (model_type 'phi3')"
         )
-    if not is_int(layers, 1, _MAX_LAYERS + 1):
-        raise ModelError(f"{short_repr(name)} has num_hidden_layers {short_repr(layers)}; allowed: 1 to {_MAX_LAYERS}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    shares = [scope.get("partial_rotary_factor") for scope in (config, rope) if isinstance(scope, dict)]
+    for key, value, is_allowed, allowed in (
+        ("num_hidden_layers", layers, is_int(layers, 1, _MAX_LAYERS + 1), f"1 to {_MAX_LAYERS}"),
+        ("num_labels", labels := config.get("num_labels") or 0, is_int(labels, 0, _MAX_LABELS), f"0 to {_MAX_LABELS}"),
+        *(("partial_rotary_factor", x, x is None or (is_number(x) and 0 < x <= 1), "0 to 1") for x in shares),
+    ):
+        if not is_allowed:
+            raise ModelError(f"{short_repr(name)} has {key} {short_repr(value)}; allowed: {allowed}")
     return config
 
 
-def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
-    """Raise if ``config.json`` describes a larger matrix than the files hold.
+def _check_no_adapter(name: str, revision: str | None) -> None:
+    """Raise if there is an ``adapter_config.json``: transformers would add that adapter, even to a merged model."""
+    if find_adapter_config_file(name, revision=revision) is not None:
+        raise ModelError(
+            f"{short_repr(name)} holds an adapter_config.json beside its config.json, and an adapter must not be "
+            f"applied twice. Load the base and call import_peft(model, folder), or, if this is a merged model, move "
+            f"adapter_config.json and adapter_model.* out of the folder"
+        )
 
-    transformers would build it, and fill it with random numbers, before it notices: a damaged size can take all memory.
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Raise if ``config.json`` describes more numbers than the files hold.
+
+    transformers would build them, and fill them with random numbers, before it notices: a damaged size can take all
+    memory.
     """
     files = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern) if path.is_file()]
     hidden, heads = config.get("hidden_size", 3072), config.get("num_attention_heads", 32)
     kv, vocabulary = config.get("num_key_value_heads") or heads, config.get("vocab_size", 32064)
     inner, head_dim = config.get("intermediate_size", 8192), config.get("head_dim")
-    if not files or not all(is_int(size, 1) for size in (hidden, heads, kv, vocabulary, inner, head_dim or 1)):
+    layers = config.get("num_hidden_layers", 32)
+    sizes = (hidden, heads, kv, vocabulary, inner, head_dim or 1, layers)
+    if not files or not all(is_int(size, 1) for size in sizes):
         return  # on the hub, or for transformers to refuse
     head_dim = head_dim or hidden // heads
-    described = hidden * max(vocabulary, 2 * inner, head_dim * (heads + 2 * kv))
+    largest = hidden * max(vocabulary, 2 * inner, head_dim * (heads + 2 * kv))
+    total = hidden * (vocabulary + layers * (3 * inner + 2 * head_dim * (heads + kv)))
     stored_bytes = sum(path.stat().st_size for path in files)
-    if described > 2 * stored_bytes:  # two entries per byte: 4 bits each
-        raise ModelError(
-            f"cannot load {short_repr(str(folder))}: its config.json describes a matrix of {described:,} numbers, "
-            f"but its files hold {stored_bytes:,} bytes"
-        )
+    for what, described in (("a matrix", largest), (f"{layers} layers", total)):
+        if described > 2 * stored_bytes:  # two entries per byte: 4 bits each
+            raise ModelError(
+                f"cannot load {short_repr(str(folder))}: its config.json describes {what} of {described:,} numbers, "
+                f"but its files hold {stored_bytes:,} bytes"
+            )
 
 
 def _options_for_4_bits(

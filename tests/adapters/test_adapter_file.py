@@ -110,8 +110,8 @@ def test_the_files_hold_loralib_s_state_dict_and_each_layer_s_settings(tmp_path)
         "class": "MergedLinear", "r": 2, "lora_alpha": 4, "use_rslora": True,
         "segments": [32, 16, 16], "enable_lora": [True, False, True],
     }  # fmt: skip
-    beside = json.loads(pickled.with_name("adapter.pt.json").read_text())
-    assert beside == {**metadata, "sha256": sha256_of(pickled)}
+    assert read_adapter(pickled)[1] == metadata
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter.safetensors", "adapter.pt"}
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -203,6 +203,38 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, suffix, change: Callable, m
     assert torch.equal(base(IDS).logits, model(IDS).logits)
 
 
+def test_tampered_segments_of_the_same_shapes_are_refused(tmp_path):
+    """k and v exchange places with nothing but the settings changed: the model knows where its segments are."""
+    model = adapted()
+    metadata = adapter_metadata(model)
+    for segments in ([16, 16, 32], [32, 32, 0], [2**40, 1, 1], [64], "32", None):
+        metadata["layers"][QKV]["segments"] = segments
+        path = write(tmp_path / "adapter.safetensors", lora.lora_state_dict(model), metadata)
+        assert_refused(lively_model(), path, r"qkv_proj has segments .*; allowed in this model: \[32, 16, 16\]")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", 2**40), ("r", 0), ("r", -1), ("r", 2.0), ("r", None), ("lora_alpha", float("nan")), ("lora_alpha", "4"),
+        ("use_rslora", "yes"), ("class", "Conv2d"), ("class", "Linear4bit"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_bounds_build_nothing(tmp_path, name, value):
+    """Also beside another adapter; the model is as it was, to the name of every parameter."""
+    model = adapted()
+    metadata = adapter_metadata(model)
+    metadata["layers"][OUT][name] = value
+    path = write(tmp_path / "adapter.safetensors", lora.lora_state_dict(model), metadata)
+    for target, more in ((lively_model(), {}), (adapted(target_modules=["down_proj"]), {"name": "other"})):
+        before, trainable = snapshot(target), [p.requires_grad for p in target.parameters()]
+        with pytest.raises(p3.Phi3LoRAError):
+            p3.load_adapter(target, path, **more)
+        assert same_tensors(target.state_dict(), before)
+        assert [p.requires_grad for p in target.parameters()] == trainable
+        assert not hasattr(target, "lora_config") or p3.list_adapters(target) == {"default": True}
+
+
 # --- Files that are no adapters
 
 
@@ -283,9 +315,50 @@ def test_a_save_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch, suffix
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def older_pt(model: nn.Module, path: Path) -> Path:
+    """Write a ``.pt`` as version 0.1 did, with its settings and their checksum beside it."""
+    torch.save(lora.lora_state_dict(model), path)
+    beside = {**adapter_metadata(model), "sha256": sha256_of(path)}
+    path.with_name(path.name + ".json").write_text(json.dumps(beside))
+    return path
+
+
+def test_a_pt_with_its_settings_beside_it_loads_and_is_replaced_by_one_file(tmp_path):
+    model, base = adapted(), lively_model()
+    path = older_pt(model, tmp_path / "adapter.pt")
+    p3.load_adapter(base, path)
+    assert torch.equal(base(IDS).logits, model(IDS).logits)
+    p3.save_adapter(adapted(lora_alpha=64), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter.pt"]
+    assert read_adapter(path)[1]["layers"][OUT]["lora_alpha"] == 64
+
+
+def test_a_pt_loads_verbatim_as_loralib_s_readme_does(tmp_path):
+    path = p3.save_adapter(adapted(), tmp_path / "adapter.pt")
+    model = adapted(seed=1)
+    result = model.load_state_dict(torch.load(path), strict=False)
+    assert not result.unexpected_keys
+    assert same_tensors(adapters_of(model), adapters_of(adapted()))
+
+
+@suffixes
+def test_a_killed_save_leaves_the_earlier_file_and_no_litter_for_the_next(tmp_path, monkeypatch, suffix):
+    path = p3.save_adapter(adapted(), tmp_path / f"adapter{suffix}")
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), 9))
+        p3.save_adapter(adapted(seed=1), path)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 9
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    p3.save_adapter(adapted(seed=1), path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 def test_settings_beside_another_file_of_that_name_are_not_used(tmp_path, caplog):
-    path = p3.save_adapter(adapted(lora_alpha=2), tmp_path / "adapter.pt")
-    other = adapted(lora_alpha=64)
+    path = older_pt(adapted(lora_alpha=2), tmp_path / "adapter.pt")
+    other = adapted(seed=1, lora_alpha=64)
     torch.save(lora.lora_state_dict(other), path)  # loralib's way: no settings
     assert read_adapter(path)[1] is None
     assert "made for another adapter.pt" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import json
@@ -138,6 +139,42 @@ def test_a_folder_without_adapter_or_model_has_no_card(folder, merged_folder, tm
         p3.write_model_card(folder, base_model="a/b")
 
 
+STRANGE = "a`b|c\x1b[2J\n## Fake\n[x](y)"
+
+
+def test_the_card_quotes_what_it_inserts(folder, tmp_path):
+    """Names and texts of strangers are shown, not obeyed: by Markdown, by a terminal, by Python."""
+    named = folder.with_name('x"+exit(1)+"\n# y')
+    folder.rename(named)
+    (named / "adapter.safetensors").rename(named / 'a"+exit(1)+"{1}.safetensors')
+    base = tmp_path / 'b")+exit(1)#\n`'
+    lora = p3.LoraConfig(target_modules=[STRANGE])
+    _, text = parts(p3.write_model_card(named, base_model=base, dataset=STRANGE, lora=lora, metrics={STRANGE: 1.0}))
+    assert all(line.isprintable() for line in text.splitlines())
+    assert [line for line in text.splitlines() if line.startswith("#")][1:] == [
+        "## Data", "## Hyperparameters", "## Metrics", "## How to load it", "## Versions",
+    ]  # fmt: skip
+    assert all(line.replace("\\|", "").count("|") == 3 for line in text.splitlines() if line.startswith("|"))
+    (block,) = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    assert {ast.unparse(call.func) for call in calls} == {"p3.load_model", "p3.load_adapter"}
+
+
+def test_a_card_that_cannot_be_written_leaves_the_earlier_one(folder, monkeypatch):
+    card = p3.write_model_card(folder, base_model="a/b")
+    before = card.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("phi3lora.files.fsync", fail)
+    with pytest.raises(
+        AdapterError, match=r"README\.md' cannot be written: .*No space.*; an earlier card is unchanged"
+    ):
+        p3.write_model_card(folder, base_model="c/d")
+    assert card.read_bytes() == before and len(list(folder.iterdir())) == 2
+
+
 # --- The hub
 
 
@@ -260,6 +297,37 @@ def test_a_folder_with_other_files_or_with_nothing_to_publish_is_refused(hub, fo
     with pytest.raises(AdapterError, match="there is no folder"):
         push(hub, folder / "none")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "model.safetensors", "notes", "folder"])
+def test_links_are_not_followed(hub, folder, tmp_path, name):
+    """A README.md that leads to ~/.ssh/id_rsa would publish it."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("secret")
+    (folder / name).symlink_to(tmp_path / "secret" if name == "folder" else tmp_path / "secret" / "key")
+    if name.endswith(".safetensors"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / "adapter.safetensors")
+    with pytest.raises(AdapterError, match=rf"holds links, which are not followed: {name}\. Allowed: files"):
+        push(hub, folder)
+    assert hub.requests == []
+
+
+def test_what_a_killed_save_left_and_a_late_file_are_not_sent(hub, folder, monkeypatch):
+    """The list that was checked is sent, whatever appears in the folder meanwhile; the folder itself may be a link."""
+    want = contents(folder)
+    (folder / ".adapter.safetensors.999999999.tmp").write_text("half")
+    answer = hub.answer
+
+    def add_a_file(path, body):
+        (folder / "config.json").write_text("{}")
+        return answer(path, body)
+
+    monkeypatch.setattr(hub, "answer", add_a_file)
+    linked = folder.with_name("linked")
+    linked.symlink_to(folder)
+    push(hub, linked)
+    assert hub.files == want and len(hub.commits) == 1
 
 
 def test_a_base_that_only_this_machine_has_is_not_revealed(hub, folder, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phi3lora as p3
+from phi3lora import files
+from phi3lora.errors import AdapterError
 from phi3lora.lora.base_weight import Fp8Linear
 
 IDS = torch.arange(5, 25)[None]
@@ -140,3 +143,33 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     p3.inject_lora(model, p3.LoraConfig(r=4))
     with pytest.raises(p3.AdapterError, match="quantised weight"), p3.merged(model):
         pass
+
+
+def test_a_merged_model_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    """Fewer shards than before, a user's own files, a full disk, a kill."""
+    resource = pytest.importorskip("resource")
+    folder, model = tmp_path / "m", adapted_model()
+    p3.save_merged(model, None, folder)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (folder / name).write_text("of an earlier model in two shards")
+    (folder / "notes.txt").write_text("mine")
+    p3.save_merged(model, None, folder)
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"config.json", "generation_config.json", "merge_report.json", "model.safetensors", "notes.txt"}
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(AdapterError, match=r"cannot be written: .*an earlier one there is unchanged"):
+            p3.save_merged(adapted_model(lora_alpha=64), None, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(files, "_exchange", lambda *_: os.kill(os.getpid(), 9))
+        p3.save_merged(adapted_model(lora_alpha=64), None, folder)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 9
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    p3.save_merged(model, None, folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]

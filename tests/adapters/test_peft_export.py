@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 import phi3lora as p3
+from phi3lora import files
 from phi3lora.__main__ import main
 from phi3lora.adapters.adapter_file import adapter_metadata
 from phi3lora.errors import AdapterError
@@ -261,3 +264,79 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(AdapterError, match="which is a file"):
         p3.export_peft(adapted_model(), tmp_path / "file")
+
+
+# --- Written as a whole
+
+
+def test_a_killed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
+    """Killed before each flush of a file or folder and at the exchange: PEFT reads the old adapter or the new one."""
+    folder, ids = tmp_path / "e", torch.tensor([[5, 6, 7, 8, 9, 10]])
+    old, new = adapted_model(lora_alpha=8), adapted_model(lora_alpha=64)
+    randomize_adapters(new, seed=3)
+    wants = {name: m(input_ids=ids).logits for name, m in (("old", old), ("new", new))}
+    p3.export_peft(old, folder, base_model="o/b")
+    (folder / "notes.txt").write_text("mine")
+    seen = []
+    for step in range(9):
+        child = os.fork()
+        if child == 0:
+            calls, fsync, exchange = [], files.fsync, files._exchange
+
+            def die_at(real):
+                def call(*arguments):
+                    calls.append(real)  # noqa: B023
+                    return os.kill(os.getpid(), 9) if len(calls) > step else real(*arguments)  # noqa: B023
+
+                return call
+
+            monkeypatch.setattr(files, "fsync", die_at(fsync))
+            monkeypatch.setattr(files, "_exchange", die_at(exchange))
+            p3.export_peft(new, folder, base_model="o/b")
+            os._exit(0)
+        os.waitpid(child, 0)
+        model = adapted_model()
+        p3.delete_adapter(model, "default")
+        p3.import_peft(model, folder)
+        logits = model(input_ids=ids).logits
+        (found,) = [name for name, want in wants.items() if torch.allclose(logits, want, atol=1e-5)]
+        seen.append(found)
+        assert (folder / "notes.txt").read_text() == "mine"
+    assert seen == sorted(seen, reverse=True) and {"old", "new"} == set(seen)
+    p3.export_peft(new, folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["e"]
+
+
+def test_an_export_that_cannot_be_written_is_one_error_and_leaves_the_earlier_one(tmp_path):
+    resource = pytest.importorskip("resource")
+    p3.export_peft(adapted_model(), tmp_path / "e", base_model="o/b")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "e").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(
+            AdapterError, match=r"the export .* cannot be written: .*; an earlier one there is unchanged"
+        ):
+            p3.export_peft(adapted_model(r=5), tmp_path / "e")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "e").iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["e"]
+
+
+def test_what_is_printed_quotes_what_it_inserts(tmp_path, tokenizer, monkeypatch):
+    """A stop text with a newline would end the block and begin a command; an escape would reach the terminal."""
+    odd = "<|end|>\nEND\nrm -rf ~\n"
+    monkeypatch.setattr("phi3lora.adapters.peft_export.stop_token_ids", lambda tokenizer: [1, 2, 3])
+    monkeypatch.setattr(type(tokenizer), "convert_ids_to_tokens", lambda self, ids: [odd, 'a"b', "<|end|>"])
+    base = "o/b\x1b[31m'; touch ran; '\n"
+    exported = p3.export_peft(adapted_model(), tmp_path / "e", tokenizer=tokenizer, base_model=base)
+    lines = str(exported).splitlines()
+    assert all(line.isprintable() for line in lines) and "rm -rf ~" not in lines and "END" in lines
+    assert 'PARAMETER stop "<|end|>"' in lines and sum(line.startswith("PARAMETER") for line in lines) == 1
+    assert any("Modelfile cannot hold the stop texts" in note and repr(odd) in note for note in exported.notes)
+    word = exported.commands["vLLM"].removeprefix("vllm serve ").partition(" --enable")[0]
+    shown = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True, cwd=tmp_path).stdout
+    assert shown.decode() == base and not (tmp_path / "ran").exists()
+    strange = p3.export_peft(adapted_model(), tmp_path / "e\nEND\nrm", base_model="o/b")
+    assert "Ollama" not in strange.commands and "\nrm" not in str(strange)

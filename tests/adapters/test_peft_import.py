@@ -153,6 +153,10 @@ def assert_refused(model, path, message: str, error=AdapterError) -> None:
         ({"alpha_pattern": {"o_proj": "x"}}, "alpha_pattern=.*lora_alpha='x'"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern=.*unterminated.*a dict of regular expressions"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\]"),
+        ({"rank_pattern": {f"layer_{i}": 4 for i in range(20_000)}}, "20,000 keys; the modules of a model have fewer"),
+        ({"alpha_pattern": {"(a+)+$": 4}}, "takes too long to match; allowed: at most 300 characters"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 4}}, "takes too long to match"),
+        ({"rank_pattern": {"a" * 301: 4}}, "takes too long to match"),
     ],
     ids=str,
 )

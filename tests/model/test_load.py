@@ -141,6 +141,11 @@ def test_missing_weights_are_refused(damaged):
         ("head_dim", 2**20, "describes a matrix"),
         ("num_hidden_layers", 2**20, "allowed: 1 to 1000"),
         ("num_hidden_layers", "two", "num_hidden_layers 'two'"),
+        ("num_hidden_layers", 900, "describes 900 layers of"),
+        ("num_labels", 30_000_000, "num_labels 30000000; allowed: 0 to 10000"),
+        ("num_labels", "many", "num_labels 'many'"),
+        ("partial_rotary_factor", 1e9, "partial_rotary_factor 1000000000.0; allowed: 0 to 1"),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 2**40}, "partial_rotary_factor"),
         ("rms_norm_eps", "small", "rms_norm_eps"),
         ("quantization_config", ["4"], "quantization_config"),
         ("model_type", {"phi3": 1}, "model_type"),
@@ -166,6 +171,20 @@ def test_malformed_json_raises_no_other_error(damaged, name, content):
     (damaged / name).write_bytes(content)
     with contextlib.suppress(ModelError):  # transformers does without some of these files
         p3.load_model(damaged, device="cpu")
+
+
+def test_a_folder_with_an_adapter_is_refused(damaged):
+    """transformers would add the adapter in silence, also to a model that it is merged into already."""
+    model = p3.load_model(damaged, dtype="float32", device="cpu")[0]
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    exported = damaged.with_name("exported")
+    p3.export_peft(model, exported)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(exported / name, damaged)
+    with pytest.raises(ModelError, match=r"holds an adapter_config\.json beside.*import_peft\(model, folder\)"):
+        p3.load_model(damaged, device="cpu")
+    (damaged / "adapter_config.json").unlink()
+    assert not any("lora" in name for name in p3.load_model(damaged, device="cpu")[0].state_dict())
 
 
 # --- longrope

@@ -1,4 +1,4 @@
-"""Damaged adapter files (``.safetensors``, ``.pt`` and its ``.json``) and PEFT folders: load_adapter, import_peft."""
+"""Damaged adapter files (``.safetensors``, ``.pt``, an older one's ``.json``) and PEFT folders: the readers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from damage_tensors import damage_pickle, damage_safetensors, never_executes
 from safetensors.torch import load_file, save_file
 
 import phi3lora as p3
+from phi3lora.adapters.adapter_file import adapter_metadata
 
 FUSED = {"target_modules": ["q_proj", "v_proj", "o_proj", "up_proj"]}
 STATES = ("plain", "same", "beside")
@@ -58,23 +59,27 @@ def make_safetensors(random: Random, good: Path, own: Path) -> tuple[str, Callab
 
 
 def prepare_pt(good: Path) -> Callable[[], None]:
-    path = p3.save_adapter(adapted_model(**FUSED), good / "a.pt")
-    torch.save(torch.load(path, weights_only=True), path)  # the name of the zip's folder without a process's number
-    sidecar = json.loads((good / "a.pt.json").read_text())
-    (good / "a.pt.json").write_text(json.dumps({**sidecar, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
-    return lambda: [read_into(p3.load_adapter, path, state) for state in STATES]
+    """Write a ``.pt`` with its settings inside, and one with them beside it, as earlier versions did."""
+    model = adapted_model(**FUSED)
+    new, old = p3.save_adapter(model, good / "new" / "a.pt"), good / "old" / "a.pt"
+    old.parent.mkdir()
+    torch.save(torch.load(new, weights_only=True), old)
+    beside = {**adapter_metadata(model), "sha256": hashlib.sha256(old.read_bytes()).hexdigest()}
+    (good / "old" / "a.pt.json").write_text(json.dumps(beside))
+    return lambda: [read_into(p3.load_adapter, path, state) for state in STATES for path in (new, old)]
 
 
 def make_pt(random: Random, good: Path, own: Path) -> tuple[str, Callable[[], None]]:
     """Damage the JSON beside the file or the file itself, most often without the JSON, whose checksum ends it early."""
-    path, state = own / "a.pt", random.choice(STATES)
-    shutil.copy(good / "a.pt", path)
-    shutil.copy(good / "a.pt.json", own)
-    if random.random() < 0.4:
+    path, state, is_old = own / "a.pt", random.choice(STATES), random.random() < 0.6
+    shutil.copy(good / ("old" if is_old else "new") / "a.pt", path)
+    if is_old:
+        shutil.copy(good / "old" / "a.pt.json", own)
+    if is_old and random.random() < 0.6:
         description = damage_json_file(own / "a.pt.json", random)
     else:
         if random.random() < 0.7:
-            (own / "a.pt.json").unlink()
+            (own / "a.pt.json").unlink(missing_ok=True)
         description = damage_pickle(path, random, own)
     return description, never_executes(lambda: read_into(p3.load_adapter, path, state), own)
 
