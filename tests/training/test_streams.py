@@ -84,6 +84,25 @@ def test_resuming_with_other_data_or_another_buffer_is_refused(tmp_path):
             run(tmp_path, data, resume_from_checkpoint=True, **settings)
 
 
+def mixed(weight: float = 1, **options):
+    parts = [
+        p3.ChatDataset.load(rows, make_tokenizer(), max_length=64, **options) for rows in (ROWS, chat_rows(40)[23:])
+    ]
+    return p3.ChatDataset.mix([(parts[0], 2), (parts[1], weight)])
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "buffer_size": 7}], ids=["dataset", "stream"])
+def test_a_run_on_a_mix_resumes_bit_for_bit_and_with_other_weights_it_is_refused(tmp_path, options):
+    expected, history, _ = run(tmp_path / "uncut", mixed(**options))
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    run(tmp_path / "cut", mixed(**options), StopAfter(7), **settings)
+    with pytest.raises(p3.CheckpointError, match=r"weights|fingerprint"):
+        run(tmp_path / "cut", mixed(1.5, **options), resume_from_checkpoint=True, **settings)
+    found, again, _ = run(tmp_path / "cut", mixed(**options), resume_from_checkpoint=True, **settings)
+    assert same_tensors(found, expected)
+    assert again == history
+
+
 def test_resuming_is_refused_if_the_window_of_the_cursor_changed(tmp_path, caplog):
     rows, settings = list(ROWS), {"save_strategy": "steps", "save_steps": 1, "max_steps": 40}
     run(tmp_path, stream(4, rows), cursors := Cursors((1, 1)), **settings)
