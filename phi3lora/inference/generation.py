@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..data.turns import read_turns
-from ..errors import DataError
+from ..errors import DataError, is_int
+from ..lora.inject import unwrap
 from ..model.forward import eval_mode
 from ..model.load import longrope_boundary, model_device
 
@@ -34,7 +37,7 @@ def generate(
     batch_size: int = 16,
     stream: bool = False,
 ) -> Any:
-    """Answer a question, or several.
+    """Answer a question, or several. The model's own ``generation_config`` has no effect.
 
     Args:
         model, tokenizer: the result of ``load_model``; the model's modes are restored.
@@ -57,7 +60,8 @@ def generate(
         stays, flagged as special or not: ``<|tool_call|>[{"name": ..., "arguments": {}}]<|/tool_call|>``, ``<think>``.
 
     Raises:
-        DataError: a prompt of another form, no prompt, ``stream`` with several; a setting outside its range.
+        DataError: a prompt of another form, one that ends in an assistant turn, no prompt, ``stream`` with several; a
+            setting outside its range.
 
     Example:
         >>> p3.generate(model, tokenizer, "My invoice is wrong.", max_new_tokens=64)  # doctest: +SKIP
@@ -65,6 +69,9 @@ def generate(
     chats, is_list = _as_chats(prompt, system)
     if stream and len(chats) > 1:
         raise DataError(f"stream=True with {len(chats)} prompts; allowed: one")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not is_int(value, 1):
+            raise DataError(f"{name}={value!r}; allowed: a whole number >= 1")
     options = _sampling_options(temperature, top_p, top_k, repetition_penalty)
     encoder = ChatEncoder(tokenizer)
     if stream:
@@ -84,7 +91,10 @@ def generate(
 def _prompt_ids(encoder: ChatEncoder, chat: list[dict[str, Any]], tools: Any, number: int) -> list[int]:
     """Return the tokens of a prompt, read as a training row is."""
     try:
-        return encoder.prompt_ids(Chat(read_turns(chat, 0, "prompt"), tools))
+        messages = read_turns(chat, 0, "prompt")
+        if messages and messages[-1]["role"] == "assistant":
+            raise DataError("row 0 ends in an assistant turn; allowed: a user's or a tool's turn last")
+        return encoder.prompt_ids(Chat(messages, tools))
     except DataError as error:
         raise DataError(str(error).replace("row 0", f"prompt {number}", 1)) from error
 
@@ -98,6 +108,7 @@ def generate_answers(
     options: dict[str, Any],
 ) -> list[str]:
     """Return the answer to each prompt of token ids; ``options`` are the sampling options of ``model.generate``."""
+    model = _without_generation_config(unwrap(model))
     answers = [""] * len(prompts)
     lengths, boundary = [len(prompt) for prompt in prompts], longrope_boundary(model.config)
     equal_lengths = "repetition_penalty" in options  # a penalty would count padding as repeated tokens
@@ -107,6 +118,16 @@ def generate_answers(
             for i, ids in zip(group, new_ids.tolist(), strict=True):
                 answers[i] = encoder.decode(ids).strip()
     return answers
+
+
+def _without_generation_config(model: nn.Module) -> Any:
+    """Return a view of the model with default generation settings.
+
+    transformers takes every setting that a call leaves out from the model's own ``generation_config``.
+    """
+    view: Any = copy.copy(model)  # the same modules and parameters
+    view.generation_config = GenerationConfig()
+    return view
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:

@@ -191,6 +191,20 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
     return injection_report(model)
 
 
+def unwrap(model: nn.Module) -> Any:
+    """Return the model inside the wrappers of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    A wrapper puts its own name (``_orig_mod.``, ``module.``) in front of every path.
+    """
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Return path -> layer for every layer of ours that has an adapter."""
     return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer) and m.r > 0}

@@ -227,6 +227,13 @@ def test_another_prompt_is_an_error_that_says_what_is_allowed(prompt):
         p3.generate(tiny_model(), TOKENIZER, prompt)
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_chat_that_ends_in_an_assistant_turn_is_refused_with_its_number(system):
+    answered = [*user("Hi"), {"role": "assistant", "content": "Hello!"}]
+    with pytest.raises(p3.DataError, match="prompt 2 ends in an assistant turn; allowed: a user's or a tool's"):
+        p3.generate(tiny_model(), TOKENIZER, [user("Hi"), answered], system=system)
+
+
 def test_streaming_prints_the_answer_of_max_new_tokens_and_returns_it(capsys):
     model = constant_model(TOKENIZER.convert_tokens_to_ids("x"))
     answer = p3.generate(model, TOKENIZER, "Hi", max_new_tokens=4, stream=True)
@@ -272,9 +279,12 @@ def test_a_repetition_penalty_equals_one_by_hand_in_a_batch_of_any_lengths():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -0.1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"top_k": 0.5}, {"repetition_penalty": 0}],
+    [
+        {"temperature": -0.1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"top_k": 0.5}, {"repetition_penalty": 0},
+        {"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 2.5}, {"batch_size": 0},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_settings_outside_their_range_are_refused(settings):
     ((name, value),) = settings.items()
     with pytest.raises(p3.DataError, match=rf"{name}={value}; allowed: "):
@@ -291,3 +301,34 @@ def test_modes_are_restored_dropout_is_off_and_the_model_s_own_generation_settin
     modes = {name: module.training for name, module in model.named_modules()}
     assert p3.generate(model, TOKENIZER, "Hi", max_new_tokens=8) == expected
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"min_new_tokens": 8},
+        {"num_beams": 2, "num_return_sequences": 2}, {"return_dict_in_generate": True}, {"stop_strings": ["x"]},
+        {"suppress_tokens": list(range(400))}, {"bad_words_ids": [[5]]}, {"forced_eos_token_id": 4},
+        {"max_time": 1e-9}, {"use_cache": False}, {"eos_token_id": list(range(512))}, {"top_k": 1, "do_sample": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_setting_of_a_checkpoint_s_generation_config_changes_the_answers(own):
+    model = confident_model(scale=3.0)
+
+    def answers():
+        sampled = p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=6, temperature=1.0, seed=0)
+        return p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=6), sampled
+
+    expected = answers()
+    model.generation_config.update(**own)
+    before = model.generation_config.to_dict()
+    assert answers() == expected
+    assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_answers_as_the_model_inside(wrap):
+    model = confident_model()
+    expected = p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=4)
+    assert p3.generate(wrap(model), TOKENIZER, PROMPTS, max_new_tokens=4) == expected
