@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -23,8 +24,8 @@ import tokenizers
 import transformers
 
 from ..config import IGNORE_INDEX
-from ..errors import DataError, did_you_mean
-from ..files import sha256_of
+from ..errors import DataError, did_you_mean, error_line
+from ..files import read_json, sha256_of, write_atomic
 from .findings import Findings
 from .formats import Chat, detect_format, keys_of, to_chat
 from .rows import BadRows, NumberedRow, file_kind
@@ -39,6 +40,7 @@ SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second 
 _READING = "rows formats turns marked_text other_jobs findings template tokens tools documents".split()
 _MODULES = [Path(__file__).with_name(f"{name}.py") for name in _READING]
 _CHATS_AT_ONCE = 1000
+_DIGESTS = "sha256.json"
 
 
 class NoDocumentsError(DataError):
@@ -230,12 +232,14 @@ def _rows_digest(source: Any) -> str | None:
 def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | None) -> Iterator[NumberedChat]:
     """Return the chats cached under ``key``. If there are none, return ``chats``, which are then cached.
 
-    ``findings``, complete once ``chats`` is exhausted, is cached with them, as the last record. An exception that
-    ``chats`` raises is raised unchanged, and nothing is cached.
+    ``findings``, complete once ``chats`` is exhausted, is cached with them, as the last record. A cache whose files do
+    not have their checksums is made again; one that cannot be written is a warning. An exception that ``chats`` raises
+    is raised unchanged, and nothing is cached.
     """
     if key is None:
         return chats
     import datasets
+    from filelock import FileLock
 
     if not datasets.is_caching_enabled():
         return chats
@@ -246,29 +250,57 @@ def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | N
         findings=datasets.Value("string"),
     )
     started = False
+    written: list[NumberedChat] = []  # what chats gave: it cannot be asked again if the disk fills up
+    raised: list[Exception] = []
 
     def records() -> Iterator[dict[str, Any]]:
         nonlocal started
         started = True
-        for number, chat in chats:
-            yield {"number": number, "input_ids": chat.input_ids, "trained": chat.trained, "findings": None}
+        try:
+            for number, chat in chats:
+                ids, trained = np.array(chat.input_ids, dtype=np.int32), np.array(chat.trained, dtype=bool)
+                written.append((number, EncodedChat(ids, trained)))  # type: ignore[arg-type]
+                yield {"number": number, "input_ids": ids, "trained": trained, "findings": None}
+        except Exception as error:
+            raised.append(error)
+            raise
         yield {"number": 0, "input_ids": [], "trained": [], "findings": findings.to_json()}
 
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "phi3lora" / key
     try:
-        table = datasets.Dataset.from_generator(records, features=features, fingerprint=key)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if error.__cause__ is None:
-            raise
-        raise error.__cause__ from error.__cause__.__cause__
-    except OSError as error:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.exists() and not _is_whole(folder):
+                logger.warning("the cached tokens in %s are damaged or half there: tokenising again", folder)
+                shutil.rmtree(folder)
+            source = datasets.Dataset.from_generator
+            table = source(records, features=features, fingerprint=key, cache_dir=str(folder))
+            if started:
+                digests = {
+                    str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*.*") if path.is_file()
+                }
+                write_atomic(folder / _DIGESTS, lambda file: file.write_text(json.dumps(digests)))
+    except Exception as error:  # datasets, pyarrow and the file system have many
         if started:
-            raise
-        logger.warning("tokenised chats cannot be cached by datasets: %s", error)
-        return chats
-    if not started:  # found in the cache
-        findings += Findings.from_json(table[-1]["findings"])
+            shutil.rmtree(folder, ignore_errors=True)
+        if raised:
+            raise raised[0] from raised[0].__cause__
+        logger.warning("tokenised chats cannot be cached by datasets: %s", error_line(error.__cause__ or error))
+        return chain(written, chats)
+    if started:
+        return iter(written)
+    findings += Findings.from_json(table[-1]["findings"])
     return (
         (int(number), EncodedChat(input_ids, trained))
         for part in table.select(range(len(table) - 1)).with_format("numpy").iter(_CHATS_AT_ONCE)
         for number, input_ids, trained in zip(part["number"], part["input_ids"], part["trained"], strict=True)
     )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether each file of a cache has the checksum that was written after all of them."""
+    try:
+        digests = read_json(folder / _DIGESTS)
+        return all(sha256_of(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False

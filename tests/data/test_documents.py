@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import datasets
 import pytest
@@ -176,6 +178,58 @@ def test_a_cache_that_cannot_be_written_is_skipped_with_a_warning(tmp_path, monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a file" / "kept")
     assert same(load(written(tmp_path / "a.jsonl")), load(ROWS))
     assert "cannot be cached" in caplog.text
+
+
+def flipped(data, random):
+    at = random.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+
+def zeroed(data, random):
+    at = random.randrange(len(data))
+    return data[:at] + bytes(len(data[at : at + 4096])) + data[at + 4096 :]
+
+
+DAMAGE = {
+    "a flipped bit": flipped,
+    "cut": lambda data, random: data[: random.randrange(len(data))],
+    "empty": lambda data, random: b"",
+    "a page of zeros": zeroed,
+    "longer": lambda data, random: data + b"x",
+    "gone": lambda data, random: None,
+}
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".json"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_cache_is_made_again(tmp_path, encoded, empty_cache, caplog, damage, suffix):
+    path, random = written(tmp_path / "a.jsonl"), Random(0)
+    good = load(path)
+    for _ in range(3 if suffix == ".arrow" else 1):
+        for file in sorted(empty_cache.rglob(f"*{suffix}")):
+            encoded.clear()
+            caplog.clear()
+            data = file.read_bytes()
+            damaged = damage(data, random)
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            assert same(load(path), good) and len(encoded) == len(ROWS)
+            assert "damaged or half there: tokenising again" in caplog.text
+            assert same(load(path), good) and len(encoded) == len(ROWS), "it heals"
+
+
+def test_a_disk_that_fills_up_while_caching_is_a_warning(tmp_path, monkeypatch, empty_cache, encoded, caplog):
+    """Each row is tokenised once, and no half of a cache is left."""
+    path, want = written(tmp_path / "a.jsonl", ROWS * 300), load(ROWS * 300)
+    encoded.clear()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        found = load(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert same(found, want) and len(encoded) == len(ROWS) * 300
+    assert "tokenised chats cannot be cached" in caplog.text and not list(empty_cache.rglob("*.arrow"))
+    assert same(load(path), want) and same(load(path), want) and len(encoded) == len(ROWS) * 600
 
 
 def test_the_cache_changes_no_error_message(tmp_path):
