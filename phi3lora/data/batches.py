@@ -259,10 +259,12 @@ class StepSchedule:
         """Number of optimizer steps of the whole run."""
         if self.config.max_steps > 0:
             return self.config.max_steps
-        whole, fraction = divmod(self.config.num_train_epochs, 1)
-        steps = sum(len(self.steps_of_epoch(epoch)) for epoch in range(int(whole)))
-        if fraction:
-            steps += math.ceil(fraction * len(self.steps_of_epoch(int(whole))))
+        epochs = self.config.num_train_epochs
+        whole = int(epochs)
+        steps = sum(len(self.steps_of_epoch(epoch)) for epoch in range(whole))
+        if epochs > whole:  # as in transformers, ceil(epochs * steps): 1.1 - 1 is more than 0.1, 1.1 * 10 is 11
+            last = len(self.steps_of_epoch(whole))
+            steps += math.ceil(epochs * last) - whole * last
         return steps
 
     def steps(
