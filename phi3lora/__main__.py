@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import (
     ChatDataset,
@@ -39,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Phi3LoRAError as error:
         print(f"phi3lora: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("phi3lora: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +127,7 @@ def _load_run(options: argparse.Namespace) -> tuple[Any, Any, ChatDataset, ChatD
     config = TrainingConfig(**settings)
     chats, held_out = _load_data(options)
     model, tokenizer = load_model(options.model, dtype=options.dtype)
+    torch.manual_seed(config.seed)  # of the adapters' first numbers
     print(inject_lora(model, lora))
     return model, tokenizer, chats, held_out, config
 
@@ -166,9 +173,16 @@ def _doctor(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     model, tokenizer, chats, held_out, config = _load_run(options)
     result = train(model, chats, config, eval_dataset=held_out, tokenizer=tokenizer)
-    path = save_adapter(model, options.adapter or f"{config.output_dir}/adapter.safetensors")
     print(json.dumps(result.metrics, indent=1))
-    print(f"adapter: {path}")
+    path = options.adapter or f"{config.output_dir}/adapter.safetensors"
+    if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
+        print(
+            f"phi3lora: interrupted after step {result.global_step}, so {path} was not written; "
+            f"--set resume_from_checkpoint=true continues the run",
+            file=sys.stderr,
+        )
+        return 128 + result.interrupted_by
+    print(f"adapter: {save_adapter(model, path)}")
     return 0
 
 

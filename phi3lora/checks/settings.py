@@ -12,7 +12,7 @@ from ..lora.inject import lora_layers
 from ..model.estimate import GIB, MemoryPlan, flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from ..training.optim import optimizer_bytes, warmup_steps
-from ..training.setup import check_output_dir
+from ..training.output_folder import check_output_dir
 from .planned_run import PlannedRun
 from .report import Details, Finding, error, ok, warning
 from .trial import Trial

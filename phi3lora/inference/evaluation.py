@@ -24,7 +24,7 @@ from ..config import IGNORE_INDEX
 from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
 from ..data.template import ChatEncoder
-from ..errors import DataError, Phi3LoRAError
+from ..errors import DataError, Phi3LoRAError, is_int, short_repr
 from ..model.backend import PLAIN, use_backend
 from ..model.forward import eval_mode, supervised_hidden_states
 from ..model.load import longrope_boundary
@@ -71,13 +71,17 @@ def evaluate(
         :func:`phi3lora.sample_answers` shows such answers.
 
     Raises:
-        DataError: an empty dataset; ``rouge`` without tokenizer or with no chat that can be answered.
+        DataError: an empty dataset, documents that do not fit the model, as in ``train``; ``rouge`` without tokenizer
+            or with no chat that can be answered.
         Phi3LoRAError: ``rouge`` without the package.
 
     Example:
         >>> sorted(p3.evaluate(model, chats))
         ['loss', 'n_tokens', 'perplexity', 'token_accuracy']
     """
+    _check_number("batch_size", batch_size, 2**63)
+    if max_length is not None:
+        _check_number("max_length", max_length, 2**24 + 1)
     if rouge:
         if not dataset.known_length:
             raise DataError("rouge=True needs a ChatDataset, not a stream; pass stream.take(100), for example")
@@ -85,15 +89,9 @@ def evaluate(
         if tokenizer is None:
             raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
     loss_sum, correct, count = 0.0, 0, 0
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "packing": packing}
     with eval_mode(model), use_backend(model, None if fused else PLAIN) as backend:
-        for batch in batches(
-            dataset,
-            batch_size=batch_size,
-            max_length=max_length,
-            packing=packing,
-            shuffle=False,
-            boundary=longrope_boundary(model.config),
-        ):
+        for batch in _batches(model, dataset, settings):
             hidden, labels = supervised_hidden_states(model, batch, backend)
             losses, right = token_losses(hidden, model.get_output_embeddings(), labels)  # type: ignore[operator]
             loss_sum += losses.double().sum().item()
@@ -111,6 +109,42 @@ def evaluate(
         metrics |= {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in _ROUGE}
         metrics["n_answers"] = len(scores)
     return metrics
+
+
+def _batches(model: Any, dataset: ChatDataset | ChatStream, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the batches of a dataset, in its order, once it is checked; of a stream each window when it is read."""
+    for _, window in dataset.windows(endless=False):
+        check_documents(model, window, "the dataset", None)
+        yield from batches(window, shuffle=False, boundary=longrope_boundary(model.config), **settings)
+
+
+def _check_number(name: str, value: object, end: int) -> None:
+    if not is_int(value, 1, end):
+        raise DataError(f"{name}={short_repr(value)}; allowed: a whole number >= 1, below {end:,}")
+
+
+def check_documents(model: nn.Module, dataset: ChatDataset, name: str, row_length: int | None) -> None:
+    """Raise if documents do not fit the model, or the rows if their length is given."""
+    model_config: Any = model.config
+    if len(dataset) == 0:
+        raise DataError(f"{name} is empty: it has no documents")
+    longest = int(dataset.lengths.max())
+    if longest > model_config.max_position_embeddings:
+        raise DataError(
+            f"{name} has a document of {longest} tokens; the model allows "
+            f"{model_config.max_position_embeddings}. Load the dataset with a smaller max_length"
+        )
+    if row_length is not None and longest > row_length:
+        raise DataError(
+            f"max_length={row_length}, but {name} (loaded with max_length={dataset.max_length}) has a "
+            f"document of {longest} tokens; load it with the smaller max_length, or leave max_length out"
+        )
+    if dataset.largest_token_id() >= model_config.vocab_size:
+        raise DataError(
+            f"{name} has token id {dataset.largest_token_id()}; the model's vocabulary has "
+            f"{model_config.vocab_size}. Tokenise with the model's own tokenizer; for tokens that you added, call "
+            f"model.resize_token_embeddings(len(tokenizer)) before inject_lora"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
     output_dir/checkpoint-{step}/
       lora.safetensors      the adapters (load_adapter reads this file too)
       lora_config.json      how the adapters are built
-      trainer_state.json    TrainingState, TrainingConfig, the dataset's fingerprint, versions
+      trainer_state.json    TrainingState, TrainingConfig, the dataset's fingerprint, a sample of the base, versions
+      history.jsonl         all log lines, if there are more than 1,000: see history.py
       optimizer.pt          moments
       scheduler.pt          step and learning rate (schedules are functions of the step), gradient scaler
       rng_state_{rank}.pth  torch, CUDA, NumPy and Python generators, as tensors and plain numbers
-      manifest.json         SHA-256 of each file above
+      manifest.json         SHA-256 of each file above but history.jsonl, whose SHA-256 is in trainer_state.json
 
 A checkpoint is written to a hidden temporary folder, every file and the folder are fsynced, and only then is the folder
 renamed: a crash at any moment leaves the earlier checkpoints intact. It is read with ``weights_only=True``, so nothing
@@ -35,14 +36,16 @@ from torch import nn
 from ..adapters.adapter_file import adapter_metadata, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
 from ..errors import AdapterError, CheckpointError, error_line, short_repr
-from ..files import fsync, read_json, read_pickled, sha256_of
+from ..files import fsync, read_json, read_pickled, remove, sha256_of
 from ..lora.base_weight import base_format
+from .history import HISTORY, HistoryFile, read_history
 from .optim import check_optimizer_state, convert_optimizer_state
 
 logger = logging.getLogger("phi3lora")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
+_LAST_LINES = 1000  # of the history, in trainer_state.json
 _REQUIRED = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 # The errors that a file with unexpected contents causes when it is read.
@@ -104,20 +107,21 @@ class TrainingState:
     """Metric of the best checkpoint."""
     evaluations_without_gain: int = 0
     """Evaluations since ``best_metric`` was last beaten."""
+    measured: dict[str, Any] | None = None
+    """What the best metrics belong to: metric, evaluation data, base. None in checkpoints of version 0.1.0."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of ``metrics.jsonl``."""
+    """Lines of ``metrics.jsonl``. Callbacks may add lines; those that are there are written already."""
     should_stop: bool = False
     """Set to True in a callback to end the run after this step."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types, without ``should_stop``."""
-        values = dataclasses.asdict(self)
-        del values["should_stop"]
-        return values
+        """Return the fields as JSON types, without ``should_stop`` and with the last 1,000 lines of ``history``."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "should_stop"}
+        return {**values, "history": self.history[-_LAST_LINES:]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingState:
-        """Return the state that :meth:`to_dict` described; keys of a later version are ignored."""
+        """Return the state that :meth:`to_dict` described; keys of another version are ignored."""
         names = {f.name for f in dataclasses.fields(cls)} - {"should_stop"}
         return cls(**{name: value for name, value in values.items() if name in names})
 
@@ -132,8 +136,12 @@ class Resumable:
     config: TrainingConfig
     data: dict[str, Any]
     """Facts that fix the batches: the dataset's fingerprint and size, the row length."""
+    measured: dict[str, Any]
+    """What the run's metrics belong to: the metric, the evaluation data (None: not evaluated), the base."""
     rank: int = 0
     """Number of this process; each has its own random generators."""
+    lines: HistoryFile | None = None
+    """``metrics.jsonl``, which checkpoints share."""
 
     @property
     def base_dtype(self) -> str:
@@ -180,8 +188,12 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
         "config": run.config.to_dict(),
         "data": run.data,
         "base_dtype": run.base_dtype,
+        "base_sample": run.measured["base"],
         "versions": _versions(),
     }
+    if len(state.history) > _LAST_LINES:
+        assert run.lines is not None
+        trainer_state["history"] = run.lines.attach(folder / HISTORY)
     _write_json(folder / "lora_config.json", adapter_metadata(run.model))
     _write_json(folder / "trainer_state.json", trainer_state)
     # torch's own state_dict: bitsandbytes' overrides it with a nested format, for FSDP.
@@ -190,7 +202,7 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
     scheduler = {"last_step": state.global_step, "learning_rates": rates, "scaler": run.scaler.state_dict()}
     torch.save(scheduler, folder / "scheduler.pt")
     torch.save(rng_state(), folder / f"rng_state_{run.rank}.pth")
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != HISTORY}
     _write_json(folder / _MANIFEST, {"format": 1, "sha256": files})
 
 
@@ -208,28 +220,17 @@ def _free_space(folder: Path) -> str:
 def _rename_over(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target``; an earlier ``target`` is set aside first and deleted last."""
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    if not old.is_file():
+        remove(old)
+    if os.path.lexists(target):
         target.rename(old)
     source.rename(target)
     fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def rotate(output_dir: str | os.PathLike[str], keep: int | None, best: str | None) -> list[Path]:
-    """Delete the oldest checkpoints until ``keep`` remain, and return the deleted ones.
-
-    The newest checkpoint and the one called ``best`` always stay.
-    """
-    if keep is None:
-        return []
-    paths = checkpoints(output_dir)
-    protected = [path for path in paths if path == paths[0] or path.name == best]
-    others = [path for path in paths if path not in protected]
-    deleted = others[max(0, keep - len(protected)) :]
-    for path in deleted:
-        shutil.rmtree(path)
-    return deleted
+    try:
+        if not old.is_file():  # a checkpoint is a folder; a file of that name is somebody's
+            remove(old)
+    except OSError as error:
+        logger.warning("%s, replaced by a newer one, cannot be deleted: %s", old, error)
 
 
 # --- Finding
@@ -311,6 +312,8 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
         about = read_json(path / "trainer_state.json")
         _check_same_run(path, about, run)
         state = TrainingState.from_dict(about["state"])
+        if "history" in about:
+            state.history = _read_history(path, about)
         optimizer = read_pickled(path / "optimizer.pt")
         scheduler = read_pickled(path / "scheduler.pt")
         generators = read_pickled(path / f"rng_state_{run.rank}.pth")
@@ -326,6 +329,15 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
         raise
     except _UNEXPECTED as error:
         raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {error_line(error)}") from error
+
+
+def _read_history(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all log lines of a checkpoint, or the last ones: without the others the run still goes on exactly."""
+    try:
+        return read_history(path, about["history"])
+    except (OSError, ValueError) as error:
+        logger.warning("%s: all log lines but the last %d are lost: %s", path, _LAST_LINES, error_line(error))
+        return list(about["state"]["history"])
 
 
 def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
@@ -366,6 +378,12 @@ def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
     ]
     if about["base_dtype"] != run.base_dtype:
         changes.append(f"base weights {about['base_dtype']} then, {run.base_dtype} now")
+    elif about.get("base_sample", run.measured["base"]) != run.measured["base"]:
+        then, now = short_repr(about["base_sample"]), run.measured["base"]
+        changes.append(f"numbers of the base weights (SHA-256 of a sample) {then} then, {now!r} now")
+    was, now = (about["state"].get("measured") or {}).get("eval_data"), run.measured["eval_data"]
+    if None not in (was, now) and was != now:
+        changes.append(f"fingerprint of the evaluation data {short_repr(was)} then, {now!r} now")
     for package, now in _versions().items():
         then = about.get("versions", {}).get(package, now)
         if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version

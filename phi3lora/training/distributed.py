@@ -57,8 +57,14 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal: int | None = None
+        """Number of the signal that came first."""
         self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """True once a signal has come."""
+        return self.signal is not None
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
@@ -73,5 +79,5 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signal = self.signal or number
         logger.warning("%s: saving a checkpoint after this step, then stopping", signal.Signals(number).name)

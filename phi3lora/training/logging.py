@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -20,6 +19,7 @@ from ..config import TrainingConfig
 from ..errors import TrainingError
 from ..model.estimate import peak_flops
 from .checkpoint import TrainingState
+from .history import HistoryFile
 
 logger = logging.getLogger("phi3lora")
 
@@ -46,13 +46,13 @@ class Reporter:
         self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
         self.warns = is_main and config.log_level not in ("error", "critical")
         self._hide_bar = not is_main or bool(config.disable_tqdm)
-        self._path: Path | None = Path(config.output_dir) / "metrics.jsonl"
+        self.lines = HistoryFile(Path(config.output_dir) / "metrics.jsonl", state)
         self._trackers: list[Tracker] = []
         self._bar: Any = None
         self.restart_clock()
 
     def __enter__(self) -> Reporter:
-        self._write("w", self.state.history)
+        self.lines.start()
         self._trackers = open_trackers(self.config)
         total, done = self.state.total_steps, self.state.global_step
         self._bar = tqdm(total=total, initial=done, disable=self._hide_bar, unit="step", dynamic_ncols=True)
@@ -62,6 +62,7 @@ class Reporter:
         self._bar.close()
         for tracker in self._trackers:
             tracker.close()
+        self.lines.close()
 
     def banner(self, facts: Mapping[str, Any]) -> None:
         """Print every resolved setting, once, before the first step."""
@@ -108,24 +109,13 @@ class Reporter:
         """
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.state.history.append(line)
-        self._write("a", [line])
+        self.lines.append()
         for tracker in self._trackers:
             tracker.write(line)
         values = {name: line[key] for key, name in _POSTFIX.items() if line.get(key) is not None}
         if values:
             texts = {name: f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for name, x in values.items()}
             self._bar.set_postfix(texts)
-
-    def _write(self, mode: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write to ``metrics.jsonl``. A full disk ends the file, not the run: the checkpoints have the lines too."""
-        if self._path is None:
-            return
-        try:
-            with open(self._path, mode) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            logger.error("%s is no longer written: %s", self._path, error)
-            self._path = None
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:

@@ -11,10 +11,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +39,19 @@ from ..model.backend import use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.forward import train_mode
 from ..model.load import model_device
-from .checkpoint import Resumable, TrainingState, find_checkpoint, load_checkpoint, rotate, save_checkpoint
+from .best import BestModel, adopt_best, measured_on
+from .checkpoint import (
+    Resumable,
+    TrainingState,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .distributed import Interrupts, World
 from .logging import DeferredMetrics, Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
-from .setup import (
-    banner_facts,
-    check_run,
-    claim_output_dir,
-    explain_out_of_memory,
-    locked,
-    resolve,
-)
+from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
+from .setup import banner_facts, check_run, explain_out_of_memory, resolve
 from .step import OptimizerStep, StepOutcome
 
 logger = logging.getLogger("phi3lora")
@@ -92,6 +96,8 @@ class TrainingResult:
     """Path of the best checkpoint by ``metric_for_best_model``; None if no evaluated step was saved."""
     interrupted: bool = False
     """True if Ctrl-C or SIGTERM ended the run; ``resume_from_checkpoint=True`` continues it."""
+    interrupted_by: int | None = None
+    """Number of that signal: 2 for Ctrl-C, 15 for SIGTERM."""
 
 
 def train(
@@ -124,11 +130,12 @@ def train(
         CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
             a checkpoint belongs to another run or cannot be written.
     """
-    config = config or TrainingConfig()
+    config = copy.copy(config or TrainingConfig())
+    config.output_dir = os.path.abspath(config.output_dir)  # a callback may change the working directory
     check_run(model, train_dataset, eval_dataset, config)
     with ExitStack() as stack:
-        stack.enter_context(locked(config.output_dir))
-        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks)
+        output = stack.enter_context(locked(config.output_dir))
+        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, output)
         state, resolved, report = run.state, run.resolved, run.report
         stack.enter_context(run.interrupts)
         stack.enter_context(explain_out_of_memory(config, resolved))
@@ -143,11 +150,7 @@ def train(
         run.call_hooks("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
-        cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
-        batches = resolved.steps.batches(
-            state.global_step, cursor, model_device(model), wanted=lambda: not run.interrupts.requested
-        )
-        stack.enter_context(closing(batches))
+        batches = stack.enter_context(closing(run.batches()))
         started = time.perf_counter()
         for step, micro_batches in batches:
             rate = learning_rate(config, state.global_step, state.total_steps)
@@ -165,7 +168,8 @@ def train(
                 break
             started = time.perf_counter()
         run.finish()
-    draw_loss(state.history, Path(config.output_dir) / "loss.png")
+        if output.is_held():
+            draw_loss(state.history, output.folder / "loss.png")
     best = run.best_checkpoint()
     return TrainingResult(
         global_step=state.global_step,
@@ -173,6 +177,7 @@ def train(
         history=list(state.history),
         best_checkpoint=str(best) if best else None,
         interrupted=run.interrupts.requested,
+        interrupted_by=run.interrupts.signal,
     )
 
 
@@ -218,31 +223,63 @@ class _Run:
         eval_dataset: ChatDataset | None,
         tokenizer: Any,
         callbacks: Sequence[Any],
+        output: OutputFolder,
     ) -> None:
         """Build the parts, and restore them from a checkpoint if the config says so."""
         self.model, self.config, self.eval_dataset = model, config, eval_dataset
-        self.tokenizer, self.callbacks = tokenizer, callbacks
+        self.tokenizer, self.callbacks, self.output = tokenizer, callbacks, output
         self.interrupts, self.pending = Interrupts(), DeferredMetrics[_StepRecord]()
-        self.resumed_from = find_checkpoint(config)
+        check_output_dir(config)
+        resumed_from = find_checkpoint(config)
         world = World()
         torch.manual_seed(config.seed)
         self.resolved = resolve(model, train_dataset, config)
         steps, precision = self.resolved.steps, self.resolved.precision
         optimizer = build_optimizer(model, config)
         self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)
-        self.resumable = Resumable(model, optimizer, precision.scaler, config, steps.data_facts(), world.rank)
-        self.state = load_checkpoint(self.resumed_from, self.resumable) if self.resumed_from else TrainingState()
-        claim_output_dir(config, resuming=self.resumed_from is not None)
+        facts = steps.data_facts(), measured_on(config, eval_dataset, model)
+        self.resumable = Resumable(model, optimizer, precision.scaler, config, *facts, world.rank)
+        self.state = load_checkpoint(resumed_from, self.resumable) if resumed_from else TrainingState()
+        claim_output_dir(config, resuming=resumed_from is not None)
+        set_aside_newer(config.output_dir, self.state.global_step)
         self.state.total_steps = steps.total
+        self.best = BestModel(config, self.state)
         context_tokens = mean_context_tokens(train_dataset.first_window.lengths)
         self.report = Reporter(config, self.state, flops_per_token(model, context_tokens), world.is_main)
-        self.saved_at = self.state.global_step if self.resumed_from else -1
+        self.resumable.lines = self.report.lines
+        self.saved_at = self.state.global_step if resumed_from else -1
         self.evaluated_at, self.last_eval = -1, dict[str, float]()
-        for line in self.state.history:
+        if resumed_from:
+            self._recall_evaluations(resumed_from)
+
+    def _recall_evaluations(self, resumed_from: Path) -> None:
+        """Restore the last evaluation and the best checkpoint, unless they were measured on something else."""
+        state = self.state
+        if not self.best.is_comparable(self.resumable.measured):
+            return
+        for line in state.history:
             if "eval_loss" in line:
-                self.evaluated_at = line["step"]
+                self.evaluated_at = line.get("step", -1)
                 values = {name: value for name, value in line.items() if name.startswith("eval_")}
                 self.last_eval = {name: math.nan if value is None else value for name, value in values.items()}
+        adopt_best(resumed_from, self.config.output_dir, state)
+        if self.best.is_out_of_patience:
+            self.report.print(
+                f"early stopping ended this run at step {state.global_step}; a larger early_stopping_patience than "
+                f"{self.config.early_stopping_patience} continues it"
+            )
+            state.should_stop = True
+
+    def batches(self) -> Generator[tuple[Step, list[dict[str, Any]]]]:
+        """Yield the steps that are left, with their micro-batches; none if early stopping has ended the run before."""
+        state = self.state
+        if state.should_stop:
+            return
+        cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
+        device = model_device(self.model)
+        yield from self.resolved.steps.batches(
+            state.global_step, cursor, device, wanted=lambda: not self.interrupts.requested
+        )
 
     def call_hooks(self, hook: str, *details: Any) -> None:
         """Call a hook of every callback. Ctrl-C inside one is a request to stop, as it is elsewhere."""
@@ -252,7 +289,7 @@ class _Run:
                 if method is not None:
                     method(self.state, *details)
         except KeyboardInterrupt:
-            self.interrupts.requested = True
+            self.interrupts.signal = signal.SIGINT
 
     def advance(self, step: Step, outcome: StepOutcome, rate: float) -> None:
         """Move the data cursor past a step, and queue its loss for logging."""
@@ -324,33 +361,20 @@ class _Run:
             found = evaluate(self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size)
         self.evaluated_at, self.last_eval = state.global_step, {f"eval_{name}": x for name, x in found.items()}
         self.report.log({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})
-        best = state.best_metric
-        if best is None or self._gain(best) > config.early_stopping_threshold or math.isnan(best):
-            state.best_metric, state.evaluations_without_gain = self._metric(), 0
-        else:
-            state.evaluations_without_gain += 1
-        if config.early_stopping_patience and state.evaluations_without_gain >= config.early_stopping_patience:
+        state.measured = self.resumable.measured
+        self.best.count(self.best.metric(self.last_eval))
+        if self.best.is_out_of_patience:
             count = state.evaluations_without_gain
             self.report.print(f"step {state.global_step}: no improvement in {count} evaluations, stopping")
             state.should_stop = True
         self.call_hooks("on_evaluate", self.last_eval)
         self.report.restart_clock()
 
-    def _metric(self) -> float:
-        """Return ``metric_for_best_model`` of the last evaluation."""
-        return self.last_eval["eval_" + (self.config.metric_for_best_model or "loss").removeprefix("eval_")]
-
-    def _gain(self, best: float) -> float:
-        """Return by how much the last evaluation is better than ``best``."""
-        greater = self.config.greater_is_better
-        if greater is None:
-            greater = (self.config.metric_for_best_model or "loss").removeprefix("eval_") not in ("loss", "perplexity")
-        return (self._metric() - best) * (1.0 if greater else -1.0)
-
     def _is_best(self) -> bool:
         """Return whether the model has just been evaluated, and is better than every checkpoint."""
-        best = self.state.best_checkpoint_metric
-        return self.evaluated_at == self.state.global_step and (best is None or self._gain(best) > 0)
+        if self.evaluated_at != self.state.global_step:
+            return False
+        return self.best.beats(self.best.metric(self.last_eval), self.state.best_checkpoint_metric)
 
     def must_save_best(self) -> bool:
         """Return whether the best model so far would be lost without a checkpoint now."""
@@ -362,17 +386,24 @@ class _Run:
         state = self.state
         previous_best = state.best_checkpoint, state.best_checkpoint_metric
         if self._is_best():
-            state.best_checkpoint, state.best_checkpoint_metric = f"checkpoint-{state.global_step}", self._metric()
+            state.best_checkpoint, state.best_checkpoint_metric = (
+                f"checkpoint-{state.global_step}",
+                self.best.metric(self.last_eval),
+            )
+        path = None
         try:
+            self.output.keep()
             path = save_checkpoint(self.resumable, state)
+            self.saved_at = state.global_step
+            rotate(self.config.output_dir, self.config.save_total_limit, state.best_checkpoint, path)
         except CheckpointError as error:
-            state.best_checkpoint, state.best_checkpoint_metric = previous_best
+            if path is None:
+                state.best_checkpoint, state.best_checkpoint_metric = previous_best
             if not self.config.continue_on_save_error:
                 raise
             logger.error("step %d: %s", state.global_step, error)
-            return
-        self.saved_at = state.global_step
-        rotate(self.config.output_dir, self.config.save_total_limit, state.best_checkpoint)
+            if path is None:
+                return
         self.call_hooks("on_save", path)
         self.report.restart_clock()
 
@@ -388,8 +419,10 @@ class _Run:
         if unsaved and state.global_step > 0 and (config.save_strategy != "no" or not complete):
             self.save()
         best = self.best_checkpoint()
-        if complete and config.load_best_model_at_end and best is not None:
-            if best.is_dir():
+        if complete and config.load_best_model_at_end:
+            if best is None:
+                self.report.print("no checkpoint has a finite metric: the adapters are those of the last step")
+            elif best.is_dir():
                 path = best / "lora.safetensors"
                 load_adapter_state(self.model, read_adapter(path)[0], str(path))
                 metric = f"{config.metric_for_best_model or 'loss'} {state.best_checkpoint_metric:.4g}"
@@ -399,13 +432,9 @@ class _Run:
         self.call_hooks("on_train_end")
 
     def best_checkpoint(self) -> Path | None:
-        """Return the best checkpoint's folder: in ``output_dir``, or next to the checkpoint resumed from."""
-        if self.state.best_checkpoint is None:
-            return None
-        here = Path(self.config.output_dir) / self.state.best_checkpoint
-        if here.exists() or self.resumed_from is None:
-            return here
-        return self.resumed_from.parent / self.state.best_checkpoint
+        """Return the best checkpoint's folder."""
+        best = self.state.best_checkpoint
+        return None if best is None else Path(self.config.output_dir) / best
 
     def metrics(self) -> dict[str, float]:
         """Return ``TrainingResult.metrics``."""

@@ -1,16 +1,12 @@
-"""Set-up before the first step: validate the run, resolve its settings, lock its output folder."""
+"""Set-up before the first step: validate the run, resolve its settings."""
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,24 +15,20 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.batches import BatchPlan, StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import CheckpointError, DataError, TrainingError
-from ..inference.evaluation import METRICS
+from ..errors import TrainingError
+from ..inference.evaluation import METRICS, check_documents
 from ..lora.base_weight import base_format, count_parameters
 from ..lora.inject import lora_layers
 from ..model.attention import use_packed_attention
 from ..model.backend import Backend, choose_backend
 from ..model.estimate import MemoryPlan, plan_memory
 from ..model.load import longrope_boundary, longrope_note, model_device
-from .checkpoint import TrainingState, checkpoints
+from .best import metric_name
+from .checkpoint import TrainingState
 from .distributed import require_one_process
 from .logging import check_trackers
 from .optim import optimizer_bytes, warmup_steps
 from .step import Precision, resolve_precision
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder go unnoticed
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("phi3lora")
 
@@ -81,37 +73,12 @@ def check_run(
         raise TrainingError("eval_dataset is a stream, whose length is not known; pass stream.take(1000)")
     if not train_dataset.known_length and config.max_steps <= 0:
         raise TrainingError("train_dataset is a stream, whose length is not known; set max_steps to a number > 0")
-    metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in METRICS:
+    if metric_name(config) not in METRICS:
         raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {', '.join(METRICS)}")
     check_trackers(config)
     check_documents(model, train_dataset.first_window, "train_dataset", config.max_length)
     if eval_dataset is not None:
         check_documents(model, eval_dataset, "eval_dataset", None)
-
-
-def check_documents(model: nn.Module, dataset: ChatDataset, name: str, row_length: int | None) -> None:
-    """Raise if documents do not fit the model, or the rows if their length is given."""
-    model_config: Any = model.config
-    if len(dataset) == 0:
-        raise DataError(f"{name} is empty: it has no documents")
-    longest = int(dataset.lengths.max())
-    if longest > model_config.max_position_embeddings:
-        raise DataError(
-            f"{name} has a document of {longest} tokens; the model allows "
-            f"{model_config.max_position_embeddings}. Load the dataset with a smaller max_length"
-        )
-    if row_length is not None and longest > row_length:
-        raise DataError(
-            f"max_length={row_length}, but {name} (loaded with max_length={dataset.max_length}) has a "
-            f"document of {longest} tokens; load it with the smaller max_length, or leave max_length out"
-        )
-    if dataset.largest_token_id() >= model_config.vocab_size:
-        raise DataError(
-            f"{name} has token id {dataset.largest_token_id()}; the model's vocabulary has "
-            f"{model_config.vocab_size}. Tokenise with the model's own tokenizer; for tokens that you added, call "
-            f"model.resize_token_embeddings(len(tokenizer)) before inject_lora"
-        )
 
 
 # --- Resolved settings
@@ -224,78 +191,6 @@ def banner_facts(
         "longrope": longrope_note(model_config) if steps.plan.boundary else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
-
-
-# --- The output folder: one run at a time, and the checkpoints of one run
-
-
-@contextmanager
-def locked(output_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Create the output folder and hold a lock on it inside the block; an empty folder that was created is removed.
-
-    The lock is the operating system's (``flock`` on the folder), so it ends with the process, even a killed one.
-
-    Raises:
-        CheckpointError: another run holds it, in this process or another; it cannot be written.
-    """
-    folder = Path(output_dir)
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"output_dir={str(folder)!r} cannot be written: {error}; use another folder") from error
-    try:
-        _lock(descriptor, folder)
-        yield
-    finally:
-        os.close(descriptor)  # releases the lock
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(
-            f"output_dir={str(folder)!r} is in use by another run; wait for it, stop it, or use another folder"
-        ) from None
-    except OSError as error:
-        logger.warning("cannot lock %s (%s): a second run in it would go unnoticed", folder, error)
-
-
-def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
-    """Refuse a folder with another run's checkpoints, or delete them if ``overwrite_output_dir`` says so."""
-    for leftover in Path(config.output_dir).glob(".checkpoint-*.tmp"):  # of a run killed while saving
-        shutil.rmtree(leftover)
-    found = check_output_dir(config, resuming)
-    for path in found:
-        shutil.rmtree(path)
-    if found:
-        (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
-
-
-def check_output_dir(config: TrainingConfig, resuming: bool = False) -> list[Path]:
-    """Return the checkpoints that a new run would delete.
-
-    Raises:
-        CheckpointError: there are some, and ``overwrite_output_dir`` is not set.
-    """
-    if resuming or config.resume_from_checkpoint:
-        return []
-    found = checkpoints(config.output_dir)
-    if found and not config.overwrite_output_dir:
-        raise CheckpointError(
-            f"output_dir={config.output_dir!r} holds another run's checkpoints (the newest is {found[0].name}); "
-            f"set resume_from_checkpoint=True to continue it, overwrite_output_dir=True to delete them, or use "
-            f"another folder"
-        )
-    return found
 
 
 # --- Out of memory

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import phi3lora as p3
+from phi3lora.files import sha256_of
 from phi3lora.training import checkpoint as module
 from phi3lora.training.checkpoint import (
     checkpoints,
@@ -26,7 +27,6 @@ from phi3lora.training.checkpoint import (
     find_checkpoint,
     newest_good_checkpoint,
     rng_state,
-    rotate,
     set_rng_state,
 )
 
@@ -225,45 +225,6 @@ def test_a_forged_checkpoint_executes_nothing_and_is_refused(folder, name, conte
     assert same_tensors(adapters_of(model), before)
 
 
-# --- Rotation
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    steps=st.sets(st.integers(1, 120), min_size=1, max_size=7),
-    keep=st.one_of(st.none(), st.integers(1, 8)),
-    data=st.data(),
-)
-def test_rotation_keeps_the_newest_and_the_best_and_no_more_than_asked(tmp_path_factory, steps, keep, data):
-    folder = tmp_path_factory.mktemp("rotation")
-    for step in steps:
-        (folder / f"checkpoint-{step}").mkdir()
-    best = data.draw(st.one_of(st.none(), st.sampled_from(sorted(steps))))
-    deleted = rotate(folder, keep, None if best is None else f"checkpoint-{best}")
-    newest_first = sorted(steps, reverse=True)
-    kept = {newest_first[0]} | ({best} if best is not None else set())
-    for step in newest_first:
-        if keep is None or len(kept) < keep:
-            kept.add(step)
-    assert {int(p.name.removeprefix("checkpoint-")) for p in folder.iterdir()} == kept
-    assert {p.name for p in deleted} == {f"checkpoint-{step}" for step in steps - kept}
-
-
-@pytest.mark.parametrize(
-    ("keep", "best", "left"), [(1, 2, [2, 9]), (1, None, [9]), (2, 2, [2, 9]), (3, 2, [2, 7, 9]), (1, 9, [9])]
-)
-def test_the_newest_checkpoint_survives_even_where_the_best_one_alone_fills_the_limit(tmp_path, keep, best, left):
-    for step in (2, 5, 7, 9):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    rotate(tmp_path, keep, f"checkpoint-{best}")
-    assert sorted(int(p.name.removeprefix("checkpoint-")) for p in tmp_path.iterdir()) == left
-
-
-def test_a_run_keeps_as_many_checkpoints_as_save_total_limit(tmp_path):
-    run(tmp_path, max_steps=5, save_steps=1, save_total_limit=2)
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-4"]
-
-
 # --- Writes that fail
 
 
@@ -336,7 +297,7 @@ def test_a_run_continues_over_a_full_disk_if_the_user_chose_so(tmp_path, monkeyp
 
 
 def test_a_crash_while_replacing_a_checkpoint_of_the_same_step_loses_neither(folder, monkeypatch):
-    real, good = Path.rename, newest_good_checkpoint(folder)
+    real, old = Path.rename, sha256_of(folder / "checkpoint-6" / "optimizer.pt")
 
     def rename(source, target):
         if source.name.endswith(".tmp"):
@@ -347,7 +308,9 @@ def test_a_crash_while_replacing_a_checkpoint_of_the_same_step_loses_neither(fol
     with pytest.raises(p3.CheckpointError, match="disk full"):
         run(folder, resume_from_checkpoint=str(folder / "checkpoint-4"))
     monkeypatch.undo()
-    assert newest_good_checkpoint(folder) == good
+    assert newest_good_checkpoint(folder) == folder / "checkpoint-4"
+    assert damage(folder / "checkpoint-6.set-aside") is None
+    assert sha256_of(folder / "checkpoint-6.set-aside" / "optimizer.pt") == old
 
 
 def test_what_a_killed_save_leaves_behind_is_not_a_checkpoint(folder):

@@ -20,7 +20,7 @@ import phi3lora as p3
 from phi3lora.training import checkpoint
 from phi3lora.training.logging import DeferredMetrics
 
-# 24 documents in 22 rows of 64 tokens; 2 rows x 2 a step: 6 steps an epoch, the last of fewer micro-batches
+# 26 documents in 22 rows of 64 tokens; 2 rows x 2 a step: 6 steps an epoch, the last of fewer micro-batches
 RUN = {
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2, "warmup_steps": 2,
     "lr_scheduler_type": "cosine", "weight_decay": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 4,
@@ -45,7 +45,7 @@ def train(folder, flavour="float32", callbacks=(), seed=0, dropout=0.1, r=4, dat
     torch.manual_seed(1000 + seed)
     config = quiet_config(folder, **{**RUN, **settings, **changes})
     eval_dataset = chat_dataset(5) if config.eval_strategy != "no" else None
-    result = p3.train(model, dataset or chat_dataset(), config, eval_dataset=eval_dataset, callbacks=callbacks)
+    result = p3.train(model, dataset or chat_dataset(26), config, eval_dataset=eval_dataset, callbacks=callbacks)
     return result, adapters_of(model)
 
 
@@ -259,8 +259,8 @@ OTHER_RUNS = {
     "r": ({"r": 2}, r"adapters of 8 layers, .*'r': 4.* then, .*'r': 2.* now"),
     "base": ({"dtype": torch.bfloat16}, r"base weights torch.float32 then, torch.bfloat16 now"),
     "lora+": ({"lora_plus_lr_ratio": 16.0}, r"lora_plus_lr_ratio None then, 16.0 now"),
-    "data": ({"dataset": chat_dataset(20)}, r"documents of the data 24 then, 20 now"),
-    "masks": ({"dataset": chat_dataset(train_on="last")}, r"fingerprint of the data '\w+' then, '\w+' now"),
+    "data": ({"dataset": chat_dataset(20)}, r"documents of the data 26 then, 20 now"),
+    "masks": ({"dataset": chat_dataset(26, train_on="last")}, r"fingerprint of the data '\w+' then, '\w+' now"),
 }
 
 
@@ -277,7 +277,7 @@ def test_another_runs_checkpoint_is_refused_and_the_difference_is_named(cut_run,
     changes = dict(changes)
     lora = {"lora_dropout": changes.pop("dropout", 0.1), "r": changes.pop("r", 4)}
     model = adapted_model(dtype=changes.pop("dtype", torch.float32), **lora)
-    dataset = changes.pop("dataset", None) or chat_dataset()
+    dataset = changes.pop("dataset", None) or chat_dataset(26)
     settings = {**RUN, **changes, "resume_from_checkpoint": True}
     before, files = adapters_of(model), sorted(cut_run.rglob("*"))
     with pytest.raises(p3.CheckpointError, match=message) as caught:
@@ -346,7 +346,7 @@ def test_a_cpu_checkpoint_continues_on_a_gpu_to_rounding(tmp_path):
     def run(folder, device, **changes):
         model = adapted_model().to(device)  # float32: no rounding but of the order of sums
         settings = {**RUN, "eval_strategy": "no", "max_steps": 8, **changes}
-        p3.train(model, chat_dataset(), quiet_config(folder, **settings))
+        p3.train(model, chat_dataset(26), quiet_config(folder, **settings))
         return {name: tensor.cpu() for name, tensor in adapters_of(model).items()}
 
     expected = run(tmp_path / "run", "cpu")

@@ -1,0 +1,111 @@
+"""The best model of a run: which evaluation wins, which checkpoint holds it, and when to stop early."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import TrainingConfig
+from ..data.dataset import ChatDataset
+from ..errors import CheckpointError
+from ..files import fsync
+from ..lora.base_weight import sample_base
+from .checkpoint import TrainingState, damage
+
+logger = logging.getLogger("phi3lora")
+
+
+def metric_name(config: TrainingConfig) -> str:
+    """Return ``metric_for_best_model`` as :func:`phi3lora.evaluate` calls it."""
+    return (config.metric_for_best_model or "loss").removeprefix("eval_")
+
+
+def measured_on(config: TrainingConfig, eval_dataset: ChatDataset | None, model: nn.Module) -> dict[str, Any]:
+    """Return what a run's metrics belong to; metrics of something else cannot be compared with them."""
+    evaluates = eval_dataset is not None and config.eval_strategy != "no"
+    return {
+        "metric": metric_name(config),
+        "greater_is_better": BestModel(config, TrainingState()).greater_is_better,
+        "eval_data": eval_dataset.fingerprint() if eval_dataset is not None and evaluates else None,
+        "base": sample_base(model),
+    }
+
+
+class BestModel:
+    """The rules of ``metric_for_best_model``, ``greater_is_better`` and early stopping, over a run's state."""
+
+    def __init__(self, config: TrainingConfig, state: TrainingState) -> None:
+        self.config, self.state = config, state
+        greater = config.greater_is_better
+        self.greater_is_better = metric_name(config) not in ("loss", "perplexity") if greater is None else greater
+
+    def metric(self, evaluation: Mapping[str, float]) -> float:
+        """Return the metric of an evaluation's ``eval_*``."""
+        return evaluation["eval_" + metric_name(self.config)]
+
+    def beats(self, metric: float, best: float | None, by_more_than: float = 0.0) -> bool:
+        """Return whether ``metric`` is better than ``best`` (None: than nothing). NaN and infinity never are."""
+        if not math.isfinite(metric) or best is None or not math.isfinite(best):
+            return math.isfinite(metric)
+        return (metric - best) * (1.0 if self.greater_is_better else -1.0) > by_more_than
+
+    def count(self, metric: float) -> None:
+        """Take an evaluation into account for early stopping."""
+        state = self.state
+        if self.beats(metric, state.best_metric, self.config.early_stopping_threshold):
+            state.best_metric, state.evaluations_without_gain = metric, 0
+        else:
+            state.evaluations_without_gain += 1
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """True once early stopping has ended the run."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
+
+    def is_comparable(self, measured: Mapping[str, Any]) -> bool:
+        """Return whether a resumed run measures as it did before; if not, forget the best model so far."""
+        state = self.state
+        if measured["eval_data"] is None or state.measured in (None, measured):
+            return True
+        logger.warning("the best model so far was measured on something else: looking for the best one anew")
+        state.best_metric = state.best_checkpoint = state.best_checkpoint_metric = None
+        state.evaluations_without_gain = 0
+        return False
+
+
+def adopt_best(resumed_from: Path, output_dir: str | os.PathLike[str], state: TrainingState) -> None:
+    """Make sure that the best checkpoint is whole and in ``output_dir``; else the run looks for a best one anew.
+
+    A run that goes on in another folder gets a copy.
+
+    Raises:
+        CheckpointError: it cannot be copied.
+    """
+    if state.best_checkpoint is None:
+        return
+    path = Path(output_dir) / state.best_checkpoint
+    is_itself = state.best_checkpoint == f"checkpoint-{state.global_step}"
+    source = resumed_from if is_itself else resumed_from.parent / state.best_checkpoint
+    reason = damage(source)
+    if reason is not None:
+        logger.warning("the best checkpoint %s cannot be used (%s): a later one will take its place", source, reason)
+        state.best_checkpoint = state.best_checkpoint_metric = None
+    elif not path.exists():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            shutil.copytree(source, temporary)
+            for file in (*temporary.iterdir(), temporary):
+                fsync(file)
+            temporary.rename(path)
+        except OSError as error:
+            raise CheckpointError(f"the best checkpoint {str(source)!r} cannot be copied to {path}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,255 @@
+"""The output folder of a run: one run at a time in it, the checkpoints of one run, and which of them stay.
+
+A folder's checkpoints are one line of steps. A run that goes back to an earlier one, or skips a damaged one, renames
+the newer ones (``checkpoint-8.set-aside``), so that neither rotation nor a resume mistakes them for its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..config import TrainingConfig
+from ..errors import CheckpointError
+from ..files import fsync, remove
+from .checkpoint import checkpoints
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("phi3lora")
+
+
+# --- The lock
+
+
+class OutputFolder:
+    """The output folder of a run, with a lock on it: a second run in it is refused.
+
+    The lock is the operating system's (``flock`` on the folder), so it ends with the process, even a killed one. It
+    belongs to the folder and not to its name, so :meth:`keep` looks whether the name still means the same folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Create the folder and lock it.
+
+        Raises:
+            CheckpointError: another run holds it, in this process or another; it cannot be written.
+        """
+        _release_locks_in_forked_children()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+            self._descriptor = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir={str(self.folder)!r} cannot be written: {error}; use another folder"
+            ) from error
+        _LOCKED.add(self)
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise CheckpointError(
+                f"output_dir={str(self.folder)!r} is in use by another run; wait for it, stop it, or use another folder"
+            ) from None
+        except OSError as error:
+            logger.warning("cannot lock %s (%s): a second run in it would go unnoticed", self.folder, error)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def is_held(self) -> bool:
+        """Return whether the folder of this name is still the one that was locked."""
+        try:
+            return self._descriptor is not None and os.path.samestat(os.stat(self.folder), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def keep(self) -> None:
+        """Create and lock the folder anew if it was deleted or replaced.
+
+        Raises:
+            CheckpointError: another run has made it and uses it, or has left checkpoints in it.
+        """
+        if self.is_held():
+            return
+        self.release()
+        self.acquire()
+        found = checkpoints(self.folder)
+        if found:
+            self.release()
+            raise CheckpointError(
+                f"output_dir={str(self.folder)!r} was deleted or replaced during the run and now holds another run's "
+                f"checkpoints (the newest is {found[0].name}); nothing is written there"
+            )
+        logger.warning("%s was deleted or replaced during the run: its earlier checkpoints are gone", self.folder)
+
+
+_LOCKED: weakref.WeakSet[OutputFolder] = weakref.WeakSet()
+
+
+def _release_all() -> None:
+    for output in list(_LOCKED):
+        output.release()
+
+
+@functools.cache
+def _release_locks_in_forked_children() -> None:
+    """Close the locked folders in every child from now on; a child that outlives the run would keep the lock."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_release_all)
+
+
+@contextmanager
+def locked(output_dir: str | os.PathLike[str]) -> Iterator[OutputFolder]:
+    """Create the output folder and hold a lock on it inside the block; an empty folder that was created is removed.
+
+    Raises:
+        CheckpointError: another run holds it, in this process or another; it cannot be written.
+    """
+    output = OutputFolder(Path(output_dir))
+    is_new = not output.folder.exists()
+    output.acquire()
+    try:
+        yield output
+    finally:
+        output.release()
+        if is_new and output.folder.is_dir() and not any(output.folder.iterdir()):
+            output.folder.rmdir()
+
+
+# --- Another run's files
+
+
+def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
+    """Make the folder this run's: refuse another run's checkpoints, or delete them if ``overwrite_output_dir`` says so.
+
+    Raises:
+        CheckpointError: there are some, or they cannot be deleted.
+    """
+    folder = Path(config.output_dir)
+    for leftover in (*folder.glob(".checkpoint-*.tmp"), *folder.glob(".metrics.jsonl.*.tmp")):  # of a killed run
+        try:
+            remove(leftover)
+        except OSError as error:
+            logger.warning("%s, left by a killed run, cannot be deleted: %s", leftover, error)
+    found, metrics = check_output_dir(config), folder / "metrics.jsonl"
+    goes_on = resuming and _resumes_here(config)
+    if found or (config.overwrite_output_dir and not goes_on):
+        found += [*folder.glob("checkpoint-*.set-aside*"), metrics]
+    try:
+        for path in found:
+            remove(path)
+        if metrics.is_file() and not goes_on:
+            kept = next(path for i in itertools.count(1) if not (path := folder / f"metrics-{i}.jsonl").exists())
+            metrics.rename(kept)
+            logger.warning("%s is of an earlier run: renamed to %s", metrics, kept.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir={config.output_dir!r} holds an earlier run's files that cannot be removed: {error}; use "
+            f"another folder"
+        ) from error
+
+
+def check_output_dir(config: TrainingConfig) -> list[Path]:
+    """Return the checkpoints that this run would delete.
+
+    Raises:
+        CheckpointError: there are some, and ``overwrite_output_dir`` is not set.
+    """
+    found = [] if _resumes_here(config) else checkpoints(config.output_dir)
+    if found and not config.overwrite_output_dir:
+        raise CheckpointError(
+            f"output_dir={config.output_dir!r} holds another run's checkpoints (the newest is {found[0].name}); "
+            f"set resume_from_checkpoint=True to continue it, overwrite_output_dir=True to delete them, or use "
+            f"another folder"
+        )
+    return found
+
+
+def _resumes_here(config: TrainingConfig) -> bool:
+    """Return whether the run is to go on from a checkpoint in its own output folder, if there is one."""
+    selected = config.resume_from_checkpoint
+    if selected is True or selected == "auto":
+        return True
+    return bool(selected) and Path(str(selected)).parent.resolve() == Path(config.output_dir).resolve()
+
+
+# --- Which checkpoints stay
+
+
+def rotate(
+    output_dir: str | os.PathLike[str], keep: int | None, best: str | None, saved: Path | None = None
+) -> list[Path]:
+    """Delete the oldest checkpoints until ``keep`` remain, and return the deleted ones.
+
+    The checkpoint that was just ``saved`` (None: the newest) and the one called ``best`` always stay; so does what they
+    are links to. Checkpoints newer than ``saved`` are not this run's. Of a link, the link is deleted.
+
+    Raises:
+        CheckpointError: one cannot be deleted.
+    """
+    paths = checkpoints(output_dir)
+    if keep is None or not paths:
+        return []
+    paths = paths[paths.index(saved) if saved in paths else 0 :]
+    protected = {path.resolve() for path in paths if path == paths[0] or path.name == best}
+    others = [path for path in paths if path.resolve() not in protected]
+    deleted = others[max(0, keep - len(protected)) :]
+    for path in deleted:
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a deletion that is cut short leaves no half one
+        try:
+            path.rename(hidden)
+            remove(hidden)
+        except OSError as error:
+            raise CheckpointError(
+                f"save_total_limit={keep}: the old checkpoint {str(path)!r} cannot be deleted: {error}. Delete it "
+                f"yourself; continue_on_save_error=True lets a run continue"
+            ) from error
+    return deleted
+
+
+def set_aside_newer(output_dir: str | os.PathLike[str], step: int) -> list[Path]:
+    """Rename the checkpoints after ``step``, from which a run goes on, and return the new paths.
+
+    They are damaged, or belong to a branch that the run leaves. ``resume_from_checkpoint`` still accepts their paths.
+
+    Raises:
+        CheckpointError: one cannot be renamed.
+    """
+    renamed = []
+    for path in checkpoints(output_dir):
+        if int(path.name.removeprefix("checkpoint-")) <= step:
+            break
+        names = (f"{path.name}.set-aside{f'-{i}' if i else ''}" for i in itertools.count())
+        target = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+        try:
+            path.rename(target)
+            fsync(target.parent)
+        except OSError as error:
+            raise CheckpointError(
+                f"{str(path)!r} is newer than step {step}, from which this run goes on, and cannot be renamed: "
+                f"{error}. Move it, or use another output_dir"
+            ) from error
+        logger.warning("%s is newer than step %d, from which this run goes on: renamed to %s", path, step, target.name)
+        renamed.append(target)
+    return renamed
