@@ -1,6 +1,6 @@
 """Kill a training run at every write, rename and deletion it makes, resume it, and require the same bits.
 
-    python tests/soak/kill_points.py                  # every point of four runs
+    python tests/soak/kill_points.py                  # every point of five runs
     python tests/soak/kill_points.py --most 40        # a seeded choice of them
 
 A point is a moment before an operation on the run's folder (Python's audit events: open for writing, rename, mkdir,
@@ -33,7 +33,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config
+from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config, tiny_model
+from transformers import AutoModelForCausalLM
 
 import phi3lora as p3
 from phi3lora.adapters import adapter_file as files
@@ -73,8 +74,8 @@ class Points:
         """Count from now until this process ends: an audit hook cannot be removed."""
         sys.addaudithook(self._audit)
         torch.save = self._torn(torch.save, at=1)
-        files.save_file = self._torn(files.save_file, at=1)
         Path.write_text = self._torn(Path.write_text, at=0)
+        Path.write_bytes = self._torn(Path.write_bytes, at=0)
         real = os.fsync
 
         def fsync(descriptor: int) -> None:
@@ -167,8 +168,16 @@ def adapter_files(folder: Path, saved: Path) -> None:
         p3.save_adapter(adapted_model(seed=1), folder / name)
 
 
+def exports(folder: Path, saved: Path, seed: int = 1) -> None:
+    """Write an export with its card and a merged model over older ones."""
+    model = adapted_model(seed=seed)
+    p3.export_peft(model, folder / "peft", base_model="owner/base")
+    p3.write_model_card(folder / "peft", base_model="owner/base", metrics={"seed": seed})
+    p3.save_merged(model, None, folder / "merged", prompts=["Hello!"])
+
+
 RUNS: dict[str, Callable[[Path, Path], None]] = {
-    "whole run": whole_run, "stream": stream, "rerun": rerun, "adapter files": adapter_files,
+    "whole run": whole_run, "stream": stream, "rerun": rerun, "adapter files": adapter_files, "exports": exports,
 }  # fmt: skip
 
 
@@ -180,6 +189,10 @@ def prepare(name: str, folder: Path) -> None:
     if name == "adapter files":
         for file in ("adapter.safetensors", "adapter.pt"):
             p3.save_adapter(adapted_model(seed=0), folder / file)
+    if name == "exports":
+        exports(folder, folder, seed=0)
+        for kind in ("peft", "merged"):
+            (folder / kind / "notes.txt").write_text("a user's")
 
 
 def check_checkpoints(name: str, folder: Path, saved: Path) -> None:
@@ -192,14 +205,33 @@ def check_checkpoints(name: str, folder: Path, saved: Path) -> None:
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Check that each file is the old one or the new one, with its own settings or none, and can be replaced."""
+    """Check that each file is the old one or the new one, with its own settings, and that the next save cleans up."""
     sides = [_digest(adapters_of(adapted_model(seed=seed))) for seed in (0, 1)]
     for name in ("adapter.safetensors", "adapter.pt"):
         state, facts = files.read_adapter(folder / name)
         assert _digest(state) in sides, f"{name} is neither the old nor the new one"
-        assert facts is not None or name == "adapter.pt"
-    p3.save_adapter(adapted_model(seed=1), folder / "adapter.pt")
-    assert files.read_adapter(folder / "adapter.pt")[1] is not None
+        assert facts is not None, f"{name} has no settings"
+    adapter_files(folder, folder)
+    assert {file.name for file in folder.iterdir()} == {"adapter.safetensors", "adapter.pt"}, "litter"
+
+
+def check_exports(folder: Path) -> None:
+    """Check that each folder is the old one or the new one, with a user's file, and that the next write cleans up."""
+    models = [adapted_model(seed=seed) for seed in (0, 1)]
+    base, merged = tiny_model(), AutoModelForCausalLM.from_pretrained(folder / "merged")
+    p3.import_peft(base, folder / "peft")
+    assert _digest(adapters_of(base)) in [_digest(adapters_of(model)) for model in models], "another adapter"
+    ids = torch.arange(5, 25)[None]
+    wants = [model(input_ids=ids).logits for model in models]
+    assert any(torch.allclose(merged(input_ids=ids).logits, want, atol=1e-4) for want in wants), "another merged model"
+    assert "## How to load it" in (folder / "peft" / "README.md").read_text()
+    exports(folder, folder)
+    for kind in ("peft", "merged"):
+        assert (folder / kind / "notes.txt").read_text() == "a user's"
+    assert {file.name for file in folder.iterdir()} == {"peft", "merged"}, "litter"
+
+
+CHECKS = {"adapter files": check_adapter_files, "exports": check_exports}
 
 
 def count_points(name: str, prepared: Path) -> int:
@@ -239,8 +271,8 @@ def try_job(job: Job, prepared: Path, expected: dict[str, str]) -> str | None:
             RUNS[job.name](folder, saved)
 
         def resume() -> None:
-            if job.name == "adapter files":
-                return check_adapter_files(folder)
+            if job.name in CHECKS:
+                return CHECKS[job.name](folder)
             check_checkpoints(job.name, folder, saved)
             found = train(folder, streamed=job.name == "stream")
             wrong = [what for what in expected if found[what] != expected[what]]
