@@ -103,7 +103,7 @@ def _temporary(path: Path, folder: Path | None = None) -> Path:
         process = old.name.split(".")[-2]
         if process.isdecimal() and not _runs(int(process)):
             with contextlib.suppress(OSError):  # another user's: it stays
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+                remove(old)
     return folder / f".{path.name}.{os.getpid()}.tmp"
 
 
@@ -170,8 +170,8 @@ def _move_into(folder: Path, source: Path, marker: str, replaces: Sequence[str])
     (folder / marker).unlink(missing_ok=True)
     fsync(folder)
     for item in [*folder.iterdir()]:
-        if any(fnmatch(item.name, pattern) for pattern in replaces):
-            item.unlink()
+        if item != source and any(fnmatch(item.name, pattern) for pattern in replaces):
+            remove(item)
     for item in sorted(source.iterdir(), key=lambda item: item.name == marker):
         if (folder / item.name).is_dir():
             shutil.rmtree(folder / item.name)

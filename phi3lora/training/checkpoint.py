@@ -35,8 +35,8 @@ from torch import nn
 
 from ..adapters.adapter_file import adapter_metadata, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
-from ..errors import AdapterError, CheckpointError, error_line, short_repr
-from ..files import fsync, read_json, read_pickled, remove, sha256_of
+from ..errors import AdapterError, CheckpointError, error_line, printable, short_repr
+from ..files import read_json, read_pickled, sha256_of, write_folder
 from ..lora.base_weight import base_format
 from .history import HISTORY, HistoryFile, read_history
 from .optim import check_optimizer_state, convert_optimizer_state
@@ -160,23 +160,13 @@ def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
     """
     folder = Path(run.config.output_dir)
     final = folder / f"checkpoint-{state.global_step}"
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write_files(run, state, temporary)
-        for path in temporary.iterdir():
-            fsync(path)
-        fsync(temporary)
-        _rename_over(temporary, final)
+        write_folder(final, lambda temporary: _write_files(run, state, temporary), marker=_MANIFEST, replaces=["*"])
     except (OSError, RuntimeError, AdapterError) as error:  # RuntimeError: torch.save on a full disk
         raise CheckpointError(
             f"checkpoint {str(final)!r} could not be written: {error}. {_free_space(folder)}; the earlier checkpoints "
             f"are whole. continue_on_save_error=True lets a run continue without it"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -217,22 +207,6 @@ def _free_space(folder: Path) -> str:
         return f"the folder cannot be read ({error})"
 
 
-def _rename_over(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an earlier ``target`` is set aside first and deleted last."""
-    old = target.with_name(f".{target.name}.old")
-    if not old.is_file():
-        remove(old)
-    if os.path.lexists(target):
-        target.rename(old)
-    source.rename(target)
-    fsync(target.parent)
-    try:
-        if not old.is_file():  # a checkpoint is a folder; a file of that name is somebody's
-            remove(old)
-    except OSError as error:
-        logger.warning("%s, replaced by a newer one, cannot be deleted: %s", old, error)
-
-
 # --- Finding
 
 
@@ -252,9 +226,9 @@ def damage(path: Path) -> str | None:
             return f"its manifest does not list {unlisted[0]}"
         for name, expected in files.items():
             if not (path / name).is_file():
-                return f"{name} is missing"
+                return f"{printable(name)} is missing"
             if sha256_of(path / name) != expected:
-                return f"{name} has changed since it was written"
+                return f"{printable(name)} has changed since it was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"no readable {_MANIFEST} ({error_line(error)})"
     return None
@@ -262,7 +236,7 @@ def damage(path: Path) -> str | None:
 
 def newest_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """Return the newest checkpoint that is whole, and warn of each damaged one that is newer."""
-    for old in Path(output_dir).glob(".checkpoint-*.old"):  # left by a crash between the two renames of _rename_over
+    for old in Path(output_dir).glob(".checkpoint-*.old"):  # left by a crash between the two renames of write_folder
         target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not target.exists() and damage(old) is None:
             old.rename(target)

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import kill_points
 
-from phi3lora.training import checkpoint
+from phi3lora import files
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or torch.cuda.is_available(),
@@ -37,7 +37,7 @@ def test_a_library_that_replaces_in_place_is_caught(monkeypatch, tmp_path):
         shutil.rmtree(target, ignore_errors=True)
         source.rename(target)
 
-    monkeypatch.setattr(checkpoint, "_rename_over", careless)
+    monkeypatch.setattr(files, "_rename_over", careless)
     kill_points.prepare("whole run", tmp_path / "prepared")
     last = kill_points.count_points("whole run", tmp_path / "prepared")  # step 8 is saved again, with its evaluation
     jobs = [kill_points.Job("whole run", point) for point in range(last - 4, last - 24, -4)]

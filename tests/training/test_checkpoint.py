@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import phi3lora as p3
+from phi3lora import files
 from phi3lora.files import sha256_of
 from phi3lora.training import checkpoint as module
 from phi3lora.training.checkpoint import (
@@ -244,7 +245,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoints_whole_and_no_half_one(tmp_
     elif function == "json":
         monkeypatch.setattr(module, "_write_json", fail(module._write_json, lambda path, *_: at in path.parent.name))
     else:
-        monkeypatch.setattr(module, "fsync", fail(module.fsync, lambda path: at in path.parent.name))
+        monkeypatch.setattr(files, "fsync", fail(files.fsync, lambda path: at in path.parent.name))
     with pytest.raises(p3.CheckpointError, match=r"checkpoint-4.*No space left.*MiB are free.*continue_on_save_error"):
         run(tmp_path)
     assert folders_in(tmp_path) == ["checkpoint-2"]
