@@ -45,7 +45,8 @@ class HistoryFile:
     def __init__(self, path: Path, state: HasHistory) -> None:
         self.path, self.state = path, state
         self._file: BinaryIO | None = None
-        self._lines, self._bytes, self._sha256 = 0, 0, hashlib.sha256()
+        self._lines, self._last = 0, list[dict[str, Any]]()  # that were written, and the last of them
+        self._bytes, self._sha256 = 0, hashlib.sha256()
 
     def start(self) -> None:
         """Write the history so far to a new file and open it."""
@@ -56,21 +57,23 @@ class HistoryFile:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             return self._give_up(error)
-        self._lines, self._bytes, self._sha256 = len(self.state.history), len(data), hashlib.sha256(data)
+        self._lines, self._last = len(self.state.history), self.state.history[-1:]
+        self._bytes, self._sha256 = len(data), hashlib.sha256(data)
 
     def append(self) -> None:
         """Write the lines that were added to the history since the last call."""
         if self._file is None:
             return
-        if len(self.state.history) < self._lines:  # a callback has shortened it
+        history = self.state.history
+        if history[self._lines - 1 : self._lines] != self._last:  # a callback has taken lines out
             return self.start()
-        data = _encode(self.state.history[self._lines :])
+        data = _encode(history[self._lines :])
         try:
             if self._file.write(data) != len(data):
                 raise OSError("the disk is full")
         except OSError as error:
             return self._give_up(error)
-        self._lines, self._bytes = len(self.state.history), self._bytes + len(data)
+        self._lines, self._last, self._bytes = len(history), history[-1:], self._bytes + len(data)
         self._sha256.update(data)
 
     def attach(self, target: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from .distributed import Interrupts, World
 from .logging import DeferredMetrics, Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
 from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
-from .setup import banner_facts, check_run, explain_out_of_memory, resolve
+from .setup import banner_facts, check_run, explain_out_of_memory, resolve, usual_torch
 from .step import OptimizerStep, StepOutcome
 
 logger = logging.getLogger("phi3lora")
@@ -132,8 +132,9 @@ def train(
     """
     config = copy.copy(config or TrainingConfig())
     config.output_dir = os.path.abspath(config.output_dir)  # a callback may change the working directory
-    check_run(model, train_dataset, eval_dataset, config)
     with ExitStack() as stack:
+        stack.enter_context(usual_torch())
+        check_run(model, train_dataset, eval_dataset, config)
         output = stack.enter_context(locked(config.output_dir))
         run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, output)
         state, resolved, report = run.state, run.resolved, run.report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,6 +59,12 @@ def check_run(
         raise TrainingError(
             f"only adapters may be trainable, but {', '.join(others[:3]) or 'nothing'} is; "
             f"inject_lora freezes the rest, or call mark_only_lora_as_trainable(model)"
+        )
+    frozen_for_good = next((name for name, p in model.named_parameters() if p.is_inference()), None)
+    if frozen_for_good is not None:
+        raise TrainingError(
+            f"{frozen_for_good} was made inside torch.inference_mode(), so that no gradient can pass through it; load "
+            f"the model outside of it"
         )
     for name, parameter in trainable.items():
         if id(parameter) in adapters and parameter.dtype.itemsize < 4:
@@ -191,6 +197,24 @@ def banner_facts(
         "longrope": longrope_note(model_config) if steps.plan.boundary else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+# --- The caller's torch
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Undo, inside the block, what an earlier cell may have set: gradients off, a default device, a default dtype."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":  # only then: it costs a little in every call
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 # --- Out of memory
