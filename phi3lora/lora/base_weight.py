@@ -221,19 +221,20 @@ def nf4_linear(base: nn.Linear) -> nn.Linear:
     return layer.train(base.training)
 
 
-def _is_4bit(weight: Tensor) -> bool:
+def is_4bit(weight: Tensor) -> bool:
+    """Return whether a weight is a ``Params4bit`` with packed values."""
     return getattr(weight, "quant_state", None) is not None  # a Params4bit has one once its values are packed
 
 
 def add_quant_state(weight: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Add a 4-bit weight's scales to a state dict, as ``Linear4bit`` does; other weights have none."""
-    if _is_4bit(weight):
+    if is_4bit(weight):
         state_dict.update({prefix + name: t for name, t in weight.quant_state.as_dict(packed=True).items()})
 
 
 def pop_quant_state(weight: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Move what :func:`add_quant_state` added from the state dict into a 4-bit weight."""
-    if _is_4bit(weight):
+    if is_4bit(weight):
         found = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
         if found:
             weight.quant_state = type(weight.quant_state).from_dict(found, weight.device)
@@ -262,7 +263,7 @@ def keep_4bit_packing(model: nn.Module) -> None:
 def base_weight_of(layer: Any) -> BaseWeight:
     """Return the frozen weight of a linear layer, adapted or not, in the format that its tensors have."""
     weight = layer.weight
-    if _is_4bit(weight):
+    if is_4bit(weight):
         with torch._C.DisableTorchFunctionSubclass():  # else each operation on a Params4bit takes a detour in Python
             packed = weight.detach().as_subclass(torch.Tensor)
         return Nf4(packed, weight.quant_state)
@@ -276,9 +277,14 @@ def base_weight_of(layer: Any) -> BaseWeight:
     return Dense(weight.t() if getattr(layer, "fan_in_fan_out", False) else weight)
 
 
+def stored_tensors(layer: Any) -> tuple[Tensor, ...]:
+    """Return the tensors that hold a linear layer's frozen weight: the objects themselves, the weight first."""
+    return (layer.weight, *base_weight_of(layer).tensors()[1:])
+
+
 def plain_linear_class(weight: Tensor) -> type[nn.Linear]:
     """Return the class of the layer without an adapter that holds such a weight."""
-    if _is_4bit(weight):
+    if is_4bit(weight):
         cls: type[nn.Linear] = require_bitsandbytes().nn.Linear4bit
         return cls
     return Fp8Linear if weight.dtype == torch.float8_e4m3fn else nn.Linear
@@ -293,7 +299,7 @@ def plain_linear_classes() -> tuple[type, ...]:
 
 def weight_shape(weight: Any) -> torch.Size:
     """Return the shape of the matrix that a weight stands for; a packed 4-bit weight's own shape is another."""
-    shape: torch.Size = weight.quant_state.shape if _is_4bit(weight) else weight.shape
+    shape: torch.Size = weight.quant_state.shape if is_4bit(weight) else weight.shape
     return shape
 
 
@@ -309,7 +315,7 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return x.dtype if weight.dtype.itemsize == 1 or _is_4bit(weight) else weight.dtype
+    return x.dtype if weight.dtype.itemsize == 1 or is_4bit(weight) else weight.dtype
 
 
 class _BaseLinear(torch.autograd.Function):
