@@ -181,8 +181,9 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
         "base_sample": run.measured["base"],
         "versions": _versions(),
     }
+    assert run.lines is not None
+    run.lines.sync()
     if len(state.history) > _LAST_LINES:
-        assert run.lines is not None
         trainer_state["history"] = run.lines.attach(folder / HISTORY)
     _write_json(folder / "lora_config.json", adapter_metadata(run.model))
     _write_json(folder / "trainer_state.json", trainer_state)

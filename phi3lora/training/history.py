@@ -76,11 +76,16 @@ class HistoryFile:
         self._lines, self._last, self._bytes = len(history), history[-1:], self._bytes + len(data)
         self._sha256.update(data)
 
-    def attach(self, target: Path) -> dict[str, Any]:
-        """Give a checkpoint the lines so far, as ``target``, and return what :func:`read_history` needs."""
+    def sync(self) -> None:
+        """Make sure that the file is in its place, complete and on disk."""
         self.append()
         if self._file is not None and not self._is_in_place(self._file):
             self.start()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def attach(self, target: Path) -> dict[str, Any]:
+        """Give a checkpoint the lines so far, as ``target``, and return what :func:`read_history` needs."""
         if self._file is None:
             data = _encode(self.state.history)
             target.write_bytes(data)
