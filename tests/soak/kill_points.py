@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 import phi3lora as p3
 from phi3lora.adapters import adapter_file as files
-from phi3lora.training.checkpoint import checkpoints, damage, newest_good_checkpoint
+from phi3lora.training.checkpoint import damage, newest_good_checkpoint
 
 LIMIT = 2  # save_total_limit
 RUN = {
@@ -195,21 +195,28 @@ def prepare(name: str, folder: Path) -> None:
             (folder / kind / "notes.txt").write_text("a user's")
 
 
-def check_checkpoints(name: str, folder: Path, saved: Path) -> None:
-    """Check that no saved checkpoint is lost, beyond those that rotation removes."""
-    noted = saved.read_text().split() if saved.exists() else []
+def check_checkpoints(name: str, folder: Path, saved: int) -> None:
+    """Check that no saved checkpoint is lost, beyond those that rotation removes; a rerun sets a newer one aside."""
     newest_good_checkpoint(folder)  # restores the name of a checkpoint whose replacement was cut short
-    good = [path for path in (*checkpoints(folder), *folder.glob("*.set-aside*")) if damage(path) is None]
-    expected = 3 + len(noted) if name == "rerun" else min(len(noted), LIMIT)
+    good = [path for path in folder.glob("checkpoint-*") if damage(path) is None]
+    expected = 3 + saved if name == "rerun" else min(saved, LIMIT)
     assert len(good) >= expected, f"{len(good)} good checkpoints where {expected} were saved"
 
 
-def check_adapter_files(folder: Path) -> None:
-    """Check that each file is the old one or the new one, with its own settings, and that the next save cleans up."""
-    sides = [_digest(adapters_of(adapted_model(seed=seed))) for seed in (0, 1)]
-    for name in ("adapter.safetensors", "adapter.pt"):
+def count_saved(saved: Path) -> int:
+    """Return how many checkpoints or files had been saved."""
+    return len(set(saved.read_text().split())) if saved.exists() else 0
+
+
+def check_adapter_files(folder: Path, returned: int = 0) -> None:
+    """Check that each file is the old one or the new one, with its own settings, and that the next save cleans up.
+
+    The first ``returned`` files must be new.
+    """
+    old, new = [_digest(adapters_of(adapted_model(seed=seed))) for seed in (0, 1)]
+    for number, name in enumerate(("adapter.safetensors", "adapter.pt")):
         state, facts = files.read_adapter(folder / name)
-        assert _digest(state) in sides, f"{name} is neither the old nor the new one"
+        assert _digest(state) in ((new,) if number < returned else (old, new)), f"{name} is another one"
         assert facts is not None, f"{name} has no settings"
     adapter_files(folder, folder)
     assert {file.name for file in folder.iterdir()} == {"adapter.safetensors", "adapter.pt"}, "litter"
@@ -273,7 +280,7 @@ def try_job(job: Job, prepared: Path, expected: dict[str, str]) -> str | None:
         def resume() -> None:
             if job.name in CHECKS:
                 return CHECKS[job.name](folder)
-            check_checkpoints(job.name, folder, saved)
+            check_checkpoints(job.name, folder, count_saved(saved))
             found = train(folder, streamed=job.name == "stream")
             wrong = [what for what in expected if found[what] != expected[what]]
             assert not wrong, f"{', '.join(wrong)} differ from the uncut run's"
