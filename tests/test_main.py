@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -185,3 +189,55 @@ def test_wrong_data_is_named_before_a_wrong_model(data, capsys, options):
 def test_an_error_is_one_line_and_exit_status_1(tmp_path, capsys):
     assert main([*CHAT, "--adapter", str(tmp_path)]) == 1
     assert "there is no adapter file" in capsys.readouterr().err
+
+
+TRAIN = [
+    "train", "--model", str(p3.demo.BASE), "--data", str(p3.demo.FOLDER / "eval.jsonl"), "--dtype", "float32",
+    "--max-length", "256", "--set", "r=2", "per_device_train_batch_size=1", "log_level=error", "disable_tqdm=true",
+]  # fmt: skip
+
+
+def test_the_same_train_command_writes_the_same_bytes_and_another_seed_others(tmp_path, capsys):
+    def digest(name, seed):
+        torch.manual_seed(hash(name) % 1000)  # as left by whatever ran before
+        settings = [f"output_dir={tmp_path / name}", f"seed={seed}", "max_steps=2", "save_strategy=no"]
+        assert main([*TRAIN, *settings]) == 0
+        return (tmp_path / name / "adapter.safetensors").read_bytes()
+
+    assert digest("a", 1) == digest("b", 1) != digest("c", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_train_is_the_exit_status_and_leaves_no_adapter(tmp_path, number, status):
+    settings = [f"output_dir={tmp_path / 'run'}", "max_steps=3000", "logging_steps=1"]
+    command = [sys.executable, "-m", "phi3lora", *TRAIN, *settings]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors
+    assert "interrupted after step" in errors and "resume_from_checkpoint=true" in errors
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("how", ["while training", "before training"])
+def test_an_interrupt_ends_with_130_and_no_adapter(tmp_path, monkeypatch, capsys, how):
+    real = p3.train
+
+    class Interrupt(p3.Callback):
+        def on_step_end(self, state):
+            raise KeyboardInterrupt
+
+    def train(*arguments, **options):
+        if how == "before training":
+            raise KeyboardInterrupt
+        return real(*arguments, callbacks=[Interrupt()], **options)
+
+    monkeypatch.setattr("phi3lora.__main__.train", train)
+    assert main([*TRAIN, f"output_dir={tmp_path}", "max_steps=4"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "adapter.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -286,3 +287,10 @@ def test_data_facts_change_with_the_data_and_the_row_length():
     ]
     for other in others:
         assert StepSchedule(other, quiet_config("unused"), other.dataset).data_facts() != facts
+
+
+def test_a_fraction_of_an_epoch_has_as_many_steps_as_in_transformers():
+    for batch, per_epoch in ((24, 1), (8, 3), (2, 12), (1, 24)):
+        for tenths in range(1, 60):
+            plan = schedule(batch, 1, packing=False, num_train_epochs=tenths / 10)
+            assert plan.total == math.ceil(tenths / 10 * per_epoch), (tenths, per_epoch)

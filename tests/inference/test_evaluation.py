@@ -8,7 +8,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, longrope_model, same_tensors, tiny_model
+from conftest import (
+    adapted_model,
+    adapters_of,
+    chat_dataset,
+    chat_rows,
+    longrope_model,
+    make_tokenizer,
+    same_tensors,
+    tiny_model,
+)
 
 import phi3lora as p3
 from phi3lora.model.forward import eval_mode
@@ -106,3 +115,34 @@ def test_an_empty_dataset_and_a_document_longer_than_the_row_are_errors():
         p3.evaluate(adapted_model(), DATA.select([]))
     with pytest.raises(p3.DataError, match=r"max_length=40.*of \d+ tokens"):
         p3.evaluate(adapted_model(), DATA, max_length=40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 200}, r"token id \d+; the model's vocabulary has 200"),
+        (
+            {"max_position_embeddings": 40, "original_max_position_embeddings": 40},
+            r"the dataset has a document of \d+ tokens; the model allows 40",
+        ),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_train_refuses_for_a_model_evaluate_refuses_too(changes, message, streaming):
+    data = p3.ChatDataset.load(chat_rows(16), make_tokenizer(), max_length=64, streaming=streaming)
+    with pytest.raises(p3.DataError, match=message):
+        p3.evaluate(adapted_model(changes=changes), data)
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"batch_size": 2.5}, {"batch_size": True}, {"max_length": 0}, {"max_length": 2**25}]
+)
+def test_sizes_that_training_config_refuses_evaluate_refuses_too(options):
+    [(name, value)] = options.items()
+    with pytest.raises(p3.DataError, match=rf"{name}={value!r}; allowed: a whole number"):
+        p3.evaluate(tiny_model(), DATA, **options)
+
+
+def test_an_empty_dataset_is_refused():
+    with pytest.raises(p3.DataError, match="empty"):
+        p3.evaluate(tiny_model(), DATA.select([]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
@@ -197,3 +200,82 @@ def test_an_out_of_memory_error_lists_the_settings_to_change(tmp_path, monkeypat
     assert all(way in message for way in ways)
     assert ("per_device_train_batch_size" in message) == (settings["per_device_train_batch_size"] > 1)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+# --- The caller's environment
+
+
+def in_a_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+def in_a_coroutine(work):
+    async def main():
+        work()
+
+    asyncio.run(main())
+
+
+def beside_a_coroutine(work):
+    async def main():
+        await asyncio.to_thread(work)
+
+    asyncio.run(main())
+
+
+def with_gradients_off(work):
+    torch.set_grad_enabled(False)
+    try:
+        work()
+        assert not torch.is_grad_enabled()  # as the caller left it
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def in_inference_mode(work):
+    with torch.inference_mode():
+        work()
+        assert torch.is_inference_mode_enabled()
+
+
+def with_a_default_device(work):
+    with torch.device("meta"):
+        work()
+        assert torch.get_default_device().type == "meta"
+
+
+def with_a_default_dtype(work):
+    torch.set_default_dtype(torch.float64)
+    try:
+        work()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+PLACES = [
+    in_a_thread, in_a_coroutine, beside_a_coroutine, with_gradients_off, in_inference_mode, with_a_default_device,
+    with_a_default_dtype,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_is_the_same_wherever_it_is_called(tmp_path, place):
+    model, expected = adapted_model(lora_dropout=0.1), adapted_model(lora_dropout=0.1)
+
+    def train(model, folder):
+        config = quiet_config(folder, max_steps=2, save_strategy="steps", eval_strategy="steps", eval_steps=1)
+        return p3.train(model, chat_dataset(), config, eval_dataset=chat_dataset(5))
+
+    place(lambda: train(model, tmp_path / "there"))
+    train(expected, tmp_path / "here")
+    assert same_tensors(adapters_of(model), adapters_of(expected))
+
+
+def test_a_model_made_in_inference_mode_is_refused(tmp_path):
+    with torch.inference_mode():
+        model = adapted_model()
+    with pytest.raises(p3.TrainingError, match=r"made inside torch.inference_mode\(\).*outside"):
+        p3.train(model, chat_dataset(), quiet_config(tmp_path / "run", max_steps=1))
+    assert not (tmp_path / "run").exists()
