@@ -166,6 +166,8 @@ class ChatDataset:
             return cast(ChatDataset, ChatStream(parts, buffer_size))  # declared as what all but streaming users get
         dataset = _joined([part.load(len(parts) > 1) for part in parts])
         logger.info("%s", dataset)
+        for sentence, count in dataset.findings.advice.items():
+            logger.warning("%d rows: %s", count, sentence)
         return dataset
 
     @classmethod

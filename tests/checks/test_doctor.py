@@ -226,8 +226,10 @@ def test_rows_of_several_sources_are_named_with_their_source(tmp_path):
 def test_one_finding_prints_as_its_lines_of_the_report(tmp_path):
     report = examine(tmp_path)
     assert str(report["saving"]) == "ok       saving  checkpoints: none"
-    head, line, *_ = str(report["preview"]).splitlines()
-    assert head.startswith("ok       preview  row 1, ") and line.startswith(" " * len("ok       preview  ") + "<|")
+    head, *lines = str(report["preview"]).splitlines()
+    indent = " " * len("ok       preview  ")
+    assert head.startswith("ok       preview  row 1, ") and all(line.startswith(indent) for line in lines)
+    assert any(line.startswith(f"{indent}<|") for line in lines)
 
 
 @pytest.mark.parametrize("columns", [80, 110])

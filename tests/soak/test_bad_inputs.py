@@ -53,8 +53,13 @@ def hang():
     signal.pause()
 
 
+class UnprintableError(p3.Phi3LoRAError):
+    def __str__(self):
+        return "\ud800"
+
+
 def unprintable():
-    raise p3.Phi3LoRAError("\ud800")
+    raise UnprintableError
 
 
 @pytest.mark.parametrize(
