@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, short_repr
 from ..files import parse_json, parse_tensors, read_json, tensor_file, write_atomic
-from ..lora.inject import fused_segments, inject_layers, lora_layers, remove_lora
+from ..lora.inject import inject_layers, lora_layers, remove_lora
 from ..lora.layers import MergedLinear
+from ..lora.targets import fused_segments
 from .named import DEFAULT, LoadedAdapters, list_adapters, loading_inactive
 
 logger = logging.getLogger("phi3lora")

@@ -23,7 +23,8 @@ from torch import nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean
-from ..lora.inject import lora_layers, remove_lora, swap_layer
+from ..lora.inject import lora_layers, remove_lora, swap_layers
+from ..lora.layer_state import replaced_methods
 
 DEFAULT = "default"
 """Default adapter name."""
@@ -154,8 +155,7 @@ def _adapters(model: Any) -> LoadedAdapters:
 def _detach_active(model: Any) -> _Adapter:
     """Put plain layers into the tree and return the active adapter."""
     config, layers = getattr(model, "lora_config", None), lora_layers(model)
-    for path, layer in layers.items():
-        swap_layer(model, path, layer.release_base())
+    swap_layers(model, {path: layer.release_base() for path, layer in layers.items()})
     if config is not None:
         del model.lora_config
     return config, layers
@@ -166,7 +166,7 @@ def _attach(model: Any, adapter: _Adapter) -> None:
     config, layers = adapter
     for path, layer in layers.items():
         layer.attach_base(model.get_submodule(path))
-        swap_layer(model, path, layer)
+    swap_layers(model, layers)
     if config is not None:
         model.lora_config = config
 
@@ -181,7 +181,12 @@ def _is_active(model: nn.Module, name: str) -> bool:
 
 
 def _check_outside_blocks(model: nn.Module) -> None:
-    for layer in lora_layers(model).values():
+    for path, layer in lora_layers(model).items():
+        if replaced := replaced_methods(layer):
+            raise AdapterError(
+                f"{', '.join(replaced)} of {path!r} was replaced on that layer, and another adapter has a layer of its "
+                f"own; put the method back first, or use a forward hook"
+            )
         if layer.merged or not layer.enabled:
             block = "merged(model)" if layer.merged else "disabled(model)"
             raise AdapterError(f"adapters cannot be switched or loaded inside a {block} block; leave the block first")

@@ -36,8 +36,9 @@ from transformers import GenerationConfig
 from ..errors import AdapterError, error_line, printable
 from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
-from ..lora.inject import fused_segments, lora_layers
+from ..lora.inject import lora_layers
 from ..lora.layers import Conv2d
+from ..lora.targets import fused_segments
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite
 from .hub import is_local, model_card

@@ -40,7 +40,7 @@ from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
 from ..config import LoraConfig, lora_scaling
 from ..errors import short_repr
 from ..files import read_json
-from ..lora.layers import Segment, adapted_segments
+from ..lora.product import Segment, adapted_segments
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from ..config import LoraConfig, lora_scaling
 from ..errors import AdapterError, as_path
 from ..files import parse_json, read_tensors
-from ..lora.inject import InjectionReport, fused_segments, injection_report
+from ..lora.inject import InjectionReport, injection_report
 from ..lora.layers import Conv2d
+from ..lora.targets import fused_segments
 from .adapter_file import HEADER_KEY, check_finite, install_adapter
 from .named import DEFAULT
 from .peft_format import (

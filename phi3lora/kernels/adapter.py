@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lora.layers import Segment, adapted_segments
+from ..lora.product import Segment, adapted_segments
 from .launch import next_power_of_2
 
 

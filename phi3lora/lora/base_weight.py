@@ -36,8 +36,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from ..errors import ModelError
 
@@ -189,12 +190,6 @@ class Nf4(BaseWeight):
         return (self.packed, self.state.absmax, self.state.code, *nested)
 
 
-LINEAR4BIT_SETTINGS = (
-    "compute_dtype", "compute_type_is_set", "quant_storage", "support_avx512bf16_for_cpu", "source_cls",
-)  # fmt: skip
-"""Attributes of a ``Linear4bit`` beside its parameters; an adapted layer carries them for its base layer."""
-
-
 def require_bitsandbytes() -> Any:
     """Return the package bitsandbytes.
 
@@ -318,19 +313,29 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return x.dtype if weight.dtype.itemsize == 1 or is_4bit(weight) else weight.dtype
 
 
+def needs_plain_operations() -> bool:
+    """Return whether a transform of ``torch.func`` or forward-mode AD is on.
+
+    A custom operator has no rule for them; a tangent would become zero without an error.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 class _BaseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: BaseWeight, unneeded_width: int) -> Tensor:
         ctx.weight = weight
         if unneeded_width:
             return x.new_empty(*x.shape[:-1], unneeded_width)
-        y: Tensor = weight.matmul(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
-        return y
+        y = weight.matmul(x.reshape(-1, x.shape[-1]))  # (N, out)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.weight.matmul_backward(dy.flatten(0, -2)).unflatten(0, dy.shape[:-1]), None, None
+        if torch.is_grad_enabled() or needs_plain_operations():  # the gradient is differentiated in its turn
+            return dy @ ctx.weight.dequantize().to(dy.dtype), None, None
+        dx = ctx.weight.matmul_backward(dy.reshape(-1, dy.shape[-1]))  # (N, in)
+        return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
 
 
 def base_linear(x: Tensor, weight: BaseWeight, unneeded_width: int = 0) -> Tensor:
@@ -339,6 +344,8 @@ def base_linear(x: Tensor, weight: BaseWeight, unneeded_width: int = 0) -> Tenso
     ``unneeded_width``: the output's width where a recomputation needs the product's place in the graph but not its
     values, which are then undefined.
     """
+    if needs_plain_operations():
+        return F.linear(x, weight.dequantize().to(x.dtype))
     y: Tensor = _BaseLinear.apply(x, weight, unneeded_width)  # type: ignore[no-untyped-call]
     return y
 

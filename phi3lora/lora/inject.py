@@ -1,14 +1,8 @@
-"""Injection of adapters: match target names, swap layers for their LoRA versions, freeze everything else.
+"""Injection of adapters: swap layers for their LoRA versions, freeze everything else, report what was done.
 
-Phi-3 fuses the projections that Llama-style models keep apart, so of Llama's names only ``o_proj`` and ``down_proj``
-exist in it. Here the other names select segments of the fused layer:
-
-    q_proj, k_proj, v_proj  ->  rows of qkv_proj        heads*head_dim | kv_heads*head_dim | kv_heads*head_dim
-    gate_proj, up_proj      ->  rows of gate_up_proj    intermediate | intermediate
-
-    ["q_proj", "v_proj", "o_proj"]  ->  qkv_proj: MergedLinear(enable_lora=[True, False, True]), o_proj: Linear
-
-``inject_lora`` turns target names into settings for each layer; ``inject_layers`` swaps the layers as the settings say.
+``inject_lora`` turns target names into settings for each layer (targets.py says what a name matches);
+``inject_layers`` swaps the layers as the settings say. All layers are built before the first is swapped, so after an
+error the model is as it was.
 """
 
 from __future__ import annotations
@@ -19,17 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.nn as nn
 from loralib.layers import LoRALayer
-from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
 
 from ..config import LoraConfig
-from ..errors import ModelError, did_you_mean, is_int
-from .base_weight import count_parameters, keep_4bit_packing, plain_linear_classes, weight_shape
+from ..errors import ModelError, is_int
+from .base_weight import count_parameters, keep_4bit_packing, weight_shape
+from .layer_state import rebind_hooks
 from .layers import AdaptedLayer, Conv2d, Embedding, Linear, MergedLinear
-
-Segments = dict[str, int]
-"""Name -> width of a fused layer's segments, in the order of the output's columns; unnamed ones are "0", "1", ..."""
+from .targets import candidates, fused_segments, reason_against, select_all_linear, select_targets, weight_readers
 
 _CLASSES: dict[str, tuple[type[AdaptedLayer], type[nn.Module]]] = {
     "Linear": (Linear, nn.Linear),
@@ -66,7 +59,9 @@ class InjectionReport:
     total_parameters: int
     """Number of entries in the whole model, adapters included."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Linear layers that ``"all-linear"`` skipped: path -> reason."""
+    """What ``"all-linear"`` could not adapt: path of a layer, or of a module with 3-D weights -> reason."""
+    bypassed: dict[str, str] = field(default_factory=dict)
+    """Adapted layers that may be bypassed: path -> the parent's class, whose code reads their weight itself."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -92,7 +87,13 @@ class InjectionReport:
         lines.insert(1, "-" * max(map(len, lines)))
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         lines.append(f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.3f} %)")
-        lines += [f"skipped {path}: {reason}" for path, reason in self.skipped.items()]
+        notes = [(path, "skipped", f": {reason}") for path, reason in self.skipped.items()]
+        notes += [(path, "may be bypassed:", f", whose weight {cls} reads") for path, cls in self.bypassed.items()]
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for path, before, after in notes:
+            alike.setdefault((before, re.sub(r"\b\d+\b", "*", path), after), []).append(path)
+        for (before, pattern, after), paths in alike.items():
+            lines.append(f"{before} {paths[0] if len(paths) == 1 else pattern}{after}")
         return "\n".join(lines)
 
 
@@ -101,7 +102,8 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
 
     The pretrained parameters are kept as they are (not copied), so a meta-device model works too. ``nn.Linear`` becomes
     ``Linear`` or, where it is fused, ``MergedLinear``; ``nn.Embedding`` and ``nn.Conv2d`` become ``Embedding`` and
-    ``Conv2d``.
+    ``Conv2d``. Hooks and attributes of a swapped layer move to the new one. A layer that stands in several places is
+    swapped in all of them. After an error the model is as it was.
 
     Args:
         model: any ``nn.Module``. Phi-3's fused layers are known; describe your own with ``LoraConfig(segments=...)``.
@@ -112,7 +114,9 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
 
     Raises:
         ModelError: a target that matches nothing (the candidates are listed) or matches a layer that cannot be adapted;
-            segments that do not add up; a model that already has adapters; tied embeddings as a target.
+            segments that do not add up; a model that already has adapters, of any library; tied weights as a target;
+            weights that are offloaded or were made in ``torch.inference_mode()``; a layer whose ``forward`` was
+            replaced.
 
     Example:
         >>> import torch.nn as nn, phi3lora as p3
@@ -123,11 +127,17 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
     """
     config = config or LoraConfig()
     _check_no_adapters(model)
+    made_for_inference = [name for name, p in model.named_parameters() if p.is_inference()]
+    if made_for_inference:
+        raise ModelError(
+            f"{made_for_inference[0]!r} was made inside torch.inference_mode(), so nothing can train through it; "
+            f"load the model outside of it"
+        )
     fused = fused_segments(model, config)
     if config.target_modules == "all-linear":
-        selected, skipped = _select_all_linear(model, fused)
+        selected, skipped = select_all_linear(model, fused)
     else:
-        selected, skipped = _select_targets(model, config.target_modules, fused), {}
+        selected, skipped = select_targets(model, config.target_modules, fused), {}
     layers: dict[str, dict[str, Any]] = {}
     for path, names in selected.items():
         base = model.get_submodule(path)
@@ -162,12 +172,13 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
     for path, settings in layers.items():
         _, base_class = _CLASSES.get(str(settings.get("class")), (None, None))
         if not path or path not in modules or base_class is None:
-            candidates = _candidates(model, fused_segments(model, config))
-            raise ModelError(f"no layer {path!r} to adapt as {settings.get('class')!r}; {candidates}")
-        if not (_is_adaptable(modules[path]) and isinstance(modules[path], base_class)):
+            allowed = candidates(model, fused_segments(model, config))
+            raise ModelError(f"no layer {path!r} to adapt as {settings.get('class')!r}; {allowed}")
+        reason = reason_against(modules[path])
+        if reason or not isinstance(modules[path], base_class):
             raise ModelError(
-                f"{path!r} is of class {_class_of(modules[path])}; it cannot be adapted as {settings['class']!r}, "
-                f"which takes a plain nn.{base_class.__name__}"
+                f"{path!r} is of {reason or f'class {type(modules[path]).__name__}'}; it cannot be adapted as "
+                f"{settings['class']!r}, which takes a plain nn.{base_class.__name__}"
             )
         own: dict[str, Any] = {name: settings.get(name) for name in ("r", "lora_alpha", "use_rslora")}
         replace(config, **own)  # validates them
@@ -177,18 +188,36 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
         if settings["class"] == "MergedLinear" and not (lists and all(is_int(width, 1) for width in widths)):
             raise ModelError(f"{path!r}: segments={widths!r}, enable_lora={enable_lora!r}; allowed: two lists")
     _check_not_tied(model, layers)
+    _check_not_offloaded(model, layers)
+    adapted = _build(model, layers, config)
+    swap_layers(model, adapted)  # only now: an error above leaves the model as it was
     keep_4bit_packing(model)
-    adapted: dict[str, AdaptedLayer] = {}
-    for path, settings in layers.items():
-        cls, _ = _CLASSES[settings["class"]]
-        more = {name: settings[name] for name in ("segments", "enable_lora") if cls is MergedLinear}
-        r, alpha, rslora = settings["r"], settings["lora_alpha"], settings["use_rslora"]
-        adapted[path] = cls.adapt(model.get_submodule(path), r, alpha, config.lora_dropout, rslora, **more)
-    for path, layer in adapted.items():  # swapped only now: an error above leaves the model as it was
-        swap_layer(model, path, layer)
     freeze_all_but_lora(model, config.bias)
     model.lora_config = config  # type: ignore[assignment]
     return injection_report(model)
+
+
+def _build(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], config: LoraConfig) -> dict[str, AdaptedLayer]:
+    """Return the adapted layers, outside the model; after an error it is unchanged."""
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    adapted: dict[str, AdaptedLayer] = {}
+    try:
+        with torch.inference_mode(False):  # else A and B could never train
+            for path, settings in layers.items():
+                cls, _ = _CLASSES[settings["class"]]
+                more = {name: settings[name] for name in ("segments", "enable_lora") if cls is MergedLinear}
+                r, alpha, rslora = settings["r"], settings["lora_alpha"], settings["use_rslora"]
+                try:
+                    layer = cls.adapt(model.get_submodule(path), r, alpha, config.lora_dropout, rslora, **more)
+                except ModelError as error:
+                    raise ModelError(f"{path!r} cannot be adapted: {error}") from error
+                adapted[path] = layer
+    except BaseException:  # an error of memory too
+        for parameter, state in requires_grad.items():
+            if parameter.requires_grad != state:
+                parameter.requires_grad = state
+        raise
+    return adapted
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -210,106 +239,6 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer) and m.r > 0}
 
 
-def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[str, Segments]:
-    """Return path -> segments for each fused layer: Phi-3's own, and those that ``config.segments`` describes.
-
-    Without ``config``, the one that the model's adapters were injected with is used, if any.
-    """
-    fused: dict[str, Segments] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        if isinstance(module, Phi3Attention):
-            sizes: Any = module.config
-            q = sizes.num_attention_heads * module.head_dim
-            kv = sizes.num_key_value_heads * module.head_dim
-            fused[prefix + "qkv_proj"] = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        elif isinstance(module, Phi3MLP):
-            width = module.config.intermediate_size
-            fused[prefix + "gate_up_proj"] = {"gate_proj": width, "up_proj": width}
-    described: Any = getattr(config or getattr(model, "lora_config", None), "segments", None) or {}
-    for suffix, widths in described.items():
-        named = dict(widths) if isinstance(widths, Mapping) else {str(i): width for i, width in enumerate(widths)}
-        paths = [path for path, module in model.named_modules() if _matches(path, suffix)]
-        if not paths:
-            raise ModelError(f"segments: {suffix!r} matches no module; {_candidates(model, fused)}")
-        for path in paths:
-            module = model.get_submodule(path)
-            if not isinstance(module, nn.Linear):
-                raise ModelError(f"segments: {path!r} is of class {type(module).__name__}; allowed: nn.Linear")
-            if sum(named.values()) != module.out_features or min(named.values()) < 1:
-                raise ModelError(
-                    f"segments of {path!r}: {named} add up to {sum(named.values())}; "
-                    f"allowed: positive widths that add up to out_features={module.out_features}"
-                )
-            fused[path] = named
-    return fused
-
-
-def _select_targets(model: nn.Module, targets: str | Sequence[str], fused: dict[str, Segments]) -> dict[str, set[str]]:
-    """Return path -> names of the segments to adapt (none where not fused) of the targeted layers, in model order."""
-    # A target can name a module, for all its segments, or one named segment, as if that were a module of its own.
-    nameable = [(path, path, set(fused.get(path, ()))) for path, _ in model.named_modules() if path]
-    for path, segments in fused.items():
-        parent = path[: path.rfind(".") + 1]
-        nameable += [(parent + name, path, {name}) for name in segments if not name.isdigit()]
-    selected: dict[str, set[str]] = {}
-    for target in [targets] if isinstance(targets, str) else targets:
-        matches = [(path, names) for full_name, path, names in nameable if _matches(full_name, target)]
-        if not matches:
-            guess = did_you_mean(target, {full_name.rpartition(".")[2] for full_name, _, _ in nameable})
-            raise ModelError(f"target_modules: {target!r} matches nothing.{guess} {_candidates(model, fused)}")
-        for path, names in matches:
-            module = model.get_submodule(path)
-            if not _is_adaptable(module):
-                raise ModelError(
-                    f"target {target!r} matches {path!r} of class {_class_of(module)}; "
-                    f"allowed: nn.Linear, Linear4bit, nn.Embedding, nn.Conv2d. {_candidates(model, fused)}"
-                )
-            selected.setdefault(path, set()).update(names)
-    return {path: selected[path] for path, _ in model.named_modules() if path in selected}
-
-
-def _select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """Return path -> segment names for every ``nn.Linear`` but the output head; path -> reason for those skipped."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    selected: dict[str, set[str]] = {}
-    skipped: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if not path or not isinstance(module, nn.Linear) or module is head or _matches(path, "lm_head"):
-            continue
-        if _is_adaptable(module):
-            selected[path] = set(fused.get(path, ()))
-        else:
-            skipped[path] = f"class {_class_of(module)}"
-    if not selected:
-        example = "".join(f"; {path!r} is of {reason}" for path, reason in list(skipped.items())[:1])
-        raise ModelError(
-            f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear inside{example}"
-        )
-    return selected, skipped
-
-
-def _matches(path: str, suffix: str) -> bool:
-    return path == suffix or path.endswith("." + suffix)
-
-
-def _is_adaptable(module: nn.Module) -> bool:
-    return type(module) in (*plain_linear_classes(), nn.Embedding, nn.Conv2d)  # a subclass may compute differently
-
-
-def _class_of(module: nn.Module) -> str:
-    name = type(module).__name__
-    return f"{name}: load the model in 4 bits (base_precision='nf4') or 16" if name == "Linear8bitLt" else name
-
-
-def _candidates(model: nn.Module, fused: dict[str, Segments]) -> str:
-    """Return ``Candidates: ...``: the last part of the path of every adaptable layer, and the segments' names."""
-    names = [path.rpartition(".")[2] for path, module in model.named_modules() if path and _is_adaptable(module)]
-    names += [name for segments in fused.values() for name in segments if not name.isdigit()]
-    return f"Candidates: {', '.join(dict.fromkeys(names)) or 'none: no nn.Linear, nn.Embedding or nn.Conv2d inside'}"
-
-
 def _check_no_adapters(model: nn.Module) -> None:
     present = [path for path, module in model.named_modules() if isinstance(module, LoRALayer)]
     if present:
@@ -317,16 +246,37 @@ def _check_no_adapters(model: nn.Module) -> None:
             f"the model already has {len(present)} LoRA layers (the first is {present[0]!r}); "
             f"inject once, or load the base model afresh"
         )
+    for path, module in model.named_modules():
+        names = {name.lower() for name in (*module._parameters, *module._modules)}
+        if {"lora_a", "lora_b"} <= names or any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            raise ModelError(
+                f"the model already has adapters of another library ({type(module).__name__} at {path!r}); merge them "
+                f"first (PEFT: model.merge_and_unload()), or load the base model afresh"
+            )
+
+
+def _check_not_offloaded(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise for a weight that accelerate keeps elsewhere between forwards: an adapter made now would hold nothing."""
+    for path in paths:
+        names = path.split(".")
+        above = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+        weight: Any = above[-1].weight
+        if weight.is_meta and any(hasattr(module, "_hf_hook") for module in above):
+            raise ModelError(
+                f"the weight of {path!r} is offloaded by accelerate (device_map, cpu_offload); load the model on one "
+                f"device, for instance with device_map={{'': 0}}"
+            )
 
 
 def _check_not_tied(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise for one of two tied layers: its adapter could not be merged without changing the other layer."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
-            owners.setdefault(id(module.weight), []).append(path)
+    owners: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in {p for p in module._parameters.values() if p is not None}:
+            owners.setdefault(parameter, []).append(path)
     for path in paths:
-        others = [p for p in owners[id(model.get_submodule(path).weight)] if p != path]
+        weight: Any = model.get_submodule(path).weight
+        others = [p or "the model itself" for p in owners[weight] if p != path]
         if others:
             raise ModelError(
                 f"target {path!r} shares its weight with {', '.join(others)} (tied embeddings): an adapter would "
@@ -334,26 +284,43 @@ def _check_not_tied(model: nn.Module, paths: Iterable[str]) -> None:
             )
 
 
-def swap_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` at ``path``.
+def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each layer at its path, and wherever else the layer stands that it replaces.
 
     In eval mode torch's fused encoder reads ``linear1.weight`` itself and would bypass the adapter, so that shortcut is
-    turned off in the layer's ancestors.
+    turned off in the encoders around a swapped layer.
     """
-    names = path.split(".")
-    for depth in range(len(names)):
-        ancestor = model.get_submodule(".".join(names[:depth]))
-        if isinstance(ancestor, nn.TransformerEncoderLayer):
-            ancestor.activation_relu_or_gelu = 0
-        elif isinstance(ancestor, nn.TransformerEncoder):
-            ancestor.use_nested_tensor = False
-    setattr(model.get_submodule(".".join(names[:-1])), names[-1], layer)
+    swapped = {model.get_submodule(path): layer for path, layer in layers.items()}
+    modules = list(model.modules())
+    for module in modules:
+        switches = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+        for cls, switch in switches.items():
+            if isinstance(module, cls) and not swapped.keys().isdisjoint(module.modules()):
+                setattr(module, switch, 0)
+    for module in modules:
+        for name, child in module._modules.items():
+            if child in swapped:
+                setattr(module, name, swapped[child])
+    for old, layer in swapped.items():
+        rebind_hooks(old, layer)
+
+
+def unreached_layers(model: nn.Module) -> list[str]:
+    """Return the paths of adapted layers that the last backward gave no gradient: nothing called them.
+
+    Their parent multiplies by their weight itself, or keeps the layer that was there before somewhere else. An expert
+    that no token was sent to has none either. Nothing waits for the device.
+    """
+    return [
+        path
+        for path, layer in lora_layers(model).items()
+        if layer.enabled and layer.lora_B.requires_grad and layer.lora_A.grad is None and layer.lora_B.grad is None
+    ]
 
 
 def remove_lora(model: nn.Module) -> None:
     """Put plain layers back, with the base's own parameters; the adapters are dropped."""
-    for path, layer in lora_layers(model).items():
-        swap_layer(model, path, layer.base_layer())
+    swap_layers(model, {path: layer.release_base() for path, layer in lora_layers(model).items()})
     if hasattr(model, "lora_config"):
         del model.lora_config
 
@@ -387,4 +354,5 @@ def injection_report(model: nn.Module) -> InjectionReport:
         trainable = sum(p.numel() for p in layer.parameters() if p.requires_grad)
         rows.append(LayerReport(path, type(layer).__name__, shape, names, trainable))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return InjectionReport(tuple(rows), trainable, count_parameters(model))
+    bypassed = weight_readers(model, [row.module for row in rows])
+    return InjectionReport(tuple(rows), trainable, count_parameters(model), bypassed=bypassed)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import loralib as lora
 import torch
@@ -36,111 +36,20 @@ from torch import Tensor
 from ..config import lora_scaling
 from ..errors import ModelError
 from .base_weight import (
-    LINEAR4BIT_SETTINGS,
     Dense,
     add_quant_state,
     base_linear,
     base_weight_of,
     compute_dtype,
+    needs_plain_operations,
     plain_linear_class,
     pop_quant_state,
 )
+from .layer_state import ADAPTER_PARAMETERS, INNER_STATE, reason_against_state, share_state, strip_state
+from .product import Segment, adapted_segments, linear_plus_low_rank, low_rank_plainly
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-ADAPTER_PARAMETERS = ("lora_A", "lora_B")
-"""Names of an adapter's own parameters; a layer's other parameters are the base layer's."""
-
-
-class Segment(NamedTuple):
-    """One adapted segment of a linear layer. In the example above, v is ``(2, 16:32, 5120:6400, 6400:7680)``."""
-
-    position: int  # in the layer, counting the segments without an adapter too
-    rows_of_A: slice  # of lora_A (k*r, in); also the columns of z = x A' (N, k*r)
-    rows_of_B: slice  # of lora_B (sum of enabled widths, r)
-    columns: slice  # of y (N, out); also the rows of W (out, in)
-
-
-def adapted_segments(widths: Sequence[int], enable_lora: Sequence[bool], r: int) -> tuple[Segment, ...]:
-    """Return the segments that have an adapter of rank ``r``, in order, given every segment's width and switch."""
-    segments = []
-    a = b = column = 0
-    for position, (width, enabled) in enumerate(zip(widths, enable_lora, strict=True)):
-        if enabled:
-            segments.append(Segment(position, slice(a, a + r), slice(b, b + width), slice(column, column + width)))
-            a, b = a + r, b + width
-        column += width
-    return tuple(segments)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The arithmetic on a dense base weight, given z = dropout(x) A':  y = x W' + b,  y[:, columns_i] += scaling * z_i B_i'
-# It is one operator: each low-rank product is accumulated into the base product's output, which saves a second (N, out)
-# buffer, and the backward makes no copy of dy. Registering it with torch lets ``torch.compile`` treat it as one node
-# and fuse the operations around it. ``widths`` and ``enable_lora`` describe all segments of the output.
-
-
-@torch.library.custom_op("phi3lora::linear_plus_low_rank", mutates_args=())
-def linear_plus_low_rank(
-    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor,
-    widths: list[int], enable_lora: list[bool], scaling: float,
-) -> Tensor:  # fmt: skip
-    """Return ``x W' + b`` with ``scaling * z_i B_i'`` added to segment i's columns; all tensors have one dtype.
-
-    x (..., in), z (..., k*r), weight (out, in), bias (out,), lora_B (sum of enabled widths, r) -> (..., out).
-    """
-    y = F.linear(x, weight, bias)
-    y2, z2 = y.view(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])  # (N, out), (N, k*r)
-    for segment in adapted_segments(widths, enable_lora, lora_B.shape[1]):
-        y2[:, segment.columns].addmm_(z2[:, segment.rows_of_A], lora_B[segment.rows_of_B].t(), alpha=scaling)
-    return y
-
-
-linear_plus_low_rank.register_fake(lambda x, z, weight, *others: x.new_empty(*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.custom_op("phi3lora::low_rank_backward", mutates_args=())
-def low_rank_backward(
-    dy: Tensor, z: Tensor, lora_B: Tensor, widths: list[int], enable_lora: list[bool], scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of z and B: (..., k*r) and (sum of enabled widths, r)."""
-    dy2, z2 = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])  # (N, out), (N, k*r)
-    dz, dB = torch.empty_like(z2), torch.empty_like(lora_B)
-    for segment in adapted_segments(widths, enable_lora, lora_B.shape[1]):
-        dy_i, z_i, B_i = dy2[:, segment.columns], z2[:, segment.rows_of_A], lora_B[segment.rows_of_B]
-        dz_i, dB_i = dz[:, segment.rows_of_A], dB[segment.rows_of_B]
-        torch.addmm(dz_i, dy_i, B_i, beta=0, alpha=scaling, out=dz_i)
-        torch.addmm(dB_i, dy_i.t(), z_i, beta=0, alpha=scaling, out=dB_i)
-    return dz.view(z.shape), dB
-
-
-low_rank_backward.register_fake(
-    lambda dy, z, lora_B, *others: (z.new_empty(z.shape), torch.empty_like(lora_B))  # both contiguous
-)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, z, weight, bias, lora_B, *ctx.segments_and_scaling = inputs
-    ctx.save_for_backward(x if weight.requires_grad else None, z, weight, lora_B)
-    ctx.has_bias = bias is not None
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, z, weight, lora_B = ctx.saved_tensors
-    dz, dB = low_rank_backward(dy, z, lora_B, *ctx.segments_and_scaling)
-    dx = dy @ weight if ctx.needs_input_grad[0] else None
-    dy2 = dy.reshape(-1, dy.shape[-1])  # (N, out)
-    dW = dy2.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[2] else None
-    db = dy2.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
-    return dx, dz, dW, db, dB, None, None, None
-
-
-linear_plus_low_rank.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The layers.
 
 
 class AdaptedLayer(nn.Module):
@@ -157,7 +66,12 @@ class AdaptedLayer(nn.Module):
         """Return a layer with an adapter around the plain layer ``base``, whose parameters are shared, not copied.
 
         ``more``: ``segments`` and ``enable_lora`` of a :class:`MergedLinear`.
+
+        Raises:
+            ModelError: settings that do not fit, or something on ``base`` that cannot move to another layer.
         """
+        if reason := reason_against_state(base, cls):
+            raise ModelError(reason)
         layer: Self = _without_parameters(cls, base.training)
         layer._share(base)
         layer._set_up(r, lora_alpha, lora_dropout, use_rslora, **more)
@@ -199,17 +113,18 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
     def base_layer(self) -> Any:
-        """Return the plain layer, which shares the base's parameters with this one."""
-        cls = nn.Embedding if isinstance(self, nn.Embedding) else plain_linear_class(self.weight)
-        base = _without_parameters(cls, self.training)
-        _share_parameters(self, base)
+        """Return the plain layer, which shares the base's parameters, hooks and attributes with this one."""
+        base = _without_parameters(self._base_class(), self.training)
+        share_state(self, base)
         return base
+
+    def _base_class(self) -> type[nn.Module]:
+        raise NotImplementedError
 
     def release_base(self) -> Any:
         """Return the plain layer and keep only the adapter here, until :meth:`attach_base`."""
         base = self.base_layer()
-        for name in {*self._parameters, *self._buffers, *self._modules} - {*ADAPTER_PARAMETERS, "lora_dropout"}:
-            delattr(self, name)
+        strip_state(self)
         return base
 
     def attach_base(self, base: Any) -> None:
@@ -222,7 +137,7 @@ class AdaptedLayer(nn.Module):
         self.train(base.training)
 
     def _share(self, base: Any) -> None:
-        _share_parameters(base, self)
+        share_state(base, self)
 
 
 def _without_parameters(cls: type[nn.Module], training: bool) -> Any:
@@ -231,18 +146,6 @@ def _without_parameters(cls: type[nn.Module], training: bool) -> Any:
     nn.Module.__init__(layer)
     layer.training = training
     return layer
-
-
-def _share_parameters(source: Any, layer: Any) -> None:
-    """Give ``layer`` the base parameters, buffers and settings of ``source``: the same objects, no copies."""
-    for name, parameter in source._parameters.items():
-        if name not in ADAPTER_PARAMETERS:
-            layer.register_parameter(name, parameter)
-    for name, buffer in source._buffers.items():
-        layer.register_buffer(name, buffer)
-    for name in (*source.__constants__, *LINEAR4BIT_SETTINGS):
-        if hasattr(source, name):
-            setattr(layer, name, getattr(source, name))
 
 
 class _AdaptedLinear(AdaptedLayer):
@@ -274,6 +177,17 @@ class _AdaptedLinear(AdaptedLayer):
             )
         super()._set_up(r if any(self.enable_lora) else 0, lora_alpha, lora_dropout, use_rslora)
 
+    def base_layer(self) -> Any:
+        """Return the plain layer; torch has none for a weight stored (in, out): there, a ``Linear`` without adapter."""
+        base = super().base_layer()
+        if self.fan_in_fan_out:
+            base._set_up(0, self.lora_alpha, 0.0, self.use_rslora)
+            base.fan_in_fan_out = True
+        return base
+
+    def _base_class(self) -> type[nn.Module]:
+        return Linear if self.fan_in_fan_out else plain_linear_class(self.weight)
+
     @property
     def adapted_segments(self) -> tuple[Segment, ...]:
         """Segments that have an adapter, in order, with their places in A, B and the output."""
@@ -292,25 +206,23 @@ class _AdaptedLinear(AdaptedLayer):
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if adapted:
             z, B = F.linear(self.lora_dropout(x), self.lora_A.to(dtype)), self.lora_B.to(dtype)  # z (..., k*r)
-            if isinstance(base, Dense):
+            if isinstance(base, Dense) and not needs_plain_operations():
                 W = base.weight.to(dtype)
                 y: Tensor = linear_plus_low_rank(x, z, W, bias, B, self.segments, self.enable_lora, self.scaling)
                 return y
-        y = base_linear(x, base)  # a quantised weight
+        y = F.linear(x, base.weight.to(dtype)) if isinstance(base, Dense) else base_linear(x, base)
         y = y if bias is None else y + bias
-        if adapted:
-            update = torch.zeros_like(y)
-            for segment in self.adapted_segments:
-                update[..., segment.columns] = F.linear(z[..., segment.rows_of_A], B[segment.rows_of_B]) * self.scaling
-            y = y + update
-        return y
+        return y + low_rank_plainly(z, B, self.segments, self.enable_lora, self.scaling) if adapted else y
 
     def delta(self) -> Tensor:
         """Return ``scaling * B_i A_i`` in segment i's rows, zero elsewhere; float32, in the weight's own shape."""
+        return self._scaled_product(self.scaling)
+
+    def _scaled_product(self, scaling: float) -> Tensor:
         delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=self.lora_A.device)
         A, B = self.lora_A.float(), self.lora_B.float()
         for segment in self.adapted_segments:
-            delta[segment.columns] = B[segment.rows_of_B] @ A[segment.rows_of_A] * self.scaling
+            delta[segment.columns] = B[segment.rows_of_B] @ A[segment.rows_of_A] * scaling
         return delta.t() if self.fan_in_fan_out else delta
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -375,7 +287,7 @@ class MergedLinear(_AdaptedLinear, lora.MergedLinear):  # type: ignore[misc]
 
     def merge_AB(self) -> Tensor:
         """Return loralib's dense delta, without the scaling, in the weight's own shape; float32."""
-        return self.delta() / self.scaling
+        return self._scaled_product(1.0)
 
 
 class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
@@ -388,6 +300,8 @@ class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
     embedding_dim: int
     padding_idx: int | None
     scale_grad_by_freq: bool
+    max_norm: float | None
+    norm_type: float
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, r: int = 0, lora_alpha: float = 1, merge_weights: bool = False,
@@ -395,6 +309,9 @@ class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         self._set_up(r, lora_alpha, 0.0, use_rslora)
+
+    def _base_class(self) -> type[nn.Module]:
+        return nn.Embedding
 
     def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (self.r, self.num_embeddings), (self.embedding_dim, self.r)
@@ -408,7 +325,8 @@ class Embedding(AdaptedLayer, lora.Embedding):  # type: ignore[misc]
         y = nn.Embedding.forward(self, x)
         if self.r == 0 or not self.enabled:
             return y
-        z = F.embedding(x, self.lora_A.t(), self.padding_idx, None, 2.0, self.scale_grad_by_freq)  # (..., r)
+        A = self.lora_A.t()
+        z = F.embedding(x, A, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)  # (..., r)
         return y + ((z @ self.lora_B.t()) * self.scaling).to(y.dtype)
 
     def delta(self) -> Tensor:
@@ -436,6 +354,7 @@ class Conv2d(AdaptedLayer, lora.Conv2d):  # type: ignore[misc]
     def _share(self, base: nn.Conv2d) -> None:
         if base.kernel_size[0] != base.kernel_size[1]:
             raise ModelError(f"Conv2d: kernel_size={base.kernel_size}; allowed: square kernels (loralib's layout)")
+        share_state(base, self, skip=INNER_STATE)  # its hooks run on this layer's call, since its own never comes
         self.conv = base
 
     def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -445,6 +364,14 @@ class Conv2d(AdaptedLayer, lora.Conv2d):  # type: ignore[misc]
     def base_layer(self) -> nn.Conv2d:
         """Return the plain layer."""
         return self.conv
+
+    def release_base(self) -> nn.Conv2d:
+        """Return the plain layer and keep only the adapter here, until :meth:`attach_base`."""
+        base = self.conv
+        share_state(self, base, skip=INNER_STATE)
+        super().release_base()
+        del self.conv
+        return base
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer: x (B, in, H, W) -> (B, out, H', W')."""

@@ -28,7 +28,7 @@ from phi3lora.kernels.cross_entropy import cross_entropy_  # noqa: E402
 from phi3lora.kernels.low_rank import lora_weight_gradient, project, project_backward_  # noqa: E402
 from phi3lora.kernels.norm import backward_blocks  # noqa: E402
 from phi3lora.kernels.reduce import PartialSums  # noqa: E402
-from phi3lora.lora.layers import adapted_segments  # noqa: E402
+from phi3lora.lora.product import adapted_segments  # noqa: E402
 
 _patch = interpreter._patch_lang_tensor
 

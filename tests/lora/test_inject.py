@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import randomize_adapters, tiny_model
 from torch import nn
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import phi3lora as p3
 from phi3lora.adapters.adapter_file import adapter_metadata
 from phi3lora.errors import ModelError
-from phi3lora.lora.inject import inject_layers, lora_layers
+from phi3lora.lora.inject import inject_layers, lora_layers, unreached_layers
 
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -329,7 +329,204 @@ def test_multihead_attentions_out_proj_is_skipped_and_refused_as_a_target():
         p3.inject_lora(nn.Sequential(nn.ReLU()), p3.LoraConfig())
 
 
+def test_weights_made_for_inference_are_refused_and_adapters_made_in_inference_mode_train(tmp_path):
+    with torch.inference_mode():
+        model = net()
+    with pytest.raises(ModelError, match=r"'embed.weight' was made inside torch.inference_mode\(\)"):
+        p3.inject_lora(model, p3.LoraConfig(target_modules=["out"]))
+    trained = net()
+    with torch.inference_mode():
+        p3.inject_lora(trained, p3.LoraConfig(target_modules=["out"]))
+    trained.blocks[0](torch.randn(2, 8)).sum().backward()
+    assert trained.blocks[0].out.lora_B.grad.any()
+    path = p3.save_adapter(trained, tmp_path / "a.safetensors")
+    with torch.inference_mode():  # to generate, an adapter may be put on such a model
+        p3.load_adapter(model, path)
+        assert model.blocks[0](torch.randn(2, 8)).shape == (2, 8)
+
+
+def test_default_dtype_default_device_and_gradients_off_change_nothing():
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = net()
+        with torch.device("meta"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["out", "embed", "conv"]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    adapters = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+    assert {(p.dtype, p.device.type, p.requires_grad) for p in adapters} == {(torch.float32, "cpu", True)}
+    y = model.blocks[0](torch.randn(2, 8, dtype=torch.float64))
+    y.sum().backward()
+    assert y.dtype == torch.float64 and model.blocks[0].out.lora_B.grad.any()
+    torch.manual_seed(0)
+    plain = net()
+    torch.set_grad_enabled(False)
+    try:
+        p3.inject_lora(plain, p3.LoraConfig(r=2, target_modules=["out"]))
+    finally:
+        torch.set_grad_enabled(True)
+    plain.blocks[0](torch.randn(2, 8)).sum().backward()
+    assert plain.blocks[0].out.lora_B.grad.any()
+
+
+# --- One layer under two names
+
+
+class TwoNames(nn.Module):
+    """A container and a layer that stand in two places each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4))
+        self.backbone = self.net
+        self.first = nn.Linear(4, 4)
+        self.again = nn.ModuleDict({"first": self.first})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone(self.net(self.again["first"](self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["net.0", "first"], ["backbone.0", "again.first"], ["net.0", "backbone.0", "first"]]
+)
+def test_a_module_under_two_names_is_one_layer(targets, tmp_path):
+    torch.manual_seed(0)
+    model = TwoNames()
+    report = p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=targets))
+    assert {row.module for row in report} == {"net.0", "first"}
+    assert report.trainable_parameters == 2 * 16
+    path = p3.save_adapter(model, tmp_path / "a.safetensors")
+    for name in ("b", "c"):
+        assert model.net is model.backbone and model.first is model.again["first"]
+        assert type(model.first) is type(model.net[0]) is p3.Linear
+        p3.load_adapter(model, path, name=name)
+        p3.set_adapter(model, name)
+    p3.delete_adapter(model, "default")
+    p3.delete_adapter(model, "b")
+    p3.delete_adapter(model, "c")
+    assert model.first is model.again["first"] and type(model.first) is type(model.net[0]) is nn.Linear
+
+
+def test_weights_tied_to_any_other_module_are_refused():
+    class Bias(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.matrix = weight
+
+    for tie, other in (
+        (lambda model: setattr(model.blocks[1].out, "weight", model.blocks[0].out.weight), "blocks.1.out"),
+        (lambda model: setattr(model, "extra", Bias(model.blocks[0].out.weight)), "extra"),
+        (lambda model: setattr(model, "extra", model.blocks[0].out.weight), "the model itself"),
+    ):
+        model = net()
+        tie(model)
+        with pytest.raises(ModelError, match=f"'blocks.0.out' shares its weight with {other}"):
+            p3.inject_lora(model, p3.LoraConfig(target_modules=["0.out"]))
+        p3.inject_lora(model, p3.LoraConfig(target_modules=["qkv"]))
+
+
+# --- Other libraries' adapters
+
+
+class OwnLora(nn.Module):
+    """A user's LoRA layer around another one."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.lora_a = base, nn.Linear(base.in_features, 2, bias=False)
+        self.lora_b = nn.Linear(2, base.out_features, bias=False)
+
+
+def peft_adapted(tuner: str, wrapped: bool) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = {
+        "lora": peft.LoraConfig(target_modules=["qkv_proj"]),
+        "ia3": peft.IA3Config(target_modules=["qkv_proj"], feedforward_modules=[]),
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    }[tuner]
+    model = tiny_model()
+    adapted = peft.get_peft_model(model, config)
+    return adapted if wrapped else model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft_adapted("lora", True),
+        lambda: peft_adapted("lora", False),
+        lambda: peft_adapted("ia3", False),
+        lambda: peft_adapted("prompt", True),
+        lambda: nn.Sequential(nn.Linear(4, 4), OwnLora(nn.Linear(4, 4))),
+    ],
+)
+def test_another_librarys_adapters_are_refused(make):
+    model = make()
+    before = {name: (type(m), m.training) for name, m in model.named_modules()}, trainable(model)
+    for targets in ("all-linear", ["o_proj", "0"]):
+        with pytest.raises(ModelError, match=r"adapters of another library \(.*merge_and_unload"):
+            p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=targets))
+    assert before == ({name: (type(m), m.training) for name, m in model.named_modules()}, trainable(model))
+
+
+def test_a_model_that_peft_has_merged_is_accepted():
+    model = peft_adapted("lora", True).merge_and_unload()
+    assert len(p3.inject_lora(model, p3.LoraConfig(r=2))) == 8
+
+
+# --- Layers that get no gradient
+
+
+class Reads(nn.Module):
+    """Layers that it calls, tests, and multiplies by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.tested, self.read = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.tested.weight, torch.Tensor) and self.tested.weight.device.type != "meta":
+            x = x.to(self.tested.weight.dtype).view(-1, self.tested.weight.shape[1])
+        return self.tested(self.called(x)) @ self.read.weight.t()
+
+
+def reads_on_the_instance() -> nn.Module:
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("called", "tested", "read")})
+    model.forward = lambda x: nn.functional.linear(model.tested(model.called(x)), model.read.weight)
+    return model
+
+
+@pytest.mark.parametrize("make", [Reads, reads_on_the_instance])
+def test_a_layer_whose_weight_its_parent_reads_is_named_by_the_report_and_by_its_missing_gradient(make):
+    model = nn.Sequential(make(), nn.Linear(4, 4))
+    report = p3.inject_lora(model, p3.LoraConfig(r=2))
+    assert report.bypassed == {"0.read": type(model[0]).__name__}
+    assert f"may be bypassed: 0.read, whose weight {type(model[0]).__name__} reads" in str(report)
+    model(torch.randn(2, 4)).sum().backward()
+    assert unreached_layers(model) == ["0.read"]
+    model[0].read.enabled = False
+    assert unreached_layers(model) == []
+    assert not p3.inject_lora(tiny_model(), p3.LoraConfig(r=2)).bypassed
+
+
 # --- The report
+
+
+def test_experts_in_stacked_parameters_are_named_with_their_share():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=16,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    share = f"{100 * experts / sum(p.numel() for p in model.parameters()):.1f} % of the model"
+    report = p3.inject_lora(model, p3.LoraConfig(r=2))
+    assert report.skipped.keys() == {f"model.layers.{i}.mlp.experts" for i in range(2)}
+    assert all(share in reason and "16x96x32" in reason for reason in report.skipped.values())
+    assert str(report).count("skipped model.layers.*.mlp.experts: stacked matrices") == 1
+    with pytest.raises(ModelError, match=r"gate_up_proj' is a parameter of shape \(16, 96, 32\); only layers can"):
+        p3.inject_lora(MixtralForCausalLM(config), p3.LoraConfig(target_modules=["gate_up_proj"]))
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 3, 3), nn.Bilinear(2, 3, 4))
+    assert p3.inject_lora(plain, p3.LoraConfig(r=2)).skipped == {}
 
 
 def test_the_report_is_a_table_of_the_stack_with_totals():

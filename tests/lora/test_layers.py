@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import phi3lora as p3
 from phi3lora.errors import ModelError
-from phi3lora.lora.layers import Segment, adapted_segments, linear_plus_low_rank, low_rank_backward
+from phi3lora.lora.product import Segment, adapted_segments, linear_plus_low_rank, low_rank_backward
 
 
 def both(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:
@@ -107,6 +107,7 @@ TOKENS = torch.tensor([[0, 2, 9, 2], [9, 9, 1, 0]])
         ("Embedding", (10, 6), {}, TOKENS),
         *[("Embedding", (10, 6), {"padding_idx": index}, TOKENS) for index in (2, -1)],
         ("Embedding", (10, 6), {"scale_grad_by_freq": True}, TOKENS),
+        *[("Embedding", (10, 6), {"max_norm": 0.5, "norm_type": norm}, TOKENS) for norm in (1.0, 2.0)],
         ("Conv2d", (4, 8, 3), {"bias": False}, IMAGES),
         ("Conv2d", (4, 8, 3), {"groups": 4, "stride": 2, "padding": 1}, IMAGES),
         ("Conv2d", (4, 8, 3), {"padding": 1, "padding_mode": "reflect"}, IMAGES),
@@ -127,6 +128,34 @@ def test_a_trainable_weight_and_bias_get_linears_gradients(bias):
     for layer in (ours, theirs):
         layer.weight.requires_grad = True
     assert_same_function(ours, theirs, torch.randn(2, 3, 6))
+
+
+@pytest.mark.parametrize("sizes", [(6, 8), (6, 6)])  # of a square weight, a missing transposition shows in the values
+@pytest.mark.parametrize(("name", "more"), [("Linear", {}), ("MergedLinear", {"enable_lora": [True, False]})])
+def test_a_weight_stored_transposed_stays_so_without_its_adapter_and_merged(name, more, sizes):
+    ours, theirs = both(name, *sizes, r=2, lora_alpha=3, fan_in_fan_out=True, **more)
+    x = torch.randn(3, 6)
+    base = F.linear(x, theirs.weight.t(), theirs.bias)
+    torch.testing.assert_close(ours.base_layer()(x), base)
+    model = nn.Sequential(ours)
+    with p3.merged(model):
+        torch.testing.assert_close(model(x), theirs(x))
+    with p3.disabled(model):
+        torch.testing.assert_close(model(x), base)
+    p3.delete_adapter(model, "default")
+    torch.testing.assert_close(model(x), base)
+    assert model.state_dict().keys() == {"0.weight", "0.bias"}
+
+
+@every_layer
+def test_merge_weights_changes_no_output(name, kwargs, x):
+    """loralib merges in ``eval()``; ours never writes weights, and computes the same."""
+    torch.manual_seed(0)
+    ours, theirs = (getattr(library, name)(**kwargs, r=2, merge_weights=True) for library in (p3, lora))
+    randomize_adapters(ours)
+    theirs.load_state_dict(ours.state_dict())
+    for mode in (False, True, False):
+        torch.testing.assert_close(ours.train(mode)(x), (theirs.train(mode), theirs)[1](x), rtol=1e-4, atol=1e-5)
 
 
 # --- Segments of unequal width
@@ -194,10 +223,11 @@ def test_any_segments_match_separate_linears(case):
     assert_same_function(layer, SeparateLinears(layer, widths), torch.randn(*case.tokens, case.in_features))
 
 
+@pytest.mark.parametrize("alpha", [7, 0])
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
-def test_lora_ind_merge_ab_and_zero_pad_are_loralibs(fan_in_fan_out):
+def test_lora_ind_merge_ab_and_zero_pad_are_loralibs(fan_in_fan_out, alpha):
     settings = {"enable_lora": [True, False, True], "fan_in_fan_out": fan_in_fan_out}
-    ours, theirs = both("MergedLinear", 6, 12, r=2, lora_alpha=7, **settings)
+    ours, theirs = both("MergedLinear", 6, 12, r=2, lora_alpha=alpha, **settings)
     assert torch.equal(ours.lora_ind, theirs.lora_ind)
     torch.testing.assert_close(ours.merge_AB(), theirs.merge_AB())
     x = torch.randn(8, 6)

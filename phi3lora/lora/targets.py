@@ -1,0 +1,207 @@
+"""What a target name matches in a model, and which layers can be adapted.
+
+Phi-3 fuses the projections that Llama-style models keep apart, so of Llama's names only ``o_proj`` and ``down_proj``
+exist in it. Here the other names select segments of the fused layer:
+
+    q_proj, k_proj, v_proj  ->  rows of qkv_proj        heads*head_dim | kv_heads*head_dim | kv_heads*head_dim
+    gate_proj, up_proj      ->  rows of gate_up_proj    intermediate | intermediate
+
+    ["q_proj", "v_proj", "o_proj"]  ->  qkv_proj: MergedLinear(enable_lora=[True, False, True]), o_proj: Linear
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.nn as nn
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
+
+from ..config import LoraConfig
+from ..errors import ModelError, did_you_mean
+from .base_weight import count_parameters, plain_linear_classes, weight_shape
+from .layer_state import computed_weights
+
+Segments = dict[str, int]
+"""Name -> width of a fused layer's segments, in the order of the output's columns; unnamed ones are "0", "1", ..."""
+
+
+def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[str, Segments]:
+    """Return path -> segments for each fused layer: Phi-3's own, and those that ``config.segments`` describes.
+
+    Without ``config``, the one that the model's adapters were injected with is used, if any.
+    """
+    fused: dict[str, Segments] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Phi3Attention):
+            sizes: Any = module.config
+            q = sizes.num_attention_heads * module.head_dim
+            kv = sizes.num_key_value_heads * module.head_dim
+            fused[prefix + "qkv_proj"] = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        elif isinstance(module, Phi3MLP):
+            width = module.config.intermediate_size
+            fused[prefix + "gate_up_proj"] = {"gate_proj": width, "up_proj": width}
+    described: Any = getattr(config or getattr(model, "lora_config", None), "segments", None) or {}
+    for suffix, widths in described.items():
+        named = dict(widths) if isinstance(widths, Mapping) else {str(i): width for i, width in enumerate(widths)}
+        paths = [path for path, module in model.named_modules() if _matches(path, suffix)]
+        if not paths:
+            raise ModelError(f"segments: {suffix!r} matches no module; {candidates(model, fused)}")
+        for path in paths:
+            module = model.get_submodule(path)
+            if not isinstance(module, nn.Linear):
+                raise ModelError(f"segments: {path!r} is of class {type(module).__name__}; allowed: nn.Linear")
+            if sum(named.values()) != module.out_features or min(named.values()) < 1:
+                raise ModelError(
+                    f"segments of {path!r}: {named} add up to {sum(named.values())}; "
+                    f"allowed: positive widths that add up to out_features={module.out_features}"
+                )
+            fused[path] = named
+    return fused
+
+
+def select_targets(model: nn.Module, targets: str | Sequence[str], fused: dict[str, Segments]) -> dict[str, set[str]]:
+    """Return path -> names of the segments to adapt (none where not fused) of the targeted layers, in model order."""
+    # A target can name a module, for all its segments, or one named segment, as if that were a module of its own.
+    # A module that stands in several places has a name for each; it is known by the first.
+    first = {module: path for path, module in model.named_modules()}
+    places = [(path, first[module]) for path, module in model.named_modules(remove_duplicate=False) if path]
+    nameable = [(name, path, set(fused.get(path, ()))) for name, path in places]
+    for path, segments in fused.items():
+        parent = path[: path.rfind(".") + 1]
+        nameable += [(parent + name, path, {name}) for name in segments if not name.isdigit()]
+    selected: dict[str, set[str]] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = [(path, names) for full_name, path, names in nameable if _matches(full_name, target)]
+        if not matches:
+            guess = did_you_mean(target, {full_name.rpartition(".")[2] for full_name, _, _ in nameable})
+            parameters = [(name, tuple(p.shape)) for name, p in model.named_parameters() if _matches(name, target)]
+            if parameters:
+                guess = " {!r} is a parameter of shape {}; only layers can be adapted.".format(*parameters[0])
+            raise ModelError(f"target_modules: {target!r} matches nothing.{guess} {candidates(model, fused)}")
+        for path, names in matches:
+            if reason := reason_against(model.get_submodule(path)):
+                raise ModelError(
+                    f"target {target!r} matches {path!r} of {reason}; "
+                    f"allowed: nn.Linear, Linear4bit, nn.Embedding, nn.Conv2d. {candidates(model, fused)}"
+                )
+            selected.setdefault(path, set()).update(names)
+    return {path: selected[path] for path, _ in model.named_modules() if path in selected}
+
+
+def select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """Return path -> segment names for every ``nn.Linear`` but the output head; path -> reason for what is skipped."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    selected: dict[str, set[str]] = {}
+    skipped: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if not path or not isinstance(module, nn.Linear) or module is head or _matches(path, "lm_head"):
+            continue
+        if reason := reason_against(module):
+            skipped[path] = reason
+        else:
+            selected[path] = set(fused.get(path, ()))
+    if not selected:
+        example = "".join(f"; {path!r} is of {reason}" for path, reason in list(skipped.items())[:1])
+        raise ModelError(
+            f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear inside{example}"
+        )
+    return selected, skipped | _experts(model)
+
+
+def _experts(model: nn.Module) -> dict[str, str]:
+    """Return path -> reason for modules that keep stacks of matrices as parameters, as mixtures of experts do."""
+    stacks = {
+        path: [p for p in module._parameters.values() if p is not None and p.dim() >= 3 and min(p.shape) > 1]
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.") and not isinstance(module, nn.modules.conv._ConvNd)
+    }
+    entries = sum(weight_shape(p).numel() for parameters in stacks.values() for p in parameters)
+    share = 100 * entries / max(count_parameters(model), 1)
+    return {
+        path: f"stacked matrices ({', '.join('x'.join(map(str, p.shape)) for p in parameters)}), no linear layers; "
+        f"such parameters are {share:.1f} % of the model"
+        for path, parameters in stacks.items()
+        if parameters
+    }
+
+
+def _matches(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith("." + suffix)
+
+
+_WAYS_OUT = {
+    "Linear8bitLt": "load the model in 4 bits (base_precision='nf4') or 16",
+    "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention multiplies by its weight itself",
+}  # class -> a remedy, or why there is none
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """Return why a module is not a layer that can be adapted, as ``class X: ...``, or None if it is one."""
+    name = type(module).__name__
+    if type(module) not in (*plain_linear_classes(), nn.Embedding, nn.Conv2d):  # a subclass may compute differently
+        way_out = "remove its parametrizations first" if hasattr(module, "parametrizations") else _WAYS_OUT.get(name)
+        return f"class {name}" + (f": {way_out}" if way_out else "")
+    if computed := computed_weights(module):
+        return (
+            f"class {name}, whose weight is computed from {', '.join(computed)}: remove_weight_norm, "
+            f"remove_spectral_norm or prune.remove first"
+        )
+    return None
+
+
+def candidates(model: nn.Module, fused: dict[str, Segments]) -> str:
+    """Return ``Candidates: ...``: the last part of the path of every adaptable layer, and the segments' names."""
+    names = [path.rpartition(".")[2] for path, module in model.named_modules() if path and not reason_against(module)]
+    names += [name for segments in fused.values() for name in segments if not name.isdigit()]
+    return f"Candidates: {', '.join(dict.fromkeys(names)) or 'none: no nn.Linear, nn.Embedding or nn.Conv2d inside'}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Parents that read a layer's weight instead of calling the layer: F.linear(x, self.proj.weight)
+
+
+def weight_readers(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Return path -> the parent's class for layers whose weight the parent's code reads itself.
+
+    What such code computes has no adapter. It may be one branch of several, so this is a reason to look, no proof.
+    """
+    found = {}
+    for path in paths:
+        parent = model.get_submodule(path.rpartition(".")[0])
+        cls: Any = type(parent)
+        own = vars(parent).get("forward")
+        own = getattr(own, "func", getattr(own, "__func__", own))  # of a partial or a bound method
+        reads = _weights_read_by(cls) | (_weights_read_in(own) if inspect.isfunction(own) else set())
+        if path.rpartition(".")[2] in reads:
+            found[path] = cls.__name__
+    return found
+
+
+@functools.cache
+def _weights_read_by(cls: type) -> frozenset[str]:
+    """Return the names X of all ``self.X.weight`` that the methods of a module class compute with."""
+    methods = [
+        inspect.unwrap(method)
+        for name, method in inspect.getmembers(cls, inspect.isfunction)
+        if not any(word in name for word in ("init", "reset", "tie"))
+    ]
+    return frozenset().union(*(_weights_read_in(m) for m in methods if not m.__module__.startswith("torch.")))
+
+
+def _weights_read_in(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names X of all ``....X.weight`` in a function, but for ``....X.weight.dtype`` and the like."""
+    code = [(step.opname, step.argval) for step in dis.get_instructions(function)]
+    facts = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "data_ptr"}
+    found = set()
+    for i in range(1, len(code) - 1):
+        reads = code[i - 1][0] == code[i][0] == "LOAD_ATTR" and code[i][1] == "weight"
+        is_test = any(name == "isinstance" for _, name in code[max(i - 4, 0) : i])
+        if reads and code[i + 1][1] not in facts and not is_test:
+            found.add(str(code[i - 1][1]))
+    return frozenset(found)
