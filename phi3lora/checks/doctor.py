@@ -24,6 +24,7 @@ CHECKS: dict[str, Callable[[PlannedRun], Finding]] = {
     "run": model_checks.check_run_is_accepted,
     "targets": model_checks.check_targets,
     "frozen": model_checks.check_trainable_parameters,
+    "bypassed": model_checks.check_weight_readers,
     "rows": rows.check_forms,
     "columns": rows.check_columns,
     "kept as text": rows.check_kept_as_text,

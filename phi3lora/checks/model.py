@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..lora.base_weight import base_format, count_parameters, weight_shape
-from ..lora.inject import fused_segments, lora_layers
+from ..lora.inject import lora_layers
 from ..lora.layers import MergedLinear
+from ..lora.targets import fused_segments, weight_readers
 from ..model.load import model_device
 from ..training.setup import check_run
 from ..training.step import has_instructions
@@ -87,6 +88,18 @@ def check_trainable_parameters(planned: PlannedRun) -> Finding:
     if off:
         return warning(f"{len(off)} of {len(layers)} adapters are switched off ({first_of(off, 2)}) and will not learn")
     return ok("nothing but adapters requires a gradient" + (f", and biases ({bias!r})" if biases else ""))
+
+
+def check_weight_readers(planned: PlannedRun) -> Finding:
+    """Check that no parent multiplies by the weight of an adapted layer, past its adapter."""
+    found = weight_readers(planned.model, lora_layers(planned.model))
+    if found:
+        return warning(
+            f"{', '.join(sorted(set(found.values())))} reads the weight of {len(found)} adapted layers itself "
+            f"({first_of(list(found), 2)}): what it computes with it has no adapter and gives it no gradient; call the "
+            f"layer there, or leave it out of target_modules"
+        )
+    return ok("every parent calls its adapted layers")
 
 
 def check_layers(planned: PlannedRun) -> Finding:
