@@ -403,6 +403,8 @@ def sample_base(model: nn.Module, count: int = 64) -> str:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "lora_" in name or parameter.is_meta:
             continue
+        if hasattr(parameter, "make_whole"):
+            parameter.make_whole()  # model/sharding.py: all processes read it together
         stride = max(1, parameter.numel() // count) | 1  # odd, so that it does not stay in one column
         entries = parameter.detach().reshape(-1)[::stride].contiguous()
         digest.update(name.encode() + entries.view(torch.uint8).cpu().numpy().tobytes())

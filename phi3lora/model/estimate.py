@@ -34,6 +34,7 @@ from torch import nn
 from ..lora.base_weight import Nf4, base_weight_of, base_weights, compute_dtype, weight_shape
 from ..lora.inject import lora_layers
 from .loss import CHUNK_TOKENS
+from .sharding import sharded_base
 
 GIB = 2**30
 FACTORS = {"fused": 1.0, "compiled": 1.6, "plain": 2.0}
@@ -66,7 +67,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: nn.Module, tokens: int, kind: str = "fused", optimizer_bytes: float = 8.0, base_precision: str | None = None
+    model: nn.Module,
+    tokens: int,
+    kind: str = "fused",
+    optimizer_bytes: float = 8.0,
+    base_precision: str | None = None,
+    parts: int = 1,
 ) -> MemoryPlan:
     """Predict the peak for micro-batches of ``tokens`` (N).
 
@@ -76,6 +82,7 @@ def plan_memory(
         kind: the kind of the backend that computes the layers, a key of :data:`FACTORS`.
         optimizer_bytes: bytes of optimizer state for each trainable number (AdamW in float32: 8).
         base_precision: ``"fp8"`` or ``"nf4"``: predict for the model loaded in that format; None: for the model as is.
+        parts: number of processes over which the decoder layers are split; a split model knows its own.
     """
     config: Any = model.config
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -97,9 +104,19 @@ def plan_memory(
     fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
     head = model.get_output_embeddings()  # type: ignore[operator]
     linear: list[Any] = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-    if base_precision is not None:
-        stored = _STORED_BYTES[base_precision]
-        fixed += sum(stored(*weight_shape(layer.weight)) - base_weight_of(layer).nbytes for layer in linear)
+
+    def stored_bytes(layer: Any) -> float:
+        if base_precision is None:
+            return base_weight_of(layer).nbytes
+        return _STORED_BYTES[base_precision](*weight_shape(layer.weight))
+
+    fixed += sum(stored_bytes(layer) - base_weight_of(layer).nbytes for layer in linear)
+    split = sharded_base(model)
+    parts = parts if split is None else split.size
+    if parts > 1:  # this process's part of every layer, and two whole layers
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        each = [sum(stored_bytes(m) for m in layer.modules() if isinstance(m, nn.Linear)) for layer in decoder.layers]
+        fixed += sum(each) / parts + 2 * max(each) - sum(each)
     if base_precision == "nf4" or (base_precision is None and any(isinstance(base_weight_of(m), Nf4) for m in linear)):
         # A product dequantises its weight, one weight at a time.
         fixed += size * max(weight_shape(layer.weight).numel() for layer in linear)
@@ -126,9 +143,16 @@ _STORED_BYTES: dict[str, Callable[[int, int], float]] = {
 
 
 def _bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters, buffers and quantised weights' scales; tied ones count once."""
+    """Return the bytes of all parameters, buffers and quantised weights' scales; tied ones count once.
+
+    Those of a model that is split over processes count whole.
+    """
     stored = [t for weight in base_weights(model) for t in weight.tensors()]
-    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers(), *stored] if t.device.type != "meta"}
+    tensors = {
+        (t.untyped_storage()._cdata, t.storage_offset()): t
+        for t in [*model.parameters(), *model.buffers(), *stored]
+        if t.device.type != "meta"
+    }
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -138,7 +162,9 @@ def _available_gib(model: nn.Module, device: torch.device) -> float | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (free + unused + _bytes(model)) / GIB
+    split = sharded_base(model)
+    absent = 0 if split is None else split.absent_bytes
+    return (free + unused + _bytes(model) - absent) / GIB
 
 
 # --- Operations

@@ -16,6 +16,7 @@ from ..errors import ModelError, error_line, is_int, is_number, is_path, short_r
 from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
+from .sharding import join_processes, shard
 
 logger = logging.getLogger("phi3lora")
 
@@ -35,6 +36,7 @@ def load_model(
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device | None = None,
     base_precision: str | None = None,
+    parallel: str | None = None,
     attn_implementation: str = PACKED_ATTENTION,
     use_cache: bool = False,
     revision: str | None = None,
@@ -51,6 +53,8 @@ def load_model(
             faster on GPUs that multiply it (Hopper, Ada and later); on other devices a warning says that the weights
             stay in ``dtype``. A checkpoint that bitsandbytes stored in 4 bits is loaded as it is, with None or
             ``"nf4"``.
+        parallel: ``"fsdp"``, under torchrun: each process keeps its part of every decoder layer, so that a model larger
+            than one GPU can be loaded; ``"auto"``, ``"ddp"`` or None: each has the whole model.
         attn_implementation: ``"phi3lora"`` (packed rows, torch's fastest kernels), ``"sdpa"`` or ``"eager"``.
         use_cache: the config's default. Training never uses the cache, generation always does.
         revision: branch, tag or commit on the hub.
@@ -71,6 +75,7 @@ def load_model(
     for setting, value, allowed in (
         ("dtype", dtype, (*_DTYPES, "auto")),
         ("base_precision", base_precision, (None, "nf4", "fp8")),
+        ("parallel", parallel, (None, "auto", "ddp", "fsdp")),
         ("attn_implementation", attn_implementation, (PACKED_ATTENTION, "sdpa", "eager")),
         ("use_cache", use_cache, (True, False)),
     ):
@@ -85,7 +90,11 @@ def load_model(
     config = _read_config(name, revision)
     _check_no_adapter(name, revision)
     _check_sizes(Path(name), config)
-    in_4_bits = _options_for_4_bits(name, config, base_precision, torch_dtype, device)
+    splits = parallel == "fsdp" and join_processes(device) > 1
+    if splits:  # on the CPU the weights are the file's own pages, which all processes of a node share
+        in_4_bits = _options_for_4_bits(name, config, None, torch_dtype, torch.device("cpu"))
+    else:
+        in_4_bits = _options_for_4_bits(name, config, base_precision, torch_dtype, device)
     register()
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {"dtype": torch_dtype or "auto", "attn_implementation": attn_implementation, **in_4_bits}
@@ -94,12 +103,30 @@ def load_model(
     if longrope_boundary(model.config) is not None:
         logger.info(longrope_note(model.config))
     model.checkpoint_tokens = frozenset(tokenizer.get_added_vocab())  # doctor tells later ones by it
+    if splits:
+        return _split(model, device, None if in_4_bits else base_precision), tokenizer
     model = model.to(device).eval()
     if in_4_bits:
         keep_4bit_packing(model)
     elif base_precision is not None:
         quantize_base(model, base_precision)
     return model, tokenizer
+
+
+def _split(model: Any, device: torch.device, base_precision: str | None) -> Any:
+    """Move a model to ``device``, where each process keeps its part of every decoder layer; one layer at a time."""
+
+    def prepare(layer: nn.Module) -> None:
+        layer.to(device)
+        if base_precision is not None:
+            quantize_base(layer, base_precision)
+
+    keep_4bit_packing(model)
+    shard(model.requires_grad_(False), prepare)
+    decoder = model.get_decoder()
+    for part in (*(m for m in decoder.children() if m is not decoder.layers), model.get_output_embeddings()):
+        part.to(device)
+    return model.eval()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

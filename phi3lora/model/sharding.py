@@ -19,13 +19,15 @@ Two places gather: a hook before a layer's forward, and a node of the autograd g
 backward reaches first. They are called in the same order on all ranks, because each gather needs them all: every rank
 must compute equally many forwards and backwards. A rank with no batch left takes part with :meth:`ShardedBase.idle`.
 
-While the weights are split, only forward and backward can read them.
+While the weights are split, only forward and backward can read them; ``tensor.make_whole()``, called by all ranks,
+gathers the layer of a tensor for one other look.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -72,16 +74,30 @@ class ShardedBase:
     """The frozen linear weights of ``layers``, split over the ranks of a process group.
 
     Args:
-        layers: decoder layers in the order in which they compute, with the same weights on every rank and all on this
-            rank's device.
+        layers: decoder layers in the order in which they compute, with the same weights on every rank.
         group: the process group; None: all ranks.
+        prepare: called with each layer before it is split; it leaves the layer on this rank's device.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        group: dist.ProcessGroup | None = None,
+        prepare: Callable[[nn.Module], object] = lambda layer: None,
+    ) -> None:
         self.group, self.lost = group, ""
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self._modules = list(layers)
-        self._layers = [self._split(tensors) for tensors in shardable_tensors(self._modules)]
+        self._layers: list[_Layer] = []
+        uses = Counter(id(m.weight) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
+        for layer in layers:
+            shardable_tensors(layer)  # refuse before anything is changed
+        for i, layer in enumerate(layers):
+            prepare(layer)
+            # A weight that two modules share stays whole.
+            self._layers.append(self._split([t for t in shardable_tensors(layer) if uses[id(t)] <= 1]))
+            for tensor in self._layers[i].tensors:
+                tensor.make_whole = partial(self.use, i, i)  # type: ignore[attr-defined]
         self._hooks = [
             hook
             for i, layer in enumerate(self._modules)
@@ -178,6 +194,7 @@ class ShardedBase:
             layer.finish()
             for tensor in layer.tensors:
                 tensor.data = tensor.data.clone()
+                del tensor.make_whole  # type: ignore[attr-defined]
         self._remove()
 
     def abandon(self, why: str) -> None:
@@ -195,6 +212,11 @@ class ShardedBase:
     def part_bytes(self) -> int:
         """Bytes of this rank's parts."""
         return sum(layer.part.nbytes for layer in self._layers)
+
+    @property
+    def absent_bytes(self) -> int:
+        """Bytes of the layers that this rank does not hold now."""
+        return sum((0 if layer.is_whole else layer.whole.nbytes) - layer.part.nbytes for layer in self._layers)
 
     @property
     def buffer_bytes(self) -> int:
@@ -217,29 +239,26 @@ class _GatherInBackward(torch.autograd.Function):
         return dx, None, None
 
 
-def shardable_tensors(layers: Sequence[nn.Module]) -> list[list[Tensor]]:
-    """Return the tensors of each layer that :class:`ShardedBase` splits: those of its frozen linear weights.
+def shardable_tensors(layer: nn.Module) -> list[Tensor]:
+    """Return the tensors of a layer that :class:`ShardedBase` splits: those of its frozen linear weights.
 
     Raises:
         ModelError: a weight that trains, or one in a format that cannot be moved as bytes.
     """
-    found: list[list[Tensor]] = []
-    for layer in layers:
-        found.append([])
-        for path, module in layer.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            weight = module.weight
-            if weight.requires_grad:
-                raise ModelError(f"{path}.weight trains; only frozen weights can be split over the ranks")
-            if type(weight) is not nn.Parameter and not is_4bit(weight):
-                raise ModelError(
-                    f"{path}.weight is a {type(weight).__name__}, which cannot be split over the ranks; allowed: dense "
-                    f"weights and base_precision='fp8' or 'nf4'"
-                )
-            found[-1] += [t for t in stored_tensors(module) if t.nbytes >= SMALLEST_BYTES]
-    uses = Counter(id(t) for tensors in found for t in tensors)  # a weight that two modules share stays whole
-    return [[t for t in tensors if uses[id(t)] == 1] for tensors in found]
+    found: list[Tensor] = []
+    for path, module in layer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight
+        if weight.requires_grad:
+            raise ModelError(f"{path}.weight trains; only frozen weights can be split over the processes")
+        if type(weight) is not nn.Parameter and not is_4bit(weight):
+            raise ModelError(
+                f"{path}.weight is a {type(weight).__name__}, which cannot be split over the processes; allowed: dense "
+                f"weights and base_precision='fp8' or 'nf4'"
+            )
+        found += [t for t in stored_tensors(module) if t.nbytes >= SMALLEST_BYTES]
+    return found
 
 
 # --- Models
@@ -251,16 +270,32 @@ def sharded_base(model: Any) -> ShardedBase | None:
     return base
 
 
-def shard(model: Any, group: dist.ProcessGroup | None = None) -> ShardedBase:
-    """Split the frozen weights of a model's decoder layers over the ranks of ``group``, until ``restore``.
+def join_processes(device: torch.device) -> int:
+    """Return the number of processes that torchrun started, and let them find each other if they have not yet."""
+    if not dist.is_initialized():
+        size = os.environ.get("WORLD_SIZE", "")
+        if not size.isdecimal() or int(size) <= 1:
+            return 1
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_world_size()
+
+
+def shard(model: Any, prepare: Callable[[nn.Module], object] = lambda layer: None) -> ShardedBase:
+    """Split the frozen weights of a model's decoder layers over all processes, until :func:`unshard`.
+
+    Args:
+        model: a causal LM with the same weights in every process.
+        prepare: called with each layer before it is split; it leaves the layer on this process's device.
 
     Raises:
         ModelError: the model is split already; a weight that cannot be split.
     """
     if sharded_base(model) is not None:
-        raise ModelError("the model's weights are split over the ranks already")
+        raise ModelError("the model's weights are split over the processes already")
     decoder = model.get_decoder()
-    decoder._sharded_base = base = ShardedBase(decoder.layers, group)
+    decoder._sharded_base = base = ShardedBase(decoder.layers, prepare=prepare)
     return base
 
 
@@ -273,7 +308,7 @@ def unshard(model: Any) -> None:
 
 
 @contextmanager
-def sharded(model: Any, group: dist.ProcessGroup | None = None) -> Iterator[ShardedBase]:
+def sharded(model: Any) -> Iterator[ShardedBase]:
     """Split a model's frozen weights for the block; a model that is split already stays so.
 
     After the block the model is whole again. After an exception it is not, because other ranks may be gone: its
@@ -283,13 +318,13 @@ def sharded(model: Any, group: dist.ProcessGroup | None = None) -> Iterator[Shar
     if base is not None:
         yield base
         return
-    base = shard(model, group)
+    base = shard(model)
     try:
         yield base
     except BaseException as error:
         base.abandon(
-            f"the weights are split over {base.size} ranks whose run ended with {type(error).__name__}; load the model "
-            f"again"
+            f"the weights are split over {base.size} processes whose run ended with {type(error).__name__}; load the "
+            f"model again"
         )
         raise
     unshard(model)

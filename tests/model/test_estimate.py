@@ -53,6 +53,16 @@ def test_without_tokens_it_is_the_weights_and_what_trains():
         assert fixed * GIB == pytest.approx(held + trained * (4 + 8 + 4), rel=1e-6)
 
 
+@pytest.mark.parametrize("base_precision", [None, "nf4"])
+def test_a_split_base_takes_its_part_of_every_layer_and_two_whole_layers(base_precision):
+    model = adapted_model(changes={"num_hidden_layers": 8})
+    weights = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    each = sum(w.nbytes for w in weights) / 8 * (1 if base_precision is None else (4 + 8 / 64 + 32 / 64 / 256) / 32)
+    whole, split = (plan_memory(model, 100, base_precision=base_precision, parts=parts).peak_gib for parts in (1, 4))
+    for mode in whole:
+        assert (whole[mode] - split[mode]) * GIB == pytest.approx(8 * each * 3 / 4 - 2 * each, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("available", "mode"),
     [(100.0, "none"), (32.7, "none"), (32.5, "selective"), (15.0, "full"), (9.0, "offload"), (1.0, "offload"),

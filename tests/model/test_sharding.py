@@ -15,12 +15,14 @@ from conftest import (
     random_documents,
     randomize_adapters,
     require_four_bit,
+    save_checkpoint,
     tiny_model,
 )  # fmt: skip
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import phi3lora as p3
-from phi3lora.lora.base_weight import Fp8Linear, is_4bit, quantize_base, stored_tensors
+from phi3lora.lora.base_weight import Fp8Linear, base_format, is_4bit, quantize_base, sample_base, stored_tensors
 from phi3lora.model.activations import MODES, activation_checkpointing
 from phi3lora.model.sharding import SMALLEST_BYTES, shard, shardable_tensors, sharded, sharded_base, unshard
 
@@ -166,7 +168,7 @@ def check_inference(rank):
     assert answers(split) == answers(whole)
     with sharded(split) as same:  # a model that was split before stays so
         assert same is base
-    with pytest.raises(p3.Phi3LoRAError, match="split over the ranks already"):
+    with pytest.raises(p3.Phi3LoRAError, match="split over the processes already"):
         shard(split)
     unshard(split)
     unshard(split)
@@ -190,12 +192,50 @@ def test_adapters_can_be_injected_into_a_split_base(tmp_path):
     run_on_ranks(check_adapters_added_later, tmp_path)
 
 
+def check_loading(rank, folder, base_precision):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        split, _ = p3.load_model(folder, dtype="float32", device="cpu", base_precision=base_precision, parallel="fsdp")
+    whole, _ = p3.load_model(folder, dtype="float32", device="cpu", base_precision=base_precision, parallel="ddp")
+    base = sharded_base(split)
+    assert base is not None and base.size == 2 and sharded_base(whole) is None
+    assert base.part_bytes > 3 * 64 * 64 * (4 if base_format(whole) != "nf4" else 0.5)
+    for model in (whole, split):
+        p3.inject_lora(model, p3.LoraConfig(r=4, lora_alpha=8))
+        randomize_adapters(model)
+    assert sample_base(split) == sample_base(whole)
+    for mode in ("none", "full"):
+        assert_same(loss_and_gradients(split.train(), mode), loss_and_gradients(whole.train(), mode))
+
+
+@pytest.mark.parametrize("stored", ["dense", "4 bits"])
+@pytest.mark.parametrize("base_precision", [None, "nf4"])
+def test_a_model_is_split_while_it_is_loaded(tmp_path, base_precision, stored):
+    model = tiny_model(hidden_size=64, intermediate_size=128, num_hidden_layers=3)
+    save_checkpoint(model, tmp_path / "dense")
+    if base_precision or stored == "4 bits":
+        require_four_bit()
+    if stored == "4 bits":
+        options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+        quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", device_map="cpu", **options)
+        save_checkpoint(quantised, tmp_path / "4 bits")
+    run_on_ranks(check_loading, tmp_path, 2, tmp_path / stored, base_precision)
+
+
+def test_one_process_loads_a_whole_model(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    folder = save_checkpoint(tiny_model(), tmp_path / "model")
+    assert sharded_base(p3.load_model(folder, device="cpu", parallel="fsdp")[0]) is None
+    with pytest.raises(p3.Phi3LoRAError, match="parallel='zero3'; allowed: None, 'auto', 'ddp', 'fsdp'"):
+        p3.load_model(folder, parallel="zero3")
+
+
 def check_failure(rank):
     model = make_model()
     with pytest.raises(ZeroDivisionError), sharded(model):
         loss_and_gradients(model, "none")
         1 / 0  # noqa: B018
-    with pytest.raises(p3.Phi3LoRAError, match=r"split over 2 ranks.*ZeroDivisionError; load the model again"):
+    with pytest.raises(p3.Phi3LoRAError, match=r"split over 2 processes.*ZeroDivisionError; load the model again"):
         p3.causal_lm_loss(model, BATCH, fused=False)
 
 
@@ -203,21 +243,27 @@ def test_after_an_error_a_forward_says_that_the_weights_are_gone(tmp_path):
     run_on_ranks(check_failure, tmp_path)
 
 
-def test_small_and_shared_tensors_stay_whole():
-    model = make_model()
-    first, second = model.model.layers[:2]
-    second.mlp.down_proj.weight = first.mlp.down_proj.weight
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = [[names[id(t)].removeprefix(f"model.layers.{i}.") for t in ts]
-             for i, ts in enumerate(shardable_tensors(model.model.layers))]  # fmt: skip
-    three = ["self_attn.o_proj.weight", "self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"]
-    assert list(map(set, found)) == [set(three), set(three), {*three, "mlp.down_proj.weight"}]
+def check_shared(rank):
+    whole, split = make_model(), make_model()
+    for model in (whole, split):
+        first, second = model.model.layers[:2]
+        second.mlp.down_proj.weight = first.mlp.down_proj.weight
+    with sharded(split):
+        emptied = [n for n, p in split.named_parameters() if p.untyped_storage().nbytes() == 0]
+        names = ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj"]
+        expected = {f"model.layers.{i}.{name}.weight" for i in range(3) for name in names}
+        assert set(emptied) == {*expected, "model.layers.2.mlp.down_proj.weight"}
+        assert_same(loss_and_gradients(split, "none"), loss_and_gradients(whole, "none"))
+
+
+def test_small_and_shared_tensors_stay_whole(tmp_path):
+    run_on_ranks(check_shared, tmp_path)
 
 
 def test_the_tables_that_nf4_weights_share_stay_whole():
     require_four_bit()
     model = make_model("nf4")
-    found = [t for tensors in shardable_tensors(model.model.layers) for t in tensors]
+    found = [t for layer in model.model.layers for t in shardable_tensors(layer)]
     assert sum(is_4bit(t) for t in found) == 12 and min(t.nbytes for t in found) >= SMALLEST_BYTES
     tables = {id(t) for m in model.modules() if isinstance(m, nn.Linear) and is_4bit(m.weight)
               for t in stored_tensors(m) if t.numel() in (16, 256) and math.prod(t.shape) < 257}  # fmt: skip
@@ -231,7 +277,7 @@ class OtherWeight(nn.Parameter):
 def test_what_cannot_be_split_is_refused():
     layer = nn.Sequential(nn.Linear(32, 32))
     with pytest.raises(p3.Phi3LoRAError, match=r"0\.weight trains; only frozen"):
-        shardable_tensors([layer])
+        shardable_tensors(layer)
     layer[0].weight = OtherWeight(torch.ones(32, 32), requires_grad=False)
     with pytest.raises(p3.Phi3LoRAError, match=r"a OtherWeight, which cannot be split.*'fp8' or 'nf4'"):
-        shardable_tensors([layer])
+        shardable_tensors(layer)
