@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
-from ..errors import CheckpointError
+from ..errors import CheckpointError, short_repr
 from ..files import fsync
 from ..lora.base_weight import sample_base
 from .checkpoint import TrainingState, damage
@@ -87,10 +88,13 @@ def adopt_best(resumed_from: Path, output_dir: str | os.PathLike[str], state: Tr
     A run that goes on in another folder gets a copy.
 
     Raises:
-        CheckpointError: it cannot be copied.
+        CheckpointError: it cannot be copied, or is not one.
     """
     if state.best_checkpoint is None:
         return
+    if not (isinstance(state.best_checkpoint, str) and re.fullmatch(r"checkpoint-\d+", state.best_checkpoint)):
+        name = short_repr(state.best_checkpoint)
+        raise CheckpointError(f"{str(resumed_from)!r} names {name} as the best checkpoint; allowed: checkpoint-STEP")
     path = Path(output_dir) / state.best_checkpoint
     is_itself = state.best_checkpoint == f"checkpoint-{state.global_step}"
     source = resumed_from if is_itself else resumed_from.parent / state.best_checkpoint
