@@ -24,10 +24,13 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, short_repr
 from ..files import parse_json, parse_tensors, read_json, tensor_file, write_atomic
+from ..lora.base_values import base_values, changed_buffers, keep_base_values, put_base_values
 from ..lora.inject import inject_layers, lora_layers, remove_lora
 from ..lora.layers import MergedLinear
 from ..lora.targets import fused_segments
-from .named import DEFAULT, LoadedAdapters, list_adapters, loading_inactive
+from ..lora.wrappers import plain_name, unwrap
+from .named import DEFAULT, LoadedAdapters, check_outside_blocks, list_adapters, loading_inactive
+from .peft_format import CONFIG_NAME, TENSORS_NAME
 
 logger = logging.getLogger("phi3lora")
 
@@ -38,19 +41,20 @@ _SHA256 = "sha256"
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of an adapter: each LoRA layer's A and B, and the trained biases (``bias != "none"``).
+    """Return the tensors of an adapter: each LoRA layer's A and B, and the biases that train or were trained.
 
     The layers are found by class, not by the substring ``lora_``: a user's module called ``lora_router`` is not
-    included. With ``bias="none"`` and no such module the result equals ``loralib.lora_state_dict(model)``.
+    included. With ``bias="none"`` and no such module the result equals ``loralib.lora_state_dict(model)``, without the
+    names that wrappers such as ``torch.compile``'s put in front.
     """
-    state = {}
+    state, kept = {}, base_values(unwrap(model))
     for path, layer in lora_layers(model).items():
         prefix = f"{path}." if path else ""
         state[prefix + "lora_A"] = layer.lora_A.detach()
         state[prefix + "lora_B"] = layer.lora_B.detach()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name.endswith("bias"):
-            state[name] = parameter.detach()
+    for name, parameter in unwrap(model).named_parameters():
+        if name.endswith("bias") and (parameter.requires_grad or plain_name(name) in kept):
+            state[plain_name(name)] = parameter.detach()
     return state
 
 
@@ -68,7 +72,7 @@ def adapter_metadata(model: nn.Module) -> dict[str, Any]:
             settings["segments"] = list(layer.segments)
             settings["enable_lora"] = layer.enable_lora
         layers[path] = settings
-    config = getattr(model, "lora_config", None)
+    config = getattr(unwrap(model), "lora_config", None)
     return {"format": _FORMAT, "config": config.to_dict() if config else None, "layers": layers}
 
 
@@ -76,17 +80,24 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the active adapter to ``path``: ``.safetensors``, or ``.pt``, each with its settings inside.
 
     The file is on disk when this returns. If the process is killed or the disk is full, an earlier file is unchanged.
+    A and B are saved, and the biases that train or were trained. A warning names what else was trained and is not in
+    the file: other parameters that require a gradient (a new head, say), and buffers that changed since the injection
+    (batch norm's statistics).
 
     Returns:
         The path written.
 
     Raises:
-        AdapterError: a model without adapters, another suffix, a path that cannot be written.
+        AdapterError: a model without adapters, another suffix, a path that cannot be written; trained biases inside
+            ``disabled``, where the base's own are in their place.
     """
-    path = _adapter_path(path)
+    path, model = _adapter_path(path), unwrap(model)
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    if any(name.endswith("bias") for name in state):
+        check_outside_blocks(model, "save_adapter of trained biases")
+    _warn_of_what_is_left_out(model, state, path)
     metadata = {HEADER_KEY: json.dumps(adapter_metadata(model))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +108,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{str(path)!r} cannot be written: {error}; an earlier file there is unchanged") from error
     return path
+
+
+def _warn_of_what_is_left_out(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    left_out = [name for name in map(plain_name, trained) if name not in state]
+    for what, names in (("trained parameters", left_out), ("buffers that changed in training", changed_buffers(model))):
+        if names:
+            advice = "save them with torch.save too, and load them after load_adapter"
+            logger.warning("%s leaves out %s: %s; %s", path, what, ", ".join(names), advice)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> None:
@@ -113,8 +133,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEF
 
     Raises:
         AdapterError: no such file, not an adapter file, keys or shapes that do not match (the message names them), or
-            layers built differently (rank, alpha, rsLoRA, segments). Beside other adapters: trained biases, inside
-            ``disabled`` or ``merged``.
+            layers built differently (rank, alpha, rsLoRA, segments); inside ``disabled`` or ``merged``; trained biases
+            beside other adapters.
         ModelError: the file's targets match nothing in this model.
     """
     state, metadata = read_adapter(path)
@@ -130,6 +150,11 @@ def install_adapter(
     """
     if not (isinstance(name, str) and name):
         raise AdapterError(f"an adapter cannot be called {short_repr(name)}; allowed: a string that is not empty")
+    model = unwrap(model)
+    check_outside_blocks(model, "load_adapter")
+    state = {plain_name(key): tensor for key, tensor in state.items()}  # older files may name wrappers
+    if metadata is not None:
+        metadata = {**metadata, "layers": {plain_name(path): layer for path, layer in metadata["layers"].items()}}
     loaded = list_adapters(model)
     if loaded.get(name):
         _load_checked(model, state, metadata, source)
@@ -140,9 +165,7 @@ def install_adapter(
         _inject_and_load(model, state, metadata, source)
         model.lora_adapters = LoadedAdapters(active=name)
         return
-    all_trained = getattr(getattr(model, "lora_config", None), "bias", "none") != "none"
-    own = [key for key, parameter in model.named_parameters() if parameter.requires_grad or all_trained]
-    biases = [key for key in (*state, *own) if key.endswith("bias")]
+    biases = [key for key in (*state, *adapter_state_dict(model)) if key.endswith("bias")]
     if biases:
         raise AdapterError(
             f"trained biases ({_few(biases)}) belong to the base, which {name!r} would share with "
@@ -154,7 +177,7 @@ def install_adapter(
 
 def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any], source: str) -> None:
     """Inject the file's layers into a plain model and load them; on an error the model is plain again."""
-    fused = fused_segments(model)
+    fused = {plain_name(path): segments for path, segments in fused_segments(model).items()}
     for layer, settings in metadata["layers"].items():
         widths = list(fused[layer].values()) if layer in fused else settings.get("segments")
         if settings.get("class") == "MergedLinear" and settings.get("segments") != widths:  # of perhaps the same shapes
@@ -169,8 +192,10 @@ def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[
             shape = tuple(lora_A.shape)
             raise AdapterError(f"{source!r}: {layer} has r={r} in the settings, and a lora_A of shape {shape}")
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    actual = {plain_name(path): path for path, _ in model.named_modules()}
+    layers = {actual.get(path, path): settings for path, settings in metadata["layers"].items()}
     try:
-        inject_layers(model, metadata["layers"], LoraConfig(**metadata["config"]))
+        inject_layers(model, layers, LoraConfig(**metadata["config"]))
         _load_checked(model, state, metadata, source)
     except Phi3LoRAError:
         remove_lora(model)
@@ -198,10 +223,17 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], metadata: dict[str
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Call ``load_state_dict(strict=False)`` and check its result; ``source`` is for messages.
 
+    Biases that an earlier adapter brought and this one has not get the base's values again.
+
     Raises:
         AdapterError: unexpected or missing keys, other shapes, NaN, infinite values or integers. Nothing is loaded.
     """
-    own, needed = model.state_dict(), adapter_state_dict(model)
+    model = unwrap(model)
+    actual = {plain_name(key): key for key in model.state_dict()}
+    own, needed = {plain_name(key): tensor for key, tensor in model.state_dict().items()}, adapter_state_dict(model)
+    trainable = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    reset = {k: v for k, v in base_values(model).items() if k in needed and k not in trainable and k not in state}
+    state = {**state, **reset}
     kinds = {
         "not in the model": [key for key in state if key not in own or not (key in needed or key.endswith("bias"))],
         "missing in the file": [key for key in needed if key not in state],
@@ -215,8 +247,10 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
     if problems:
         raise AdapterError(f"{source!r} does not fit the model's adapters: " + "; ".join(problems))
     check_finite(state, source)
-    result = model.load_state_dict(state, strict=False)
-    assert not result.unexpected_keys and not set(result.missing_keys) & set(needed)
+    put_base_values(model, {k: v for k, v in base_values(model).items() if k not in reset})
+    keep_base_values(model, [key for key in state if key.endswith("bias") and key not in reset])
+    result = model.load_state_dict({actual[key]: tensor for key, tensor in state.items()}, strict=False)
+    assert not result.unexpected_keys and not set(map(plain_name, result.missing_keys)) & set(needed)
 
 
 def check_finite(state: dict[str, Tensor], source: str) -> None:
@@ -261,6 +295,8 @@ def _read_sidecar(path: Path, digest: str) -> Any:
 
 def _adapter_path(value: object) -> Path:
     path = as_path(value, "an adapter file", AdapterError)
+    if (path / CONFIG_NAME).is_file() or (path.name == TENSORS_NAME and path.with_name(CONFIG_NAME).is_file()):
+        raise AdapterError(f"{str(path)!r} is in PEFT's format; load its folder with import_peft(model, folder)")
     if path.suffix not in (".safetensors", ".pt"):
         raise AdapterError(f"an adapter file cannot be called {path.name!r}; allowed: *.safetensors, *.pt")
     return path

@@ -10,7 +10,9 @@ instead.
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,17 +24,24 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
-from ..errors import AdapterError, error_line
+from ..errors import AdapterError, ModelError, error_line
 from ..files import write_folder
 from ..inference.generation import stop_token_ids
-from ..lora.base_weight import Dense, base_weight_of
+from ..lora.base_weight import Dense, base_weight_of, is_stored_from
 from ..lora.inject import lora_layers
+from ..lora.layer_state import ADAPTER_PARAMETERS
+from ..lora.wrappers import plain_name, unwrap
 from ..model.forward import eval_mode
 from ..model.load import load_model
-from .named import disabled
+from .adapter_file import adapter_state_dict
+from .named import check_outside_blocks, switched_off
+from .peft_format import CONFIG_NAME
+
+logger = logging.getLogger("phi3lora")
 
 PROMPTS = (
     "What is the capital of France?",
@@ -97,7 +106,7 @@ def merged(model: nn.Module) -> Iterator[None]:
                 weight = layer.base_layer().weight
                 weight.copy_(_merged_weight(layer, weight))
                 layer.merged = True
-        with disabled(model):
+        with switched_off(model):
             yield
     finally:
         with torch.no_grad():
@@ -129,14 +138,23 @@ def save_merged(
         The differences between the merged model and the adapted one.
 
     Raises:
-        AdapterError: a model without adapters; a directory that cannot be written (an earlier model is unchanged).
-        ModelError: ``base`` cannot be loaded or is another model.
+        AdapterError: a model without adapters; inside ``merged`` or ``disabled``; an output head of its own that the
+            config calls tied; a folder of ``export_peft``; a directory that cannot be written (an earlier model is
+            unchanged).
+        ModelError: ``base`` cannot be loaded or is another model than the one that was tuned.
     """
+    model = unwrap(model)
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to merge; call inject_lora(model, config) or load_adapter first")
+    check_outside_blocks(model, "save_merged")
+    _check_head(model)
+    if Path(path, CONFIG_NAME).exists():
+        raise AdapterError(
+            f"{os.fspath(path)!r} holds a PEFT adapter ({CONFIG_NAME}), which would be applied to the merged model "
+            f"once more; use another folder"
+        )
     plain = _plain_model(model, base)
-    if tokenizer is not None:
-        plain.generation_config.eos_token_id = stop_token_ids(tokenizer)
+    plain.generation_config = _generation_config(model, tokenizer)
     report = _compare(model, plain, tokenizer, prompts)
 
     def write(folder: Path) -> None:
@@ -164,13 +182,17 @@ def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
     dtype = model.get_input_embeddings().weight.dtype
     if base is not None:
         plain, _ = load_model(base, dtype=dtype, device=model.get_input_embeddings().weight.device)
+        _check_same_base(model, plain, os.fspath(base))
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
                 weight = plain.get_submodule(path).weight
                 weight.copy_(_merged_weight(layer, weight))
+            for name, value in adapter_state_dict(model).items():
+                if name.endswith("bias"):
+                    plain.get_parameter(name).copy_(value)
         return plain
-    state = dict(model.state_dict())
-    for path, module in model.named_modules():
+    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    for path, module in ((plain_name(path), module) for path, module in model.named_modules()):
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         weight = module.weight if isinstance(module, nn.Embedding) else base_weight_of(module).dequantize()
@@ -185,9 +207,53 @@ def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
         plain = type(model)(config)
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
     plain.model.rotary_emb = model.model.rotary_emb
     return plain.requires_grad_(False).eval()
+
+
+def _check_head(model: Any) -> None:
+    """Raise if the output head has a weight of its own and the config says that it is the input embeddings'."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+    if not model.config.tie_word_embeddings or head.weight is embedding:
+        return
+    if getattr(head, "r", 0) or not head.weight.equal(embedding):
+        raise AdapterError(
+            "the output head has a weight of its own, but model.config.tie_word_embeddings is True, so the head would "
+            "be lost in the merged model; set model.config.tie_word_embeddings = False"
+        )
+
+
+def _check_same_base(model: Any, plain: Any, base: str) -> None:
+    """Raise ModelError if the frozen weights are not those of the checkpoint ``base``, stored as the model has them."""
+    if model.config.tie_word_embeddings != plain.config.tie_word_embeddings:
+        raise ModelError(f"base={base!r} is another model than the one that was tuned: tie_word_embeddings differs")
+    weights, trained = plain.state_dict(), adapter_state_dict(model)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            key, last = plain_name(name), name.rpartition(".")[2]
+            if last in ADAPTER_PARAMETERS or key in trained:
+                continue
+            dense = weights.get(key)
+            stored = base_weight_of(module) if isinstance(module, nn.Linear) and last == "weight" else Dense(parameter)
+            if dense is None or not is_stored_from(stored, dense):
+                raise ModelError(f"base={base!r} is another model than the one that was tuned: {key} differs")
+
+
+def _generation_config(model: Any, tokenizer: Any) -> Any:
+    """Return a copy of the model's generation settings that transformers saves, with the tokenizer's stop tokens."""
+    config = copy.deepcopy(model.generation_config)
+    if not config.do_sample:  # these have no effect, and transformers refuses to save them
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
+            setattr(config, name, None)
+    if tokenizer is not None:
+        config.eos_token_id = stop_token_ids(tokenizer)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        logger.warning("only the token ids of model.generation_config are saved: %s", error_line(error))
+        config = GenerationConfig(**ids)
+    return config
 
 
 @torch.no_grad()

@@ -18,17 +18,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean
+from ..lora.base_values import put_base_values, take_base_values, with_base_values
 from ..lora.inject import lora_layers, remove_lora, swap_layers
 from ..lora.layer_state import replaced_methods
+from ..lora.wrappers import module_at, unwrap
 
 DEFAULT = "default"
 """Default adapter name."""
 
+
+_DISABLED: WeakSet[nn.Module] = WeakSet()
+"""Models inside a ``disabled`` block, with adapters or without."""
 
 _Adapter = tuple[LoraConfig | None, dict[str, Any]]
 """A detached adapter: its config, if it has one, and path -> LoRA layer without the base's parameters."""
@@ -44,12 +50,33 @@ class LoadedAdapters:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Disable every adapter inside the block: the model computes exactly what its base does. No weight is changed.
+    """Disable every adapter inside the block: the model computes exactly what its base does.
+
+    No weight is changed. Trained biases and buffers (batch norm's statistics) have the base's values inside the block.
+
+    Raises:
+        AdapterError: inside ``merged``, where the weights are not the base's.
 
     Example:
         >>> with p3.disabled(model):
         ...     before = p3.evaluate(model, chats)
     """
+    model = unwrap(model)
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise AdapterError("disabled(model) inside a merged(model) block would not be the base; leave that block first")
+    was_disabled = model in _DISABLED
+    with switched_off(model), with_base_values(model):
+        _DISABLED.add(model)
+        try:
+            yield
+        finally:
+            if not was_disabled:
+                _DISABLED.discard(model)
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Let every adapted layer compute as its base layer inside the block."""
     enabled = {layer: layer.enabled for layer in lora_layers(model).values()}
     for layer in enabled:
         layer.enabled = False
@@ -67,6 +94,7 @@ def list_adapters(model: nn.Module) -> dict[str, bool]:
         >>> p3.list_adapters(model)
         {'default': True}
     """
+    model = unwrap(model)
     if not lora_layers(model):
         return {}
     adapters = _adapters(model)
@@ -89,9 +117,11 @@ def set_adapter(model: nn.Module, name: str) -> None:
         >>> p3.list_adapters(model)
         {'support': True, 'default': False}
     """
+    model = unwrap(model)
     if _is_active(model, name):
         return
-    _check_outside_blocks(model)
+    check_outside_blocks(model, "set_adapter")
+    _check_methods(model)
     adapters = _adapters(model)
     adapters.inactive[adapters.active] = _detach_active(model)
     _attach(model, adapters.inactive.pop(name))
@@ -110,6 +140,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         >>> p3.list_adapters(model)
         {}
     """
+    model = unwrap(model)
     is_active, adapters = _is_active(model, name), _adapters(model)
     if not is_active:
         del adapters.inactive[name]
@@ -117,7 +148,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         others = ", ".join(map(repr, adapters.inactive))
         raise AdapterError(f"the adapter {name!r} is active; first call set_adapter with another one: {others}")
     else:
-        _check_outside_blocks(model)
+        check_outside_blocks(model, "delete_adapter")
+        _check_methods(model)
         remove_lora(model)
         del model.lora_adapters
 
@@ -128,19 +160,17 @@ def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
 
     Afterwards the active adapter is active again and ``requires_grad`` is as before. The same holds after an error,
     when nothing is added.
-
-    Raises:
-        AdapterError: inside ``disabled`` or ``merged``.
     """
-    _check_outside_blocks(model)
+    _check_methods(model)
     adapters = _adapters(model)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    active = _detach_active(model)
+    active, kept = _detach_active(model), take_base_values(model)
     try:
         yield
         adapters.inactive[name] = _detach_active(model)
     finally:
         _attach(model, active)
+        put_base_values(model, kept)
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad = requires_grad
 
@@ -165,7 +195,7 @@ def _attach(model: Any, adapter: _Adapter) -> None:
     """Put the adapter's layers into the tree, around the plain ones."""
     config, layers = adapter
     for path, layer in layers.items():
-        layer.attach_base(model.get_submodule(path))
+        layer.attach_base(module_at(model, path))
     swap_layers(model, layers)
     if config is not None:
         model.lora_config = config
@@ -180,13 +210,20 @@ def _is_active(model: nn.Module, name: str) -> bool:
     return loaded[name]
 
 
-def _check_outside_blocks(model: nn.Module) -> None:
+def _check_methods(model: nn.Module) -> None:
+    """Raise AdapterError if a method was replaced on an adapted layer, which is about to leave the model."""
     for path, layer in lora_layers(model).items():
         if replaced := replaced_methods(layer):
             raise AdapterError(
                 f"{', '.join(replaced)} of {path!r} was replaced on that layer, and another adapter has a layer of its "
                 f"own; put the method back first, or use a forward hook"
             )
-        if layer.merged or not layer.enabled:
-            block = "merged(model)" if layer.merged else "disabled(model)"
-            raise AdapterError(f"adapters cannot be switched or loaded inside a {block} block; leave the block first")
+
+
+def check_outside_blocks(model: nn.Module, function: str) -> None:
+    """Raise AdapterError inside a ``merged`` or ``disabled`` block; ``function`` is for the message."""
+    layers = lora_layers(model).values()
+    merged = any(layer.merged for layer in layers)
+    if merged or unwrap(model) in _DISABLED or not all(layer.enabled for layer in layers):
+        block = "merged(model)" if merged else "disabled(model)"
+        raise AdapterError(f"{function} cannot be used inside a {block} block; leave the block first")

@@ -39,6 +39,7 @@ from ..inference.generation import stop_token_ids
 from ..lora.inject import lora_layers
 from ..lora.layers import Conv2d
 from ..lora.targets import fused_segments
+from ..lora.wrappers import plain_name, unwrap
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite
 from .hub import is_local, model_card
@@ -127,7 +128,7 @@ def export_peft(
         >>> print(exported.commands["vLLM"].partition("--max")[2])
         -lora-rank 32 --generation-config support-peft
     """
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     _check_exportable(model, path, layout)
     metadata = adapter_metadata(model)
     layers = metadata["layers"]
@@ -186,6 +187,11 @@ def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
         raise AdapterError("the model has no adapters to export; call inject_lora(model, config) or load_adapter first")
     if path.exists() and not path.is_dir():
         raise AdapterError(f"cannot export to {str(path)!r}, which is a file; allowed: a folder, new or existing")
+    if (path / "config.json").exists():
+        raise AdapterError(
+            f"cannot export to {str(path)!r}, which holds a model (config.json): transformers would apply the adapter "
+            f"whenever it loads that model; use another folder"
+        )
     biases = [name for name in adapter_state_dict(model) if name.endswith("bias")]
     if biases:
         raise AdapterError(
@@ -211,7 +217,7 @@ def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
 
 def _named_segments(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return path -> {name: width} of the fused layers among ``layers``, to be split."""
-    fused = fused_segments(model)
+    fused = {plain_name(path): segments for path, segments in fused_segments(model).items()}
     named = {path: fused[path] for path in layers if path in fused and not any(n.isdigit() for n in fused[path])}
     for path, settings in layers.items():
         if settings["class"] == "MergedLinear" and list(named.get(path, {}).values()) != settings["segments"]:
@@ -254,7 +260,8 @@ def _target_modules(
     model: nn.Module, layers: Mapping[str, Any], segments: Mapping[str, Mapping[str, int]], adapted: set[str]
 ) -> list[str]:
     """Return the last parts of the paths if they select just the adapted modules of the base, else whole paths."""
-    base = {at for at, _ in model.named_modules() if at not in segments and at.rpartition(".")[0] not in layers}
+    paths = [plain_name(path) for path, _ in model.named_modules()]
+    base = {at for at in paths if at not in segments and at.rpartition(".")[0] not in layers}
     base |= {path[: path.rfind(".") + 1] + name for path, names in segments.items() for name in names}
     names = {path.rpartition(".")[2] for path in adapted}
     return sorted(names if {path for path in base if path.rpartition(".")[2] in names} == adapted else adapted)

@@ -29,8 +29,9 @@ from ..files import parse_json, read_tensors
 from ..lora.inject import InjectionReport, injection_report
 from ..lora.layers import Conv2d
 from ..lora.targets import fused_segments
+from ..lora.wrappers import module_at, plain_name, unwrap
 from .adapter_file import HEADER_KEY, check_finite, install_adapter
-from .named import DEFAULT
+from .named import DEFAULT, check_outside_blocks
 from .peft_format import (
     CONFIG_NAME,
     PREFIX,
@@ -86,11 +87,12 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
         'uniform'
         >>> report = p3.import_peft(model, "support-peft")
     """
-    folder = as_path(path, "a PEFT folder", AdapterError)
+    folder, model = as_path(path, "a PEFT folder", AdapterError), unwrap(model)
+    check_outside_blocks(model, "import_peft")
     if not folder.is_dir():
         raise AdapterError(
             f"there is no folder {str(folder)!r}; allowed: a local PEFT folder "
-            f"(from the hub: hf download NAME --local-dir DIR)"
+            f"(from the hub: hf download NAME --local-dir DIR); load_adapter loads adapter files"
         )
     try:
         config = read_config(folder)
@@ -206,11 +208,11 @@ def _restore_layers(metadata: dict[str, Any], config: PeftConfig, pairs: Mapping
 
 
 def _convert(model: nn.Module, config: PeftConfig, pairs: Mapping[str, Pair]) -> Adapter:
-    fused = fused_segments(model)
+    fused = {plain_name(path): segments for path, segments in fused_segments(model).items()}
     layers: dict[str, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
     for path, names in _find_layers(model, fused, pairs).items():
-        layer, name = model.get_submodule(path), names.pop(None, None)
+        layer, name = module_at(model, path), names.pop(None, None)
         if name is None:
             layers[path], (A, B) = _merged_linear(layer, list(fused[path].values()), names, config, pairs)
         elif names:
@@ -234,11 +236,11 @@ def _find_layers(
     for path, segments in fused.items():
         parent = path[: path.rfind(".") + 1]
         known.update({parent + name: (path, i) for i, name in enumerate(segments) if not name.isdigit()})
-    known.update({path: (path, None) for path, _ in model.named_modules() if path})
+    known.update({plain_name(path): (plain_name(path), None) for path, _ in model.named_modules() if path})
     inner = f"{getattr(model, 'base_model_prefix', '')}."
     layers: dict[str, dict[int | None, str]] = {}
     for name in pairs:
-        plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        plain = plain_name(name)
         at = next((p for p in (plain, inner + plain, plain.removeprefix(inner)) if p in known), None)
         if at is None:
             raise ValueError(f"it adapts {name!r}, which is not in the model ({type(model).__name__})")

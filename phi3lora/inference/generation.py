@@ -14,7 +14,7 @@ from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..data.turns import read_turns
 from ..errors import DataError, is_int
-from ..lora.inject import unwrap
+from ..lora.wrappers import unwrap
 from ..model.forward import eval_mode
 from ..model.load import longrope_boundary, model_device
 

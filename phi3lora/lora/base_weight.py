@@ -277,6 +277,27 @@ def stored_tensors(layer: Any) -> tuple[Tensor, ...]:
     return (layer.weight, *base_weight_of(layer).tensors()[1:])
 
 
+def is_stored_from(stored: BaseWeight, dense: Tensor) -> bool:
+    """Return whether storing ``dense`` gives this weight; of a quantised weight the first 64 rows are compared."""
+    shape = stored.state.shape if isinstance(stored, Nf4) else stored.tensors()[0].shape
+    if tuple(dense.shape) != tuple(shape):
+        return False
+    if isinstance(stored, Dense):
+        return stored.weight.equal(dense.to(stored.weight))
+    rows = dense[:64].contiguous()
+    if isinstance(stored, Nf4):
+        from bitsandbytes.functional import quantize_4bit
+
+        state = stored.state
+        codes, _ = quantize_4bit(rows.to(state.dtype), blocksize=state.blocksize, quant_type=state.quant_type)
+        codes = codes.view(torch.uint8).flatten()
+        own = stored.packed.view(torch.uint8).flatten()[: len(codes)]
+    else:
+        assert isinstance(stored, Fp8)
+        own, codes = stored.q[:64].view(torch.uint8), quantize_rows_to_fp8(rows)[0].view(torch.uint8)
+    return bool((own != codes.to(own.device)).float().mean() < 1e-3)  # devices may round a few entries differently
+
+
 def plain_linear_class(weight: Tensor) -> type[nn.Linear]:
     """Return the class of the layer without an adapter that holds such a weight."""
     if is_4bit(weight):

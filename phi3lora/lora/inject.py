@@ -19,10 +19,12 @@ from loralib.layers import LoRALayer
 
 from ..config import LoraConfig
 from ..errors import ModelError, is_int
+from .base_values import keep_base_values, restore_base_values, trained_biases_and_buffers
 from .base_weight import count_parameters, keep_4bit_packing, weight_shape
 from .layer_state import rebind_hooks
 from .layers import AdaptedLayer, Conv2d, Embedding, Linear, MergedLinear
 from .targets import candidates, fused_segments, reason_against, select_all_linear, select_targets, weight_readers
+from .wrappers import module_at, plain_name, unwrap
 
 _CLASSES: dict[str, tuple[type[AdaptedLayer], type[nn.Module]]] = {
     "Linear": (Linear, nn.Linear),
@@ -125,7 +127,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
         >>> report.layers[0].class_name, report.trainable_parameters
         ('Linear', 48)
     """
-    config = config or LoraConfig()
+    config, model = config or LoraConfig(), unwrap(model)
     _check_no_adapters(model)
     made_for_inference = [name for name, p in model.named_parameters() if p.is_inference()]
     if made_for_inference:
@@ -167,6 +169,7 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
             do not add up, a model that already has adapters. No layer has been swapped then.
         ConfigError: an invalid rank, alpha or rsLoRA switch.
     """
+    model = unwrap(model)
     _check_no_adapters(model)
     modules = dict(model.named_modules())
     for path, settings in layers.items():
@@ -193,6 +196,7 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
     swap_layers(model, adapted)  # only now: an error above leaves the model as it was
     keep_4bit_packing(model)
     freeze_all_but_lora(model, config.bias)
+    keep_base_values(model, trained_biases_and_buffers(model))
     model.lora_config = config  # type: ignore[assignment]
     return injection_report(model)
 
@@ -220,23 +224,10 @@ def _build(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], config: Lo
     return adapted
 
 
-def unwrap(model: nn.Module) -> Any:
-    """Return the model inside the wrappers of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
-
-    A wrapper puts its own name (``_orig_mod.``, ``module.``) in front of every path.
-    """
-    while True:
-        if "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Return path -> layer for every layer of ours that has an adapter."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer) and m.r > 0}
+    """Return path -> layer for every layer of ours that has an adapter; the paths have no wrapper's name in them."""
+    modules = unwrap(model).named_modules()
+    return {plain_name(path): m for path, m in modules if isinstance(m, AdaptedLayer) and m.r > 0}
 
 
 def _check_no_adapters(model: nn.Module) -> None:
@@ -290,7 +281,7 @@ def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     In eval mode torch's fused encoder reads ``linear1.weight`` itself and would bypass the adapter, so that shortcut is
     turned off in the encoders around a swapped layer.
     """
-    swapped = {model.get_submodule(path): layer for path, layer in layers.items()}
+    swapped = {module_at(model, path): layer for path, layer in layers.items()}
     modules = list(model.modules())
     for module in modules:
         switches = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
@@ -299,8 +290,8 @@ def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
                 setattr(module, switch, 0)
     for module in modules:
         for name, child in module._modules.items():
-            if child in swapped:
-                setattr(module, name, swapped[child])
+            if child is not None and unwrap(child) in swapped:  # a layer compiled on its own is compiled no more
+                setattr(module, name, swapped[unwrap(child)])
     for old, layer in swapped.items():
         rebind_hooks(old, layer)
 
@@ -320,6 +311,8 @@ def unreached_layers(model: nn.Module) -> list[str]:
 
 def remove_lora(model: nn.Module) -> None:
     """Put plain layers back, with the base's own parameters; the adapters are dropped."""
+    model = unwrap(model)
+    restore_base_values(model)
     swap_layers(model, {path: layer.release_base() for path, layer in lora_layers(model).items()})
     if hasattr(model, "lora_config"):
         del model.lora_config

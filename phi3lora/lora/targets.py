@@ -24,6 +24,7 @@ from ..config import LoraConfig
 from ..errors import ModelError, did_you_mean
 from .base_weight import count_parameters, plain_linear_classes, weight_shape
 from .layer_state import computed_weights
+from .wrappers import module_at
 
 Segments = dict[str, int]
 """Name -> width of a fused layer's segments, in the order of the output's columns; unnamed ones are "0", "1", ..."""
@@ -173,7 +174,7 @@ def weight_readers(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for path in paths:
-        parent = model.get_submodule(path.rpartition(".")[0])
+        parent = module_at(model, path.rpartition(".")[0])
         cls: Any = type(parent)
         own = vars(parent).get("forward")
         own = getattr(own, "func", getattr(own, "__func__", own))  # of a partial or a bound method

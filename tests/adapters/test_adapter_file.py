@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -10,15 +11,21 @@ from pathlib import Path
 import loralib as lora
 import pytest
 import torch
-from conftest import adapters_of, lively_model, randomize_adapters, same_tensors
+from conftest import adapted_model, adapters_of, lively_model, randomize_adapters, same_tensors, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import phi3lora as p3
-from phi3lora.adapters.adapter_file import adapter_metadata, read_adapter
+from phi3lora.adapters.adapter_file import (
+    HEADER_KEY,
+    adapter_metadata,
+    adapter_state_dict,
+    load_adapter_state,
+    read_adapter,
+)
 from phi3lora.errors import AdapterError
-from phi3lora.files import sha256_of
+from phi3lora.files import sha256_of, tensor_file
 
 IDS = torch.arange(10, 30)[None]
 CONFIG = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}
@@ -364,3 +371,131 @@ def test_settings_beside_another_file_of_that_name_are_not_used(tmp_path, caplog
     assert "made for another adapter.pt" in caplog.text
     p3.load_adapter(other, path)
     assert_refused(lively_model(), path, "does not say how to build")
+
+
+# --- What is in the file, and what is not
+
+
+def tuned_net(bias, freeze=False, head=False):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    net = copy.deepcopy(base)
+    p3.inject_lora(net, p3.LoraConfig(r=2, bias=bias, target_modules=["0"]))
+    net[3].requires_grad_(head)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
+    net.requires_grad_(not freeze)
+    return net, base
+
+
+NET_X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_were_trained_are_saved_although_they_are_frozen_now(tmp_path, bias):
+    net, base = tuned_net(bias, freeze=True)
+    path = p3.save_adapter(net, tmp_path / "a.safetensors")
+    p3.load_adapter(base, path)
+    assert torch.equal(base(NET_X), net(NET_X))
+
+
+def test_biases_of_a_file_stay_with_the_adapter_in_a_model_that_trains_none(tmp_path):
+    """They are saved again, refused by an export, and gone with the next adapter that has none."""
+    net, base = tuned_net("all", freeze=True)
+    without, _ = tuned_net("none", freeze=True)
+    path = p3.save_adapter(net, tmp_path / "a.safetensors")
+    plain = p3.save_adapter(without, tmp_path / "none.safetensors")
+    model, again = copy.deepcopy(base), copy.deepcopy(base)
+    p3.inject_lora(model, p3.LoraConfig(r=2, bias="none", target_modules=["0"]))
+    p3.load_adapter(model, path)
+    p3.load_adapter(again, p3.save_adapter(model, tmp_path / "again.pt"))
+    assert torch.equal(again(NET_X), net(NET_X))
+    with pytest.raises(AdapterError, match=r"trained biases .* cannot be exported"):
+        p3.export_peft(model, tmp_path / "peft")
+    p3.load_adapter(model, plain)
+    assert torch.equal(model(NET_X), without(NET_X))
+    assert set(load_file(p3.save_adapter(model, tmp_path / "b.safetensors"))) == {"0.lora_A", "0.lora_B"}
+
+
+def test_everything_trained_that_is_left_out_is_named(tmp_path, caplog):
+    net, _ = tuned_net("none")
+    net.requires_grad_(False)
+    p3.save_adapter(net, tmp_path / "a.safetensors")
+    assert not caplog.messages
+    net[3].weight.requires_grad_(True)
+    net[1].weight.requires_grad_(True)
+    net.train()(NET_X)
+    p3.save_adapter(net, tmp_path / "a.safetensors")
+    parameters, buffers = caplog.messages
+    assert "leaves out trained parameters: 1.weight, 3.weight;" in parameters
+    assert "1.running_mean" in buffers and "1.running_var" in buffers and "1.num_batches_tracked" in buffers
+
+
+# --- Wrapped models
+
+
+def inner_compiled(model):
+    model.model = torch.compile(model.model, backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "data parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "compiled inside": inner_compiled,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("inject_first", [True, False])
+def test_wrapped_models_have_the_names_of_the_model_inside_in_every_file(tmp_path, wrap, inject_first):
+    config = p3.LoraConfig(r=4, lora_alpha=8)
+    model = adapted_model(head_scale=1) if inject_first else tiny_model()
+    wrapped = wrap(model)
+    if not inject_first:
+        p3.inject_lora(wrapped, config)
+        load_adapter_state(wrapped, adapter_state_dict(adapted_model()), "another model")
+    want = adapted_model(head_scale=1)
+    for save in (
+        lambda model, name: p3.save_adapter(model, tmp_path / f"{name}.safetensors"),
+        lambda model, name: p3.export_peft(model, tmp_path / f"{name}-peft").path / "adapter_model.safetensors",
+        lambda model, name: (
+            p3.save_merged(model, None, tmp_path / f"{name}-merged") and tmp_path / f"{name}-merged/model.safetensors"
+        ),
+    ):
+        expected = load_file(save(want, "plain"))
+        assert set(expected) == set(load_file(save(wrapped, "wrapped")))
+    assert adapter_metadata(wrapped) == adapter_metadata(want)
+    plain, other = tiny_model(), wrap(tiny_model())
+    p3.load_adapter(plain, tmp_path / "wrapped.safetensors")
+    p3.load_adapter(other, tmp_path / "plain.safetensors")
+    for loaded in (plain, other):
+        assert same_tensors(adapter_state_dict(loaded), adapter_state_dict(wrapped))
+    p3.load_adapter(other, tmp_path / "wrapped.safetensors", name="second")
+    p3.import_peft(other, tmp_path / "wrapped-peft", name="third")
+    p3.set_adapter(other, "third")
+    assert set(adapter_state_dict(other)) == set(adapter_state_dict(want))
+    with p3.disabled(other), p3.disabled(wrapped):
+        ids = torch.arange(5, 20)[None]
+        assert torch.equal(other(input_ids=ids).logits, wrapped(input_ids=ids).logits)
+
+
+def test_a_file_of_an_older_version_that_names_a_wrapper_loads(tmp_path):
+    model = adapted_model()
+    metadata = adapter_metadata(model)
+    metadata["layers"] = {f"_orig_mod.{path}": layer for path, layer in metadata["layers"].items()}
+    state = {f"_orig_mod.{name}": tensor for name, tensor in adapter_state_dict(model).items()}
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(tensor_file(".safetensors", state, {HEADER_KEY: json.dumps(metadata)}))
+    for loaded in (tiny_model(), adapted_model(seed=1)):
+        p3.load_adapter(loaded, path)
+        assert same_tensors(adapter_state_dict(loaded), adapter_state_dict(model))
+
+
+def test_a_peft_folder_names_import_peft(tmp_path):
+    p3.export_peft(adapted_model(), tmp_path / "peft")
+    for path in (tmp_path / "peft", tmp_path / "peft/adapter_model.safetensors"):
+        with pytest.raises(AdapterError, match="PEFT's format; load its folder with import_peft"):
+            p3.load_adapter(tiny_model(), path)

@@ -312,3 +312,134 @@ def test_adapters_that_train_biases_are_refused_beside_others(tmp_path):
     assert not model[0].bias.requires_grad
     with pytest.raises(AdapterError, match=r"trained biases \(0\.bias\)"):
         p3.load_adapter(net("all"), paths["none"], name="other")
+
+
+# --- Biases and buffers
+
+
+class Net(nn.Module):
+    """Adapted layers between a norm with statistics, biases and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.encoder(x))))
+
+
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+
+
+def trained_net(bias="all", freeze=False, head=False, wrap=lambda net: net):
+    """Return a net whose adapters and biases were trained, and its base."""
+    torch.manual_seed(0)
+    base = Net()
+    net = copy.deepcopy(base)
+    p3.inject_lora(net, p3.LoraConfig(r=2, bias=bias, target_modules=["encoder"]))
+    if head:
+        net.head.requires_grad_(True)
+    train_net(net)
+    if freeze:
+        net.requires_grad_(False)
+    return wrap(net.eval()), base.eval()
+
+
+def train_net(net):
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net.train()(X).pow(2).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_disabled_and_delete_adapter_give_the_base_with_its_biases_and_statistics(bias, freeze):
+    net, base = trained_net(bias, freeze)
+    tuned, state = net(X), {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert not torch.allclose(tuned, base(X))
+    for _ in range(2):
+        with p3.disabled(net), p3.disabled(net):
+            assert torch.equal(net(X), base(X))
+            net.train()(X)  # statistics that move inside the block
+        net.eval()
+        assert torch.equal(net(X), tuned)
+        assert same_tensors(net.state_dict(), state)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net):
+        p3.delete_adapter(twin, "default")
+        assert same_tensors(twin.state_dict(), base.state_dict())
+        assert twin.__dict__.keys() == base.__dict__.keys()
+        assert not twin._load_state_dict_post_hooks
+
+
+def test_a_graph_made_before_a_disabled_block_has_its_own_biases_in_the_backward():
+    net, _ = trained_net("all")
+    net.zero_grad()
+    net.train()(X).sum().backward()
+    want = {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
+    net.zero_grad()
+    loss = net(X).sum()
+    with p3.disabled(net), torch.no_grad():
+        net(X)
+    loss.backward()
+    torch.testing.assert_close({name: p.grad for name, p in net.named_parameters() if p.requires_grad}, want)
+
+
+def test_weights_loaded_after_the_injection_are_the_base_and_an_adapter_is_not():
+    trained, base = trained_net("all")
+    net = Net().eval()  # other random numbers
+    p3.inject_lora(net, p3.LoraConfig(r=2, bias="all", target_modules=["encoder"]))
+    net.load_state_dict(base.state_dict(), strict=False)  # pretrained first, LoRA second
+    adapter = {name: tensor for name, tensor in trained.state_dict().items() if "lora_" in name or "bias" in name}
+    net.load_state_dict(adapter, strict=False)
+    net.norm.load_state_dict(trained.norm.state_dict())
+    assert torch.equal(net(X), trained(X))
+    with p3.disabled(net):
+        assert torch.equal(net(X), base(X))
+
+
+# --- Blocks inside one another
+
+
+def test_disabled_inside_merged_is_refused_and_merged_inside_disabled_is_the_base(files):
+    model, base = alone(files["everything"]), lively_model()
+    with p3.merged(model), pytest.raises(AdapterError, match="inside a merged"), p3.disabled(model):
+        pass
+    with p3.disabled(model), p3.merged(model):
+        assert torch.equal(model(IDS).logits, base(IDS).logits)
+
+
+@pytest.mark.parametrize(("block", "name"), [(p3.disabled, "disabled"), (p3.merged, "merged")])
+def test_nothing_is_loaded_or_written_inside_a_block(files, tmp_path, block, name):
+    model = alone(files["everything"])
+    exported = tmp_path / "peft"
+    p3.export_peft(model, exported)
+    want = model(IDS).logits
+    for function in (
+        lambda: p3.load_adapter(model, files["everything"]),
+        lambda: p3.import_peft(model, exported),
+        lambda: p3.save_merged(model, None, tmp_path / "merged"),
+        lambda: p3.export_peft(model, tmp_path / "new"),
+    ):
+        with block(model), pytest.raises(AdapterError, match=rf"inside a {name}\(model\) block|{name}\(model\)"):
+            function()
+    with block(model):
+        saved = p3.save_adapter(model, tmp_path / "same.safetensors")
+    assert same_tensors(load_file(saved), load_file(files["everything"]))
+    assert torch.equal(model(IDS).logits, want)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["peft", "same.safetensors"]
+
+
+def test_no_adapter_appears_inside_a_disabled_block_of_a_plain_model(files):
+    model = lively_model()
+    with p3.disabled(model), pytest.raises(AdapterError, match=r"load_adapter .* inside a disabled\(model\) block"):
+        p3.load_adapter(model, files["everything"])
+    p3.load_adapter(model, files["everything"])
+    assert p3.list_adapters(model) == {"default": True}
+
+
+def test_trained_biases_are_not_saved_inside_disabled_where_the_base_s_are(tmp_path):
+    net, _ = trained_net("all")
+    with p3.disabled(net), pytest.raises(AdapterError, match=r"biases .* inside a disabled\(model\) block"):
+        p3.save_adapter(net, tmp_path / "a.pt")
