@@ -20,10 +20,11 @@ test-slow: $(VENV)/installed
 test-all: $(VENV)/installed lint
 	$(PYTEST)
 
-# Minutes on 2 cores: every kill point and power cut of what is written, then bad inputs to every reader.
+# Minutes on 2 cores: every kill point and power cut of what is written, signals, then bad inputs to every reader.
 soak: $(VENV)/installed
 	$(RUN) tests/soak/kill_points.py --random 150
 	$(RUN) tests/soak/power_cuts.py
+	$(RUN) tests/soak/signals.py
 	$(RUN) tests/soak/bad_inputs.py --count 10000
 
 lint: $(VENV)/installed
