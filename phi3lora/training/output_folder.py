@@ -147,7 +147,7 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
         CheckpointError: there are some, or they cannot be deleted.
     """
     folder = Path(config.output_dir)
-    for leftover in (*folder.glob(".checkpoint-*.tmp"), *folder.glob(".metrics.jsonl.*.tmp")):  # of a killed run
+    for leftover in folder.glob(".checkpoint-*.tmp"):  # of a run killed while saving
         try:
             remove(leftover)
         except OSError as error:
