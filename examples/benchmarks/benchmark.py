@@ -3,6 +3,7 @@
     python examples/benchmarks/benchmark.py                    # every mode, each in its own process
     python examples/benchmarks/benchmark.py bf16 chat-bf16     # some modes
     python examples/benchmarks/benchmark.py --peers            # also other libraries that do the same work (peers.py)
+    python examples/benchmarks/benchmark.py bf16 --gpus 0 1 2  # plain python, and torchrun with 1 and 2 processes
 
 Weights and token ids are random, because speed does not depend on them. r = 16 on all four projections; 4 rows of 2,048
 tokens a step, every token trained (see ``docs/performance.md``). A step is timed with CUDA events at its ends, data
@@ -29,6 +30,8 @@ import torch
 
 import phi3lora as p3
 from phi3lora.lora.base_weight import quantize_base
+from phi3lora.model.estimate import flops_per_token, peak_flops, plan_memory
+from phi3lora.model.sharding import join_processes, shard
 
 SHAPES: dict[str, dict[str, Any]] = {
     "phi-3-mini": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -66,23 +69,42 @@ MODES: dict[str, dict[str, Any]] = {
     "bf16-auto": {"activation_checkpointing": "auto"},
     "bf16-compiled": {"compile": True},
     "bf16-plain": {"compile": False},
+    "phi-4-sharded": {"shape": "phi-4", "activation_checkpointing": "full", "parallel": "fsdp"},
 }
 
 
-def random_model(shape: str) -> Any:
-    """Return a ``Phi3ForCausalLM`` of one of ``SHAPES`` with random bf16 weights, on the GPU."""
+def random_model(shape: str, base_precision: str | None = None, parallel: str | None = None) -> Any:
+    """Return a ``Phi3ForCausalLM`` of one of ``SHAPES`` with random bf16 weights, the same in every process.
+
+    It is on the process's GPU, or with ``parallel="fsdp"`` split over all of them while it is made.
+    """
     from transformers import Phi3Config, Phi3ForCausalLM
 
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    torch.manual_seed(0)
     config = Phi3Config(**{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, **SHAPES[shape]})
     with torch.device("meta"):
-        model = Phi3ForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cuda")
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=0.02)
-        else:
-            parameter.data.fill_(1.0)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
+        model = Phi3ForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+
+    def make(module: Any) -> None:
+        module.to_empty(device=device)
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.02)
+            else:
+                parameter.data.fill_(1.0)
+        if base_precision is not None and module is not model.lm_head:
+            quantize_base(module, base_precision)
+
+    if parallel == "fsdp" and join_processes(device) > 1:
+        shard(model, prepare=make)
+    else:
+        for layer in model.model.layers:
+            make(layer)
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        make(module)
     return model.eval()
 
 
@@ -142,29 +164,26 @@ def profiled(folder: str | None, mode: str) -> Iterator[None]:
     Path(folder, f"{mode}.txt").write_text("\n".join(lines))
 
 
-def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> dict[str, Any]:
-    """Measure one mode in this process."""
+def measure(mode: str, steps: int, warmup: int, folder: str, profile: str | None = None) -> dict[str, Any]:
+    """Measure one mode in this process, or in this and the others that torchrun started with it."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     options = dict(MODES[mode])
     chat, dropout = options.pop("chat", False), options.pop("lora_dropout", 0.0)
     rows, row_tokens = options.pop("rows", ROWS), options.pop("row_tokens", ROW_TOKENS)
-    model = random_model(options.pop("shape", "phi-3-mini"))
-    precision = options.pop("base_precision", None)
-    if precision is not None:
-        quantize_base(model, precision)
+    base = options.pop("base_precision", None), options.get("parallel")
+    model = random_model(options.pop("shape", "phi-3-mini"), *base)
     p3.inject_lora(model, p3.LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout))
-    lengths = document_lengths(chat, steps, rows, row_tokens)
+    lengths = document_lengths(chat, steps * processes, rows, row_tokens)
     chats = random_chats(lengths, model.config.vocab_size, row_tokens)
+    predicted = plan_memory(model, rows * row_tokens, "fused" if options.get("compile") is None else "plain").peak_gib
     torch.cuda.reset_peak_memory_stats()
     times = StepTimes()
-    with tempfile.TemporaryDirectory() as folder:
-        config = p3.TrainingConfig(
-            output_dir=folder, per_device_train_batch_size=rows, max_steps=steps, save_strategy="no", bf16=True,
-            logging_steps=10, log_level="error", disable_tqdm=True, **options,
-        )  # fmt: skip
-        with profiled(profile, mode):
-            result = p3.train(model, chats, config, callbacks=[times])
-    from phi3lora.model.estimate import flops_per_token, peak_flops
-
+    config = p3.TrainingConfig(
+        output_dir=folder, per_device_train_batch_size=rows, max_steps=steps, save_strategy="no", bf16=True,
+        logging_steps=10, log_level="error", disable_tqdm=True, **options,
+    )  # fmt: skip
+    with profiled(profile, mode):
+        result = p3.train(model, chats, config, callbacks=[times])
     speed = times.tokens_per_s(warmup)
     context = float((chats.lengths.astype(float) ** 2).sum() / (2 * chats.lengths.sum()))
     flops = flops_per_token(model, context) * speed
@@ -173,22 +192,24 @@ def measure(mode: str, steps: int, warmup: int, profile: str | None = None) -> d
         "mode": mode,
         "tok_per_s": round(speed),
         "tflops": round(flops / 1e12),
-        "mfu": round(flops / peak, 3) if peak else None,
+        "mfu": round(flops / peak / processes, 3) if peak else None,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "predicted_gib": round(predicted.get(config.activation_checkpointing, 0), 1),
         "first_step_s": round(times.first_step_s, 1),
         "loss": round(result.metrics["train_loss"], 3),
     }
 
 
-def measure_apart(script: str, arguments: list[str], limit_s: float) -> dict[str, Any] | str:
-    """Run a script with ``--in-process`` on one GPU in its own process.
+def measure_apart(script: str, arguments: list[str], limit_s: float, gpus: int = 0) -> dict[str, Any] | str:
+    """Run a script with ``--in-process`` in its own process on one GPU, or with ``gpus`` under torchrun on so many.
 
     Returns:
         The JSON of the last line that it prints, or in words why there is none.
     """
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would use all of them
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    command = [sys.executable, script, *arguments, "--in-process"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible[: gpus or 1])}  # Trainer would use all
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus else []
+    command = [sys.executable, *torchrun, script, *arguments, "--in-process"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
     except subprocess.TimeoutExpired:
@@ -207,10 +228,19 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warmup", type=int, default=8, help="steps before the measured ones")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="processes under torchrun; 0: plain python, one GPU",
+    )
     parser.add_argument("--limit-s", type=float, default=180, help="time limit of one mode's process")
     parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times to FOLDER (slows the host)")
     parser.add_argument("--peers", action="store_true", help="also run peers.py in the same call")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = set(options.modes) - set(MODES)
     if unknown:
@@ -218,22 +248,31 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
     if options.in_process:
-        print(json.dumps(measure(options.modes[0], options.steps, options.warmup, options.profile)))
+        result = measure(options.modes[0], options.steps, options.warmup, options.folder, options.profile)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result))
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print("mode                     tok/s  TFLOP/s    MFU   peak GiB   first step s    loss")
+    print("mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss")
     settings = ["--steps", str(options.steps), "--warmup", str(options.warmup)]
     profile = ["--profile", options.profile] if options.profile else []
     for mode in options.modes:
-        r = measure_apart(__file__, [mode, *settings, *profile], options.limit_s)
-        if isinstance(r, str):
-            print(f"{mode:<20} {r}", flush=True)
-            continue
-        print(
-            f"{mode:<20} {r['tok_per_s']:>9,} {r['tflops']:>8} {r['mfu'] or '':>6} {r['peak_gib']:>10} "
-            f"{r['first_step_s']:>14} {r['loss']:>7}",
-            flush=True,
-        )
+        one_gpu = None
+        for gpus in options.gpus:
+            name = f"{mode:<16} {gpus or 'plain':>5}"
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = [mode, *settings, *profile, "--folder", f"{folder}/run"]
+                r = measure_apart(__file__, arguments, options.limit_s, gpus)
+            if isinstance(r, str):
+                print(f"{name} {r}", flush=True)
+                continue
+            each = r["tok_per_s"] / max(gpus, 1)
+            one_gpu = one_gpu or each
+            print(
+                f"{name} {r['tok_per_s']:>10,} {each / one_gpu:>6.3f} {r['tflops']:>8} {r['mfu'] or '':>6} "
+                f"{r['peak_gib']:>10} {r['predicted_gib'] or '':>10} {r['first_step_s']:>14} {r['loss']:>7}",
+                flush=True,
+            )
     if options.peers:
         return subprocess.run([sys.executable, str(Path(__file__).with_name("peers.py")), *settings]).returncode
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +283,70 @@ def test_what_cannot_be_split_is_refused():
     layer[0].weight = OtherWeight(torch.ones(32, 32), requires_grad=False)
     with pytest.raises(p3.Phi3LoRAError, match=r"a OtherWeight, which cannot be split.*'fp8' or 'nf4'"):
         shardable_tensors(layer)
+
+
+# --- On two GPUs: NCCL and the fused layers
+
+
+def check_on_gpus(rank, rendezvous):
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+
+    def measure(base, mode, split):
+        with torch.device("cuda"):
+            model = tiny_model(hidden_size=256, intermediate_size=512, num_hidden_layers=6).to(torch.bfloat16)
+        if base is not None:
+            quantize_base(model, base)
+        p3.inject_lora(model, p3.LoraConfig(r=16, lora_alpha=32))
+        randomize_adapters(model)
+        if split:
+            shard(model)
+        found = []
+        with torch.autocast("cuda", torch.bfloat16), activation_checkpointing(model.train(), mode):
+            for _ in range(3):
+                model.zero_grad()
+                loss, _ = p3.causal_lm_loss(model, BATCH)
+                loss.backward()
+                found.append(
+                    {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}
+                )
+        return found
+
+    for base in (None, "fp8", "nf4"):
+        for mode in MODES:
+            for whole, split in zip(measure(base, mode, False), measure(base, mode, True), strict=True):
+                for name, tensor in whole.items():
+                    difference = (split[name] - tensor).norm() / tensor.norm()
+                    # Recomputed layers are called in the same way, the others add a product to the stream elsewhere.
+                    assert difference <= (0 if mode in ("full", "offload") else 0.05), (base, mode, name, difference)
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_two_gpus_compute_what_one_with_the_whole_base_does(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.multiprocessing.start_processes(check_on_gpus, (tmp_path / "rendezvous",), nprocs=2, start_method="spawn")
+
+
+@pytest.mark.slow
+def test_the_fused_layers_compute_the_same(tmp_path):
+    """In Triton's interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("the test on two GPUs does more")
+    run_on_ranks(check_fused, tmp_path)
+
+
+def check_fused(rank):
+    from triton.runtime import interpreter
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "kernel_tests"))
+    import test_decoder
+
+    interpreter._patch_lang_tensor = test_decoder._patched
+    whole, split = (test_decoder.adapted(hidden_size=64, intermediate_size=64) for _ in range(2))
+    expected = test_decoder.hidden_and_gradients(whole, True, "full")
+    with sharded(split):
+        found = test_decoder.hidden_and_gradients(split, True, "full")
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
