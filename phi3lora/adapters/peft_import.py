@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraConfig, lora_scaling
-from ..errors import AdapterError, as_path
+from ..errors import AdapterError, as_path, error_line
 from ..files import parse_json, read_tensors
 from ..lora.inject import InjectionReport, injection_report
 from ..lora.layers import Conv2d
@@ -176,7 +176,9 @@ def _restore_export(folder: Path, header: str, config: PeftConfig, pairs: Mappin
         return state, {"format": metadata["format"], "config": settings, "layers": metadata["layers"]}
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         logger.warning(
-            "%s has changed since export_peft wrote it (%s): imported as PEFT would compute it", folder, error
+            "%s has changed since export_peft wrote it (%s): imported as PEFT would compute it",
+            folder,
+            error_line(error),
         )
         return None
 
