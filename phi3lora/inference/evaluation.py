@@ -25,8 +25,9 @@ from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
 from ..data.template import ChatEncoder
 from ..errors import DataError, Phi3LoRAError, is_int, short_repr
+from ..lora.wrappers import unwrap
 from ..model.backend import PLAIN, use_backend
-from ..model.forward import eval_mode, supervised_hidden_states
+from ..model.forward import eval_mode, output_head, require_causal_lm, supervised_hidden_states
 from ..model.load import longrope_boundary
 from ..model.loss import token_losses
 from .generation import generate_answers
@@ -88,12 +89,14 @@ def evaluate(
         scorer = _rouge_scorer()
         if tokenizer is None:
             raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
+    model = unwrap(model)
+    require_causal_lm(model)
     loss_sum, correct, count = 0.0, 0, 0
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "packing": packing}
     with eval_mode(model), use_backend(model, None if fused else PLAIN) as backend:
         for batch in _batches(model, dataset, settings):
             hidden, labels = supervised_hidden_states(model, batch, backend)
-            losses, right = token_losses(hidden, model.get_output_embeddings(), labels)  # type: ignore[operator]
+            losses, right = token_losses(hidden, output_head(model), labels)
             loss_sum += losses.double().sum().item()
             correct += int(right.sum())
             count += labels.numel()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers import Phi3ForCausalLM
 
 from ..config import IGNORE_INDEX
 from ..errors import ModelError
@@ -32,7 +34,8 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = 
             (loss_sum / count).backward()
 
     Args:
-        model: a ``Phi3ForCausalLM`` (any transformers causal LM with a decoder and an output head).
+        model: a ``Phi3ForCausalLM``, or another causal LM of transformers: a decoder, an output head, and between head
+            and logits nothing but a factor and a soft cap.
         batch: what :func:`phi3lora.batches` yields; it is moved to the model's device.
         fused: use the fused kernels where they are supported; False: always transformers' own layers.
 
@@ -40,12 +43,65 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], *, fused: bool = 
         The sum of the cross-entropies, float32 () with gradient, and the number of supervised tokens.
 
     Raises:
-        ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart.
+        ModelError: a batch that is not in the packed layout; an attention that cannot keep documents apart; another
+            kind of model, or one whose logits are computed in another way.
     """
+    require_causal_lm(model)
     with use_backend(model, None if fused else PLAIN) as backend:
         hidden, labels = supervised_hidden_states(model, batch, backend)
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head = output_head(model)
         return linear_cross_entropy(hidden, head, labels, fused=backend.kind == "fused"), labels.numel()
+
+
+def require_causal_lm(model: nn.Module) -> None:
+    """Raise ModelError for a wrapper or another module that is not a causal language model of transformers."""
+    if not all(hasattr(model, name) for name in ("config", "get_decoder", "get_output_embeddings")):
+        raise ModelError(
+            f"a {type(model).__name__} is not a causal language model of transformers; pass the model inside it "
+            f"(a DataParallel's is model.module)"
+        )
+
+
+class _ScaledHead(nn.Module):
+    """An output head followed by what some architectures do to its logits: a factor, then a soft cap."""
+
+    def __init__(self, head: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.head = head
+        self.factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden) * self.factor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+_SAME_LOGITS: WeakSet[nn.Module] = WeakSet()
+"""Models of other architectures whose own logits were compared with :func:`output_head`'s."""
+
+
+def output_head(model: Any) -> nn.Module:
+    """Return the module that maps the decoder's output to logits.
+
+    Raises:
+        ModelError: not a Phi-3, and the model's own logits differ from these; two tokens are compared, once a model.
+    """
+    head: nn.Module = model.get_output_embeddings()
+    if isinstance(model, Phi3ForCausalLM):
+        return head
+    head = _ScaledHead(head, model.config)
+    if model not in _SAME_LOGITS:
+        with eval_mode(model):
+            input_ids = torch.arange(1, 3, device=model.get_input_embeddings().weight.device)[None]  # (1, 2)
+            logits = model(input_ids=input_ids, use_cache=False).logits.float()  # (1, 2, V)
+            ours = head(model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state).float()
+        if ours.shape != logits.shape or not (ours - logits).abs().max() <= 0.01 * logits.abs().max():
+            raise ModelError(
+                f"{type(model).__name__} computes its logits from the output head in a way that is not known here "
+                f"(known: logit_scale, logits_scaling, final_logit_softcapping), so its loss would be another one"
+            )
+        _SAME_LOGITS.add(model)
+    return head
 
 
 def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend: Backend) -> tuple[Tensor, Tensor]:

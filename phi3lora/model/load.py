@@ -65,8 +65,9 @@ def load_model(
 
     Raises:
         ModelError: nothing loadable there, files that are damaged or lack weights, not a Phi-3 model, a checkpoint
-            quantised in another way, 4 bits without bitsandbytes, a folder with an ``adapter_config.json``, or a
-            setting that is not one of the above.
+            quantised in another way, 4 bits without bitsandbytes, a folder with an ``adapter_config.json`` or with
+            adapters among its weights (``save_pretrained`` of an injected model), or a setting that is not one of the
+            above.
 
     Example:
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
@@ -254,6 +255,14 @@ def _read_weights(name: str, source: dict[str, Any], use_cache: bool, options: d
         model, loading_info = loaded
     except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
         raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
+    adapters = sorted(key for key in loading_info["unexpected_keys"] if "lora_" in key)
+    if adapters:
+        raise ModelError(
+            f"{short_repr(name)} holds {len(adapters)} tensors of adapters, {adapters[0]!r} first: a model saved by "
+            f"save_pretrained or transformers' Trainer with its adapters, which would be dropped. Load the base, "
+            f"call inject_lora with the same settings, then model.load_state_dict(safetensors.torch.load_file(file), "
+            f"strict=False); save_adapter and save_merged write what load_adapter and load_model read"
+        )
     missing = sorted(loading_info["missing_keys"])
     if missing:  # from_pretrained fills these with random numbers
         raise ModelError(

@@ -34,6 +34,7 @@ from ..data.batches import Cursor, Step
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import CheckpointError, TrainingError
 from ..inference.evaluation import evaluate
+from ..lora.wrappers import unwrap
 from ..model.activations import activation_checkpointing
 from ..model.backend import use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
@@ -130,7 +131,7 @@ def train(
         CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
             a checkpoint belongs to another run or cannot be written.
     """
-    config = copy.copy(config or TrainingConfig())
+    config, model = copy.copy(config or TrainingConfig()), unwrap(model)
     config.output_dir = os.path.abspath(config.output_dir)  # a callback may change the working directory
     with ExitStack() as stack:
         stack.enter_context(usual_torch())

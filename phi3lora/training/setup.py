@@ -22,6 +22,7 @@ from ..lora.inject import lora_layers
 from ..model.attention import use_packed_attention
 from ..model.backend import Backend, choose_backend
 from ..model.estimate import MemoryPlan, plan_memory
+from ..model.forward import require_causal_lm
 from ..model.load import longrope_boundary, longrope_note, model_device
 from .best import metric_name
 from .checkpoint import TrainingState
@@ -52,6 +53,7 @@ def check_run(
     layers = lora_layers(model)
     if not layers:
         raise TrainingError("the model has no adapters to train; call inject_lora(model, LoraConfig(...)) first")
+    require_causal_lm(model)
     adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     others = [name for name, p in trainable.items() if id(p) not in adapters and not name.endswith("bias")]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 
 import pytest
 import torch
-from conftest import ATTENTION_VARIANTS, adapted_model, make_tokenizer, same_tensors, tiny_model
+from conftest import (
+    ATTENTION_VARIANTS,
+    adapted_model,
+    make_tokenizer,
+    randomize_adapters,
+    require_four_bit,
+    same_tensors,
+    save_checkpoint,
+    tiny_model,
+)
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import phi3lora as p3
 from phi3lora import files
 from phi3lora.errors import AdapterError
-from phi3lora.lora.base_weight import Fp8Linear
+from phi3lora.lora.base_weight import Fp8Linear, quantize_base
 
 IDS = torch.arange(5, 25)[None]
 
@@ -173,3 +183,100 @@ def test_a_merged_model_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     p3.save_merged(model, None, folder)
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+# --- What is written, and what is not touched
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"temperature": 0.7, "top_p": 0.9},
+        {"do_sample": True, "temperature": 0.7},
+        {"eos_token_id": 5},
+        {"num_beams": 1, "length_penalty": 3.0, "num_return_sequences": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokenizer", [None, make_tokenizer()], ids=["no tokenizer", "tokenizer"])
+def test_the_model_s_generation_settings_stay_and_their_copy_is_one_that_loads(tmp_path, own, tokenizer):
+    model = adapted_model()
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    settings, config = model.generation_config, model.config.to_dict()
+    before = settings.to_dict()
+    p3.save_merged(model, tokenizer, tmp_path)
+    assert model.generation_config is settings
+    assert settings.to_dict() == before
+    assert model.config.to_dict() == config
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    saved.validate(strict=True)
+    if tokenizer is None:
+        assert saved.eos_token_id == settings.eos_token_id
+    if own.get("do_sample"):
+        assert saved.do_sample and saved.temperature == 0.7
+
+
+def test_a_head_of_its_own_that_the_config_calls_tied_is_refused(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["o_proj", "lm_head"]))
+    nn.init.normal_(model.lm_head.lora_B)
+    with pytest.raises(p3.AdapterError, match=r"set model.config.tie_word_embeddings = False"):
+        p3.save_merged(model, None, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    model.config.tie_word_embeddings = False
+    assert p3.save_merged(model, None, tmp_path / "merged").max_logit_difference < 1e-3
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def other_bases(base, adapted, tmp_path):
+    """Yield checkpoints that are not ``base``: other numbers, a changed norm, the merged model itself."""
+    other = tiny_model(hidden_size=64)
+    nn.init.normal_(other.model.embed_tokens.weight)
+    yield other
+    other = copy.deepcopy(base)
+    other.model.layers[1].input_layernorm.weight.data[0] += 0.5
+    yield other
+    other = copy.deepcopy(base)
+    other.model.layers[0].mlp.down_proj.weight.data += 0.01 * torch.randn(64, 48)
+    yield other
+    p3.save_merged(adapted, None, tmp_path / "merged")
+    yield AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+
+
+@pytest.mark.parametrize("precision", [None, "nf4", "fp8"])
+def test_base_must_be_the_model_that_was_tuned(tmp_path, precision):
+    base = tiny_model(hidden_size=64)
+    model = copy.deepcopy(base)
+    if precision == "nf4":
+        require_four_bit()
+        quantize_base(model, "nf4")
+    elif precision == "fp8":
+        fp8_base(model)
+    p3.inject_lora(model, p3.LoraConfig(r=4, lora_alpha=8))
+    randomize_adapters(model)
+    dense = copy.deepcopy(base)
+    p3.inject_lora(dense, p3.LoraConfig(r=4, lora_alpha=8))
+    randomize_adapters(dense)
+    save_checkpoint(base, tmp_path / "base")
+    p3.save_merged(model, None, tmp_path / "own", base=tmp_path / "base")
+    for i, other in enumerate(other_bases(base, dense, tmp_path)):
+        folder = save_checkpoint(other, tmp_path / f"other{i}")
+        with pytest.raises(p3.ModelError, match="is another model than the one that was tuned"):
+            p3.save_merged(model, None, tmp_path / "new", base=folder)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_merged_model_and_an_export_never_share_a_folder(tmp_path):
+    model = adapted_model()
+    p3.export_peft(model, tmp_path / "peft")
+    with pytest.raises(p3.AdapterError, match=r"holds a PEFT adapter .* use another folder"):
+        p3.save_merged(model, None, tmp_path / "peft")
+    p3.save_merged(model, None, tmp_path / "merged")
+    with pytest.raises(p3.AdapterError, match=r"holds a model .* use another folder"):
+        p3.export_peft(model, tmp_path / "merged")
+    for _ in range(2):  # its own kind is replaced
+        p3.export_peft(model, tmp_path / "peft")
+        p3.save_merged(model, None, tmp_path / "merged")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import ATTENTION_VARIANTS, lively_model, packed_batch, random_documents, randomize_adapters, tiny_model
 from torch import Tensor, nn
 
@@ -130,3 +131,62 @@ def test_varlen_packed_equals_separate_in_loss_and_gradients(changes):
     got, wanted = adapter_gradients(model, loss), adapter_gradients(exact, want)
     for name, gradient in wanted.items():
         assert (got[name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
+# --- Other architectures
+
+SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 3, "eos_token_id": 3,
+         "bos_token_id": 1}  # fmt: skip
+
+
+def other_model(architecture: str, seed: int = 0, **changes) -> nn.Module:
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{architecture}Config")(**SIZES, **changes)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    ],
+)
+def test_the_loss_of_another_architecture_is_its_own_with_scaled_and_capped_logits(architecture, changes):
+    model = other_model(architecture, **changes)
+    batch = packed_batch(ROWS, 16)
+    loss, count = p3.causal_lm_loss(model, batch)
+    assert count == COUNT
+    want = separate_loss(model, DOCUMENTS)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+    p3.inject_lora(model, p3.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    randomize_adapters(model)
+    got = adapter_gradients(model, p3.causal_lm_loss(model, batch)[0])
+    torch.testing.assert_close(got, adapter_gradients(model, separate_loss(model, DOCUMENTS)), rtol=1e-3, atol=1e-3)
+
+
+def test_logits_that_another_architecture_computes_in_another_way_are_refused():
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = output.logits * 0.5
+            return output
+
+    torch.manual_seed(0)
+    model = Odd(transformers.LlamaConfig(**SIZES))
+    with pytest.raises(ModelError, match=r"Odd computes its logits .* in a way that is not known"):
+        p3.causal_lm_loss(model, packed_batch(ROWS, 16))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: nn.ModuleDict({"inner": model})])
+def test_a_wrapper_is_refused_with_the_way_to_the_model_inside(wrap):
+    with pytest.raises(ModelError, match=r"not a causal language model .* model.module"):
+        p3.causal_lm_loss(wrap(tiny_model()), packed_batch(ROWS, 16))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ATTENTION_VARIANTS, lively_model, make_tokenizer, save_checkpoint, tiny_config
+from conftest import ATTENTION_VARIANTS, lively_model, make_tokenizer, randomize_adapters, save_checkpoint, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -207,3 +207,19 @@ def test_loading_a_longrope_model_says_which_lengths_are_trained(tmp_path, caplo
     with caplog.at_level(logging.INFO, "phi3lora"):
         p3.load_model(save_checkpoint(lively_model(**LONGROPE), tmp_path), device="cpu")
     assert "up to 64 tokens" in caplog.text
+
+
+def test_a_model_saved_with_adapters_inside_is_refused_with_a_way_that_keeps_them(checkpoint, tmp_path):
+    config = p3.LoraConfig(r=2, target_modules=["o_proj"])
+    model, tokenizer = p3.load_model(checkpoint, dtype="float32", device="cpu")
+    p3.inject_lora(model, config)
+    randomize_adapters(model)
+    for saved in (tmp_path / "whole", tmp_path / "shards"):
+        model.save_pretrained(saved, max_shard_size="20KB" if saved.name == "shards" else "5GB")
+        tokenizer.save_pretrained(saved)
+        with pytest.raises(ModelError, match=r"tensors of adapters, 'model.layers.0.self_attn.o_proj.lora_A' first"):
+            p3.load_model(saved, dtype="float32", device="cpu")
+    again, _ = p3.load_model(checkpoint, dtype="float32", device="cpu")
+    p3.inject_lora(again, config)
+    again.load_state_dict(load_file(tmp_path / "whole/model.safetensors"), strict=False)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
