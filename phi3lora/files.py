@@ -277,7 +277,7 @@ def _safetensors_header(data: bytes) -> tuple[dict[str, Any], int]:
 
 _METADATA = "metadata.json"
 _MOST_INSTRUCTIONS = 2**24  # bytes; 500 modules have 0.1 MB, and each byte can make a container of 64
-_CONVERT = "of a file that you trust, make one: torch.save(torch.load(path, weights_only=True), path)"
+_CONVERT = "to convert a file that you trust: torch.save(torch.load(path, weights_only=True), path)"
 _ALLOWED = "allowed: dense ones on the CPU, numbers, strings, and dicts, lists and tuples of them"
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}

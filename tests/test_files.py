@@ -298,7 +298,7 @@ def test_the_older_format_is_refused_with_the_way_out(tmp_path, monkeypatch):
     for name in ("a.pt", "a.bin"):
         path = path.rename(tmp_path / name)
         with pytest.raises(
-            ValueError, match=r"no whole zip archive.*; of a file that you trust, make one: torch\.save"
+            ValueError, match=r"no whole zip archive.*; to convert a file that you trust: torch\.save"
         ):
             read_tensors(path)
     torch.save(torch.load(path, weights_only=True), path)
