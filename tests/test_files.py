@@ -297,9 +297,7 @@ def test_the_older_format_is_refused_with_the_way_out(tmp_path, monkeypatch):
     torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
     for name in ("a.pt", "a.bin"):
         path = path.rename(tmp_path / name)
-        with pytest.raises(
-            ValueError, match=r"no whole zip archive.*; to convert a file that you trust: torch\.save"
-        ):
+        with pytest.raises(ValueError, match=r"no whole zip archive.*; to convert a file that you trust: torch\.save"):
             read_tensors(path)
     torch.save(torch.load(path, weights_only=True), path)
     assert torch.equal(read_tensors(path)[0]["a"], torch.arange(3.0))
