@@ -157,7 +157,7 @@ _TRAINING_RULES: dict[str, Rule] = {
     "data_seed": _optional(_SEED),
     "max_length": _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole")),
     "activation_checkpointing": _choice(*_CHECKPOINTING_MODES, None, True, False),
-    "parallel": (lambda value: value is None, "None (one process, one device)"),
+    "parallel": _choice("auto", "ddp", "fsdp", None),
     "log_level": _choice("passive", "detail", "debug", "info", "warning", "error", "critical"),
     "report_to": (
         lambda value: all(name in ("none", "tensorboard", "wandb") for name in value),
@@ -355,8 +355,9 @@ class TrainingConfig(_Config):
     compile: bool | None = None
     """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: on a GPU the
     fused kernels where they can compute the model, else transformers' layers as they are."""
-    parallel: str | None = None
-    """Parallelism; only None, as a run is one process on one device."""
+    parallel: str | None = "auto"
+    """Use of several processes (torchrun): ``"ddp"``, each with the whole base, ``"fsdp"``, the base divided among
+    them, or ``"auto"`` (also None): ``"ddp"``. One process is the same with each."""
     logging_strategy: str = "steps"
     """Times of a log line: ``"no"``, every ``"steps"``, every ``"epoch"``."""
     logging_steps: float = 500

@@ -201,7 +201,7 @@ TRAINING_BOUNDS = {
     "eval_steps": ([*STEPS[0], None], STEPS[1]),
     "lr_scheduler_type": (["linear", "cosine", "constant", "constant_with_warmup"], ["polynomial", "", None, 1]),
     "optim": (OPTIMIZERS, ["paged_adamw", "adafactor", "", None]),
-    "parallel": ([None], ["ddp", True]),
+    "parallel": ([None, "auto", "ddp", "fsdp"], ["tp", True]),
     "report_to": ([["wandb"], ["tensorboard", "wandb"]], ["mlflow", ["wandb", "mlflow"], 5]),
     "resume_from_checkpoint": ([False, True, None, "auto", "runs/checkpoint-5"], [1.5, ["a"]]),
     "activation_checkpointing": (["none", "full"], ["some", 3, ["full"]]),

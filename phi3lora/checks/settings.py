@@ -167,7 +167,9 @@ def estimate_time(planned: PlannedRun, trial: Trial | None) -> Finding:
     text = f"{steps.total:,} steps, {tokens:,.0f} tokens, {flops:.2g} operations"
     if trial is None:
         return ok(f"{text}; time unknown: no step was measured")
-    duration = _format_seconds(trial.seconds * flops / trial.flops)
+    processes = planned.resolved.world.size
+    duration = _format_seconds(trial.seconds * flops / trial.flops / processes)
+    text += f" in {processes} processes" if processes > 1 else ""
     return ok(f"about {duration} for {text}, at the speed of one step of {trial.tokens:,} tokens")
 
 

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from ..data.batches import PackedRow, collate
 from ..lora.inject import lora_layers
 from ..lora.layers import Embedding, MergedLinear
-from ..model.activations import activation_checkpointing
-from ..model.backend import PLAIN, use_backend
+from ..model.backend import PLAIN
 from ..model.estimate import flops_per_token, mean_context_tokens
-from ..model.forward import train_mode
 from ..model.load import model_device
+from ..training.setup import prepared
 from ..training.step import OptimizerStep, resolve_precision
 from .planned_run import PlannedRun
 from .report import Finding, error, first_of, ok, warning
@@ -81,13 +80,13 @@ def run_trial(planned: PlannedRun) -> Trial:
     unmoved: list[list[str]] = []
     seconds = math.inf
     precision = resolve_precision(planned.config, model, model_device(model))  # with its own gradient scaler
-    with _copied_adapters(model) as trained, train_mode(model), torch.enable_grad():
+    with _copied_adapters(model) as trained, torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
         step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm)
         resolved = planned.resolved.backend
         backend = PLAIN if resolved.kind == "compiled" else resolved  # compiling takes longer than two steps
         before = {name: part.detach().clone() for name, part, _ in _adapter_parts(model)}
-        with activation_checkpointing(model, planned.checkpointing), use_backend(model, backend):
+        with prepared(model, planned.checkpointing, backend):
             for _ in range(_MAX_ATTEMPTS):
                 started = time.perf_counter()
                 outcome = step([batch], _LEARNING_RATE)

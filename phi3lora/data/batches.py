@@ -11,6 +11,9 @@ The rows depend on the documents' lengths, the seed, the epoch and the packing s
 accumulation or the number of processes. So does their order, except that a longrope ``boundary`` interleaves whole
 micro-batches. The steps depend on the data and the configuration alone, so a run can continue from any :class:`Cursor`.
 
+A step has ``gradient_accumulation_steps`` micro-batches for each process. The step comes first, its division among the
+processes second: 2 processes that accumulate 4 micro-batches take the steps of 1 process that accumulates 8.
+
 The row [a a a b b .] in the tensors of a batch (B = 1, S = 6):
 
     input_ids     a a a b b pad
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import heapq
 import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -46,6 +50,9 @@ MicroBatch = list[PackedRow]  # the rows of one forward pass
 
 _PACKED_TOGETHER = 2048  # documents: enough to fill rows, few enough that the order stays random
 _STEPS_AHEAD = 2
+_ATTENTION_SHARE = (
+    1 / 40_000
+)  # work of a pair of tokens in attention, by that of a token elsewhere: 1 / 12 hidden sizes
 
 
 def batches(
@@ -203,6 +210,48 @@ class BatchPlan:
             rows += [tuple(int(together[i]) for i in row) for row in packed]
         return rows
 
+    @cached_property
+    def supervised_tokens(self) -> np.ndarray:
+        """Supervised tokens of each document, int64 (documents,)."""
+        return self.dataset.supervised_tokens
+
+    def dealt(self, micro_batches: list[MicroBatch], processes: int) -> list[list[MicroBatch]]:
+        """Return each process's micro-batches of a step, balanced by tokens and by attention's squares of lengths.
+
+        Places go round (process 0 has places 0, P, 2 P, ...) and keep their numbers of rows. Rows of the same kind
+        (see ``boundary``) fill the places, the costliest row first, each where there is least work so far:
+
+            2 processes, places of 2 rows, work  [9 8] [3 2]  ->  process 0: [9 2], process 1: [8 3]
+        """
+        if processes == 1:
+            return [micro_batches]
+        lengths, boundary = self.dataset.lengths, math.inf if self.boundary is None else self.boundary
+
+        def work_of(row: PackedRow) -> float:
+            each = lengths[list(row)].astype(np.float64)
+            return float((each + _ATTENTION_SHARE * each**2).sum())
+
+        work, filled = [0.0] * processes, [MicroBatch() for _ in micro_batches]
+        is_long = [bool(micro and lengths[micro[0][0]] > boundary) for micro in micro_batches]
+        for kind in (False, True):
+            places = [i for i, its_kind in enumerate(is_long) if its_kind is kind]
+            free: dict[int, list[int]] = {}
+            for i in places:
+                free.setdefault(i % processes, []).append(i)
+            by_work = sorted(((work_of(row), row) for i in places for row in micro_batches[i]), key=lambda x: -x[0])
+            least = [(work[process], process) for process in free]
+            heapq.heapify(least)
+            for amount, row in by_work:
+                _, process = heapq.heappop(least)
+                place = free[process][0]
+                filled[place].append(row)
+                work[process] += amount
+                if len(filled[place]) == len(micro_batches[place]):
+                    free[process].pop(0)
+                if free[process]:
+                    heapq.heappush(least, (work[process], process))
+        return [filled[process::processes] for process in range(processes)]
+
     def tensors(self, micro: MicroBatch) -> dict[str, Any]:
         """Return the batch of these rows: ``max_length`` tokens wide when packing, else as its longest document is."""
         if self.fixed_shape:
@@ -229,8 +278,10 @@ class Step:
     """The micro-batches of one optimizer step, and the cursor after it."""
 
     plan: BatchPlan  # makes their tensors
-    micro_batches: list[MicroBatch]
-    tokens: int  # padding not counted
+    micro_batches: list[MicroBatch]  # of all processes
+    share: list[MicroBatch]  # of this process; in the last step of an epoch possibly fewer, or none
+    tokens: int  # of all processes, padding not counted
+    supervised_tokens: int  # of all processes
     ends_epoch: bool  # or a stream's window
     epoch_progress: float  # epochs done after this step, with fraction
     next_cursor: Cursor
@@ -241,17 +292,20 @@ class StepSchedule:
     """The optimizer steps of a run. A stream's window is treated as an epoch.
 
     ``plan`` belongs to the dataset, or to a stream's first window. ``check_window`` raises if a later window does not
-    fit the model.
+    fit the model. ``process`` of ``processes`` takes its share of every step.
     """
 
     plan: BatchPlan
     config: TrainingConfig
     dataset: ChatDataset | ChatStream
     check_window: Callable[[ChatDataset], None] = lambda window: None
+    process: int = 0
+    processes: int = 1
 
     def steps_of_epoch(self, epoch: int, plan: BatchPlan | None = None) -> list[list[MicroBatch]]:
         """Return the micro-batches of each step. The last step of an epoch may have fewer."""
-        micro, count = (plan or self.plan).micro_batches(epoch), self.config.gradient_accumulation_steps
+        micro = (plan or self.plan).micro_batches(epoch)
+        count = self.config.gradient_accumulation_steps * self.processes
         return [micro[i : i + count] for i in range(0, len(micro), count)]
 
     @cached_property
@@ -297,13 +351,17 @@ class StepSchedule:
                         raise CheckpointError(f"{what}; set resume_with_changes=True to continue anyway")
                     logger.warning("%s", what)
                 plan, lengths = dataclasses.replace(self.plan, dataset=window), window.lengths
+                supervised = plan.supervised_tokens
                 steps = self.steps_of_epoch(epoch, plan)
                 for i in range(first, min(len(steps), first + left)):
                     ends_epoch = i + 1 == len(steps)
+                    documents = [d for micro in steps[i] for row in micro for d in row]
                     yield Step(
                         plan=plan,
                         micro_batches=steps[i],
-                        tokens=int(sum(lengths[d] for micro in steps[i] for row in micro for d in row)),
+                        share=plan.dealt(steps[i], self.processes)[self.process],
+                        tokens=int(lengths[documents].sum()),
+                        supervised_tokens=int(supervised[documents].sum()),
                         ends_epoch=ends_epoch,
                         epoch_progress=epoch + (i + 1) / len(steps),
                         next_cursor=Cursor(epoch + 1) if ends_epoch else Cursor(epoch, i + 1, fingerprint),
@@ -316,7 +374,7 @@ class StepSchedule:
     def batches(
         self, steps_done: int, cursor: Cursor, device: torch.device, wanted: Callable[[], bool] = lambda: True
     ) -> Generator[tuple[Step, list[dict[str, Any]]]]:
-        """Yield each step of :meth:`steps` with the tensors of its micro-batches, two steps prefetched.
+        """Yield each step of :meth:`steps` with the tensors of this process's share, two steps prefetched.
 
         The tensors are on the CPU, pinned for a CUDA ``device``. Close the generator (``contextlib.closing``) when
         leaving early; see :func:`phi3lora.data.prefetch.prefetched`.
@@ -324,7 +382,7 @@ class StepSchedule:
 
         def make(wanted: Callable[[], bool]) -> Iterator[tuple[Step, list[dict[str, Any]]]]:
             for step in self.steps(steps_done, cursor, wanted):
-                yield step, [pinned(step.plan.tensors(micro), device) for micro in step.micro_batches]
+                yield step, [pinned(step.plan.tensors(micro), device) for micro in step.share]
 
         return prefetched(make, _STEPS_AHEAD, wanted)
 

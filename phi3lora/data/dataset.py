@@ -244,6 +244,13 @@ class ChatDataset:
         return np.diff(self._starts)[self._index]
 
     @property
+    def supervised_tokens(self) -> np.ndarray:
+        """Trained tokens of each document, its first token never among them, int64 (documents,)."""
+        is_trained = self._labels != IGNORE_INDEX
+        is_trained[self._starts[:-1]] = False  # nothing precedes it to predict it from
+        return np.add.reduceat(is_trained, self._starts[:-1], dtype=np.int64)[self._index]
+
+    @property
     def truncated(self) -> np.ndarray:
         """Mask of the documents that were cut at ``max_length``, bool (documents,)."""
         return self._truncated[self._index]

@@ -49,6 +49,7 @@ def evaluate(
     tokenizer: Any = None,
     max_samples: int | None = 100,
     max_new_tokens: int = 256,
+    world: Any = None,
 ) -> dict[str, float]:
     """Return the mean loss over the dataset's supervised tokens; with ``rouge``, also score the model's own answers.
 
@@ -64,6 +65,7 @@ def evaluate(
         tokenizer: the dataset's, for ``rouge``.
         max_samples: the number of chats to answer, from the first; None: all.
         max_new_tokens: the longest answer, in tokens.
+        world: the processes that evaluate together, from ``train``; None: this process alone, whatever started it.
 
     Returns:
         ``loss`` (nats per token, the mean over all supervised tokens), ``perplexity`` (its exponential),
@@ -91,18 +93,21 @@ def evaluate(
             raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
     model = unwrap(model)
     require_causal_lm(model)
-    loss_sum, correct, count = 0.0, 0, 0
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "packing": packing}
+    sums = [0.0, 0.0, 0.0]  # of losses, right tokens, supervised tokens
+    share = _batches(model, dataset, settings)
+    if world is not None:
+        share = itertools.islice(share, world.rank, None, world.size)
     with eval_mode(model), use_backend(model, None if fused else PLAIN) as backend:
-        for batch in _batches(model, dataset, settings):
+        for batch in share:
             hidden, labels = supervised_hidden_states(model, batch, backend)
             losses, right = token_losses(hidden, output_head(model), labels)
-            loss_sum += losses.double().sum().item()
-            correct += int(right.sum())
-            count += labels.numel()
+            for i, value in enumerate((losses.double().sum().item(), right.sum().item(), labels.numel())):
+                sums[i] += value
+    loss_sum, correct, count = sums if world is None else world.sum(sums)
     loss = loss_sum / count
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    metrics = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": count}
+    metrics = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": int(count)}
     if rouge:
         samples = dataset.first_window
         answers = sample_answers(

@@ -47,7 +47,8 @@ def load_model(
     Args:
         name_or_path: a hub name (``"microsoft/Phi-3-mini-4k-instruct"``) or a local folder.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"``, the torch dtype, or ``"auto"`` (the checkpoint's own).
-        device: the model's device; None: the GPU if there is one, else the CPU.
+        device: the model's device; None: the GPU if there is one, else the CPU. Under torchrun each process has the GPU
+            of its ``LOCAL_RANK``.
         base_precision: None: the frozen weights stay in ``dtype``; ``"nf4"``: 4 bits and a quarter of the memory,
             quantised one by one as they are read, on any device (QLoRA); ``"fp8"``: e4m3 with a scale for each row,
             faster on GPUs that multiply it (Hopper, Ada and later); on other devices a warning says that the weights
@@ -149,7 +150,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 def _available_device(device: Any) -> torch.device:
     """Return ``device``, or the default one, after putting an empty tensor there."""
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _own_gpu() if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
@@ -157,6 +158,20 @@ def _available_device(device: Any) -> torch.device:
             f"load_model: device={short_repr(device)}: {error_line(error)}; allowed: an available device of torch's, "
             f"such as 'cpu' or 'cuda'"
         ) from error
+
+
+def _own_gpu() -> str:
+    """Return the GPU of this process, and make it torch's current one: under torchrun that of its ``LOCAL_RANK``."""
+    rank, gpus = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if not rank.isdecimal() or gpus == 1:  # one: the launcher shows each process its own
+        return "cuda"
+    if int(rank) >= gpus:
+        raise ModelError(
+            f"load_model: LOCAL_RANK={rank}, but there are {gpus} GPUs, one for each process; start at most "
+            f"{gpus} processes here (torchrun --nproc-per-node {gpus})"
+        )
+    torch.cuda.set_device(int(rank))
+    return f"cuda:{rank}"
 
 
 def _read_config(name: str, revision: str | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,11 @@ _MAY_CHANGE = frozenset(
     activation_checkpointing compile continue_on_save_error disable_tqdm early_stopping_patience
     early_stopping_threshold eval_on_start eval_steps eval_strategy gradient_checkpointing load_best_model_at_end
     log_level logging_first_step logging_steps logging_strategy max_nonfinite_steps max_steps num_train_epochs
-    output_dir overwrite_output_dir per_device_eval_batch_size report_to resume_from_checkpoint resume_with_changes
-    run_name save_steps save_strategy save_total_limit
+    output_dir overwrite_output_dir parallel per_device_eval_batch_size report_to resume_from_checkpoint
+    resume_with_changes run_name save_steps save_strategy save_total_limit
     """.split()
 )
+_COMPARED_APART = ("optim", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -140,6 +142,10 @@ class Resumable:
     """What the run's metrics belong to: the metric, the evaluation data (None: not evaluated), the base."""
     rank: int = 0
     """Number of this process; each has its own random generators."""
+    processes: int = 1
+    """Number of processes of the run."""
+    generators: Sequence[dict[str, Any]] = ()
+    """:func:`rng_state` of every process, by rank, to save; empty: of this one, the only one."""
     lines: HistoryFile | None = None
     """``metrics.jsonl``, which checkpoints share."""
 
@@ -179,6 +185,7 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
         "data": run.data,
         "base_dtype": run.base_dtype,
         "base_sample": run.measured["base"],
+        "processes": run.processes,
         "versions": _versions(),
     }
     assert run.lines is not None
@@ -192,7 +199,8 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
     rates = [group["lr"] for group in run.optimizer.param_groups]
     scheduler = {"last_step": state.global_step, "learning_rates": rates, "scaler": run.scaler.state_dict()}
     torch.save(scheduler, folder / "scheduler.pt")
-    torch.save(rng_state(), folder / f"rng_state_{run.rank}.pth")
+    for rank, generators in enumerate(run.generators or [rng_state()]):
+        torch.save(generators, folder / f"rng_state_{rank}.pth")
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != HISTORY}
     _write_json(folder / _MANIFEST, {"format": 1, "sha256": files})
 
@@ -291,7 +299,8 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
             state.history = _read_history(path, about)
         optimizer = read_pickled(path / "optimizer.pt")
         scheduler = read_pickled(path / "scheduler.pt")
-        generators = read_pickled(path / f"rng_state_{run.rank}.pth")
+        is_new = run.rank >= about.get("processes", 1)  # it keeps its seed
+        generators = rng_state() if is_new else read_pickled(path / f"rng_state_{run.rank}.pth")
         convert_optimizer_state(optimizer, run.optimizer)
         check_optimizer_state(optimizer, run.optimizer)
         run.optimizer.load_state_dict(optimizer)
@@ -344,8 +353,15 @@ def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
     changes = [
         f"{name} {short_repr(about['config'].get(name))} then, {value!r} now"
         for name, value in run.config.to_dict().items()
-        if name not in _MAY_CHANGE and name != "optim" and about["config"].get(name) != value
+        if name not in (*_MAY_CHANGE, *_COMPARED_APART) and about["config"].get(name) != value
     ]
+    accumulated, processes = about["config"].get("gradient_accumulation_steps"), about.get("processes", 1)
+    if accumulated * processes != run.config.gradient_accumulation_steps * run.processes:
+        of = ["" if processes == run.processes else f" in each of {n} processes" for n in (processes, run.processes)]
+        changes.append(
+            f"gradient_accumulation_steps {short_repr(accumulated)}{of[0]} then, "
+            f"{run.config.gradient_accumulation_steps}{of[1]} now"
+        )
     changes += [
         f"{name} of the data {short_repr(about['data'].get(name))} then, {value!r} now"
         for name, value in run.data.items()

@@ -36,7 +36,7 @@ class Reporter:
         config: the run's settings.
         state: the run's state; log lines are appended to its history.
         flops_per_token: floating-point operations of one token, for ``mfu`` (model FLOPs utilisation).
-        is_main: whether this process prints and shows a bar.
+        is_main: whether this process prints, shows a bar and writes; the others only keep the history.
     """
 
     def __init__(
@@ -46,14 +46,16 @@ class Reporter:
         self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
         self.warns = is_main and config.log_level not in ("error", "critical")
         self._hide_bar = not is_main or bool(config.disable_tqdm)
+        self.is_main = is_main
         self.lines = HistoryFile(Path(config.output_dir) / "metrics.jsonl", state)
         self._trackers: list[Tracker] = []
         self._bar: Any = None
         self.restart_clock()
 
     def __enter__(self) -> Reporter:
-        self.lines.start()
-        self._trackers = open_trackers(self.config)
+        if self.is_main:
+            self.lines.start()
+            self._trackers = open_trackers(self.config)
         total, done = self.state.total_steps, self.state.global_step
         self._bar = tqdm(total=total, initial=done, disable=self._hide_bar, unit="step", dynamic_ncols=True)
         return self

@@ -35,10 +35,7 @@ from ..data.dataset import ChatDataset, ChatStream
 from ..errors import CheckpointError, TrainingError
 from ..inference.evaluation import evaluate
 from ..lora.wrappers import unwrap
-from ..model.activations import activation_checkpointing
-from ..model.backend import use_backend
 from ..model.estimate import flops_per_token, mean_context_tokens
-from ..model.forward import train_mode
 from ..model.load import model_device
 from .best import BestModel, adopt_best, measured_on
 from .checkpoint import (
@@ -46,13 +43,14 @@ from .checkpoint import (
     TrainingState,
     find_checkpoint,
     load_checkpoint,
+    rng_state,
     save_checkpoint,
 )
-from .distributed import Interrupts, World
+from .distributed import Interrupts, World, digest, joined
 from .logging import DeferredMetrics, Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
 from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
-from .setup import banner_facts, check_run, explain_out_of_memory, resolve, usual_torch
+from .setup import banner_facts, check_run, explain_out_of_memory, prepared, resolve, usual_torch
 from .step import OptimizerStep, StepOutcome
 
 logger = logging.getLogger("phi3lora")
@@ -61,7 +59,8 @@ logger = logging.getLogger("phi3lora")
 class Callback:
     """Hooks into a run; override those you need. ``train(..., callbacks=[...])`` accepts any object with some of them.
 
-    Set ``state.should_stop = True`` in a hook to end the run after the step.
+    Set ``state.should_stop = True`` in a hook to end the run after the step. Of several processes (torchrun) each
+    calls its own callbacks, and the run ends for all as soon as one asks for it.
     """
 
     def on_train_begin(self, state: TrainingState) -> None:
@@ -112,6 +111,9 @@ def train(
 ) -> TrainingResult:
     """Train the adapters of ``model`` in place.
 
+    Under torchrun every process calls this with the same arguments, each on its own device. The processes share the
+    steps, end with the same adapters and return the same result.
+
     Args:
         model: a Phi-3 causal LM after ``inject_lora``, on the device to train on.
         train_dataset: tokenised documents, or a stream of them (which needs ``max_steps``).
@@ -125,8 +127,8 @@ def train(
         ones with ``load_best_model_at_end``.
 
     Raises:
-        TrainingError: no adapters, other trainable parameters, a loss that stays NaN or infinite, a GPU out of memory,
-            one of several processes (torchrun).
+        TrainingError: no adapters, other trainable parameters, a loss that stays NaN or infinite, a GPU out of memory;
+            processes that differ, or one that has ended.
         DataError: an empty dataset, documents that do not fit.
         CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
             a checkpoint belongs to another run or cannot be written.
@@ -136,14 +138,13 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(usual_torch())
         check_run(model, train_dataset, eval_dataset, config)
-        output = stack.enter_context(locked(config.output_dir))
-        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, output)
+        world = stack.enter_context(joined(model_device(model)))
+        output = world.on_main(lambda: stack.enter_context(locked(config.output_dir)))
+        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, output, world)
         state, resolved, report = run.state, run.resolved, run.report
         stack.enter_context(run.interrupts)
         stack.enter_context(explain_out_of_memory(config, resolved))
-        stack.enter_context(train_mode(model))
-        stack.enter_context(activation_checkpointing(model, resolved.checkpointing))
-        stack.enter_context(use_backend(model, resolved.backend))
+        stack.enter_context(prepared(model, resolved.checkpointing, resolved.backend))
         report.banner(banner_facts(model, config, resolved, state, eval_dataset))
         if report.warns:
             planned = PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, resolved=resolved)
@@ -152,11 +153,13 @@ def train(
         run.call_hooks("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
+        run.agree_to_stop()
         batches = stack.enter_context(closing(run.batches()))
         started = time.perf_counter()
         for step, micro_batches in batches:
             rate = learning_rate(config, state.global_step, state.total_steps)
-            outcome = run.optimizer_step(micro_batches, rate)
+            world.step = state.global_step + 1
+            outcome = run.optimizer_step(micro_batches, rate, step.supervised_tokens)
             run.advance(step, outcome, rate)
             run.log_ready()
             state.train_seconds += time.perf_counter() - started
@@ -166,21 +169,14 @@ def train(
                 run.save()
             report.advance()
             run.call_hooks("on_step_end")
-            if run.interrupts.requested or state.should_stop:
+            if run.agree_to_stop():
                 break
             started = time.perf_counter()
         run.finish()
-        if output.is_held():
+        if output is not None and output.is_held():
             draw_loss(state.history, output.folder / "loss.png")
-    best = run.best_checkpoint()
-    return TrainingResult(
-        global_step=state.global_step,
-        metrics=run.metrics(),
-        history=list(state.history),
-        best_checkpoint=str(best) if best else None,
-        interrupted=run.interrupts.requested,
-        interrupted_by=run.interrupts.signal,
-    )
+        run.agree_to_stop()
+        return world.from_main(run.result)
 
 
 def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) -> bool:
@@ -225,34 +221,51 @@ class _Run:
         eval_dataset: ChatDataset | None,
         tokenizer: Any,
         callbacks: Sequence[Any],
-        output: OutputFolder,
+        output: OutputFolder | None,
+        world: World,
     ) -> None:
-        """Build the parts, and restore them from a checkpoint if the config says so."""
+        """Build the parts, and restore them from a checkpoint if the config says so. Rank 0 has the output folder."""
         self.model, self.config, self.eval_dataset = model, config, eval_dataset
-        self.tokenizer, self.callbacks, self.output = tokenizer, callbacks, output
+        self.tokenizer, self.callbacks, self.output, self.world = tokenizer, callbacks, output, world
         self.interrupts, self.pending = Interrupts(), DeferredMetrics[_StepRecord]()
-        check_output_dir(config)
-        resumed_from = find_checkpoint(config)
-        world = World()
-        torch.manual_seed(config.seed)
-        self.resolved = resolve(model, train_dataset, config)
+        self.stopped_by: int | None = None
+        world.on_main(lambda: check_output_dir(config))
+        resumed_from = world.from_main(lambda: find_checkpoint(config))
+        torch.manual_seed(config.seed + world.rank)  # each process drops out other entries
+        self.resolved = resolve(model, train_dataset, config, world)
         steps, precision = self.resolved.steps, self.resolved.precision
         optimizer = build_optimizer(model, config)
         self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)
         facts = steps.data_facts(), measured_on(config, eval_dataset, model)
-        self.resumable = Resumable(model, optimizer, precision.scaler, config, *facts, world.rank)
+        self.resumable = Resumable(model, optimizer, precision.scaler, config, *facts, world.rank, world.size)
+        self._require_one_run()
         self.state = load_checkpoint(resumed_from, self.resumable) if resumed_from else TrainingState()
-        claim_output_dir(config, resuming=resumed_from is not None)
-        set_aside_newer(config.output_dir, self.state.global_step)
+        world.on_main(lambda: claim_output_dir(config, resuming=resumed_from is not None))
+        world.on_main(lambda: set_aside_newer(config.output_dir, self.state.global_step))
         self.state.total_steps = steps.total
         self.best = BestModel(config, self.state)
         context_tokens = mean_context_tokens(train_dataset.first_window.lengths)
-        self.report = Reporter(config, self.state, flops_per_token(model, context_tokens), world.is_main)
+        flops = flops_per_token(model, context_tokens) / world.size
+        self.report = Reporter(config, self.state, flops, world.is_main)
         self.resumable.lines = self.report.lines
         self.saved_at = self.state.global_step if resumed_from else -1
         self.evaluated_at, self.last_eval = -1, dict[str, float]()
         if resumed_from:
             self._recall_evaluations(resumed_from)
+
+    def _require_one_run(self) -> None:
+        """Refuse processes that would train different runs, and give all the adapters of rank 0."""
+        of_process = ("disable_tqdm", "log_level", "report_to", "run_name")
+        facts = {name: value for name, value in self.config.to_dict().items() if name not in of_process}
+        facts |= {f"{name} of the data": value for name, value in self.resumable.data.items()}
+        facts |= {f"{name} of the evaluations": value for name, value in self.resumable.measured.items()}
+        facts["precision"], facts["device"] = self.resolved.precision.name, model_device(self.model).type
+        facts["trainable parameters"] = [(name, tuple(p.shape)) for name, p in self._trained().items()]
+        self.world.require_equal(facts, "the processes do not train the same run")
+        self.world.copy_from_main_(list(self._trained().values()))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _recall_evaluations(self, resumed_from: Path) -> None:
         """Restore the last evaluation and the best checkpoint, unless they were measured on something else."""
@@ -264,7 +277,9 @@ class _Run:
                 self.evaluated_at = line.get("step", -1)
                 values = {name: value for name, value in line.items() if name.startswith("eval_")}
                 self.last_eval = {name: math.nan if value is None else value for name, value in values.items()}
-        adopt_best(resumed_from, self.config.output_dir, state)
+        self.world.on_main(lambda: adopt_best(resumed_from, self.config.output_dir, state))
+        best = self.world.from_main(lambda: (state.best_checkpoint, state.best_checkpoint_metric))
+        state.best_checkpoint, state.best_checkpoint_metric = best
         if self.best.is_out_of_patience:
             self.report.print(
                 f"early stopping ended this run at step {state.global_step}; a larger early_stopping_patience than "
@@ -279,9 +294,17 @@ class _Run:
             return
         cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
         device = model_device(self.model)
-        yield from self.resolved.steps.batches(
-            state.global_step, cursor, device, wanted=lambda: not self.interrupts.requested
-        )
+        yield from self.resolved.steps.batches(state.global_step, cursor, device, self._is_wanted)
+
+    def _is_wanted(self) -> bool:
+        """Return whether to go on waiting for data. Of several processes none leaves alone: they agree after a step."""
+        return self.world.size > 1 or not self.interrupts.requested
+
+    def agree_to_stop(self) -> bool:
+        """Return whether the run ends here: on every rank, if a signal or a callback says so on one."""
+        numbers = self.world.largest([self.interrupts.signal or 0, self.state.should_stop])
+        self.stopped_by, self.state.should_stop = int(numbers[0]) or None, bool(numbers[1])
+        return self.stopped_by is not None or self.state.should_stop
 
     def call_hooks(self, hook: str, *details: Any) -> None:
         """Call a hook of every callback. Ctrl-C inside one is a request to stop, as it is elsewhere."""
@@ -360,7 +383,9 @@ class _Run:
         config, state = self.config, self.state
         self.log_ready(wait=True)
         with self.resolved.precision.autocast():
-            found = evaluate(self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size)
+            found = evaluate(
+                self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size, world=self.world
+            )
         self.evaluated_at, self.last_eval = state.global_step, {f"eval_{name}": x for name, x in found.items()}
         self.report.log({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})
         state.measured = self.resumable.measured
@@ -392,12 +417,13 @@ class _Run:
                 f"checkpoint-{state.global_step}",
                 self.best.metric(self.last_eval),
             )
-        path = None
+        self._require_one_adapter()
+        path, self.resumable.generators = None, self.world.gather(rng_state())
         try:
-            self.output.keep()
-            path = save_checkpoint(self.resumable, state)
+            path = self.world.from_main(self._write_checkpoint)
             self.saved_at = state.global_step
-            rotate(self.config.output_dir, self.config.save_total_limit, state.best_checkpoint, path)
+            limits = self.config.save_total_limit, state.best_checkpoint, path
+            self.world.on_main(lambda: rotate(self.config.output_dir, *limits))
         except CheckpointError as error:
             if path is None:
                 state.best_checkpoint, state.best_checkpoint_metric = previous_best
@@ -409,11 +435,23 @@ class _Run:
         self.call_hooks("on_save", path)
         self.report.restart_clock()
 
+    def _write_checkpoint(self) -> Path:
+        assert self.output is not None
+        self.output.keep()
+        return save_checkpoint(self.resumable, self.state)
+
+    def _require_one_adapter(self) -> None:
+        """Refuse to save adapters that have come apart: a process would go on from what it had not trained."""
+        if self.world.size > 1:
+            facts = {"SHA-256 of the adapters": digest(self._trained())}
+            self.world.require_equal(facts, f"the adapters are no longer the same at step {self.state.global_step}")
+
     def finish(self) -> None:
         """Log, evaluate and save the last step, and load the best adapters if the config says so."""
         config, state = self.config, self.state
         self.log_ready(wait=True)
-        complete = not self.interrupts.requested
+        self.agree_to_stop()
+        complete = self.stopped_by is None
         unsaved = self.saved_at != state.global_step
         if complete and config.eval_strategy != "no" and self.evaluated_at != state.global_step:
             self.evaluate()
@@ -424,9 +462,10 @@ class _Run:
         if complete and config.load_best_model_at_end:
             if best is None:
                 self.report.print("no checkpoint has a finite metric: the adapters are those of the last step")
-            elif best.is_dir():
+            elif self.world.from_main(best.is_dir):
                 path = best / "lora.safetensors"
-                load_adapter_state(self.model, read_adapter(path)[0], str(path))
+                self.world.on_main(lambda: load_adapter_state(self.model, read_adapter(path)[0], str(path)))
+                self.world.copy_from_main_(list(self._trained().values()))
                 metric = f"{config.metric_for_best_model or 'loss'} {state.best_checkpoint_metric:.4g}"
                 self.report.print(f"loaded the adapters of {state.best_checkpoint} (best {metric})")
             else:
@@ -437,6 +476,18 @@ class _Run:
         """Return the best checkpoint's folder."""
         best = self.state.best_checkpoint
         return None if best is None else Path(self.config.output_dir) / best
+
+    def result(self) -> TrainingResult:
+        """Return what ``train`` returns."""
+        best = self.best_checkpoint()
+        return TrainingResult(
+            global_step=self.state.global_step,
+            metrics=self.metrics(),
+            history=list(self.state.history),
+            best_checkpoint=str(best) if best else None,
+            interrupted=self.stopped_by is not None,
+            interrupted_by=self.stopped_by,
+        )
 
     def metrics(self) -> dict[str, float]:
         """Return ``TrainingResult.metrics``."""

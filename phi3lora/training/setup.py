@@ -19,14 +19,15 @@ from ..errors import TrainingError
 from ..inference.evaluation import METRICS, check_documents
 from ..lora.base_weight import base_format, count_parameters
 from ..lora.inject import lora_layers
+from ..model.activations import activation_checkpointing
 from ..model.attention import use_packed_attention
-from ..model.backend import Backend, choose_backend
+from ..model.backend import Backend, choose_backend, use_backend
 from ..model.estimate import MemoryPlan, plan_memory
-from ..model.forward import require_causal_lm
+from ..model.forward import require_causal_lm, train_mode
 from ..model.load import longrope_boundary, longrope_note, model_device
 from .best import metric_name
 from .checkpoint import TrainingState
-from .distributed import require_one_process
+from .distributed import World
 from .logging import check_trackers
 from .optim import optimizer_bytes, warmup_steps
 from .step import Precision, resolve_precision
@@ -49,7 +50,11 @@ def check_run(
         TrainingError: the model, the settings or the environment.
         DataError: the datasets.
     """
-    require_one_process()
+    if config.parallel == "fsdp":
+        raise TrainingError(
+            "parallel='fsdp' is not supported yet; allowed: 'ddp', 'auto'. "
+            "load_model(..., base_precision='nf4') makes a base smaller"
+        )
     layers = lora_layers(model)
     if not layers:
         raise TrainingError("the model has no adapters to train; call inject_lora(model, LoraConfig(...)) first")
@@ -106,15 +111,31 @@ class Resolved:
     """Predicted peak memory by activation checkpointing mode."""
     checkpointing: str
     """Activation checkpointing mode, ``"auto"`` resolved."""
+    world: World
+    """The processes that train together."""
 
 
-def resolve(model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig) -> Resolved:
-    """Resolve every setting that the config leaves open."""
+def resolve(
+    model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, world: World | None = None
+) -> Resolved:
+    """Resolve every setting that the config leaves open; without a ``world``, for the one that torchrun describes."""
+    world = world or World.current()
     precision = resolve_precision(config, model, model_device(model))
     backend = resolve_backend(model, config, precision)
-    steps = resolve_plans(model, train_dataset, config, backend)
+    steps = resolve_plans(model, train_dataset, config, backend, world)
     memory = plan_step_memory(model, train_dataset, config, backend, precision)
-    return Resolved(precision, backend, steps, memory, checkpointing_mode(config, memory, backend))
+    return Resolved(precision, backend, steps, memory, checkpointing_mode(config, memory, backend), world)
+
+
+@contextmanager
+def prepared(model: nn.Module, checkpointing: str, backend: Backend) -> Iterator[None]:
+    """Prepare a model to train for the block. This is the one place that fixes the order.
+
+    The user has quantised the base and injected the adapters before. Here the layers are told what to recompute, and
+    then how to compute: the fused and the compiled layers read the switches of the first.
+    """
+    with train_mode(model), activation_checkpointing(model, checkpointing), use_backend(model, backend):
+        yield
 
 
 def resolve_backend(model: nn.Module, config: TrainingConfig, precision: Precision) -> Backend:
@@ -151,9 +172,14 @@ def checkpointing_mode(config: TrainingConfig, memory: MemoryPlan, backend: Back
 
 
 def resolve_plans(
-    model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, backend: Backend
+    model: nn.Module,
+    train_dataset: ChatDataset | ChatStream,
+    config: TrainingConfig,
+    backend: Backend,
+    world: World | None = None,
 ) -> StepSchedule:
-    """Return the order of documents, rows, batches and steps."""
+    """Return the order of documents, rows, batches and steps, and the share of one process among several."""
+    world = world or World()
     plan = BatchPlan(
         train_dataset.first_window,
         batch_size=config.per_device_train_batch_size,
@@ -164,7 +190,7 @@ def resolve_plans(
         fixed_shape=config.packing and backend.kind == "compiled",
     )
     check = partial(check_documents, model, name="train_dataset", row_length=config.max_length)
-    return StepSchedule(plan, config, train_dataset, check)
+    return StepSchedule(plan, config, train_dataset, check, world.rank, world.size)
 
 
 def banner_facts(
@@ -177,6 +203,8 @@ def banner_facts(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = base_format(model)
     rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
+    if resolved.world.size > 1:
+        rows += f" in each of {resolved.world.size} processes"
     width = f"packed to {steps.plan.max_length} tokens" if steps.plan.packing else "one document each, padded"
     warmup = warmup_steps(config, steps.total) if config.lr_scheduler_type != "constant" else 0
     lora_plus = "" if config.lora_plus_lr_ratio is None else f" (LoRA+: B times {config.lora_plus_lr_ratio:g})"
@@ -228,7 +256,9 @@ def explain_out_of_memory(config: TrainingConfig, resolved: Resolved) -> Iterato
     try:
         yield
     except torch.OutOfMemoryError as error:
-        request = str(error).partition("\n")[0]
+        world = resolved.world
+        request = f"rank {world.rank} of {world.size}: " if world.size > 1 else ""
+        request += str(error).partition("\n")[0]
         mode, rows = resolved.checkpointing, config.per_device_train_batch_size
         ways = []
         if mode in ("none", "selective"):

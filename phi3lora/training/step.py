@@ -2,8 +2,11 @@
 
     gradient = sum over micro-batches of grad(sum of token losses) / supervised tokens of all micro-batches on all ranks
 
-so 1 micro-batch of 8 rows and 8 micro-batches of 1 row give the same update to rounding. The mean of the micro-batches'
-means would not: https://unsloth.ai/blog/gradient.
+so 1 micro-batch of 8 rows and 8 micro-batches of 1 row give the same update to rounding, and so do 8 processes with a
+row each. The mean of the micro-batches' means would not: https://unsloth.ai/blog/gradient. The count is known before
+the step. Several processes add up their gradients and loss once, after the last micro-batch, in one float32 buffer:
+
+    [gradient of parameter 0 | gradient of parameter 1 | ... | sum of losses]
 
 A step whose loss or gradient is not finite changes nothing. torch's fused optimizers read that from ``found_inf`` on
 the GPU; for bitsandbytes' optimizers, which wait for the GPU after every parameter anyway, the step reads it itself.
@@ -113,22 +116,31 @@ class OptimizerStep:
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.max_grad_norm, self.world = max_grad_norm, world or World()
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self._buffer: Tensor | None = None
 
-    def __call__(self, micro_batches: Sequence[dict[str, Any]], learning_rate: float) -> StepOutcome:
-        """Update the parameters from the micro-batches of one step."""
+    def __call__(
+        self, micro_batches: Sequence[dict[str, Any]], learning_rate: float, count: int | None = None
+    ) -> StepOutcome:
+        """Update the parameters from one step.
+
+        Args:
+            micro_batches: this rank's share of the step; a rank may have none.
+            learning_rate: rate of the update.
+            count: supervised tokens of all micro-batches on all ranks; None: those of ``micro_batches``.
+        """
         scaler = self.precision.scaler
-        local_count = sum(
-            int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches
-        )  # labels are on the CPU
-        count = self.world.sum_over_ranks(local_count)
+        if count is None:
+            count = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
         assert count > 0, "every document has a supervised token"
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.parameters[0].device)
         for batch in micro_batches:
             with self.precision.autocast():
                 loss_sum, _ = causal_lm_loss(self.model, batch)
-            scaler.scale(loss_sum * (self.world.size / count)).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss_sum * (1 / count)).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
+        if self.world.size > 1:
+            total = self._sum_over_ranks(total)
         scaler.unscale_(self.optimizer)
         norm = self._clip()
         skip = ~(torch.isfinite(norm) & torch.isfinite(total))
@@ -141,6 +153,18 @@ class OptimizerStep:
             scaler.step(self.optimizer)
         scaler.update()
         return StepOutcome(torch.stack([total, norm, skip.float()]), count)
+
+    def _sum_over_ranks(self, total: Tensor) -> Tensor:
+        """Replace every gradient by its sum over the ranks, and return the sum of ``total``."""
+        if self._buffer is None:
+            self._buffer = torch.empty(sum(p.numel() for p in self.parameters) + 1, device=total.device)
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
+        torch.cat([*flat, total.view(1)], out=self._buffer)
+        self.world.sum_(self._buffer)
+        *parts, total = torch.split(self._buffer, [*map(torch.numel, flat), 1])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        return total.view(())
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to ``max_grad_norm``, and return their global 2-norm before that."""

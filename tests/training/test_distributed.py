@@ -1,51 +1,349 @@
-"""One process trains and several are refused; Ctrl-C and SIGTERM become requests to stop."""
+"""Several processes take the steps of one, whatever their number; and what ends them, ends them together."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import adapted_model, chat_dataset, quiet_config
+import torch
+import torch.distributed as dist
+from conftest import (
+    adapted_model,
+    adapters_of,
+    chat_dataset,
+    quiet_config,
+    randomize_adapters,
+    same_tensors,
+    token_documents,
+)
+from processes import in_processes
 
 import phi3lora as p3
-from phi3lora.training.distributed import Interrupts, require_one_process
+from phi3lora.adapters.adapter_file import read_adapter
+from phi3lora.data.batches import BatchPlan, StepSchedule
+from phi3lora.model import load as load_module
+from phi3lora.training.distributed import Interrupts, World
+from phi3lora.training.loop import Callback
+from phi3lora.training.step import OptimizerStep
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DATA, HELD_OUT = chat_dataset(23), chat_dataset(9)
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_one_of_several_processes_is_refused_before_any_file_is_written(tmp_path, monkeypatch, rank):
+@pytest.fixture(autouse=True)
+def plain_python(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+class After(Callback):
+    """Calls ``act(state)`` after a step, on one rank or (None) on each."""
+
+    def __init__(self, step: int, act, on_rank: int | None = None) -> None:
+        self.step, self.act, self.on_rank = step, act, on_rank
+
+    def on_step_end(self, state) -> None:
+        if state.global_step == self.step and self.on_rank in (None, rank()):
+            self.act(state)
+
+
+def stop(state) -> None:
+    state.should_stop = True
+
+
+def run(folder, callback=None, *, data=DATA, eval_dataset=None, dropout=0.0, **settings):
+    """Train in this process, from adapters of its own; return them and the result."""
+    model = adapted_model(lora_dropout=dropout)
+    randomize_adapters(model, seed=rank())
+    sizes = {"max_steps": 20, "per_device_train_batch_size": 1}
+    config = quiet_config(folder, **{**sizes, **settings})
+    callbacks = [] if callback is None else [callback]
+    result = p3.train(model, data, config, eval_dataset=eval_dataset, callbacks=callbacks)
+    return adapters_of(model), result
+
+
+def difference(a, b) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def assert_close(found, expected):
+    """Compare two histories; the speeds may differ."""
+    for line, other in zip(found, expected, strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"tokens_per_s"}:
+            assert line[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (name, line, other)
+
+
+# --- The same steps
+
+
+def test_the_same_global_batch_gives_the_same_adapters_and_metrics(tmp_path, capfd):
+    """A step has 4 micro-batches, the last of an epoch 3: with 4 processes one of them then has none."""
+    assert len(StepSchedule(BatchPlan(DATA, 1, 64), quiet_config("unused"), DATA).steps_of_epoch(0)) % 4 == 3
+    settings = {"eval_dataset": HELD_OUT, "eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 2}
+    expected, alone = run(tmp_path / "1", gradient_accumulation_steps=4, **settings)
+    capfd.readouterr()
+    for processes in (2, 4):
+        folder = tmp_path / str(processes)
+        settings.update(gradient_accumulation_steps=4 // processes, log_level="passive")
+        found = in_processes(processes, lambda: run(folder, **settings))  # noqa: B023
+        for adapters, result in found:
+            assert difference(adapters, expected) < 1e-6
+            assert same_tensors(adapters, found[0][0])
+            assert result == found[0][1]
+            assert_close(result.history, alone.history)
+        written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert written == found[0][1].history
+        banner = capfd.readouterr().out
+        assert banner.count("trainable in") == 1
+        assert f"1 x {4 // processes} rows in each of {processes} processes" in banner
+
+
+def test_a_run_goes_from_2_processes_to_4_and_to_1(tmp_path):
+    def part(step: int | None, accumulation: int, **more):
+        callback = None if step is None else After(step, stop)
+        return run(tmp_path / "run", callback, save_strategy="steps", gradient_accumulation_steps=accumulation, **more)
+
+    expected, alone = run(tmp_path / "uncut", gradient_accumulation_steps=4)
+    in_processes(2, part, 7, 2)
+    assert {path.name for path in (tmp_path / "run" / "checkpoint-7").glob("rng*")} == {
+        "rng_state_0.pth", "rng_state_1.pth",
+    }  # fmt: skip
+    refused = r"gradient_accumulation_steps 2 in each of 2 processes then, 2 in each of 1 processes now"
+    with pytest.raises(p3.CheckpointError, match=refused):
+        part(None, 2, resume_from_checkpoint=True)
+    in_processes(4, lambda: part(14, 1, resume_from_checkpoint=True))
+    adapters, result = part(None, 4, resume_from_checkpoint=True)
+    assert difference(adapters, expected) < 1e-6
+    assert_close(result.history, alone.history)
+
+
+def test_dropout_differs_by_rank_and_a_signal_to_one_stops_both_at_a_step_that_resumes_bit_for_bit(tmp_path):
+    def work():
+        settings = {"dropout": 0.3, "gradient_accumulation_steps": 2, "save_strategy": "epoch"}
+        uncut = run(tmp_path / "uncut", **settings)
+        kill = After(7, lambda state: os.kill(os.getpid(), signal.SIGTERM), on_rank=1)
+        cut = run(tmp_path / "cut", kill, **settings)
+        resumed = run(tmp_path / "cut", **settings, resume_from_checkpoint=True)
+        return uncut, cut, resumed, torch.get_rng_state(), dist.is_initialized()
+
+    first, second = in_processes(2, work)
+    for uncut, cut, resumed, _, is_joined in (first, second):
+        assert (cut[1].interrupted_by, cut[1].global_step) == (signal.SIGTERM, 7)
+        assert same_tensors(resumed[0], uncut[0])
+        assert_close(resumed[1].history, uncut[1].history)
+        assert not is_joined
+    assert same_tensors(first[0][0], second[0][0])
+    assert not torch.equal(first[3], second[3])
+
+
+def test_a_stream_and_a_longrope_model_are_shared_too(tmp_path):
+    from test_streams import stream
+
+    settings = {"data": stream(), "max_steps": 6, "learning_rate": 1e-3}
+    expected, _ = run(tmp_path / "1", gradient_accumulation_steps=4, **settings)
+    for adapters, _ in in_processes(2, lambda: run(tmp_path / "2", gradient_accumulation_steps=2, **settings)):
+        assert difference(adapters, expected) < 1e-6
+
+
+def test_the_best_model_is_loaded_and_early_stopping_ends_on_every_rank(tmp_path):
+    def work():
+        return run(
+            tmp_path / "run", eval_dataset=HELD_OUT, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+            early_stopping_patience=2, learning_rate=0.3, save_strategy="steps", save_steps=50,
+        )  # fmt: skip
+
+    (first, result), (second, other) = in_processes(2, work)
+    assert result == other and result.global_step < 20 and result.best_checkpoint is not None
+    saved, _ = read_adapter(Path(result.best_checkpoint) / "lora.safetensors")
+    assert same_tensors(first, {name: saved[name] for name in first}) and same_tensors(second, first)
+
+
+# --- The plan
+
+
+@pytest.mark.parametrize("boundary", [None, 20])
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_document_is_trained_once_an_epoch_by_any_number_of_processes(packing, boundary):
+    data = token_documents(np.random.default_rng(0).integers(4, 40, 101).tolist(), max_length=48)
+    plan = BatchPlan(data, 2, 48, packing, boundary=boundary)
+    for processes in (1, 2, 3, 8):
+        config = quiet_config("unused", gradient_accumulation_steps=24 // processes, num_train_epochs=2)
+        schedules = [StepSchedule(plan, config, data, process=i, processes=processes) for i in range(processes)]
+        alone = list(
+            StepSchedule(plan, quiet_config("unused", gradient_accumulation_steps=24, num_train_epochs=2), data).steps()
+        )
+        steps = list(zip(*(schedule.steps() for schedule in schedules), strict=True))
+        assert len(steps) == len(alone)
+        for shares, step in zip(steps, alone, strict=True):
+            assert {share.tokens for share in shares} == {step.tokens}
+            assert {share.supervised_tokens for share in shares} == {step.supervised_tokens}
+            batches = [plan.tensors(micro) for micro in step.micro_batches]
+            assert step.supervised_tokens == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+            rows = [row for share in shares for micro in share.share for row in micro]
+            assert sorted(rows) == sorted(row for micro in step.micro_batches for row in micro)
+            assert max(len(s.share) for s in shares) - min(len(s.share) for s in shares) <= 1
+            if boundary is not None:
+                for share in shares:
+                    for micro in share.share:
+                        assert len({bool(data.lengths[row[0]] > boundary) for row in micro}) == 1
+        of_epoch = [row for shares in steps for s in shares if s.epoch_progress <= 1 for m in s.share for row in m]
+        assert sorted(i for row in of_epoch for i in row) == list(range(101))
+
+
+def test_a_step_is_dealt_so_that_no_process_waits_long_for_another():
+    lengths = np.random.default_rng(1).integers(50, 2000, 256)
+    data = token_documents(lengths.tolist(), max_length=2048)
+    plan = BatchPlan(data, 4, 2048, packing=False)
+    micro_batches = plan.micro_batches(0)[:32]
+    work = [sum(int(lengths[i]) for micro in share for (i,) in micro) for share in plan.dealt(micro_batches, 8)]
+    in_order = [sum(int(lengths[i]) for micro in micro_batches[p::8] for (i,) in micro) for p in range(8)]
+    assert max(work) < 1.02 * np.mean(work) < max(in_order)
+    assert plan.dealt(micro_batches, 1) == [micro_batches]
+
+
+# --- One process
+
+
+def test_one_process_of_torchrun_joins_nothing_and_copies_no_gradient(tmp_path, monkeypatch):
+    expected, _ = run(tmp_path / "plain", max_steps=2)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("a collective"))
+    monkeypatch.setattr(OptimizerStep, "_sum_over_ranks", lambda *_: pytest.fail("a copy"))
+    joined = []
+    adapters, _ = run(tmp_path / "torchrun", After(1, lambda state: joined.append(dist.is_initialized())), max_steps=2)
+    assert same_tensors(adapters, expected) and joined == [False]
+
+
+def test_a_world_size_without_the_rest_of_torchrun_s_variables_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    model, config = adapted_model(), quiet_config(tmp_path / "run")
-    with pytest.raises(p3.Phi3LoRAError, match=r"WORLD_SIZE=2.*allowed: 1.*plain python or .*=1.*CUDA_VISIBLE_DEVICES"):
-        p3.train(model, chat_dataset(), config)
-    assert list(tmp_path.iterdir()) == []
-    found = p3.doctor(model, None, chat_dataset(), config)["run"]
-    assert found.status == "error" and found.text.startswith("WORLD_SIZE=2")
-
-
-@pytest.mark.parametrize("size", [None, "", "1"])
-def test_one_process_is_allowed(monkeypatch, size):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if size is not None:
+    with pytest.raises(p3.TrainingError, match=r"WORLD_SIZE=2, but RANK, MASTER_ADDR, MASTER_PORT .* torchrun"):
+        World.current()
+    for size in ("1", "0", "", "two"):
         monkeypatch.setenv("WORLD_SIZE", size)
-    require_one_process()
+        assert World.current().size == 1
 
 
-@pytest.mark.slow
-def test_torchruns_processes_are_refused(tmp_path):
+def test_load_model_takes_the_gpu_of_its_local_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert load_module._own_gpu() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert load_module._own_gpu() == "cuda:3" and chosen == [3]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(p3.ModelError, match=r"LOCAL_RANK=4, but there are 4 GPUs.*--nproc-per-node 4"):
+        load_module._own_gpu()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # CUDA_VISIBLE_DEVICES shows each process its own
+    assert load_module._own_gpu() == "cuda"
+
+
+# --- Errors
+
+
+def test_processes_that_differ_or_come_apart_or_end_are_errors_of_all(tmp_path):
+    def failure(folder, *arguments, **settings):
+        try:
+            run(tmp_path / folder, *arguments, gradient_accumulation_steps=2, **settings)
+        except (p3.Phi3LoRAError, ZeroDivisionError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def work():
+        data = failure("data", data=DATA if rank() == 0 else chat_dataset(24))
+        setting = failure("setting", save_steps=5 + rank())
+
+        def nudge(state) -> None:
+            next(p for p in models[0].parameters() if p.requires_grad).data.add_(1e-3)
+
+        models = []
+        original = p3.training.loop.OptimizerStep
+
+        class Remember(original):
+            def __init__(self, model, *rest) -> None:
+                models.append(model)
+                super().__init__(model, *rest)
+
+        p3.training.loop.OptimizerStep = Remember
+        apart = failure("apart", After(3, nudge, on_rank=1), save_strategy="steps", save_steps=4)
+        kept = sorted(path.name for path in (tmp_path / "apart").glob("checkpoint-*"))
+        ended = failure("ended", After(3, lambda state: 1 / 0, on_rank=1), save_strategy="steps", save_steps=2)
+        return data, setting, apart, kept, ended
+
+    first, second = in_processes(2, work)
+    assert first[:4] == second[:4]
+    data, setting, apart, kept, ended = first
+    assert data.startswith("TrainingError: the processes do not train the same run: documents of the data of rank 0 is")
+    assert "save_steps of rank 0 is 5, of rank 1 6 (1 of 2 ranks differ: 1)" in setting
+    assert "the adapters are no longer the same at step 4: SHA-256 of the adapters of rank 0" in apart
+    assert kept == []
+    assert ended.startswith("TrainingError: rank 0 of 2 lost contact with the other processes at step")
+    assert "resume_from_checkpoint='auto'" in ended
+    assert second[4].startswith("ZeroDivisionError")
+    assert (tmp_path / "ended" / "checkpoint-2").is_dir()
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_distributed import DATA, After, run
+import test_distributed
+from phi3lora.training.step import OptimizerStep
+
+folder, killed = {folder!r}, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+backward, calls = OptimizerStep._sum_over_ranks, []
+
+def die_in_step_7(self, total):
+    calls.append(1)
+    if killed and len(calls) == 7 and test_distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(self, total)
+
+OptimizerStep._sum_over_ranks = die_in_step_7
+settings = dict(gradient_accumulation_steps=2, save_strategy="steps", save_steps=2, dropout=0.3, max_steps=10)
+adapters, result = run(folder, resume_from_checkpoint="auto", **settings)
+if test_distributed.rank() == 0:
+    torch.save((adapters, len(calls)), folder + "/adapters.pt")
+"""
+
+
+def torchrun(processes: int, script, *arguments, restarts: int = 0, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), *arguments],
+        capture_output=True, text=True, timeout=300, **options,
+    )  # fmt: skip
+
+
+def test_a_process_killed_in_mid_step_is_restarted_by_torchrun_and_the_run_ends_as_if_uncut(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("from phi3lora.training.distributed import require_one_process\nrequire_one_process()\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "TrainingError: WORLD_SIZE=2" in done.stderr
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed")))
+    here = Path(__file__).parents[2]
+    path = os.pathsep.join([str(here), str(here / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = torchrun(2, script, restarts=1, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    found, steps = torch.load(tmp_path / "killed" / "adapters.pt")
+    assert steps == 4  # from checkpoint 6 on
+    settings = {"gradient_accumulation_steps": 2, "dropout": 0.3, "max_steps": 10}
+    (expected, _), _ = in_processes(2, lambda: run(tmp_path / "uncut", **settings))
+    assert same_tensors(found, expected)
+
+
+# --- Signals
 
 
 def handlers():
