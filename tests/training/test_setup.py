@@ -274,8 +274,36 @@ def test_a_run_is_the_same_wherever_it_is_called(tmp_path, place):
 
 
 def test_a_model_made_in_inference_mode_is_refused(tmp_path):
-    with torch.inference_mode():
-        model = adapted_model()
+    model = adapted_model()
+    with torch.inference_mode():  # after inject_lora, which refuses such a model too
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(32), requires_grad=False)
     with pytest.raises(p3.TrainingError, match=r"made inside torch.inference_mode\(\).*outside"):
         p3.train(model, chat_dataset(), quiet_config(tmp_path / "run", max_steps=1))
     assert not (tmp_path / "run").exists()
+
+
+# --- Wrapped models
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_trains_evaluates_and_resumes_as_the_model_inside(tmp_path, wrap):
+    data = chat_dataset(8)
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    model, inside = adapted_model(), adapted_model()
+    p3.train(model, data, quiet_config(tmp_path / "plain", **settings))
+    p3.train(wrap(inside), data, quiet_config(tmp_path / "wrapped", **settings))
+    assert same_tensors(adapters_of(model), adapters_of(inside))
+    assert p3.evaluate(wrap(inside), data) == p3.evaluate(model, data)
+    more = quiet_config(tmp_path / "wrapped", **{**settings, "max_steps": 3, "resume_from_checkpoint": True})
+    assert p3.train(adapted_model(), data, more).global_step == 3
+
+
+def test_a_wrapper_of_the_user_s_own_is_refused_before_any_file_is_touched(tmp_path):
+    wrapper = torch.nn.ModuleDict({"inner": adapted_model()})
+    for function in (
+        lambda: p3.train(wrapper, chat_dataset(4), quiet_config(tmp_path / "run", max_steps=1)),
+        lambda: p3.evaluate(wrapper, chat_dataset(4)),
+    ):
+        with pytest.raises(p3.ModelError, match="ModuleDict is not a causal language model"):
+            function()
+    assert not list(tmp_path.iterdir())
