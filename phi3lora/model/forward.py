@@ -124,6 +124,7 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     flat = batch["labels"].flatten()  # on the CPU, where counting needs no synchronisation
     positions = ((flat != IGNORE_INDEX) & (batch["position_ids"].flatten() > 0)).nonzero().squeeze(1)  # (N,)
+    _refuse_mixed_windows(model, batch)
     _refuse_mixed_regimes(model, batch, positions)
     batch = batch_to(batch, weight.device)
     if backend.kind == "fused":
@@ -134,6 +135,17 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend
         hidden = decoder(input_ids=batch["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
     predicting, labels = (_to_device(t, weight.device) for t in (positions - 1, flat[positions]))
     return hidden.index_select(0, predicting), labels
+
+
+def _refuse_mixed_windows(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise if documents are longer than a sliding window that only some layers have: all layers get one mask."""
+    config: Any = model.config
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if window is not None and kinds - {"sliding_attention"} and int(batch["max_seqlen"]) > window:
+        raise ModelError(
+            f"{type(model).__name__} has layers with a sliding window of {window} tokens and layers without, and a "
+            f"batch has a document of {int(batch['max_seqlen'])} tokens; allowed there: documents of up to {window}"
+        )
 
 
 def _refuse_mixed_regimes(model: nn.Module, batch: Mapping[str, Any], positions: Tensor) -> None:

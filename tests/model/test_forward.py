@@ -190,3 +190,11 @@ def test_logits_that_another_architecture_computes_in_another_way_are_refused():
 def test_a_wrapper_is_refused_with_the_way_to_the_model_inside(wrap):
     with pytest.raises(ModelError, match=r"not a causal language model .* model.module"):
         p3.causal_lm_loss(wrap(tiny_model()), packed_batch(ROWS, 16))
+
+
+def test_documents_longer_than_the_window_of_some_layers_are_refused():
+    model = other_model("Gemma2", head_dim=8, sliding_window=12)
+    loss, _ = p3.causal_lm_loss(model, packed_batch(ROWS, 16))
+    torch.testing.assert_close(loss, separate_loss(model, DOCUMENTS), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match=r"window of 12 tokens .* a document of 13 tokens"):
+        p3.causal_lm_loss(model, packed_batch([random_documents(13)], 16))
