@@ -58,6 +58,10 @@ def check_run(
     layers = lora_layers(model)
     if not layers:
         raise TrainingError("the model has no adapters to train; call inject_lora(model, LoraConfig(...)) first")
+    if not any(layer.enabled for layer in layers.values()):
+        raise TrainingError(
+            "the adapters are off inside a disabled(model) or merged(model) block; leave the block first"
+        )
     require_causal_lm(model)
     adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -307,3 +307,11 @@ def test_a_wrapper_of_the_user_s_own_is_refused_before_any_file_is_touched(tmp_p
         with pytest.raises(p3.ModelError, match="ModuleDict is not a causal language model"):
             function()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("block", [p3.disabled, p3.merged])
+def test_training_inside_a_block_where_the_adapters_are_off_is_refused(tmp_path, block):
+    model = adapted_model()
+    with block(model), pytest.raises(p3.TrainingError, match="leave the block first"):
+        p3.train(model, chat_dataset(4), quiet_config(tmp_path / "run", max_steps=1))
+    assert not list(tmp_path.iterdir())
