@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import signal
 import sys
@@ -30,15 +32,21 @@ from . import (
 from .data.formats import check_columns, known_format
 from .data.sources import find_sources
 from .model.load import load_tokenizer
+from .processes import rank_and_size
 
 _ADAPTER_HELP = "an adapter file, a training checkpoint's folder, or the output folder of the train command"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit status."""
+    """Run one command and return the exit status. Of several processes (torchrun) only the first prints."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        if rank_and_size()[0] == 0:
+            return int(options.run(options))
+        if options.run is not _train:
+            return 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            return int(options.run(options))
     except Phi3LoRAError as error:
         print(f"phi3lora: {error}", file=sys.stderr)
         return 1
@@ -182,7 +190,8 @@ def _train(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 128 + result.interrupted_by
-    print(f"adapter: {save_adapter(model, path)}")
+    if rank_and_size()[0] == 0:
+        print(f"adapter: {save_adapter(model, path)}")
     return 0
 
 

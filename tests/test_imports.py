@@ -18,7 +18,7 @@ PACKAGE = ROOT / "phi3lora"
 FILES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
 ORDER = """
 errors
-files | compat
+files processes | compat
 config
 lora
 model kernels | data

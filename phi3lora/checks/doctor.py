@@ -13,6 +13,7 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import Phi3LoRAError, TrainingError
+from ..processes import rank_and_size
 from ..training.checkpoint import rng_state, set_rng_state
 from . import documents, rows, settings
 from . import model as model_checks
@@ -65,6 +66,9 @@ def doctor(
 ) -> DoctorReport:
     """Check a run before it starts: targets, masks, lengths, memory, disk, time, and whether gradients arrive.
 
+    Of several processes (torchrun) rank 0 checks the run of all. The others return a report without findings, whose
+    text is empty.
+
     Weights, gradients, modes and random generators (torch, CUDA, NumPy, Python) are restored bit for bit, and no file
     is left behind.
 
@@ -92,6 +96,8 @@ def doctor(
     """
     if device_memory_gib is not None and not device_memory_gib > 0:
         raise TrainingError(f"device_memory_gib={device_memory_gib!r}; allowed: None, or a number > 0 (GiB)")
+    if rank_and_size()[0] > 0:
+        return DoctorReport(())
     planned = PlannedRun(model, tokenizer, dataset, config or TrainingConfig(), eval_dataset, device_memory_gib)
     with _restored(model):
         findings = [_run_check(name, check, planned) for name, check in CHECKS.items()]

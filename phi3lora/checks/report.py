@@ -101,7 +101,9 @@ class DoctorReport:
             colour: use ANSI codes; False: highlighted text is in double brackets.
             columns: width at which lines are broken; None: they are not broken.
         """
-        width = max((len(f.name) for f in self.findings), default=0)
+        if not self.findings:
+            return ""
+        width = max(len(f.name) for f in self.findings)
         kinds = {"error": len(self.errors), "warning": len(self.warnings)}
         counts = ", ".join(f"{count or 'no'} {kind}{'s' * (count != 1)}" for kind, count in kinds.items())
         return "\n".join([*(f.lines(width, colour, columns) for f in self.findings), counts])

@@ -25,7 +25,6 @@ gathers the layer of a tensor for one other look.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ModelError
 from ..lora.base_weight import is_4bit, stored_tensors
+from ..processes import join
 
 SMALLEST_BYTES = 2048
 """Smaller tensors stay whole: they are few, and bitsandbytes shares its tables among all weights."""
@@ -272,14 +272,8 @@ def sharded_base(model: Any) -> ShardedBase | None:
 
 def join_processes(device: torch.device) -> int:
     """Return the number of processes that torchrun started, and let them find each other if they have not yet."""
-    if not dist.is_initialized():
-        size = os.environ.get("WORLD_SIZE", "")
-        if not size.isdecimal() or int(size) <= 1:
-            return 1
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return dist.get_world_size()
+    join(device)
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(model: Any, prepare: Callable[[nn.Module], object] = lambda layer: None) -> ShardedBase:

@@ -14,11 +14,8 @@ call ``torch.distributed.init_process_group(timeout=...)`` before ``train``, whi
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import Phi3LoRAError, TrainingError, error_line, short_repr
+from ..processes import join, rank_and_size
 
 logger = logging.getLogger("phi3lora")
 
@@ -59,18 +57,7 @@ class World:
         Raises:
             TrainingError: ``WORLD_SIZE`` says that there are several processes, and other variables are missing.
         """
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        size = os.environ.get("WORLD_SIZE", "")
-        if not size.isdecimal() or int(size) <= 1:
-            return cls()
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing:
-            raise TrainingError(
-                f"WORLD_SIZE={size}, but {', '.join(missing)} is not set; allowed: all that torchrun sets. Start "
-                f"several processes with torchrun --nproc-per-node {size}, or one with WORLD_SIZE=1"
-            )
-        return cls(int(os.environ["RANK"]), int(size))
+        return cls(*rank_and_size())
 
     @property
     def is_main(self) -> bool:
@@ -181,14 +168,9 @@ def joined(device: torch.device) -> Iterator[World]:
     if world.size == 1:
         yield world
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    is_ours = not dist.is_initialized()
     with world._together():
-        if is_ours:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=_new_store(), rank=world.rank, world_size=world.size)
-        elif "gloo" not in str(dist.get_backend_config()):
+        is_ours = join(device)
+        if "gloo" not in str(dist.get_backend_config()):
             world = World(world.rank, world.size, dist.new_group(backend="gloo"))
     level = logger.level
     if not world.is_main:
@@ -199,26 +181,6 @@ def joined(device: torch.device) -> Iterator[World]:
         logger.setLevel(level)
     if is_ours:
         dist.destroy_process_group()
-
-
-_JOINED = itertools.count()
-
-
-def _new_store() -> Any:
-    """Return a store of torchrun's in which nothing is written yet.
-
-    torchrun keeps one store for all restarts of a job, and gloo would read the addresses of the processes before.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(  # type: ignore[attr-defined]
-        f"phi3lora/{attempt}/{next(_JOINED)}", _torchrun_store()
-    )
-
-
-@functools.cache
-def _torchrun_store() -> Any:
-    store, _, _ = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
-    return store
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

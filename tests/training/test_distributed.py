@@ -19,6 +19,7 @@ from conftest import (
     adapted_model,
     adapters_of,
     chat_dataset,
+    make_tokenizer,
     quiet_config,
     randomize_adapters,
     same_tensors,
@@ -341,6 +342,29 @@ def test_a_process_killed_in_mid_step_is_restarted_by_torchrun_and_the_run_ends_
     settings = {"gradient_accumulation_steps": 2, "dropout": 0.3, "max_steps": 10}
     (expected, _), _ = in_processes(2, lambda: run(tmp_path / "uncut", **settings))
     assert same_tensors(found, expected)
+
+
+# --- Checks before a run, and the command line
+
+
+def test_doctor_and_the_command_line_speak_once(tmp_path, monkeypatch, capsys):
+    """Rank 0 checks the run of all processes; train's other processes print nothing and write no adapter."""
+    from phi3lora.__main__ import main
+
+    chats = str(p3.demo.FOLDER / "train.jsonl")
+    model, tokenizer = adapted_model(), make_tokenizer()
+    alone = p3.doctor(model, tokenizer, DATA, quiet_config(tmp_path / "a"), try_steps=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    first = p3.doctor(model, tokenizer, DATA, quiet_config(tmp_path / "a"), try_steps=False)
+    steps = [int(report["time"].text.split(" steps")[0]) for report in (alone, first)]
+    assert len(first.findings) == len(alone.findings) and steps == [15, 9]
+    monkeypatch.setenv("RANK", "1")
+    report = p3.doctor(model, tokenizer, DATA, quiet_config(tmp_path / "a"))
+    assert report.ok and report.findings == () and str(report) == ""
+    capsys.readouterr()
+    assert main(["doctor", "--model", "no such model", "--data", chats]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 # --- Signals
