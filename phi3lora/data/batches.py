@@ -282,6 +282,7 @@ class Step:
     share: list[MicroBatch]  # of this process; in the last step of an epoch possibly fewer, or none
     tokens: int  # of all processes, padding not counted
     supervised_tokens: int  # of all processes
+    idle: int  # micro-batches that another process has more than this one
     ends_epoch: bool  # or a stream's window
     epoch_progress: float  # epochs done after this step, with fraction
     next_cursor: Cursor
@@ -356,10 +357,12 @@ class StepSchedule:
                 for i in range(first, min(len(steps), first + left)):
                     ends_epoch = i + 1 == len(steps)
                     documents = [d for micro in steps[i] for row in micro for d in row]
+                    shares = plan.dealt(steps[i], self.processes)
                     yield Step(
                         plan=plan,
                         micro_batches=steps[i],
-                        share=plan.dealt(steps[i], self.processes)[self.process],
+                        share=shares[self.process],
+                        idle=max(map(len, shares)) - len(shares[self.process]),
                         tokens=int(lengths[documents].sum()),
                         supervised_tokens=int(supervised[documents].sum()),
                         ends_epoch=ends_epoch,

@@ -30,6 +30,7 @@ from ..model.backend import PLAIN, use_backend
 from ..model.forward import eval_mode, output_head, require_causal_lm, supervised_hidden_states
 from ..model.load import longrope_boundary
 from ..model.loss import token_losses
+from ..model.sharding import sharded_base
 from .generation import generate_answers
 
 METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
@@ -95,15 +96,20 @@ def evaluate(
     require_causal_lm(model)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "packing": packing}
     sums = [0.0, 0.0, 0.0]  # of losses, right tokens, supervised tokens
-    share = _batches(model, dataset, settings)
-    if world is not None:
-        share = itertools.islice(share, world.rank, None, world.size)
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    seen, own = 0, 0
     with eval_mode(model), use_backend(model, None if fused else PLAIN) as backend:
-        for batch in share:
+        for seen, batch in enumerate(_batches(model, dataset, settings), 1):
+            if (seen - 1) % size != rank:
+                continue
+            own += 1
             hidden, labels = supervised_hidden_states(model, batch, backend)
             losses, right = token_losses(hidden, output_head(model), labels)
             for i, value in enumerate((losses.double().sum().item(), right.sum().item(), labels.numel())):
                 sums[i] += value
+        split = sharded_base(model)
+        if split is not None and own < -(-seen // size):  # other processes have a batch more
+            split.idle(backward=False)
     loss_sum, correct, count = sums if world is None else world.sum(sums)
     loss = loss_sum / count
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -77,6 +77,7 @@ class ShardedBase:
         layers: decoder layers in the order in which they compute, with the same weights on every rank.
         group: the process group; None: all ranks.
         prepare: called with each layer before it is split; it leaves the layer on this rank's device.
+        embedding: what computes the first layer's input; if it learns, all layers have a backward.
     """
 
     def __init__(
@@ -84,8 +85,9 @@ class ShardedBase:
         layers: Sequence[nn.Module],
         group: dist.ProcessGroup | None = None,
         prepare: Callable[[nn.Module], object] = lambda layer: None,
+        embedding: nn.Module | None = None,
     ) -> None:
-        self.group, self.lost = group, ""
+        self.group, self.lost, self._embedding = group, "", embedding
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self._modules = list(layers)
         self._layers: list[_Layer] = []
@@ -175,9 +177,8 @@ class ShardedBase:
         with torch.set_grad_enabled(backward):
             for i in range(count):
                 self._use_in_forward(i)
-        learning = (any(p.requires_grad for p in module.parameters()) for module in self._modules)
-        first = next((i for i, learns in enumerate(learning) if learns), count)
-        for i in reversed(range(first, count)) if backward else ():
+        first = next((i for i, part in enumerate([self._embedding, *self._modules]) if _learns(part)), count + 1)
+        for i in reversed(range(max(first - 1, 0), count)) if backward else ():
             self._use_in_backward(i)
 
     # --- The end
@@ -222,6 +223,10 @@ class ShardedBase:
     def buffer_bytes(self) -> int:
         """Largest bytes of the gathered layers."""
         return 2 * max((layer.whole.nbytes for layer in self._layers), default=0)
+
+
+def _learns(module: nn.Module | None) -> bool:
+    return module is not None and any(p.requires_grad for p in module.parameters())
 
 
 class _GatherInBackward(torch.autograd.Function):
@@ -289,7 +294,7 @@ def shard(model: Any, prepare: Callable[[nn.Module], object] = lambda layer: Non
     if sharded_base(model) is not None:
         raise ModelError("the model's weights are split over the processes already")
     decoder = model.get_decoder()
-    decoder._sharded_base = base = ShardedBase(decoder.layers, prepare=prepare)
+    decoder._sharded_base = base = ShardedBase(decoder.layers, None, prepare, model.get_input_embeddings())
     return base
 
 

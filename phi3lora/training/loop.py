@@ -50,7 +50,7 @@ from .distributed import Interrupts, World, digest, joined
 from .logging import DeferredMetrics, Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
 from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
-from .setup import banner_facts, check_run, explain_out_of_memory, prepared, resolve, usual_torch
+from .setup import banner_facts, base_parts, check_run, explain_out_of_memory, prepared, resolve, usual_torch
 from .step import OptimizerStep, StepOutcome
 
 logger = logging.getLogger("phi3lora")
@@ -143,8 +143,8 @@ def train(
         run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, output, world)
         state, resolved, report = run.state, run.resolved, run.report
         stack.enter_context(run.interrupts)
-        stack.enter_context(explain_out_of_memory(config, resolved))
-        stack.enter_context(prepared(model, resolved.checkpointing, resolved.backend))
+        stack.enter_context(explain_out_of_memory(model, config, resolved))
+        stack.enter_context(prepared(model, resolved.checkpointing, resolved.backend, base_parts(model, config)))
         report.banner(banner_facts(model, config, resolved, state, eval_dataset))
         if report.warns:
             planned = PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, resolved=resolved)
@@ -159,7 +159,7 @@ def train(
         for step, micro_batches in batches:
             rate = learning_rate(config, state.global_step, state.total_steps)
             world.step = state.global_step + 1
-            outcome = run.optimizer_step(micro_batches, rate, step.supervised_tokens)
+            outcome = run.optimizer_step(micro_batches, rate, step.supervised_tokens, step.idle)
             run.advance(step, outcome, rate)
             run.log_ready()
             state.train_seconds += time.perf_counter() - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from ..model.backend import Backend, choose_backend, use_backend
 from ..model.estimate import MemoryPlan, plan_memory
 from ..model.forward import require_causal_lm, train_mode
 from ..model.load import longrope_boundary, longrope_note, model_device
+from ..model.sharding import shardable_tensors, sharded, sharded_base
 from .best import metric_name
 from .checkpoint import TrainingState
 from .distributed import World
@@ -50,11 +51,6 @@ def check_run(
         TrainingError: the model, the settings or the environment.
         DataError: the datasets.
     """
-    if config.parallel == "fsdp":
-        raise TrainingError(
-            "parallel='fsdp' is not supported yet; allowed: 'ddp', 'auto'. "
-            "load_model(..., base_precision='nf4') makes a base smaller"
-        )
     layers = lora_layers(model)
     if not layers:
         raise TrainingError("the model has no adapters to train; call inject_lora(model, LoraConfig(...)) first")
@@ -93,9 +89,33 @@ def check_run(
     if metric_name(config) not in METRICS:
         raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {', '.join(METRICS)}")
     check_trackers(config)
+    check_split(model, config)
     check_documents(model, train_dataset.first_window, "train_dataset", config.max_length)
     if eval_dataset is not None:
         check_documents(model, eval_dataset, "eval_dataset", None)
+
+
+def check_split(model: Any, config: TrainingConfig) -> None:
+    """Raise if the frozen weights cannot be split over the processes, where they are to be."""
+    if config.parallel == "ddp" and sharded_base(model) is not None:
+        raise TrainingError(
+            "parallel='ddp', but the model was loaded with parallel='fsdp'; allowed: 'fsdp', 'auto', or another load"
+        )
+    if base_parts(model, config) == 1:
+        return
+    if config.compile:
+        raise TrainingError("compile=True with parallel='fsdp'; allowed: None, False (gathering cannot be compiled)")
+    if sharded_base(model) is None:
+        for layer in model.get_decoder().layers:
+            shardable_tensors(layer)
+
+
+def base_parts(model: Any, config: TrainingConfig) -> int:
+    """Return the number of processes over which a run splits the frozen weights; 1: each has them all."""
+    split = sharded_base(model)
+    if split is not None:
+        return split.size
+    return World.current().size if config.parallel == "fsdp" else 1
 
 
 # --- Resolved settings
@@ -132,13 +152,15 @@ def resolve(
 
 
 @contextmanager
-def prepared(model: nn.Module, checkpointing: str, backend: Backend) -> Iterator[None]:
+def prepared(model: nn.Module, checkpointing: str, backend: Backend, parts: int = 1) -> Iterator[None]:
     """Prepare a model to train for the block. This is the one place that fixes the order.
 
-    The user has quantised the base and injected the adapters before. Here the layers are told what to recompute, and
-    then how to compute: the fused and the compiled layers read the switches of the first.
+    The user has quantised the base and injected the adapters before. Here the base is split over ``parts`` processes;
+    then the layers are told what to recompute, and then how to compute: the fused and the compiled layers read the
+    switches before.
     """
-    with train_mode(model), activation_checkpointing(model, checkpointing), use_backend(model, backend):
+    split = sharded(model) if parts > 1 else nullcontext()
+    with split, train_mode(model), activation_checkpointing(model, checkpointing), use_backend(model, backend):
         yield
 
 
@@ -162,7 +184,8 @@ def plan_step_memory(
     width = limit if config.packing else min(limit, dataset.max_document_tokens)
     tokens = config.per_device_train_batch_size * width
     with precision.autocast():
-        return plan_memory(model, tokens, backend.kind, optimizer_bytes(config.optim), base_precision)
+        parts = base_parts(model, config)
+        return plan_memory(model, tokens, backend.kind, optimizer_bytes(config.optim), base_precision, parts)
 
 
 def checkpointing_mode(config: TrainingConfig, memory: MemoryPlan, backend: Backend) -> str:
@@ -205,7 +228,8 @@ def banner_facts(
     steps, memory = resolved.steps, resolved.memory
     model_config: Any = model.config
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = base_format(model)
+    base, parts = base_format(model), base_parts(model, config)
+    split = f", base split over {parts} processes" if parts > 1 else ""
     rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
     if resolved.world.size > 1:
         rows += f" in each of {resolved.world.size} processes"
@@ -215,7 +239,7 @@ def banner_facts(
     peaks = f"; predicted peak by mode: {memory}" if memory.available_gib is not None else ""
     facts = {
         "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
-        f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else ""),
+        f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else "") + split,
         "device": f"{model_device(model)}, {resolved.precision.name}, attention {model_config._attn_implementation}, "
         f"layers {resolved.backend}",
         "memory": f"activation checkpointing {resolved.checkpointing}{peaks}",
@@ -255,7 +279,7 @@ def usual_torch() -> Iterator[None]:
 
 
 @contextmanager
-def explain_out_of_memory(config: TrainingConfig, resolved: Resolved) -> Iterator[None]:
+def explain_out_of_memory(model: nn.Module, config: TrainingConfig, resolved: Resolved) -> Iterator[None]:
     """Turn torch's out-of-memory error inside the block into a TrainingError that lists the settings to change."""
     try:
         yield
@@ -272,6 +296,8 @@ def explain_out_of_memory(config: TrainingConfig, resolved: Resolved) -> Iterato
         if rows > 1:
             steps = config.gradient_accumulation_steps * rows // (rows // 2)
             ways.append(f"per_device_train_batch_size={rows // 2}, gradient_accumulation_steps={steps} (the same step)")
+        if world.size > 1 and base_parts(model, config) == 1:
+            ways.append('parallel="fsdp"')
         ways += ["a shorter max_length", 'load_model(..., base_precision="nf4")']
         raise TrainingError(
             f"{request} Predicted peak by mode: {resolved.memory}. This run has activation_checkpointing={mode!r} and "

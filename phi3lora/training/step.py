@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..config import IGNORE_INDEX, TrainingConfig
 from ..errors import TrainingError
 from ..model.forward import causal_lm_loss
+from ..model.sharding import sharded_base
 from .distributed import World
 from .optim import set_learning_rate
 
@@ -119,7 +120,7 @@ class OptimizerStep:
         self._buffer: Tensor | None = None
 
     def __call__(
-        self, micro_batches: Sequence[dict[str, Any]], learning_rate: float, count: int | None = None
+        self, micro_batches: Sequence[dict[str, Any]], learning_rate: float, count: int | None = None, idle: int = 0
     ) -> StepOutcome:
         """Update the parameters from one step.
 
@@ -127,6 +128,7 @@ class OptimizerStep:
             micro_batches: this rank's share of the step; a rank may have none.
             learning_rate: rate of the update.
             count: supervised tokens of all micro-batches on all ranks; None: those of ``micro_batches``.
+            idle: micro-batches that another rank has more than this one; a split base is gathered for them here too.
         """
         scaler = self.precision.scaler
         if count is None:
@@ -139,6 +141,10 @@ class OptimizerStep:
                 loss_sum, _ = causal_lm_loss(self.model, batch)
             scaler.scale(loss_sum * (1 / count)).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
+        split = sharded_base(self.model)
+        if split is not None:
+            for _ in range(idle):
+                split.idle(backward=True)
         if self.world.size > 1:
             total = self._sum_over_ranks(total)
         scaler.unscale_(self.optimizer)
