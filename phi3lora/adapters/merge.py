@@ -37,6 +37,7 @@ from ..lora.layer_state import ADAPTER_PARAMETERS
 from ..lora.wrappers import plain_name, unwrap
 from ..model.forward import eval_mode
 from ..model.load import load_model
+from ..model.sharding import sharded_base
 from .adapter_file import adapter_state_dict
 from .named import check_outside_blocks, switched_off
 from .peft_format import CONFIG_NAME
@@ -86,12 +87,14 @@ def merged(model: nn.Module) -> Iterator[None]:
     adapted weight is kept until the block ends.
 
     Raises:
-        AdapterError: a quantised base, whose weights cannot be changed in place; a model that is merged already.
+        AdapterError: a quantised base, whose weights cannot be changed in place; a model that is merged already, or
+            split over processes.
 
     Example:
         >>> with p3.merged(model):
         ...     answer = p3.generate(model, tokenizer, "Hello!", max_new_tokens=4)
     """
+    _refuse_split(model)
     layers = lora_layers(model)
     for path, layer in layers.items():
         if layer.merged:
@@ -146,6 +149,7 @@ def save_merged(
     model = unwrap(model)
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to merge; call inject_lora(model, config) or load_adapter first")
+    _refuse_split(model)
     check_outside_blocks(model, "save_merged")
     _check_head(model)
     if Path(path, CONFIG_NAME).exists():
@@ -169,6 +173,14 @@ def save_merged(
         what = f"the merged model {os.fspath(path)!r} cannot be written: {error_line(error)}"
         raise AdapterError(f"{what}; an earlier one there is unchanged") from error
     return report
+
+
+def _refuse_split(model: nn.Module) -> None:
+    if sharded_base(model) is not None:
+        raise AdapterError(
+            "the model's weights are split over processes (parallel='fsdp') and cannot be merged; save the adapter, load "
+            "the model whole in one process, load_adapter, and merge there"
+        )
 
 
 def _merged_weight(layer: Any, weight: Tensor) -> Tensor:

@@ -271,7 +271,8 @@ def shardable_tensors(layer: nn.Module) -> list[Tensor]:
 
 def sharded_base(model: Any) -> ShardedBase | None:
     """Return the split weights of a model; None: it is whole."""
-    base: ShardedBase | None = vars(model.get_decoder()).get("_sharded_base")
+    get_decoder = getattr(model, "get_decoder", None)  # other modules have adapters too
+    base: ShardedBase | None = None if get_decoder is None else vars(get_decoder()).get("_sharded_base")
     return base
 
 

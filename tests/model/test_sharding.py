@@ -172,6 +172,10 @@ def check_inference(rank):
         assert same is base
     with pytest.raises(p3.Phi3LoRAError, match="split over the processes already"):
         shard(split)
+    with pytest.raises(p3.AdapterError, match=r"split over processes.*load the model whole in one process"):
+        p3.save_merged(split, None, "unused")
+    with pytest.raises(p3.AdapterError, match="split over processes"), p3.merged(split):
+        pass
     unshard(split)
     unshard(split)
     assert sharded_base(split) is None and answers(split) == answers(whole)
