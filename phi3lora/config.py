@@ -357,7 +357,7 @@ class TrainingConfig(_Config):
     fused kernels where they can compute the model, else transformers' layers as they are."""
     parallel: str | None = "auto"
     """Use of several processes (torchrun): ``"ddp"``, each with the whole base, ``"fsdp"``, the base divided among
-    them, or ``"auto"`` (also None): ``"ddp"``. One process is the same with each."""
+    them, or ``"auto"`` (also None): as the model was loaded. One process is the same with each."""
     logging_strategy: str = "steps"
     """Times of a log line: ``"no"``, every ``"steps"``, every ``"epoch"``."""
     logging_steps: float = 500

@@ -178,8 +178,8 @@ def save_merged(
 def _refuse_split(model: nn.Module) -> None:
     if sharded_base(model) is not None:
         raise AdapterError(
-            "the model's weights are split over processes (parallel='fsdp') and cannot be merged; save the adapter, load "
-            "the model whole in one process, load_adapter, and merge there"
+            "the model's weights are split over processes (parallel='fsdp') and cannot be merged; save the adapter, "
+            "load the model whole in one process, load_adapter, and merge there"
         )
 
 
