@@ -1,8 +1,9 @@
 """Run the script of Phi-3's model card, with its two dicts unchanged: chats as ``messages``, metrics and model saved.
 
-python examples/sample_finetune.py           the embedded demo model and its chats: half a minute on a CPU
-python examples/sample_finetune.py --real    Phi-3-mini and ultrachat_200k, on a GPU
-torchrun --nproc-per-node 8 examples/sample_finetune.py --real    the same on 8 GPUs, with 8 times the rows a step
+    python examples/sample_finetune.py           the embedded demo model and its chats: half a minute on a CPU
+    python examples/sample_finetune.py --real    Phi-3-mini and ultrachat_200k, on a GPU
+
+``torchrun --nproc-per-node 8 examples/sample_finetune.py --real`` trains on 8 GPUs, with 8 times the rows in a step.
 """
 
 from __future__ import annotations
