@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import phi3lora as p3
 from phi3lora.lora.base_weight import quantize_base
@@ -251,6 +252,8 @@ def main() -> int:
         result = measure(options.modes[0], options.steps, options.warmup, options.folder, options.profile)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(result))
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print("mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss")

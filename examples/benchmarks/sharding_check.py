@@ -53,7 +53,8 @@ def with_fsdp2(model: Any) -> Any:
         fully_shard(layer, ignored_params=adapters)
     for layer, following in itertools.pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([layer])
+    fully_shard(model.model, ignored_params=set(model.model.parameters()))  # lets the layers share their streams
+    model.model._get_fsdp_state()._lazy_init()  # what the decoder's own forward would do; the loss does not call it
     return model
 
 

@@ -389,9 +389,7 @@ def quantize_base(model: nn.Module, precision: str) -> None:
     formats: dict[str, Callable[[nn.Linear], nn.Linear]] = {"fp8": Fp8Linear.from_linear, "nf4": nf4_linear}
     if precision not in formats:
         raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), 'fp8', 'nf4'")
-    reason = reason_against_fp8(next(model.parameters()).device) if precision == "fp8" else None
-    if reason:
-        logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)
+    if usable_precision(precision, next(model.parameters()).device) is None:
         return
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
@@ -402,6 +400,14 @@ def quantize_base(model: nn.Module, precision: str) -> None:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, formats[precision](layer))
     keep_4bit_packing(model)
+
+
+def usable_precision(precision: str | None, device: torch.device) -> str | None:
+    """Return the format that frozen weights on ``device`` will have; None, and a warning, for fp8 where it cannot be."""
+    reason = reason_against_fp8(device) if precision == "fp8" else None
+    if reason:
+        logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)
+    return None if reason else precision
 
 
 def base_weights(model: nn.Module) -> list[BaseWeight]:

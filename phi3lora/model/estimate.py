@@ -17,6 +17,8 @@ all key or value heads, I intermediate size):
 and one for each of the two norms. transformers' own layers keep more; FACTORS says how much, as measured
 (docs/performance.md).
 
+Of a base that is split over processes (sharding.py) a GPU has its part of each layer and two whole layers.
+
 The count of operations covers the forward and backward of LoRA training, without recomputation.
 
 Shapes: N tokens of a micro-batch.

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ModelError, error_line, is_int, is_number, is_path, short_repr
-from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes
+from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes, usable_precision
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
 from .sharding import join_processes, shard
@@ -106,7 +106,7 @@ def load_model(
         logger.info(longrope_note(model.config))
     model.checkpoint_tokens = frozenset(tokenizer.get_added_vocab())  # doctor tells later ones by it
     if splits:
-        return _split(model, device, None if in_4_bits else base_precision), tokenizer
+        return _split(model, device, None if in_4_bits else usable_precision(base_precision, device)), tokenizer
     model = model.to(device).eval()
     if in_4_bits:
         keep_4bit_packing(model)
