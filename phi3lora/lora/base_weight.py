@@ -403,7 +403,7 @@ def quantize_base(model: nn.Module, precision: str) -> None:
 
 
 def usable_precision(precision: str | None, device: torch.device) -> str | None:
-    """Return the format that frozen weights on ``device`` will have; None, and a warning, for fp8 where it cannot be."""
+    """Return ``precision``; None, with a warning, if it is fp8 and ``device`` cannot multiply that."""
     reason = reason_against_fp8(device) if precision == "fp8" else None
     if reason:
         logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -226,6 +228,26 @@ def test_a_model_is_split_while_it_is_loaded(tmp_path, base_precision, stored):
         quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", device_map="cpu", **options)
         save_checkpoint(quantised, tmp_path / "4 bits")
     run_on_ranks(check_loading, tmp_path, 2, tmp_path / stored, base_precision)
+
+
+def check_fp8_warning(rank, folder):
+    class Count(logging.Handler):
+        messages: ClassVar[list[str]] = []
+
+        def emit(self, record):
+            self.messages.append(record.getMessage())
+
+    logging.getLogger("phi3lora").addHandler(Count(logging.WARNING))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        split, _ = p3.load_model(folder, device="cpu", base_precision="fp8", parallel="fsdp")
+    assert base_format(split) == "" and sharded_base(split) is not None
+    assert sum("base_precision='fp8' is not possible here" in message for message in Count.messages) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may multiply fp8")
+def test_fp8_where_it_is_not_possible_is_one_warning(tmp_path):
+    run_on_ranks(check_fp8_warning, tmp_path, 2, save_checkpoint(tiny_model(), tmp_path / "model"))
 
 
 def test_one_process_loads_a_whole_model(tmp_path, monkeypatch):
