@@ -30,7 +30,7 @@ class Look(Callback):
 def run(folder, *callbacks, model=None, **settings):
     """Train in this process; return the adapters, the result, the weights that were whole, and a loss after the run."""
     model = model or adapted_model()
-    sizes = {"max_steps": 12, "per_device_train_batch_size": 1, "eval_dataset": None}
+    sizes = {"max_steps": 20, "per_device_train_batch_size": 1, "eval_dataset": None}
     settings = {**sizes, **settings}
     eval_dataset, look = settings.pop("eval_dataset"), Look(model)
     result = p3.train(model, DATA, quiet_config(folder, **settings), eval_dataset=eval_dataset,
@@ -41,7 +41,7 @@ def run(folder, *callbacks, model=None, **settings):
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_split_base_gives_the_same_adapters_and_metrics(tmp_path, mode):
     """A step has 4 micro-batches, the last of an epoch 3: with 4 processes one of them then has none."""
-    settings = {"eval_dataset": HELD_OUT, "eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 2}
+    settings = {"eval_dataset": HELD_OUT, "eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 2}
     settings["activation_checkpointing"] = mode
     expected, alone, whole, after = run(tmp_path / "1", gradient_accumulation_steps=4, parallel="fsdp", **settings)
     assert whole == 8  # one process keeps them all
