@@ -36,7 +36,7 @@ from torch import nn
 
 from ..adapters.adapter_file import adapter_metadata, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
-from ..errors import AdapterError, CheckpointError, error_line, printable, short_repr
+from ..errors import AdapterError, CheckpointError, error_line, is_int, printable, short_repr
 from ..files import read_json, read_pickled, sha256_of, write_folder
 from ..lora.base_weight import base_format
 from .history import HISTORY, HistoryFile, read_history
@@ -299,7 +299,7 @@ def load_checkpoint(path: Path, run: Resumable) -> TrainingState:
             state.history = _read_history(path, about)
         optimizer = read_pickled(path / "optimizer.pt")
         scheduler = read_pickled(path / "scheduler.pt")
-        is_new = run.rank >= about.get("processes", 1)  # it keeps its seed
+        is_new = run.rank >= _processes_of(about)  # it keeps its seed
         generators = rng_state() if is_new else read_pickled(path / f"rng_state_{run.rank}.pth")
         convert_optimizer_state(optimizer, run.optimizer)
         check_optimizer_state(optimizer, run.optimizer)
@@ -355,8 +355,8 @@ def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
         for name, value in run.config.to_dict().items()
         if name not in (*_MAY_CHANGE, *_COMPARED_APART) and about["config"].get(name) != value
     ]
-    accumulated, processes = about["config"].get("gradient_accumulation_steps"), about.get("processes", 1)
-    if accumulated * processes != run.config.gradient_accumulation_steps * run.processes:
+    accumulated, processes = about["config"].get("gradient_accumulation_steps"), _processes_of(about)
+    if accumulated != run.config.gradient_accumulation_steps * run.processes / processes:
         of = ["" if processes == run.processes else f" in each of {n} processes" for n in (processes, run.processes)]
         changes.append(
             f"gradient_accumulation_steps {short_repr(accumulated)}{of[0]} then, "
@@ -380,6 +380,14 @@ def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
         if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version
             changes.append(f"{package} {then} then, {now} now")
     return changes
+
+
+def _processes_of(about: dict[str, Any]) -> int:
+    """Return the number of processes that made a checkpoint; version 0.1.0 knew only one."""
+    processes = about.get("processes", 1)
+    if not is_int(processes, 1):
+        raise ValueError(f"processes is {short_repr(processes)}; allowed: a whole number >= 1")
+    return int(processes)
 
 
 def _versions() -> dict[str, str]:

@@ -304,6 +304,11 @@ class _Run:
         """Return whether the run ends here: on every rank, if a signal or a callback says so on one."""
         numbers = self.world.largest([self.interrupts.signal or 0, self.state.should_stop])
         self.stopped_by, self.state.should_stop = int(numbers[0]) or None, bool(numbers[1])
+        if self.stopped_by is not None and not self.interrupts.requested:
+            logger.warning(
+                "%s in another process: saving a checkpoint, then stopping", signal.Signals(self.stopped_by).name
+            )
+            self.interrupts.signal = self.stopped_by
         return self.stopped_by is not None or self.state.should_stop
 
     def call_hooks(self, hook: str, *details: Any) -> None:

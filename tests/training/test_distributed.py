@@ -256,6 +256,21 @@ def test_load_model_takes_the_gpu_of_its_local_rank(monkeypatch):
 # --- Errors
 
 
+def run_out_of_memory(state) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_full_gpu_on_one_rank_ends_all_and_leaves_the_last_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    full = After(3, run_out_of_memory, on_rank=1)
+    other, error = in_processes(2, lambda: run(tmp_path, full, **settings), errors=True)
+    assert str(error).startswith("rank 1 of 2: CUDA out of memory. Tried to allocate 2.00 GiB. Predicted peak by mode")
+    assert isinstance(other, p3.TrainingError) and "rank 0 of 2 lost contact" in str(other)
+    adapters, result = run(tmp_path, resume_from_checkpoint="auto", **settings | {"gradient_accumulation_steps": 4})
+    expected, _ = run(tmp_path / "uncut", gradient_accumulation_steps=4)
+    assert result.global_step == 20 and difference(adapters, expected) < 1e-6
+
+
 def test_processes_that_differ_or_come_apart_or_end_are_errors_of_all(tmp_path):
     def failure(folder, *arguments, **settings):
         try:
