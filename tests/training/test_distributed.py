@@ -64,10 +64,11 @@ def stop(state) -> None:
     state.should_stop = True
 
 
-def run(folder, callback=None, *, data=DATA, eval_dataset=None, dropout=0.0, **settings):
+def run(folder, callback=None, *, data=DATA, eval_dataset=None, dropout=0.0, device="cpu", **settings):
     """Train in this process, from adapters of its own; return them and the result."""
     model = adapted_model(lora_dropout=dropout)
     randomize_adapters(model, seed=rank())
+    model.to(device)
     sizes = {"max_steps": 20, "per_device_train_batch_size": 1}
     config = quiet_config(folder, **{**sizes, **settings})
     callbacks = [] if callback is None else [callback]
@@ -313,8 +314,7 @@ def test_processes_that_differ_or_come_apart_or_end_are_errors_of_all(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
+import os, signal
 import torch
 from test_distributed import DATA, After, run
 import test_distributed
@@ -337,26 +337,58 @@ if test_distributed.rank() == 0:
 """
 
 
-def torchrun(processes: int, script, *arguments, restarts: int = 0, **options):
+def torchrun(processes: int, script, restarts: int = 0):
+    """Run a script that imports this file under torchrun."""
+    here = Path(__file__).parent
+    folders = map(str, (here.parents[1], here.parent, here))
+    path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
-        [*command, f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), *arguments],
-        capture_output=True, text=True, timeout=300, **options,
+        [*command, f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
 
 
 def test_a_process_killed_in_mid_step_is_restarted_by_torchrun_and_the_run_ends_as_if_uncut(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed")))
-    here = Path(__file__).parents[2]
-    path = os.pathsep.join([str(here), str(here / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = torchrun(2, script, restarts=1, env={**os.environ, "PYTHONPATH": path})
+    script.write_text(KILLED.format(folder=str(tmp_path / "killed")))
+    done = torchrun(2, script, restarts=1)
     assert done.returncode == 0, done.stderr
     found, steps = torch.load(tmp_path / "killed" / "adapters.pt")
     assert steps == 4  # from checkpoint 6 on
     settings = {"gradient_accumulation_steps": 2, "dropout": 0.3, "max_steps": 10}
     (expected, _), _ = in_processes(2, lambda: run(tmp_path / "uncut", **settings))
     assert same_tensors(found, expected)
+
+
+ON_GPUS = """
+import os, signal
+import torch
+from test_distributed import HELD_OUT, After, rank, run
+
+folder, device = {folder!r}, f"cuda:{{rank()}}"
+processes = int(os.environ["WORLD_SIZE"])
+settings = dict(gradient_accumulation_steps=4 // processes, optim="sgd", max_steps=10, device=device)
+settings |= dict(eval_dataset=HELD_OUT, eval_strategy="steps", eval_steps=5, save_strategy="epoch")
+kill = After(6, lambda state: os.kill(os.getpid(), signal.SIGTERM), on_rank=processes - 1)
+assert run(folder, kill, **settings)[1].global_step == 6
+adapters, result = run(folder, resume_from_checkpoint=True, **settings)
+if rank() == 0:
+    torch.save({{name: values.cpu() for name, values in adapters.items()}}, folder + "/adapters.pt")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    found = []
+    for processes in (1, 2):
+        folder, script = tmp_path / f"run-{processes}", tmp_path / f"script-{processes}.py"
+        script.write_text(ON_GPUS.format(folder=str(folder)))
+        done = torchrun(processes, script)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(folder / "adapters.pt"))
+    assert difference(*found) < 1e-5
 
 
 # --- Checks before a run, and the command line
