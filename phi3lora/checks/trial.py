@@ -49,8 +49,6 @@ class Trial:
 
 
 def check_gradient_flow(planned: PlannedRun) -> tuple[Finding, Trial | None]:
-    if not any(layer.enabled for layer in lora_layers(planned.model).values()):
-        return error("every adapter is switched off: nothing would learn"), None
     try:
         trial = run_trial(planned)
     except torch.OutOfMemoryError:

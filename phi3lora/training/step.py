@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import IGNORE_INDEX, TrainingConfig
 from ..errors import TrainingError
+from ..lora.inject import unreached_layers
 from ..model.forward import causal_lm_loss
 from ..model.sharding import sharded_base
 from .distributed import World
@@ -118,6 +119,7 @@ class OptimizerStep:
         self.max_grad_norm, self.world = max_grad_norm, world or World()
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._buffer: Tensor | None = None
+        self._is_first = True
 
     def __call__(
         self, micro_batches: Sequence[dict[str, Any]], learning_rate: float, count: int | None = None, idle: int = 0
@@ -141,6 +143,8 @@ class OptimizerStep:
                 loss_sum, _ = causal_lm_loss(self.model, batch)
             scaler.scale(loss_sum * (1 / count)).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
+        if self._is_first and micro_batches:
+            self._require_gradients()
         split = sharded_base(self.model)
         if split is not None:
             for _ in range(idle):
@@ -159,6 +163,16 @@ class OptimizerStep:
             scaler.step(self.optimizer)
         scaler.update()
         return StepOutcome(torch.stack([total, norm, skip.float()]), count)
+
+    def _require_gradients(self) -> None:
+        """Raise if an adapter got no gradient in the first step: it would never learn."""
+        self._is_first = False
+        if paths := unreached_layers(self.model):
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            raise TrainingError(
+                f"no gradient reaches the adapters of {', '.join(paths[:3])}{more}: the module above reads the weight "
+                f"itself, or never calls the layer; leave it out of target_modules"
+            )
 
     def _sum_over_ranks(self, total: Tensor) -> Tensor:
         """Replace every gradient by its sum over the ranks, and return the sum of ``total``."""

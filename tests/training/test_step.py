@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
 
 from phi3lora.data.batches import BatchPlan, collate
+from phi3lora.errors import TrainingError
 from phi3lora.training import step as step_module
 from phi3lora.training.optim import build_optimizer
 from phi3lora.training.step import OptimizerStep, resolve_precision
@@ -225,3 +226,13 @@ def test_rows_of_padding_that_fill_up_a_batch_change_nothing(packing):
     assert found.count == expected.count
     torch.testing.assert_close(found.values, expected.values)
     assert largest_difference(ours, reference) < 1e-5
+
+
+def test_an_adapter_that_the_model_goes_around_is_an_error_in_the_first_step():
+    model = adapted_model()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: F.linear(
+        mlp.activation_fn(F.linear(x, mlp.gate_up_proj.weight)[..., :48]), mlp.down_proj.weight
+    )
+    with pytest.raises(TrainingError, match=r"no gradient reaches the adapters of model.layers.1.mlp.gate_up_proj, .*"):
+        make_step(model)(micro_batches([4]), 1.0)
