@@ -327,7 +327,10 @@ class ChatEncoder:
         for i, message in enumerate(chat):
             start = text.find(message["content"], position)
             if start < 0:
-                raise DataError(f"row {number}: the chat template does not render the role {message['role']!r}")
+                raise DataError(
+                    f"row {number}: message {i + 1}: the chat template does not render the role {message['role']!r}; "
+                    f"write its content into a message of the user, or use a tokenizer whose template renders the role"
+                )
             is_answer = message["role"] == "assistant" and not prompt
             if (
                 is_answer

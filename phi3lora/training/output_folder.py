@@ -221,9 +221,10 @@ def rotate(
             path.rename(hidden)
             remove(hidden)
         except OSError as error:
+            left = path if os.path.lexists(path) else hidden
             raise CheckpointError(
-                f"save_total_limit={keep}: the old checkpoint {str(path)!r} cannot be deleted: {error}. Delete it "
-                f"yourself; continue_on_save_error=True lets a run continue"
+                f"save_total_limit={keep}: the old checkpoint {path.name} cannot be deleted: {error}. Delete "
+                f"{str(left)!r} yourself; continue_on_save_error=True lets a run continue"
             ) from error
     return deleted
 

@@ -151,7 +151,7 @@ def test_a_system_column_beside_the_messages_is_the_system_message(name):
 
 def test_a_system_prompt_that_the_template_drops_is_refused():
     row = {"system": "Answer in French.", **chat("Good day?", "Bonjour.")}
-    with pytest.raises(DataError, match=r"row 1: .*'system'"):
+    with pytest.raises(DataError, match=r"row 1: message 1: .*'system'; .*message of the user"):
         load([row], make_tokenizer("phi-3-april"))
 
 

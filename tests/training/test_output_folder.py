@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -192,8 +193,10 @@ def test_a_checkpoint_that_cannot_be_deleted_is_our_error_and_may_be_skipped(tmp
     else:
         monkeypatch.setattr(Path, "rename", lambda a, b: refuse() if a.name == "checkpoint-1" else real(a, b))
     settings = {"max_steps": 3, "save_total_limit": 1}
-    with pytest.raises(p3.CheckpointError, match=r"save_total_limit=1.*checkpoint-1.*cannot be deleted.*not permitted"):
+    with pytest.raises(p3.CheckpointError, match="save_total_limit=1.*checkpoint-1 .*be deleted.*permitted") as error:
         saved(tmp_path / "one", **settings)
+    left = re.search("Delete '(.*)' yourself", str(error.value))[1]
+    assert Path(left).is_dir() and (Path(left).name == "checkpoint-1") == (how == "folder")
     assert damage(tmp_path / "one" / "checkpoint-2") is None
     seen = []
 
