@@ -183,9 +183,13 @@ def _refuse_split(model: nn.Module) -> None:
         )
 
 
-def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
-    """Return ``weight`` plus the layer's delta: added in float32, rounded to the weight's dtype."""
-    merged_weight: Tensor = weight.float() + layer.delta().to(weight.device)
+def _merged_weight(layer: Any, weight: Tensor, as_linear: bool = False) -> Tensor:
+    """Return ``weight`` plus the layer's delta: added in float32, rounded to the weight's dtype.
+
+    ``as_linear``: the weight is (out, in) even if the layer's own is stored transposed (``fan_in_fan_out``).
+    """
+    delta = layer.delta().to(weight.device)
+    merged_weight: Tensor = weight.float() + (delta.t() if as_linear and layer.fan_in_fan_out else delta)
     return merged_weight.to(weight.dtype)
 
 
@@ -198,7 +202,7 @@ def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
                 weight = plain.get_submodule(path).weight
-                weight.copy_(_merged_weight(layer, weight))
+                weight.copy_(_merged_weight(layer, weight, isinstance(layer, nn.Linear)))
             for name, value in adapter_state_dict(model).items():
                 if name.endswith("bias"):
                     plain.get_parameter(name).copy_(value)
@@ -210,8 +214,9 @@ def _plain_model(model: Any, base: str | os.PathLike[str] | None) -> Any:
         weight = module.weight if isinstance(module, nn.Embedding) else base_weight_of(module).dequantize()
         for name in [name for name in state if name.startswith(f"{path}.") and name != f"{path}.bias"]:
             del state[name]
-        weight = weight.detach() if getattr(module, "r", 0) == 0 else _merged_weight(module, weight.detach())
-        state[f"{path}.weight"] = weight.to(dtype)
+        if getattr(module, "r", 0):
+            weight = _merged_weight(module, weight.detach(), isinstance(module, nn.Linear))
+        state[f"{path}.weight"] = weight.detach().to(dtype)
     config = type(model.config).from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -142,6 +142,16 @@ def test_every_kind_of_layer_can_be_merged():
         assert same_tensors(weights(module), before)
 
 
+def test_a_transposed_weight_is_saved_as_a_linear_layer_s(tmp_path):
+    model = tiny_model()
+    square = model.model.layers[0].self_attn.o_proj.weight.detach()
+    layer = p3.Linear(*square.shape, r=2, lora_alpha=4, fan_in_fan_out=True, bias=False)
+    layer.weight = nn.Parameter(square.t().contiguous(), requires_grad=False)
+    model.model.layers[0].self_attn.o_proj = layer
+    randomize_adapters(model)
+    assert p3.save_merged(model, None, tmp_path).max_logit_difference < 1e-4
+
+
 def test_what_cannot_be_merged_is_refused(tmp_path):
     with pytest.raises(p3.AdapterError, match="no adapters to merge"):
         p3.save_merged(tiny_model(), None, tmp_path)
