@@ -1,0 +1,150 @@
+"""Predict the speed of training on 1 to 512 GPUs from one GPU's step times and the links' speed. It needs no GPU.
+
+    python examples/benchmarks/scaling.py
+    python examples/benchmarks/scaling.py --network-gbits 3200    # nodes with eight 400 Gbit/s cards
+
+Bytes come from the library's own model, made on the meta device; times from the measurements below. For n GPUs:
+
+    whole base    step = compute + reduce(adapters' gradients)
+    split base    the same, but in forward and backward each layer takes max(compute + busy, gather(next layer's bytes))
+
+    reduce(b) = 2 (n - 1) / n * b / bandwidth + 2 (n - 1) * hop       ring all-reduce, after the last micro-batch
+    gather(b) =   (n - 1) / n * b / bandwidth +   (n - 1) * hop       ring all-gather, while the layer before computes
+    busy      = BUSY * (n - 1) / n * b / NVLINK                       what a gather takes from the kernels beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+import torch
+from benchmark import ROW_TOKENS, ROWS, SHAPES
+from torch import nn
+
+import phi3lora as p3
+from phi3lora.model.estimate import _STORED_BYTES
+from phi3lora.model.sharding import shardable_tensors
+
+WHERE = """2026-11-27, 2 x NVIDIA H100 80GB HBM3 of one host, torch 2.11.0+cu130
+  benchmark.py MODE --gpus 0 1 2: bf16 and chat-bf16 at commit 3ead1a2, the others at 32c7b3d
+  torchrun --nproc-per-node 2 sharding_check.py: 8 of Phi-4's 40 layers, 4 x 2,048 tokens"""
+GPUS = (1, 2, 8, 64, 512)
+NODE_GPUS = 8
+NVLINK = 238e9  # bytes a second that a GPU receives: one layer of Phi-4, 0.63 GiB, gathered by 2 GPUs in 1.43 ms
+HOP_S = 10e-6  # assumed
+TOKENS = ROWS * ROW_TOKENS
+FORWARD_S = (250.5e-3 - 192.8e-3) / 8  # a layer of Phi-4: 8 layers with full checkpointing, and without
+BUSY = (260.5e-3 - 250.5e-3) / (12 * 1.43e-3)  # time that bf16's 12 gathers cost those 8 layers, of their own time
+
+
+class Measured(NamedTuple):
+    """A mode of benchmark.py: tokens a second of one GPU alone, and of two together."""
+
+    mode: str
+    one_gpu: int
+    two_gpus: int
+    shape: str = "phi-3-mini"
+    is_split: bool = False
+
+
+RUNS = [
+    Measured("bf16", 30_208, 59_822),
+    Measured("chat-bf16", 30_855, 61_425),
+    Measured("fp8", 41_179, 81_086),
+    Measured("fp8 (first run)", 41_179, 77_168),
+    Measured("nf4", 29_598, 58_703),
+    Measured("phi-4-sharded", 7_189, 13_675, "phi-4", is_split=True),
+]
+SPLIT_MS = {  # checkpointing, base: milliseconds of 8 layers of Phi-4 with a whole base, and split over 2 GPUs
+    ("full", "bf16"): (250.5, 260.5), ("full", "fp8"): (174.8, 183.3), ("full", "nf4"): (256.3, 262.8),
+    ("none", "bf16"): (192.8, 198.9), ("none", "fp8"): (136.7, 146.3), ("none", "nf4"): (196.6, 201.0),
+}  # fmt: skip
+
+
+class Bytes(NamedTuple):
+    """What a model brings to the links: the adapters' float32 gradients, and a layer's frozen weights by format."""
+
+    gradients: int
+    layers: int
+    layer: dict[str, float]
+
+
+def bytes_of(shape: str) -> Bytes:
+    """Count the bytes of a shape of benchmark.py with r = 16 on all four projections."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    with torch.device("meta"):
+        model: Any = Phi3ForCausalLM(Phi3Config(**SHAPES[shape])).to(torch.bfloat16)
+    p3.inject_lora(model, p3.LoraConfig(r=16, lora_alpha=32))
+    layer = model.model.layers[0]
+    weights = [m.weight.shape for m in layer.modules() if isinstance(m, nn.Linear)]
+    stored = {base: sum(count(*shape) for shape in weights) for base, count in _STORED_BYTES.items()}
+    dense = float(sum(t.nbytes for t in shardable_tensors(layer)))
+    gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    return Bytes(gradients, len(model.model.layers), {"bf16": dense, **stored})
+
+
+def gathers(layers: int) -> int:
+    """Return the gathers of a micro-batch: two a layer, but two layers stay whole at each turn of direction."""
+    return 2 * max(layers - 2, 0)
+
+
+def ring_s(size: float, gpus: int, network: float, rounds: int) -> float:
+    """Return the seconds of a ring over all GPUs: 1 round is an all-gather, 2 an all-reduce. ``network``: bytes/s."""
+    bandwidth = NVLINK if gpus <= NODE_GPUS else min(NVLINK, network)
+    return rounds * (gpus - 1) * (size / gpus / bandwidth + HOP_S)
+
+
+def tokens_per_s(run: Measured, size: Bytes, gpus: int, network: float = NVLINK) -> float:
+    """Return the predicted speed of all GPUs with one micro-batch a step."""
+    compute = TOKENS / run.one_gpu
+    step = compute + ring_s(size.gradients, gpus, network, rounds=2)
+    if run.is_split and gpus > 1:
+        gather = ring_s(size.layer["bf16"], gpus, network, rounds=1)
+        busy = BUSY * (gpus - 1) / gpus * size.layer["bf16"] / NVLINK
+        added = [max(busy, gather - own) for own in (FORWARD_S, compute / size.layers - FORWARD_S)]
+        step += gathers(size.layers) / 2 * sum(added)
+    return gpus * TOKENS / step
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network-gbits", type=float, nargs="+", default=[400, 25], help="of a node, to the others")
+    options = parser.parse_args(arguments)
+    networks = " or ".join(f"{gbits:,.0f}" for gbits in options.network_gbits)
+    sizes = {shape: bytes_of(shape) for shape in ("phi-3-mini", "phi-4")}
+
+    print(f"""Measured: {WHERE}
+Assumed:
+  {NODE_GPUS} GPUs a node; NVLink {NVLINK / 1e9:.0f} GB/s received by each, as measured between 2
+  {networks} Gbit/s between a node and the others; {HOP_S * 1e6:.0f} us for each hop of a ring
+  a gather takes {BUSY:.2f} of its time over NVLink from the kernels beside it (8 layers, bf16, full)
+  nothing hides the reduction; one micro-batch of {TOKENS:,} tokens a GPU and step (accumulation reduces no more often)
+  not counted: cards that slow each other, uneven rows, reading data, other traffic. NCCL's trees have fewer hops""")
+    print("\nBytes a step          reduced, MB   gathered by each GPU of 2, 8, 512, GiB")
+    print(f"phi-3-mini, any base {sizes['phi-3-mini'].gradients / 1e6:12.1f}      0")
+    for base, layer in sizes["phi-4"].layer.items():
+        gathered = "".join(f"{gathers(40) * layer * (n - 1) / n / 2**30:8.1f}" for n in (2, 8, 512))
+        print(f"phi-4 split, {base:<7} {sizes['phi-4'].gradients / 1e6:12.1f}{gathered}")
+
+    for gbits in options.network_gbits:
+        print(f"\nPredicted tok/s and share of linear, {gbits:,.0f} Gbit/s between nodes")
+        print("GPUs             " + "".join(f"{n:>19,}" for n in GPUS))
+        for run in (run for run in RUNS if "(" not in run.mode):
+            found = [tokens_per_s(run, sizes[run.shape], n, gbits * 1e9 / 8) for n in GPUS]
+            cells = (f"{t:>12,.0f} ({t / n / run.one_gpu:.2f})" for n, t in zip(GPUS, found, strict=True))
+            print(f"{run.mode:<17}" + "".join(cells))
+
+    print("\n2 GPUs             predicted   measured   measured / predicted   share of linear, measured")
+    for run in RUNS:
+        predicted, share = tokens_per_s(run, sizes[run.shape], 2), run.two_gpus / 2 / run.one_gpu
+        print(f"{run.mode:<17} {predicted:>8,.0f} {run.two_gpus:>10,} {run.two_gpus / predicted:>16.3f} {share:>22.3f}")
+    print("\n8 layers split, ms predicted   measured   measured / predicted")
+    for (checkpointing, base), (whole, split) in SPLIT_MS.items():
+        predicted = whole + 1000 * gathers(8) * BUSY * sizes["phi-4"].layer[base] / 2 / NVLINK
+        print(f"{checkpointing:<5} {base:<11} {predicted:>8.1f} {split:>10.1f} {split / predicted:>16.3f}")
+
+
+if __name__ == "__main__":
+    main()
