@@ -85,10 +85,11 @@ def interrupt(number: signal.Signals, lines: int, delay_s: float, expected: str)
         how = f"{number.name} {delay_s:.3f} s after line {lines}, status {child.returncode}"
         steps = count_lines(folder)
         ended = "ended before" if child.returncode == 0 else "in training" if steps else "before the first step"
-        allowed = (0,) if adapter(folder) == expected else (128 + number, -number)  # -number: Python was starting
+        is_done = adapter(folder) == expected
+        allowed = (0, -number) if is_done else (128 + number, -number)  # -number: Python was starting, or ending
         if child.returncode not in allowed:
             return ended, f"{how}: {text.strip()[-300:]}"
-        if child.returncode and adapter(folder) is not None:
+        if not is_done and adapter(folder) is not None:
             return ended, f"{how}: it left an adapter.safetensors"
         again = start(folder)
         text, _ = again.communicate(timeout=LIMIT_S)

@@ -193,7 +193,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_our_error_and_may_be_skipped(tmp
     else:
         monkeypatch.setattr(Path, "rename", lambda a, b: refuse() if a.name == "checkpoint-1" else real(a, b))
     settings = {"max_steps": 3, "save_total_limit": 1}
-    with pytest.raises(p3.CheckpointError, match="save_total_limit=1.*checkpoint-1 .*be deleted.*permitted") as error:
+    with pytest.raises(p3.CheckpointError, match=r"save_total_limit=1.*checkpoint-1 .*be deleted.*permitted") as error:
         saved(tmp_path / "one", **settings)
     left = re.search("Delete '(.*)' yourself", str(error.value))[1]
     assert Path(left).is_dir() and (Path(left).name == "checkpoint-1") == (how == "folder")
