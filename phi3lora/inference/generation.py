@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
@@ -16,7 +24,7 @@ from ..data.turns import read_turns
 from ..errors import DataError, is_int
 from ..lora.wrappers import unwrap
 from ..model.forward import eval_mode
-from ..model.load import longrope_boundary, model_device
+from ..model.load import longrope_boundary
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -51,7 +59,8 @@ def generate(
         top_k: sample from this many of the likeliest tokens; 0: from all.
         repetition_penalty: a value > 1 makes tokens less likely that are in the prompt or the answer already
             (https://arxiv.org/abs/1909.05858).
-        seed: the seed of the sampling, with the global generators restored afterwards; None: sample from these.
+        seed: the seed of the sampling; None: a number of torch's global generator. Each prompt of a list draws from a
+            generator of its own, by its place in the list.
         batch_size: prompts that run together; the answers do not depend on it except for rounding.
         stream: print the answer while it is generated (one prompt only).
 
@@ -72,7 +81,8 @@ def generate(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not is_int(value, 1):
             raise DataError(f"{name}={value!r}; allowed: a whole number >= 1")
-    options = _sampling_options(temperature, top_p, top_k, repetition_penalty)
+    _check_sampling(temperature, top_p, top_k, repetition_penalty)
+    options: dict[str, Any] = {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
     encoder = ChatEncoder(tokenizer)
     if stream:
         from transformers import TextStreamer
@@ -80,11 +90,12 @@ def generate(
         decoder: Any = encoder  # of a tokenizer, a streamer uses decode alone
         options["streamer"] = TextStreamer(decoder, skip_prompt=True)
     prompts = [_prompt_ids(encoder, chat, tools, i) for i, chat in enumerate(chats, 1)]
-    device = model_device(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size, options)
+    sampling = None
+    if temperature > 0:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        first_seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        sampling = Sampling(float(temperature), top_p, top_k, first_seed)
+    answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size, options, sampling)
     return answers if is_list else answers[0]
 
 
@@ -106,15 +117,17 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     options: dict[str, Any],
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """Return the answer to each prompt of token ids; ``options`` are the sampling options of ``model.generate``."""
+    """Return the answer to each prompt of token ids; ``options`` are of ``model.generate``."""
     model = _without_generation_config(unwrap(model))
     answers = [""] * len(prompts)
     lengths, boundary = [len(prompt) for prompt in prompts], longrope_boundary(model.config)
     equal_lengths = "repetition_penalty" in options  # a penalty would count padding as repeated tokens
     with eval_mode(model):
         for group in _group_prompts(lengths, batch_size, max_new_tokens, boundary, equal_lengths):
-            new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], max_new_tokens, options)
+            more = {} if sampling is None else {"logits_processor": sampling.processors(group)}
+            new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], max_new_tokens, {**options, **more})
             for i, ids in zip(group, new_ids.tolist(), strict=True):
                 answers[i] = encoder.decode(ids).strip()
     return answers
@@ -174,6 +187,7 @@ def _generate_ids(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         max_new_tokens=max_new_tokens,
+        do_sample=False,
         eos_token_id=stops,
         pad_token_id=pad,
         use_cache=True,
@@ -182,8 +196,7 @@ def _generate_ids(
     return output[:, width:]
 
 
-def _sampling_options(temperature: float, top_p: float, top_k: int, repetition_penalty: float) -> dict[str, Any]:
-    """Return the options of ``model.generate`` for choosing tokens."""
+def _check_sampling(temperature: float, top_p: float, top_k: int, repetition_penalty: float) -> None:
     for name, value, ok, allowed in (
         ("temperature", temperature, temperature >= 0, "0 (the likeliest token) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "0 < p <= 1"),
@@ -192,12 +205,45 @@ def _sampling_options(temperature: float, top_p: float, top_k: int, repetition_p
     ):
         if not ok:
             raise DataError(f"{name}={value!r}; allowed: {allowed}")
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options.update(temperature=temperature, top_p=top_p, top_k=top_k)
-    if repetition_penalty != 1:
-        options["repetition_penalty"] = repetition_penalty
-    return options
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of sampled answers are drawn; prompt ``i`` of a list draws with the seed ``first_seed + i``."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    first_seed: int
+
+    def processors(self, prompts: Sequence[int]) -> LogitsProcessorList:
+        """Return what turns the logits of these prompts, by their numbers, into scores whose largest is the draw."""
+        found: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
+        if self.top_k:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        return LogitsProcessorList([*found, Draw([self.first_seed + i for i in prompts])])
+
+
+class Draw(LogitsProcessor):
+    """Add Gumbel noise to each row from a generator of its own; the largest sum is a sample of the row's softmax.
+
+    transformers' own sampling draws the rows of a batch from one generator, so they depend on one another.
+    ``-log E`` with E exponential is Gumbel's distribution (https://arxiv.org/abs/1611.01144, section 2).
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = seeds
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
 
 
 def _as_chats(prompt: Any, system: str | None) -> tuple[list[list[dict[str, Any]]], bool]:

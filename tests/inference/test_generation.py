@@ -10,7 +10,7 @@ from conftest import adapted_model, longrope_model, make_tokenizer, quiet_config
 from tokenizers import AddedToken
 
 import phi3lora as p3
-from phi3lora.inference.generation import stop_token_ids
+from phi3lora.inference.generation import Draw, stop_token_ids
 
 TOKENIZER = make_tokenizer()
 END, EOS = TOKENIZER.convert_tokens_to_ids("<|end|>"), TOKENIZER.eos_token_id
@@ -267,6 +267,29 @@ def test_greedy_answers_and_seeds_leave_the_generator_alone_and_sampling_follows
         assert len({sample(seed, **options) for seed in range(4)}) > 1
     for options in ({"top_p": 1e-6}, {"top_k": 1}, {"temperature": 1e-4}):
         assert {sample(seed, **options) for seed in range(4)} == {greedy}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8, "repetition_penalty": 1.5}], ids=str)
+def test_sampled_answers_do_not_depend_on_the_batch(options):
+    model = confident_model(scale=1.0)
+
+    def sample(prompts, batch_size):
+        settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, **options}
+        return p3.generate(model, TOKENIZER, prompts, batch_size=batch_size, **settings)
+
+    alone = sample(PROMPTS, 1)
+    assert all(sample(PROMPTS, size) == alone for size in range(2, len(PROMPTS) + 1))
+    assert sample(PROMPTS[:1], 1) == alone[:1]
+    assert len(set(sample(PROMPTS[:1] * 8, 4))) > 1
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax():
+    scores, rows = torch.tensor([0.0, 1.0, 2.0, float("-inf")]), 4000
+    draw = Draw(range(rows))
+    for _ in range(2):  # a row's later draws too
+        tokens = draw(torch.zeros(rows, 1), scores.expand(rows, -1)).argmax(-1)
+        shares = tokens.bincount(minlength=4) / rows
+        assert torch.allclose(shares, scores.softmax(0), atol=0.04) and shares[3] == 0  # 5 standard deviations
 
 
 def test_a_repetition_penalty_equals_one_by_hand_in_a_batch_of_any_lengths():
