@@ -33,6 +33,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Endings that may follow those of :data:`SUFFIXES`."""
 
+_ROWS_IN_PYTHON = 100  # of those, made Python objects at a time
 _ROWS_AT_ONCE = 1000  # of a table
 _QUOTED_ERRORS = 3
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV cell, the most that every platform takes; Python's default is 131,072
@@ -411,13 +412,19 @@ def _arrow_file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, parquet, types
 
     try:
-        with parquet.ParquetFile(_table_bytes(path)) as file:
-            _check_unique(str(path), file.schema_arrow.names)
+        source = _table_bytes(path)
+        with parquet.ParquetFile(source) as file:
+            schema = file.schema_arrow
+        # A text that a kilobyte repeats in every row is in memory once, and in the rows of one part.
+        texts = [field.name for field in schema if types.is_string(field.type) or types.is_binary(field.type)]
+        with parquet.ParquetFile(source, read_dictionary=texts) as file:
+            _check_unique(str(path), schema.names)
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                yield from batch.to_pylist()
+                for start in range(0, len(batch), _ROWS_IN_PYTHON):
+                    yield from batch.slice(start, _ROWS_IN_PYTHON).to_pylist()
     except DataError:
         raise
     except (*_TABLE_ERRORS, ArrowException) as error:

@@ -9,6 +9,7 @@ import lzma
 import math
 import subprocess
 import sys
+import tracemalloc
 from functools import partial
 from types import SimpleNamespace
 
@@ -422,3 +423,16 @@ def test_skipped_rows_are_reported_once_with_the_first_few(caplog):
 def test_a_source_of_bad_rows_alone_is_an_error_that_says_why(rows):
     message = refusal(rows, on_bad_row="skip")
     assert "usable" in message and "row 1" in message
+
+
+def test_a_text_that_a_parquet_file_repeats_does_not_fill_the_memory(tmp_path):
+    count, text = 300, "x" * 2**20  # 300 MiB in a kilobyte
+    junk = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
+    table = pyarrow.table({"prompt": ["Hi"] * count, "completion": ["Hello!"] * count, "junk": junk})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 4096
+    tracemalloc.start()
+    rows = sum(1 for _ in read_rows(tmp_path / "a.parquet", BadRows("error")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == count and peak < 150 * 2**20
