@@ -167,7 +167,7 @@ class ChatDataset:
         dataset = _joined([part.load(len(parts) > 1) for part in parts])
         logger.info("%s", dataset)
         for sentence, count in dataset.findings.advice.items():
-            logger.warning("%d rows: %s", count, sentence)
+            logger.warning("%d row%s: %s", count, "s" * (count != 1), sentence)
         return dataset
 
     @classmethod
