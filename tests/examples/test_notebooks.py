@@ -116,8 +116,9 @@ def test_the_real_hub_notebooks_ask_for_phi_3_and_python_tasks_and_push(name, mo
         def create_repo(self, repo_id, **options):
             return type("Repository", (), {"repo_id": repo_id})
 
-        def upload_folder(self, repo_id, folder_path, **options):
-            uploads.append((repo_id, str(folder_path)))
+        def create_commit(self, repo_id, operations, **options):
+            [folder] = {str(Path(added.path_or_fileobj).parent) for added in operations}
+            uploads.append((repo_id, folder))
             return type("Commit", (), {"commit_url": "the commit"})
 
     monkeypatch.setattr(hub, "HfApi", Hub)
