@@ -1,4 +1,4 @@
-"""What loading a dataset found that its user should know: what was read and not used, and what was read as what."""
+"""Findings of a load: unused columns, rows by form, turns switched off, tokens kept as text, doubtful rows."""
 
 from __future__ import annotations
 

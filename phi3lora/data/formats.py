@@ -145,7 +145,7 @@ def _plan(format: str, keys: tuple[Any, ...], mapped: tuple[tuple[str, str], ...
 
 
 class _Read(NamedTuple):
-    """What the function of a format makes of a row's columns."""
+    """A row's columns, read by the function of its format."""
 
     messages: list[Message]
     prompt_messages: int

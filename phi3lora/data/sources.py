@@ -1,4 +1,4 @@
-"""What a source names: a file, folder, pattern, hub dataset, table, list, or several of them; and its splits."""
+"""Sources of rows: files, folders, patterns, hub datasets, tables and lists; and their splits."""
 
 from __future__ import annotations
 

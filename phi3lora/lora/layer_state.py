@@ -1,7 +1,7 @@
-"""What sits on a layer beside its numbers: hooks, a user's attributes, methods replaced on the instance.
+"""The state of a layer beside its numbers: hooks, a user's attributes, methods replaced on the instance.
 
-A layer is swapped for another object when adapters are injected, switched or removed. What sits on the old one moves to
-the new one where it means the same there; the rest is refused by name:
+A layer is swapped for another object when adapters are injected, switched or removed. This state moves to the new one
+where it means the same there; the rest is refused by name:
 
     moves       hooks of every kind, accelerate's ``_hf_hook``, attributes, buffers, submodules, the mode
     refused     a method replaced on the instance (``forward``), which is bound to the old object

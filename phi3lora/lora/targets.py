@@ -1,4 +1,4 @@
-"""What a target name matches in a model, and which layers can be adapted.
+"""Target names: the layers and segments that each selects, and the layers that can be adapted.
 
 Phi-3 fuses the projections that Llama-style models keep apart, so of Llama's names only ``o_proj`` and ``down_proj``
 exist in it. Here the other names select segments of the fused layer:
