@@ -1,4 +1,4 @@
-"""Output of a run: banner, progress bar, ``metrics.jsonl``, trackers, loss picture; and metrics read late."""
+"""Output of a run: banner, progress bar, ``metrics.jsonl``, loss picture; and metrics read late."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from ..checks.report import Finding
 from ..config import TrainingConfig
-from ..errors import TrainingError
 from ..model.estimate import peak_flops
 from .checkpoint import TrainingState
 from .history import HistoryFile
+from .trackers import Tracker, open_trackers
 
 logger = logging.getLogger("phi3lora")
 
@@ -151,70 +151,6 @@ def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
         logger.error("the picture of the loss could not be written: %s", error)
         return None
     return path
-
-
-# --- TensorBoard and Weights & Biases (extra ``tracking``), imported only when the config names them
-
-
-class Tracker(Protocol):
-    """A receiver of the lines of ``metrics.jsonl``."""
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Record a line at its ``step``."""
-
-    def close(self) -> None:
-        """Flush and close."""
-
-
-class TensorBoard:
-    """A tracker that writes scalars to ``output_dir/tensorboard``."""
-
-    def __init__(self, config: TrainingConfig) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(f"{config.output_dir}/tensorboard")
-
-    def write(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, line["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandB:
-    """A tracker that logs to a Weights & Biases run; ``WANDB_MODE=offline`` and its other variables work as usual."""
-
-    def __init__(self, config: TrainingConfig) -> None:
-        import wandb
-
-        self._run: Any = wandb.init(name=config.run_name, config=config.to_dict(), dir=config.output_dir)
-
-    def write(self, line: dict[str, Any]) -> None:
-        self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def check_trackers(config: TrainingConfig) -> None:
-    """Raise a one-line error if a tracker in ``report_to`` is not installed.
-
-    Raises:
-        TrainingError: the tracker, and what to install.
-    """
-    for name in config.report_to:
-        try:
-            __import__({"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[name])
-        except ImportError as error:
-            raise TrainingError(f"report_to={name!r} needs {name}: pip install phi3lora[tracking]") from error
-
-
-def open_trackers(config: TrainingConfig) -> list[Tracker]:
-    """Open the trackers in ``report_to``."""
-    kinds: dict[str, Callable[[TrainingConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
-    return [kinds[name](config) for name in config.report_to]
 
 
 # --- Numbers that a GPU is still computing

@@ -29,9 +29,9 @@ from ..model.sharding import shardable_tensors, sharded, sharded_base
 from .best import metric_name
 from .checkpoint import TrainingState
 from .distributed import World
-from .logging import check_trackers
 from .optim import optimizer_bytes, warmup_steps
 from .step import Precision, resolve_precision
+from .trackers import check_trackers
 
 logger = logging.getLogger("phi3lora")
 
