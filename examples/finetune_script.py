@@ -36,7 +36,7 @@ def demo_conversations() -> list[dict[str, Any]]:
 def training_config(real: bool) -> p3.TrainingConfig:
     """Return the settings. The demo is tiny: fewer rows a step, no need to save memory, a higher learning rate."""
     has_gpu = torch.cuda.is_available()
-    paged = has_gpu and importlib.util.find_spec("bitsandbytes") is not None  # pip install 'phi3lora[qlora]'
+    paged = has_gpu and importlib.util.find_spec("bitsandbytes") is not None  # extra "qlora"
     return p3.TrainingConfig(
         output_dir="runs/finetune_script" if real else "runs/finetune_script_demo",
         resume_from_checkpoint="auto" if real else False,

@@ -9,28 +9,34 @@ p3.train(model, chats, p3.TrainingConfig(output_dir="runs/support", learning_rat
 p3.save_adapter(model, "support.safetensors")
 """
 
-from loralib import lora_state_dict, mark_only_lora_as_trainable
+from __future__ import annotations
 
-from . import demo
-from .adapters.adapter_file import load_adapter, save_adapter
-from .adapters.hub import push_to_hub, write_model_card
-from .adapters.merge import MergeReport, merged, save_merged
-from .adapters.named import delete_adapter, disabled, list_adapters, set_adapter
-from .adapters.peft_export import PeftExport, export_peft
-from .adapters.peft_import import import_peft
-from .checks.doctor import doctor
-from .checks.report import DoctorReport, Finding
-from .config import LoraConfig, TrainingConfig
-from .data.batches import batches
-from .data.dataset import ChatDataset, ChatStream
-from .errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError, Phi3LoRAError, TrainingError
-from .inference.evaluation import evaluate, sample_answers
-from .inference.generation import generate
-from .lora.inject import InjectionReport, inject_lora
-from .lora.layers import Conv2d, Embedding, Linear, MergedLinear
-from .model.forward import causal_lm_loss
-from .model.load import load_model
-from .training.loop import Callback, TrainingResult, train
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; __getattr__ below imports a name when it is first used
+    from loralib import lora_state_dict, mark_only_lora_as_trainable
+
+    from . import demo
+    from .adapters.adapter_file import load_adapter, save_adapter
+    from .adapters.hub import push_to_hub, write_model_card
+    from .adapters.merge import MergeReport, merged, save_merged
+    from .adapters.named import delete_adapter, disabled, list_adapters, set_adapter
+    from .adapters.peft_export import PeftExport, export_peft
+    from .adapters.peft_import import import_peft
+    from .checks.doctor import doctor
+    from .checks.report import DoctorReport, Finding
+    from .config import LoraConfig, TrainingConfig
+    from .data.batches import batches
+    from .data.dataset import ChatDataset, ChatStream
+    from .errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError, Phi3LoRAError, TrainingError
+    from .inference.evaluation import evaluate, sample_answers
+    from .inference.generation import generate
+    from .lora.inject import InjectionReport, inject_lora
+    from .lora.layers import Conv2d, Embedding, Linear, MergedLinear
+    from .model.forward import causal_lm_loss
+    from .model.load import load_model
+    from .training.loop import Callback, TrainingResult, train
 
 __version__ = "0.1.0"
 
@@ -82,3 +88,48 @@ __all__ = [
     "train",
     "write_model_card",
 ]
+
+_HOMES = {
+    "loralib": "lora_state_dict mark_only_lora_as_trainable",
+    ".adapters.adapter_file": "load_adapter save_adapter",
+    ".adapters.hub": "push_to_hub write_model_card",
+    ".adapters.merge": "MergeReport merged save_merged",
+    ".adapters.named": "delete_adapter disabled list_adapters set_adapter",
+    ".adapters.peft_export": "PeftExport export_peft",
+    ".adapters.peft_import": "import_peft",
+    ".checks.doctor": "doctor",
+    ".checks.report": "DoctorReport Finding",
+    ".config": "LoraConfig TrainingConfig",
+    ".data.batches": "batches",
+    ".data.dataset": "ChatDataset ChatStream",
+    ".errors": "AdapterError CheckpointError ConfigError DataError ModelError Phi3LoRAError TrainingError",
+    ".inference.evaluation": "evaluate sample_answers",
+    ".inference.generation": "generate",
+    ".lora.inject": "InjectionReport inject_lora",
+    ".lora.layers": "Conv2d Embedding Linear MergedLinear",
+    ".model.forward": "causal_lm_loss",
+    ".model.load": "load_model",
+    ".training.loop": "Callback TrainingResult train",
+}
+"""Module -> the public names that it defines."""
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package, when it is first used."""
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+        globals()[name] = value
+        return value
+    module = f"{__name__}.{name}"
+    try:
+        if not name.startswith("_"):
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

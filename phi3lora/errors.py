@@ -6,10 +6,13 @@ A message names the thing, the value, the allowed values and the way out.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -109,3 +112,24 @@ def as_path(value: Any, what: str, error: type[Phi3LoRAError]) -> Path:
     if not is_path(value):
         raise error(f"{what} cannot be {short_repr(value)}; allowed: a path, names of at most {_MAX_NAME_BYTES} bytes")
     return Path(value)
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra of this package, which is not on the package index.
+
+    In a clone it is ``pip install -e ".[plot]"``; after an installation from git it names that address; from a wheel
+    it names the packages of the extra.
+    """
+    clone = Path(__file__).parents[1]
+    if (clone / "pyproject.toml").is_file():
+        return f'pip install -e ".[{extra}]"' + ("" if clone == Path.cwd() else f" (in {clone})")
+    try:
+        installed = metadata.distribution("phi3lora")
+    except metadata.PackageNotFoundError:  # a copied folder
+        return f"install the packages of the extra {extra!r} in phi3lora's pyproject.toml"
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    if "vcs_info" in origin:
+        return f'pip install "phi3lora[{extra}] @ {origin["vcs_info"]["vcs"]}+{origin["url"]}"'
+    requirements = [line.partition(";") for line in installed.requires or []]
+    names = [name.strip() for name, _, marker in requirements if re.search(rf"extra == ['\"]{extra}['\"]", marker)]
+    return f"pip install {' '.join(map(shlex.quote, names))}"

@@ -16,6 +16,7 @@ from family import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, TEMPLATES, make_tokenizer 
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi3lora.data.dataset import ChatDataset
+from phi3lora.errors import install_hint
 
 torch.set_num_threads(1)  # tests run in parallel processes; also makes float sums repeatable
 _STARTED_S = time.monotonic()
@@ -41,7 +42,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def require_four_bit() -> None:
     """Skip the module where nf4 cannot run: no bitsandbytes, or none of its 4-bit kernels for this CPU."""
-    reason = "nf4 needs bitsandbytes: pip install 'phi3lora[qlora]'"
+    reason = f"nf4 needs bitsandbytes: {install_hint('qlora')}"
     bitsandbytes = pytest.importorskip("bitsandbytes", reason=reason)
     pytest.importorskip("accelerate", reason=reason)
     try:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import phi3lora.errors
 from phi3lora.errors import (
     AdapterError,
     DataError,
     Phi3LoRAError,
     as_path,
     error_line,
+    install_hint,
     is_int,
     is_number,
     is_path,
@@ -71,3 +76,44 @@ def test_valid_json_is_read_as_the_json_module_reads_it(tmp_path):
     value = {"a": [1, 2.5, None, "é"]}
     (tmp_path / "a.json").write_text(json.dumps(value))
     assert parse_json(json.dumps(value)) == value == read_json(tmp_path / "a.json")
+
+
+def test_an_install_hint_in_a_clone_is_for_the_clone(tmp_path, monkeypatch):
+    clone = Path(phi3lora.errors.__file__).parents[1]
+    monkeypatch.chdir(clone)
+    assert install_hint("plot") == 'pip install -e ".[plot]"'
+    monkeypatch.chdir(tmp_path)
+    assert install_hint("plot") == f'pip install -e ".[plot]" (in {clone})'
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        (None, "pip install matplotlib 'bitsandbytes>=0.50'"),
+        ({"url": "file:///somewhere", "dir_info": {}}, "pip install matplotlib 'bitsandbytes>=0.50'"),
+        (
+            {"url": "https://example.org/p.git", "vcs_info": {"vcs": "git", "commit_id": "0" * 40}},
+            'pip install "phi3lora[plot] @ git+https://example.org/p.git"',
+        ),
+        ("no metadata", "install the packages of the extra 'plot' in phi3lora's pyproject.toml"),
+    ],
+    ids=["wheel", "folder", "git", "copied"],
+)
+def test_an_install_hint_outside_a_clone_can_be_pasted(tmp_path, origin, expected):
+    (tmp_path / "phi3lora").mkdir()
+    (tmp_path / "phi3lora" / "__init__.py").touch()
+    shutil.copy(phi3lora.errors.__file__, tmp_path / "phi3lora")
+    if origin != "no metadata":
+        info = tmp_path / "phi3lora-0.1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            "Metadata-Version: 2.4\nName: phi3lora\nVersion: 0.1.0\nRequires-Dist: torch\n"
+            "Requires-Dist: matplotlib; extra == 'plot'\nRequires-Dist: bitsandbytes>=0.50; extra == \"plot\"\n"
+            "Requires-Dist: peft; extra == 'test'\n"
+        )
+        if origin is not None:
+            (info / "direct_url.json").write_text(json.dumps(origin))
+    code = "import sys; sys.path[:0] = sys.argv[1:]; from phi3lora.errors import *; print(install_hint('plot'))"
+    command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+import phi3lora
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "phi3lora"
 FILES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
@@ -124,6 +126,26 @@ def test_the_rule_itself(path, source, allowed):
     assert (violations(path, source) == []) == allowed
 
 
+def test_import_phi3lora_alone_loads_no_library():
+    code = "import sys; old = set(sys.modules); import phi3lora; print(*sorted(set(sys.modules) - old))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "phi3lora" in loaded
+    assert loaded - {"phi3lora"} <= set(sys.stdlib_module_names)
+
+
+def test_the_names_for_type_checkers_are_those_at_run_time():
+    block = next(node for node in ast.parse(source_of("__init__.py")).body if isinstance(node, ast.If))
+    imported = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: "." * node.level + (node.module or "") for node in imported for alias in node.names}
+    assert seen == {**phi3lora._HOME_OF, "demo": "."}
+    assert sorted(seen) == phi3lora.__all__
+    assert set(phi3lora.__all__) <= set(dir(phi3lora))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = phi3lora.nonsense
+
+
 PROBE = """
 import json, logging, os, random, sys, warnings
 import loralib, torch, torch._dynamo, transformers.models.phi3.modeling_phi3  # their side effects are not ours
@@ -149,13 +171,14 @@ def state():
 before = state()
 sys.addaudithook(watch)
 import phi3lora
+for name in phi3lora.__all__:
+    getattr(phi3lora, name)  # a name is imported when it is first used
 after = state()
 print(json.dumps({
     "changed": [name for name in before if before[name] != after[name]], "connected": connected, "written": written,
     "started": started, "cuda": torch.cuda.is_initialized(), "root handlers": len(logging.getLogger().handlers),
     "own handlers": len(logging.getLogger("phi3lora").handlers),
-    "slow imports": [m for m in ("datasets", "pandas", "matplotlib", "peft", "wandb") if m in sys.modules],
-    "adapter layers": bool(phi3lora.Linear),
+    "optional imports": [m for m in ("datasets", "pandas", "matplotlib", "peft", "wandb") if m in sys.modules],
 }))
 """
 
@@ -172,6 +195,6 @@ def test_importing_phi3lora_has_no_side_effects(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {
         "changed": [], "connected": [], "written": [], "started": [], "cuda": False, "root handlers": 0,
-        "own handlers": 0, "slow imports": [], "adapter layers": True,
+        "own handlers": 0, "optional imports": [],
     }  # fmt: skip
     assert [*home.rglob("*"), *folder.rglob("*")] == []

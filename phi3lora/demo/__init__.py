@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
 """Checkpoint folder of the tiny model, for ``load_model(demo.BASE)``."""
@@ -30,6 +28,8 @@ def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
         >>> type(model).__name__, eval_set.format
         ('Phi3ForCausalLM', 'messages')
     """
+    from transformers.utils import logging
+
     from ..data.dataset import ChatDataset
     from ..model.load import load_model
 

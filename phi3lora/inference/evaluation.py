@@ -24,7 +24,7 @@ from ..config import IGNORE_INDEX
 from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
 from ..data.template import ChatEncoder
-from ..errors import DataError, Phi3LoRAError, is_int, short_repr
+from ..errors import DataError, Phi3LoRAError, install_hint, is_int, short_repr
 from ..lora.wrappers import unwrap
 from ..model.backend import PLAIN, use_backend
 from ..model.forward import eval_mode, output_head, require_causal_lm, supervised_hidden_states
@@ -251,7 +251,7 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise Phi3LoRAError(f"rouge=True needs a package ({error}): pip install 'phi3lora[eval]'") from error
+        raise Phi3LoRAError(f"rouge=True needs a package ({error}): {install_hint('eval')}") from error
     return RougeScorer(list(_ROUGE))
 
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..errors import ModelError
+from ..errors import ModelError, install_hint
 
 logger = logging.getLogger("phi3lora")
 
@@ -200,7 +200,7 @@ def require_bitsandbytes() -> Any:
         import accelerate  # noqa: F401
         import bitsandbytes
     except ImportError as error:
-        message = f"4-bit weights need a package that is missing ({error}): pip install 'phi3lora[qlora]'"
+        message = f"4-bit weights need a package that is missing ({error}): {install_hint('qlora')}"
         raise ModelError(message) from error
     return bitsandbytes
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import TrainingConfig
-from ..errors import TrainingError
+from ..errors import TrainingError, install_hint
 from ..lora.inject import lora_layers
 from ..lora.layers import Embedding
 
@@ -93,7 +93,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     try:
         from bitsandbytes import optim
     except ImportError as error:
-        raise TrainingError(f"optim={config.optim!r} needs bitsandbytes: pip install 'phi3lora[qlora]'") from error
+        raise TrainingError(f"optim={config.optim!r} needs bitsandbytes: {install_hint('qlora')}") from error
     if in_8_bits:
         kind: Any = optim.PagedAdamW8bit if paged else optim.AdamW8bit
     else:

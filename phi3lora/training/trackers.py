@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..config import TrainingConfig
-from ..errors import TrainingError
+from ..errors import TrainingError, install_hint
 
 
 class Tracker(Protocol):
@@ -61,7 +61,7 @@ def check_trackers(config: TrainingConfig) -> None:
         try:
             __import__({"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[name])
         except ImportError as error:
-            raise TrainingError(f"report_to={name!r} needs {name}: pip install phi3lora[tracking]") from error
+            raise TrainingError(f"report_to={name!r} needs {name}: {install_hint('tracking')}") from error
 
 
 def open_trackers(config: TrainingConfig) -> list[Tracker]:

@@ -10,6 +10,7 @@ import pytest
 from conftest import adapted_model, chat_dataset, chat_rows, make_tokenizer
 
 import phi3lora as p3
+from phi3lora.errors import install_hint
 
 TOKENIZER = make_tokenizer()
 ROWS = chat_rows(9)
@@ -119,7 +120,7 @@ def test_answers_equal_to_the_references_score_one_and_others_less():
 
 def test_rouge_names_the_missing_package_or_tokenizer(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(p3.Phi3LoRAError, match=r"pip install 'phi3lora\[eval\]'"):
+    with pytest.raises(p3.Phi3LoRAError, match=re.escape(install_hint("eval"))):
         p3.evaluate(model(), chat_dataset(4), rouge=True, tokenizer=TOKENIZER)
     monkeypatch.undo()
     pytest.importorskip("rouge_score")

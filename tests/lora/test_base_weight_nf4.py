@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 
 import pytest
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import phi3lora as p3
-from phi3lora.errors import ModelError
+from phi3lora.errors import ModelError, install_hint
 from phi3lora.lora.base_weight import base_format, base_linear, base_weight_of, nf4_linear, quantize_base
 from phi3lora.lora.inject import remove_lora
 from phi3lora.model.estimate import flops_per_token, plan_memory
@@ -168,7 +169,7 @@ def test_8_bit_layers_are_refused_by_name_and_skipped_by_all_linear():
 @pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    line = rf"missing \(.*{package}.*\): pip install 'phi3lora\[qlora\]'"
+    line = rf"missing \(.*{package}.*\): {re.escape(install_hint('qlora'))}"
     with pytest.raises(ModelError, match=line):
         quantize_base(tiny_model(), "nf4")
     with pytest.raises(ModelError, match=line):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import phi3lora as p3
+from phi3lora.errors import install_hint
 from phi3lora.training.optim import (
     build_optimizer,
     check_optimizer_state,
@@ -115,7 +116,7 @@ def test_without_bitsandbytes_one_line_says_what_to_install(optim, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(p3.Phi3LoRAError) as caught:
         build_optimizer(adapted_model(), quiet_config("unused", optim=optim))
-    assert str(caught.value) == f"optim={optim!r} needs bitsandbytes: pip install 'phi3lora[qlora]'"
+    assert str(caught.value) == f"optim={optim!r} needs bitsandbytes: {install_hint('qlora')}"
 
 
 def test_paged_32_bit_adamw_on_the_cpu_is_torchs_and_needs_no_bitsandbytes(monkeypatch, tmp_path):
