@@ -7,14 +7,16 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _LIMIT_S = 60
 
 
-def in_processes(count: int, work: Callable[..., Any], *arguments: Any, errors: bool = False) -> list[Any]:
-    """Return ``work(*arguments)`` of ``count`` processes, by rank.
+def in_processes(
+    count: int, work: Callable[..., Any], *arguments: Any, errors: bool = False, ranks: Sequence[int] | None = None
+) -> list[Any]:
+    """Return ``work(*arguments)`` of ``count`` processes, by rank; or of some ``ranks``, without awaiting the others.
 
     A process that raises ends with its error: the first one is raised here, or with ``errors`` returned in its place.
     A process that is killed has the value None.
@@ -33,7 +35,7 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any, errors: 
         found.append((process, ours))
     values: list[Any] = []
     try:
-        for _, ours in found:
+        for _, ours in found if ranks is None else [found[rank] for rank in ranks]:
             assert ours.poll(_LIMIT_S), f"process {len(values)} of {count} has not ended after {_LIMIT_S} s"
             try:
                 value, trace = pickle.loads(ours.recv_bytes())

@@ -3,29 +3,33 @@
 Every process runs the same script and the same loop, on its own share of each step's micro-batches. Few things cross:
 
     start            the settings, compared; the adapters, copied from rank 0
-    each step        one sum of all gradients and of the loss, on the device; two flags (stop?), on the host
+    each step        one sum of all gradients and of the loss, on the device; a barrier and two flags, on the host
     evaluation       the sums of losses
     checkpoint       the random generators, to rank 0, which writes; hashes of the adapters, compared
 
 Host values go through gloo and device tensors through NCCL, so that no message between hosts waits for a GPU. One
-process exchanges nothing: every method returns at once. Time-outs are torch's (30 minutes on the host); for others,
-call ``torch.distributed.init_process_group(timeout=...)`` before ``train``, which then uses that group.
+process exchanges nothing: every method returns at once. Time-outs are torch's (30 minutes); for others, call
+``torch.distributed.init_process_group(timeout=...)`` before ``train``, which then uses that group. The host's is a
+fifth shorter than NCCL's, whose watchdog would end the process before it can say which rank is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import Phi3LoRAError, TrainingError, error_line, short_repr
 from ..processes import join, rank_and_size
@@ -34,6 +38,11 @@ logger = logging.getLogger("phi3lora")
 
 T = TypeVar("T")
 
+_HOST_SHARE = 0.8  # of the device's time-out
+_ROLL_CALL_S = 3.0
+_BUCKET_BYTES = 16 * 2**20
+_WORLDS = itertools.count()  # the same number in every process, because they call train equally often
+
 
 class World:
     """Process number ``rank`` of ``size``. All processes must call its methods in the same order.
@@ -41,10 +50,13 @@ class World:
     Args:
         rank, size: this process's number and the number of processes.
         host_group: the processes' group for host values; None: the default group.
+        store: where a process notes why it ends, for the others' messages; None: nowhere.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, host_group: Any = None) -> None:
-        self.rank, self.size, self._host_group = rank, size, host_group
+    def __init__(self, rank: int = 0, size: int = 1, host_group: Any = None, store: Any = None) -> None:
+        self.rank, self.size, self._host_group, self._store = rank, size, host_group, store
+        self._notes = f"phi3lora/ended/{next(_WORLDS)}" if store is not None else ""
+        self._has_ended = False
         self.step = 0
         """Optimizer step that is under way, for messages."""
 
@@ -110,11 +122,22 @@ class World:
             dist.all_reduce(values, how, group=self._host_group)
         return values.tolist()
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace a device tensor by its sum over the ranks, the same bits on each. A GPU is not waited for."""
+    def meet(self) -> None:
+        """Wait on the host until every rank is here: before work on the device that waits for the others."""
         if self.size > 1:
             with self._together():
-                dist.all_reduce(tensor)
+                dist.barrier(group=self._host_group)
+
+    def begin_sum_(self, tensor: Tensor) -> Any:
+        """Begin to replace a device tensor by its sum over the ranks, the same bits on each; return a work handle."""
+        with self._together():
+            return dist.all_reduce(tensor, async_op=True)
+
+    def wait(self, sums: Sequence[Any]) -> None:
+        """Let what follows on the device wait for sums that were begun. A GPU is not waited for."""
+        with self._together():
+            for work in sums:
+                work.wait()
 
     def copy_from_main_(self, tensors: Sequence[Tensor]) -> None:
         """Give device tensors the values that they have on rank 0."""
@@ -141,7 +164,7 @@ class World:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Say which rank lost the others, and at which step, when an exchange fails."""
+        """Say which rank lost the others, at which step, and who is missing, when an exchange fails."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -149,9 +172,35 @@ class World:
         except RuntimeError as error:  # all of torch.distributed's are
             raise TrainingError(
                 f"rank {self.rank} of {self.size} lost contact with the other processes at step {self.step}: "
-                f"{error_line(error)}. The process that ended first has the cause; torchrun --max-restarts and "
-                f"resume_from_checkpoint='auto' continue from the newest checkpoint"
+                f"{error_line(error)}; {self._cause()}. torchrun --max-restarts and resume_from_checkpoint='auto' "
+                f"continue from the newest checkpoint"
             ) from error
+
+    def note_end(self, why: str) -> None:
+        """Leave a note for the other ranks of why this one ends; the first one stays."""
+        if self._store is not None and not self._has_ended:
+            self._has_ended = True
+            with suppress(RuntimeError):  # the process that keeps the store has gone
+                self._store.set(f"{self._notes}/{self.rank}", why)
+
+    def _cause(self) -> str:
+        """Return what the other ranks' notes say. One that has left none after some seconds hangs, or was killed."""
+        self.note_end("")
+        causes, silent = [], [rank for rank in range(self.size) if rank != self.rank]
+        until = time.monotonic() + _ROLL_CALL_S
+        try:
+            while silent and time.monotonic() < until:
+                for rank in [rank for rank in silent if self._store.check([f"{self._notes}/{rank}"])]:
+                    silent.remove(rank)
+                    if why := self._store.get(f"{self._notes}/{rank}").decode():
+                        causes.append(f"rank {rank} ended with {why}")
+                time.sleep(0.05)
+        except (RuntimeError, AttributeError):  # no store, or its process has gone
+            silent = []
+        if silent:
+            listed = ", ".join(map(str, silent[:8])) + (" ..." if len(silent) > 8 else "")
+            causes.append(f"nothing was heard from rank {listed}, which hangs or was killed")
+        return "; ".join(causes) or "the process that ended first has the cause"
 
 
 @contextmanager
@@ -170,17 +219,111 @@ def joined(device: torch.device) -> Iterator[World]:
         return
     with world._together():
         is_ours = join(device)
-        if "gloo" not in str(dist.get_backend_config()):
-            world = World(world.rank, world.size, dist.new_group(backend="gloo"))
+        store = dist.distributed_c10d._get_default_store()
+        host_group = dist.new_group(backend="gloo", timeout=_HOST_SHARE * _timeout(device))
+        world = World(world.rank, world.size, host_group, store)
     level = logger.level
     if not world.is_main:
         logger.setLevel(logging.ERROR)
     try:
         yield world
+    except BaseException as error:
+        world.note_end(f"{type(error).__name__}: {error_line(error)}")
+        raise
     finally:
         logger.setLevel(level)
-    if is_ours:
-        dist.destroy_process_group()
+    dist.destroy_process_group(None if is_ours else host_group)
+
+
+def _timeout(device: torch.device) -> Any:
+    """Return the time-out of the default group's exchanges between tensors on a device."""
+    return dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+
+
+class GradientSum:
+    """The sum of the gradients over the ranks, which travels while the backward still computes.
+
+    One float32 buffer holds the gradients in the order in which a backward makes them, the last layer's first:
+
+        [gradients of the last layers | ... | gradients of the first layers, sum of the losses]
+          bucket 0, sent first                the last bucket, sent when the backward is over
+
+    A bucket is sent when its gradients are there and the bucket before it has been sent. So all ranks send them in one
+    order, whatever the order in which their gradients come. A parameter without a gradient counts as zero, and so does
+    all that a rank without a micro-batch sends. One process sends nothing.
+
+    Args:
+        parameters: what trains, in the order of the forward.
+        world: the processes.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
+        self.world = world
+        self._buckets: list[list[nn.Parameter]] = []
+        self._sums: list[Tensor] = []  # of each parameter's gradient, in the order of the buckets
+        self._parts: list[Tensor] = []  # of the buffer, one a bucket
+        self._awaited: list[set[nn.Parameter]] = []  # of each bucket, in a step's last backward
+        self._sent: list[Any] = []
+        if world.size == 1:
+            return
+        for parameter in reversed(parameters):
+            if not self._buckets or 4 * sum(map(torch.numel, self._buckets[-1])) >= _BUCKET_BYTES:
+                self._buckets.append([])
+            self._buckets[-1].append(parameter)
+        sizes = [sum(map(torch.numel, bucket)) for bucket in self._buckets]
+        buffer = torch.empty(sum(sizes) + 1, device=parameters[0].device)
+        self._sums = list(torch.split(buffer[:-1], [p.numel() for p in reversed(parameters)]))
+        self._parts = list(torch.split(buffer, [*sizes[:-1], sizes[-1] + 1]))
+
+    @contextmanager
+    def overlapped(self) -> Iterator[None]:
+        """Send buckets during the backwards that follow a call of :meth:`expect`, inside the block."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))  # type: ignore[no-untyped-call]
+            for number, bucket in enumerate(self._buckets)
+            for parameter in bucket
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def expect(self) -> None:
+        """Say that the next backward makes the step's last gradients."""
+        self._awaited = [set(bucket) for bucket in self._buckets]
+
+    def _arrived(self, number: int, parameter: Tensor) -> None:
+        if not self._awaited:
+            return
+        if parameter not in self._awaited[number]:
+            raise TrainingError(
+                "a gradient came twice in one backward: layers that are recomputed share an adapter; allowed with "
+                "several processes: activation_checkpointing='none', 'selective' or 'full'"
+            )
+        self._awaited[number].remove(parameter)  # type: ignore[arg-type]
+        while len(self._sent) < len(self._buckets) - 1 and not self._awaited[len(self._sent)]:
+            self._send()
+
+    def _send(self, *more: Tensor) -> None:
+        """Copy the next bucket's gradients into the buffer, and begin to add up that part of it over the ranks."""
+        number = len(self._sent)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._buckets[number]]
+        torch.cat([*(gradient.flatten() for gradient in gradients), *more], out=self._parts[number])
+        self._sent.append(self.world.begin_sum_(self._parts[number]))
+
+    def finish(self, total: Tensor) -> Tensor:
+        """Send what is left, replace every gradient by its sum over the ranks, and return the sum of ``total`` ()."""
+        if not self._buckets:
+            return total
+        while len(self._sent) < len(self._buckets) - 1:
+            self._send()
+        self._send(total.view(1))
+        self.world.wait(self._sent)
+        self._awaited, self._sent = [], []
+        for parameter, values in zip(itertools.chain(*self._buckets), self._sums, strict=True):
+            parameter.grad = values.view_as(parameter).to(parameter.dtype)
+        return self._parts[-1][-1]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

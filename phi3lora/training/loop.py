@@ -144,6 +144,7 @@ def train(
         state, resolved, report = run.state, run.resolved, run.report
         stack.enter_context(run.interrupts)
         stack.enter_context(explain_out_of_memory(model, config, resolved))
+        stack.enter_context(run.optimizer_step.gradients.overlapped())
         stack.enter_context(prepared(model, resolved.checkpointing, resolved.backend, base_parts(model, config)))
         report.banner(banner_facts(model, config, resolved, state, eval_dataset))
         if report.warns:

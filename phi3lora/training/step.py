@@ -4,9 +4,8 @@
 
 so 1 micro-batch of 8 rows and 8 micro-batches of 1 row give the same update to rounding, and so do 8 processes with a
 row each. The mean of the micro-batches' means would not: https://unsloth.ai/blog/gradient. The count is known before
-the step. Several processes add up their gradients and loss once, after the last micro-batch, in one float32 buffer:
-
-    [gradient of parameter 0 | gradient of parameter 1 | ... | sum of losses]
+the step. Several processes add up their gradients and loss once, while the last micro-batch's backward still computes
+(``distributed.GradientSum``).
 
 A step whose loss or gradient is not finite changes nothing. torch's fused optimizers read that from ``found_inf`` on
 the GPU; for bitsandbytes' optimizers, which wait for the GPU after every parameter anyway, the step reads it itself.
@@ -27,7 +26,7 @@ from ..errors import TrainingError
 from ..lora.inject import unreached_layers
 from ..model.forward import causal_lm_loss
 from ..model.sharding import sharded_base
-from .distributed import World
+from .distributed import GradientSum, World
 from .optim import set_learning_rate
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -118,7 +117,8 @@ class OptimizerStep:
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.max_grad_norm, self.world = max_grad_norm, world or World()
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-        self._buffer: Tensor | None = None
+        trained = set(self.parameters)
+        self.gradients = GradientSum([p for p in model.parameters() if p in trained], self.world)
         self._is_first = True
 
     def __call__(
@@ -136,21 +136,23 @@ class OptimizerStep:
         if count is None:
             count = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
         assert count > 0, "every document has a supervised token"
+        self.world.meet()
         self.optimizer.zero_grad(set_to_none=True)
+        split = sharded_base(self.model)
         total = torch.zeros((), device=self.parameters[0].device)
-        for batch in micro_batches:
+        for i, batch in enumerate(micro_batches, 1):
             with self.precision.autocast():
                 loss_sum, _ = causal_lm_loss(self.model, batch)
+            if i == len(micro_batches) and split is None:  # a split base's gathers need the links themselves
+                self.gradients.expect()
             scaler.scale(loss_sum * (1 / count)).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
         if self._is_first and micro_batches:
             self._require_gradients()
-        split = sharded_base(self.model)
         if split is not None:
             for _ in range(idle):
                 split.idle(backward=True)
-        if self.world.size > 1:
-            total = self._sum_over_ranks(total)
+        total = self.gradients.finish(total)
         scaler.unscale_(self.optimizer)
         norm = self._clip()
         skip = ~(torch.isfinite(norm) & torch.isfinite(total))
@@ -173,18 +175,6 @@ class OptimizerStep:
                 f"no gradient reaches the adapters of {', '.join(paths[:3])}{more}: the module above reads the weight "
                 f"itself, or never calls the layer; leave it out of target_modules"
             )
-
-    def _sum_over_ranks(self, total: Tensor) -> Tensor:
-        """Replace every gradient by its sum over the ranks, and return the sum of ``total``."""
-        if self._buffer is None:
-            self._buffer = torch.empty(sum(p.numel() for p in self.parameters) + 1, device=total.device)
-        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
-        torch.cat([*flat, total.view(1)], out=self._buffer)
-        self.world.sum_(self._buffer)
-        *parts, total = torch.split(self._buffer, [*map(torch.numel, flat), 1])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
-        return total.view(())
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to ``max_grad_norm``, and return their global 2-norm before that."""

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +33,10 @@ import phi3lora as p3
 from phi3lora.adapters.adapter_file import read_adapter
 from phi3lora.data.batches import BatchPlan, StepSchedule
 from phi3lora.model import load as load_module
-from phi3lora.training.distributed import Interrupts, World
+from phi3lora.training import distributed
+from phi3lora.training import step as step_module
+from phi3lora.training.distributed import GradientSum, Interrupts, World
 from phi3lora.training.loop import Callback
-from phi3lora.training.step import OptimizerStep
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DATA, HELD_OUT = chat_dataset(23), chat_dataset(9)
@@ -43,6 +46,7 @@ DATA, HELD_OUT = chat_dataset(23), chat_dataset(9)
 def plain_python(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", 4096)  # several of the tiny model's
 
 
 def rank() -> int:
@@ -174,6 +178,128 @@ def test_the_best_model_is_loaded_and_early_stopping_ends_on_every_rank(tmp_path
     assert same_tensors(first, {name: saved[name] for name in first}) and same_tensors(second, first)
 
 
+@pytest.mark.parametrize("settings", [{"lora_plus_lr_ratio": 4.0, "optim": "adamw_torch"}, {"fp16": True}], ids=str)
+def test_parameter_groups_and_the_gradient_scaler_are_shared_too(tmp_path, settings):
+    settings = {"max_steps": 4, "learning_rate": 1e-2, **settings}
+    expected, _ = run(tmp_path / "1", gradient_accumulation_steps=4, **settings)
+    (first, _), (second, _) = in_processes(2, lambda: run(tmp_path / "2", gradient_accumulation_steps=2, **settings))
+    assert same_tensors(first, second)
+    assert difference(first, expected) < (1e-3 if "fp16" in settings else 1e-6)
+
+
+def test_a_loss_that_is_infinite_on_one_rank_skips_the_step_on_all(tmp_path):
+    def work():
+        calls, original = [], step_module.causal_lm_loss
+
+        def loss(model, batch):
+            calls.append(1)
+            total, count = original(model, batch)
+            return (total * float("inf") if len(calls) == 3 and rank() == 1 else total), count
+
+        step_module.causal_lm_loss = loss
+        return run(tmp_path / "run", max_steps=6, logging_steps=1)
+
+    (first, result), (second, other) = in_processes(2, work)
+    assert same_tensors(first, second) and result == other
+    assert [line.get("skipped_steps", 0) for line in result.history if "grad_norm" in line] == [0, 0, 1, 1, 1, 1]
+    assert all(torch.isfinite(values).all() for values in first.values())
+
+
+# --- The sum of the gradients
+
+
+class Chain(torch.nn.Module):
+    """Layers that compute in an order of their own, some of them in a recomputed block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(6))
+
+    def forward(self, x, order):
+        for i in order:
+            x = torch.tanh(self.layers[i](x))
+        return x.sum()
+
+
+def gradients_of(model, orders, seed):
+    """Return the loss and gradients of one backward an order: without ``GradientSum``."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for n, order in enumerate(orders):
+        loss = model(torch.randn(3, 16, generator=torch.Generator().manual_seed(10 * seed + n)), order)
+        loss.backward()
+        total += loss.detach()
+    return total, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+ORDERS = [
+    [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]],  # rank 0: two micro-batches
+    [[5, 3, 1, 0, 2, 4]],  # rank 1: gradients in another order
+    [],  # rank 2: no micro-batch
+    [[0, 1, 2, 3, 4, 5], [0, 1, 3, 5]],  # rank 3: layers 2 and 4 have none in the last backward
+]
+
+
+def test_gradients_are_summed_in_whatever_order_they_come(monkeypatch):
+    torch.manual_seed(0)
+    model = Chain()
+    alone = [gradients_of(model, orders, seed) for seed, orders in enumerate(ORDERS)]
+    expected = [sum(parts) for parts in zip(*(gradients for _, gradients in alone), strict=True)]
+
+    def work():
+        with distributed.joined(torch.device("cpu")) as world:
+            parameters = list(model.parameters())
+            sums = GradientSum(parameters, world)
+            found, in_backward = [], 0
+            with sums.overlapped():
+                for _ in range(2):
+                    model.zero_grad()
+                    orders, total = ORDERS[rank()], torch.zeros(())
+                    for n, order in enumerate(orders):
+                        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(10 * rank() + n))
+                        loss = model(x, order)
+                        if n + 1 == len(orders):
+                            sums.expect()
+                        loss.backward()
+                        in_backward += len(sums._sent) * (n + 1 < len(orders))
+                        total += loss.detach()
+                    early = len(sums._sent)
+                    found.append((sums.finish(total), [p.grad.clone() for p in parameters]))
+            hooks = sum(len(p._post_accumulate_grad_hooks or ()) for p in parameters)
+            return found, early, in_backward, len(sums._buckets), hooks
+
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", 1024)  # a bucket a layer
+    results = in_processes(4, work)
+    assert [early for _, early, *_ in results] == [5, 5, 0, 1]  # the last bucket goes with the loss
+    assert {(before, hooks) for _, _, before, _, hooks in results} == {(0, 0)}
+    for found, _, _, buckets, _ in results:
+        assert buckets == 6
+        for (total, gradients), (_, first) in zip(found, results[0][0], strict=True):
+            assert total.item() == pytest.approx(sum(loss.item() for loss, _ in alone), abs=1e-5)
+            for gradient, same, right in zip(gradients, first, expected, strict=True):
+                assert torch.equal(gradient, same)
+                torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_comes_twice_in_a_backward_is_refused():
+    """A reentrant recomputation runs a backward of its own: once for each layer that shares the parameters."""
+    from torch.utils.checkpoint import checkpoint
+
+    def work():
+        with distributed.joined(torch.device("cpu")) as world:
+            layer = torch.nn.Linear(4, 4)
+            sums = GradientSum(list(layer.parameters()), world)
+            with sums.overlapped():
+                x = torch.ones(1, 4, requires_grad=True)
+                y = checkpoint(layer, checkpoint(layer, x, use_reentrant=True), use_reentrant=True)
+                sums.expect()
+                with pytest.raises(p3.TrainingError, match="a gradient came twice in one backward"):
+                    y.sum().backward()
+            return True
+
+    assert in_processes(2, work) == [True, True]
+
+
 # --- The plan
 
 
@@ -225,7 +351,7 @@ def test_one_process_of_torchrun_joins_nothing_and_copies_no_gradient(tmp_path, 
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("a collective"))
-    monkeypatch.setattr(OptimizerStep, "_sum_over_ranks", lambda *_: pytest.fail("a copy"))
+    monkeypatch.setattr(GradientSum, "_send", lambda *_: pytest.fail("a copy"))
     joined = []
     adapters, _ = run(tmp_path / "torchrun", After(1, lambda state: joined.append(dist.is_initialized())), max_steps=2)
     assert same_tensors(adapters, expected) and joined == [False]
@@ -313,23 +439,39 @@ def test_processes_that_differ_or_come_apart_or_end_are_errors_of_all(tmp_path):
     assert (tmp_path / "ended" / "checkpoint-2").is_dir()
 
 
+def test_a_rank_that_hangs_is_named_with_the_step_by_those_that_wait(tmp_path):
+    """The host's time-out is four fifths of the device's, which is NCCL's on GPUs."""
+
+    def work():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=2.5))
+        return run(tmp_path / "run", After(3, lambda state: time.sleep(30), on_rank=1), max_steps=9)
+
+    started = time.perf_counter()
+    errors = in_processes(3, work, errors=True, ranks=(0, 2))
+    assert time.perf_counter() - started < 25
+    for number, error in zip((0, 2), errors, strict=True):
+        assert isinstance(error, p3.TrainingError)
+        assert str(error).startswith(f"rank {number} of 3 lost contact with the other processes at step 3: ")
+        assert "; nothing was heard from rank 1, which hangs or was killed. torchrun --max-restarts" in str(error)
+
+
 KILLED = """
 import os, signal
 import torch
 from test_distributed import DATA, After, run
 import test_distributed
-from phi3lora.training.step import OptimizerStep
+from phi3lora.training.distributed import GradientSum
 
 folder, killed = {folder!r}, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-backward, calls = OptimizerStep._sum_over_ranks, []
+finish, calls = GradientSum.finish, []
 
 def die_in_step_7(self, total):
     calls.append(1)
     if killed and len(calls) == 7 and test_distributed.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return backward(self, total)
+    return finish(self, total)
 
-OptimizerStep._sum_over_ranks = die_in_step_7
+GradientSum.finish = die_in_step_7
 settings = dict(gradient_accumulation_steps=2, save_strategy="steps", save_steps=2, dropout=0.3, max_steps=10)
 adapters, result = run(folder, resume_from_checkpoint="auto", **settings)
 if test_distributed.rank() == 0:
