@@ -21,13 +21,13 @@ FILES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("
 ORDER = """
 errors
 files processes | compat
-config
+config run_settings run_file
 lora
 model kernels | data
 inference
 adapters
 training checks
-demo __init__ __main__
+demo cli __init__ __main__
 """
 """A file may import its own group and the lines above it. A bar separates the groups of one line."""
 

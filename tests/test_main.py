@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +13,16 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import quiet_config
+from safetensors.torch import load_file
 
 import phi3lora as p3
 from phi3lora.__main__ import main
+from phi3lora.cli.adapters import find_adapter
+from phi3lora.cli.options import build_parser
+from phi3lora.run_file import read_run
+from phi3lora.run_settings import field_names
 
 QUESTIONS = ["What is the price of the Fusgus scarf?", "Which colours are there?"]
 CHAT = ["chat", "--max-new-tokens", "12", "--dtype", "float32", "--model", str(p3.demo.BASE)]
@@ -62,21 +70,47 @@ def test_a_chat_goes_on_until_an_empty_line_or_the_end_of_input_and_clear_starts
     assert printed == [*expected, "", *fresh, ""]
 
 
-def test_chat_and_export_accept_an_adapter_file_and_a_folder(monkeypatch, capsys, checkpoint, tmp_path):
+def test_every_command_accepts_an_adapter_in_any_form(monkeypatch, capsys, checkpoint, tmp_path):
     model, tokenizer, _, _ = p3.demo.load()
     before = answers_to(model, tokenizer, QUESTIONS)
     p3.load_adapter(model, checkpoint / "lora.safetensors")
     expected = answers_to(model, tokenizer, QUESTIONS)
     assert expected != before
-    output = tmp_path / "output_dir_of_train"
-    p3.save_adapter(model, output / "adapter.safetensors")
-    for i, path in enumerate((checkpoint / "lora.safetensors", checkpoint, output)):
-        assert chat(monkeypatch, capsys, QUESTIONS, "--adapter", str(path)) == [*expected, ""]
+    ended, renamed, peft = tmp_path / "ended", tmp_path / "renamed", tmp_path / "peft"
+    p3.save_adapter(model, ended / "adapter.safetensors")
+    p3.save_adapter(model, renamed / "support.safetensors")
+    p3.export_peft(model, peft)
+    own = checkpoint / "lora.safetensors"
+    forms = {own: own, checkpoint: own, checkpoint.parent: own, peft: peft, peft / "adapter_model.safetensors": peft}
+    forms |= {folder: next(folder.iterdir()) for folder in (ended, renamed)}
+    for i, (form, found) in enumerate(forms.items()):
+        assert find_adapter(str(form)) == found
         folder = tmp_path / f"peft-{i}"
-        assert main(["export", "--model", str(p3.demo.BASE), "--adapter", str(path), "--out", str(folder)]) == 0
+        assert main(["export", "--model", "demo", "--adapter", str(form), "--out", str(folder)]) == 0
         exported, _, _, _ = p3.demo.load()
         p3.import_peft(exported, folder)
         assert answers_to(exported, tokenizer, QUESTIONS) == expected
+    for form in (own, peft):  # the same function finds it
+        assert chat(monkeypatch, capsys, QUESTIONS, "--adapter", str(form)) == [*expected, ""]
+
+
+def test_a_folder_with_several_adapters_is_refused_with_their_names(checkpoint, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes((checkpoint / "lora.safetensors").read_bytes())
+    assert main([*CHAT, "--adapter", str(tmp_path)]) == 1
+    assert "it holds a.safetensors, b.safetensors: name one" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_chat_ends_it_without_a_traceback(monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for target in ("builtins.input", "phi3lora.cli.commands.generate"):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", io.StringIO("Hello\n"))
+            patch.setattr(target, interrupt)
+            assert main(CHAT) == 130
+            assert "Traceback" not in capsys.readouterr().err
 
 
 def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
@@ -173,7 +207,7 @@ def test_several_sources_are_joined_in_their_order(data, loaded, options):
     ids=str,
 )
 def test_wrong_data_is_one_line_before_the_weights_are_read(data, monkeypatch, capsys, options, message):
-    monkeypatch.delattr("phi3lora.__main__.load_model")
+    monkeypatch.delattr("phi3lora.cli.commands.load_model")
     for command in ("train", "doctor"):
         assert main([command, "--model", str(p3.demo.BASE), *options]) == 1
         line = capsys.readouterr().err
@@ -219,7 +253,10 @@ def test_a_signal_during_train_is_the_exit_status_and_leaves_no_adapter(tmp_path
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == status, errors
-    assert "interrupted after step" in errors and "resume_from_checkpoint=true" in errors
+    assert "interrupted after step" in errors
+    again = shlex.split(errors.strip().splitlines()[-1])  # the command that continues the run
+    assert again[-4] == "train" and again[-2:] == ["--set", "resume_from_checkpoint=true"]
+    assert read_run(again[-3], [("max_steps", "1")]).training.output_dir == str(tmp_path / "run")
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
     assert list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -237,7 +274,166 @@ def test_an_interrupt_ends_with_130_and_no_adapter(tmp_path, monkeypatch, capsys
             raise KeyboardInterrupt
         return real(*arguments, callbacks=[Interrupt()], **options)
 
-    monkeypatch.setattr("phi3lora.__main__.train", train)
+    monkeypatch.setattr("phi3lora.cli.commands.train", train)
     assert main([*TRAIN, f"output_dir={tmp_path}", "max_steps=4"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "adapter.safetensors").exists()
+
+
+# --- A run, its files, and what comes after it
+
+SHORT = [
+    "train", "--model", "demo", "--data", "demo", "--max-steps", "2", "--per-device-train-batch-size", "1",
+    "--set", "log_level=error", "disable_tqdm=true", "save_strategy=no",
+]  # fmt: skip
+
+
+def tensors_of(path):
+    return {name: tensor.tolist() for name, tensor in load_file(path).items()}
+
+
+def test_two_mentions_of_set_both_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SHORT, "--set", "output_dir=one", "r=2", "--set", "seed=5", "--lora_alpha", "4"]) == 0
+    run = read_run("one/run.yaml")
+    assert (run.lora.r, run.lora.lora_alpha, run.training.seed, run.training.max_steps) == (2, 4, 5, 2)
+
+
+def test_a_run_writes_the_file_that_runs_it_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--columns", "prompt=question", "completion=answer", "--eval-data", "held.jsonl", "--r", "2"]
+    rows = [{"question": f"Is it {i}?", "answer": f"It is {i}."} for i in range(12)]
+    for name, part in (("own", rows[:8]), ("held", rows[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part))
+    settings = [*SHORT, "max_length=64", "output_dir=one", "eval_strategy=epoch", "warmup_ratio=.1"]
+    settings[settings.index("demo", 3)] = "own.jsonl"
+    assert main([*settings, *options]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "../one/run.yaml", "--set", "output_dir=two"]) == 0
+    assert tensors_of("../one/adapter.safetensors") == tensors_of("two/adapter.safetensors")
+    one, two = (read_run(path) for path in ("../one/run.yaml", "two/run.yaml"))
+    assert (one.model, one.data, one.lora) == (two.model, two.data, two.lora)
+    assert one.data.eval_source == str(tmp_path / "held.jsonl")
+    assert "transformers" in yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["versions"]
+
+
+def test_a_run_from_python_records_what_is_known_and_names_the_rest(tmp_path):
+    model, tokenizer, chats, _ = p3.demo.load()
+    torch.manual_seed(0)
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    config = {"max_steps": 1, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    train_set, eval_set = chats.split(0.25, seed=3)
+    p3.train(model, train_set, quiet_config(tmp_path / "a", **config), eval_dataset=eval_set, tokenizer=tokenizer)
+    text = (tmp_path / "a" / "run.yaml").read_text()
+    run = read_run(str(tmp_path / "a" / "run.yaml"))
+    assert "not known" not in text
+    assert (run.data.eval_share, run.data.split_seed, run.lora.r, run.model.dtype) == (0.25, 3, 2, "float32")
+    p3.train(model, train_set.select(range(64)), quiet_config(tmp_path / "b", **config))
+    text = (tmp_path / "b" / "run.yaml").read_text()
+    assert "# data: not known" in text and "# adapter: not known" in text
+    assert main(["train", str(tmp_path / "b" / "run.yaml")]) == 1
+
+
+def test_train_goes_on_from_an_adapter_and_writes_another_file(tmp_path, monkeypatch, capsys, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    still = [*SHORT, "learning_rate=0", "--adapter", str(checkpoint)]
+    assert main([*still, "--out", "next.safetensors"]) == 0
+    assert tensors_of("next.safetensors") == tensors_of(checkpoint / "lora.safetensors")
+    before = (tmp_path / "next.safetensors").read_bytes()
+    assert main([*SHORT, "output_dir=c", "--out", "next.safetensors"]) == 1
+    assert "'next.safetensors' exists; --overwrite replaces it" in capsys.readouterr().err
+    assert (tmp_path / "next.safetensors").read_bytes() == before
+    assert main([*SHORT, "output_dir=c", "--out", "next.safetensors", "--overwrite"]) == 0
+    assert (tmp_path / "next.safetensors").read_bytes() != before
+    assert read_run("phi3lora_output/run.yaml").model.adapter == str(checkpoint / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "new.safetensors"], "the file to write is --out"),
+        (["--eval-strategy", "epoch"], "name it (--eval-data FILE)"),
+        (["--streaming", "--max-steps", "-1"], "streaming=True needs max_steps > 0"),
+        (["--dtype", "float8"], "dtype='float8'; allowed: 'bfloat16'"),
+        (["--base-precision", "int4"], "base_precision='int4'; allowed: None, 'nf4', 'fp8'"),
+        (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--resume-from-checkpoint", "true"], "has no good checkpoint"),
+        (["--report-to", "nothing"], "report_to"),
+        (["--learning-rate", "fast"], "learning_rate='fast'; allowed: a number"),
+        (["--learning-rat", "1"], "unrecognized arguments"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_told_before_the_model_is_loaded(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr("phi3lora.cli.commands.load_model")
+    words = ["train", "--model", "demo", "--data", "demo", *options]
+    if "unrecognized" in message:
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+    else:
+        assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_lora_settings_that_the_adapter_does_not_have_are_refused(checkpoint, tmp_path, capsys):
+    words = [*SHORT, f"output_dir={tmp_path}", "--adapter", str(checkpoint)]
+    assert main([*words, "--r", "8"]) == 1
+    assert "r=8, but the adapter" in capsys.readouterr().err
+    assert main([*words, "--r", "4"]) == 0
+
+
+# --- Help, and the examples in it
+
+
+def commands():
+    parser = build_parser()
+    return next(action.choices for action in parser._actions if hasattr(action, "choices") and action.choices)
+
+
+@pytest.mark.parametrize("command", [None, *commands()])
+def test_help_fits_80_columns_and_loads_no_library(command):
+    words = [sys.executable, "-X", "importtime", "-m", "phi3lora", *([command] if command else []), "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert ("phi3lora" in done.stdout and "example:" in done.stdout) or command is None
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "datasets", "numpy", "loralib"}
+
+
+def test_every_setting_has_an_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help-all"])
+    text = capsys.readouterr().out
+    for section in ("model", "data", "lora", "training"):
+        for name in field_names(section):
+            if name not in ("modules_to_save", "gradient_checkpointing"):
+                assert name.replace("_", "-") in text or name in ("name_or_path", "source", "eval_source"), name
+    for name in ("base-precision", "format", "columns", "train-on", "streaming", "eval-data", "parallel"):
+        assert f"--{name}" in text
+
+
+def test_version_names_what_the_numbers_depend_on(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    line = capsys.readouterr().out
+    assert all(name in line for name in ("phi3lora", f"torch {torch.__version__}", "Python"))
+
+
+def test_the_examples_of_the_help_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    for name, command in commands().items():
+        if name in ("demo", "push"):
+            continue
+        text = command.epilog.replace("\\\n", " ").replace("max_steps=70", "max_steps=2 disable_tqdm=true")
+        lines = [line.strip() for line in text.splitlines() if line.strip().startswith("phi3lora ")]
+        assert lines
+        for line in lines:
+            words = shlex.split(line)[1:]
+            if words[:2] == ["train", "run.yaml"]:
+                words += ["max_steps=2", "output_dir=runs/second"]
+            assert main(words) == 0, line
+    assert {path.name for path in tmp_path.iterdir()} >= {"run.yaml", "try-peft", "try.safetensors", "try-merged"}

@@ -40,7 +40,7 @@ from .findings import Findings
 from .formats import check_columns, known_format
 from .mix import STRATEGIES, due_order, interleaved, weighted_sources
 from .rows import BadRows
-from .sources import Source, distinct_names, find_sources, naming
+from .sources import Source, distinct_names, find_sources, naming, origin_of
 from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
@@ -57,6 +57,8 @@ class ChatDataset:
 
     known_length = True
     """True if the number of documents is known, so that an epoch ends."""
+    origin: Mapping[str, Any] | None = None
+    """Arguments of :meth:`load` (and of :meth:`split`) that give this set again; None: it was made of objects."""
 
     def __init__(
         self,
@@ -162,9 +164,21 @@ class ChatDataset:
             _Part(RowTokenizer(encoder, max_length, overflow, columns, found, one_thread), format, on_bad_row)
             for found in sources
         ]
+        options: dict[str, Any] = {
+            "split": split,
+            "name": name,
+            "revision": revision,
+            "format": format,
+            "columns": columns,
+        }
+        options |= {"train_on": train_on, "max_length": max_length, "overflow": overflow, "on_bad_row": on_bad_row}
+        origin = origin_of(source, {**options, "streaming": streaming, "buffer_size": buffer_size})
         if streaming:
-            return cast(ChatDataset, ChatStream(parts, buffer_size))  # declared as what all but streaming users get
+            stream = ChatStream(parts, buffer_size)
+            stream.origin = origin
+            return cast(ChatDataset, stream)  # declared as what all but streaming users get
         dataset = _joined([part.load(len(parts) > 1) for part in parts])
+        dataset.origin = origin
         logger.info("%s", dataset)
         for sentence, count in dataset.findings.advice.items():
             logger.warning("%d row%s: %s", count, "s" * (count != 1), sentence)
@@ -307,13 +321,17 @@ class ChatDataset:
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         held_out = np.random.default_rng([seed]).permutation(rows)[:count]
         in_second = np.isin(keys, held_out)
-        return self.select(~in_second), self.select(in_second)
+        both = self.select(~in_second), self.select(in_second)
+        for part in both:
+            part.origin = self.origin and {**self.origin, "eval_share": fraction, "split_seed": seed}
+        return both
 
     def select(self, documents: Any) -> ChatDataset:
         """Return the set of the given documents (their numbers in this one, or a mask); it shares this one's memory."""
         chosen = np.asarray(documents)
         chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
         selected = copy.copy(self)
+        selected.origin = None
         selected._index = self._index[chosen]
         return selected
 
@@ -404,6 +422,7 @@ class ChatStream:
     """
 
     known_length = False
+    origin: Mapping[str, Any] | None = None
 
     def __init__(self, parts: Sequence[_Part], buffer_size: int, skipped_rows: int = 0) -> None:
         for part in parts:
@@ -473,6 +492,7 @@ class ChatStream:
         """Return the stream without its first ``rows`` rows."""
         _check(is_int(rows, 1), "rows", rows, "a whole number >= 1")
         rest = copy.copy(self)
+        rest.origin = None
         rest._skipped_rows, rest._first_pass = self._skipped_rows + rows, None
         vars(rest).pop("first_window", None)
         return rest

@@ -96,6 +96,19 @@ def find_sources(
         raise DataError(f"{what} cannot be read: {error}") from error
 
 
+def origin_of(source: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return arguments of ``ChatDataset.load`` that read the same again; None where a source is an object, not a name.
+
+    Paths are made absolute.
+    """
+    names = list(source) if isinstance(source, (list, tuple)) else [source]
+    if not names or not all(isinstance(name, (str, os.PathLike)) for name in names):
+        return None
+    texts = [os.fspath(name) for name in names]
+    paths = [os.path.abspath(text) if os.path.exists(text) or glob.has_magic(text) else text for text in texts]
+    return {"source": paths if len(paths) > 1 else paths[0], **options}
+
+
 def distinct_names(names: Iterable[str]) -> list[str]:
     """Return the names of several sources: of two lists, which are two sources, the second is ``"(list) 2"``.
 

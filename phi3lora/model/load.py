@@ -74,15 +74,13 @@ def load_model(
         >>> model, tokenizer = p3.load_model("microsoft/Phi-3-mini-4k-instruct")  # doctest: +SKIP
     """
     dtype = str(dtype).removeprefix("torch.")
-    for setting, value, allowed in (
-        ("dtype", dtype, (*_DTYPES, "auto")),
-        ("base_precision", base_precision, (None, "nf4", "fp8")),
-        ("parallel", parallel, (None, "auto", "ddp", "fsdp")),
-        ("attn_implementation", attn_implementation, (PACKED_ATTENTION, "sdpa", "eager")),
-        ("use_cache", use_cache, (True, False)),
-    ):
-        if value not in allowed:
-            raise ModelError(f"load_model: {setting}={short_repr(value)}; allowed: {', '.join(map(repr, allowed))}")
+    check_load_settings(
+        dtype=dtype,
+        base_precision=base_precision,
+        parallel=parallel,
+        attn_implementation=attn_implementation,
+        use_cache=use_cache,
+    )
     if not is_path(name_or_path):
         raise ModelError(f"load_model: name_or_path={short_repr(name_or_path)}; allowed: a hub name or a folder")
     device = _available_device(device)
@@ -104,6 +102,8 @@ def load_model(
     model = _read_weights(name, source, use_cache, options)
     if longrope_boundary(model.config) is not None:
         logger.info(longrope_note(model.config))
+    place = os.path.abspath(name) if os.path.isdir(name) else name
+    model.origin = {"name_or_path": place, "dtype": dtype, "base_precision": base_precision, "revision": revision}
     model.checkpoint_tokens = frozenset(tokenizer.get_added_vocab())  # doctor tells later ones by it
     if splits:
         return _split(model, device, None if in_4_bits else usable_precision(base_precision, device)), tokenizer
@@ -113,6 +113,27 @@ def load_model(
     elif base_precision is not None:
         quantize_base(model, base_precision)
     return model, tokenizer
+
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "dtype": (*_DTYPES, "auto"),
+    "base_precision": (None, "nf4", "fp8"),
+    "parallel": (None, "auto", "ddp", "fsdp"),
+    "attn_implementation": (PACKED_ATTENTION, "sdpa", "eager"),
+    "use_cache": (True, False),
+}
+
+
+def check_load_settings(**settings: Any) -> None:
+    """Refuse values that ``load_model`` does not take.
+
+    Raises:
+        ModelError: the setting, its value, and what is allowed.
+    """
+    for name, value in settings.items():
+        if value not in _ALLOWED[name]:
+            allowed = ", ".join(map(repr, _ALLOWED[name]))
+            raise ModelError(f"load_model: {name}={short_repr(value)}; allowed: {allowed}")
 
 
 def _split(model: Any, device: torch.device, base_precision: str | None) -> Any:
@@ -129,6 +150,15 @@ def _split(model: Any, device: torch.device, base_precision: str | None) -> Any:
     for part in (*(m for m in decoder.children() if m is not decoder.layers), model.get_output_embeddings()):
         part.to(device)
     return model.eval()
+
+
+def check_model(name: str, revision: str | None = None) -> None:
+    """Read a checkpoint's ``config.json`` alone, and refuse what ``load_model`` would refuse by it.
+
+    Raises:
+        ModelError: nothing there, or not a Phi-3 model's.
+    """
+    _read_config(name, revision)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -180,6 +210,11 @@ def _read_config(name: str, revision: str | None) -> dict[str, Any]:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
         model_type, layers = config.get("model_type"), config.get("num_hidden_layers", 32)
     except Exception as error:  # no such file, or not a JSON object: transformers has an error for each
+        if isinstance(error, OSError) and "couldn't connect" in str(error):  # its chain of causes is of no use here
+            raise ModelError(
+                f"cannot load {short_repr(name)}: there is no such folder here, and the hub cannot be reached. Check "
+                f"the connection, name a folder, or try the embedded model: phi3lora.demo.BASE, --model demo"
+            ) from None
         raise ModelError(f"cannot load {short_repr(name)}: {error}") from error
     if model_type != "phi3":
         raise ModelError(

@@ -50,6 +50,7 @@ from .distributed import Interrupts, World, digest, joined
 from .logging import DeferredMetrics, Reporter, draw_loss
 from .optim import build_optimizer, learning_rate
 from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
+from .run_record import write_record
 from .setup import banner_facts, base_parts, check_run, explain_out_of_memory, prepared, resolve, usual_torch
 from .step import OptimizerStep, StepOutcome
 
@@ -151,6 +152,7 @@ def train(
             planned = PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, resolved=resolved)
             report.findings(problems(planned))
         stack.enter_context(report)  # opens the progress bar: print would write into it from here on
+        world.on_main(lambda: write_record(model, train_dataset, eval_dataset, config, resumed=run.saved_at >= 0))
         run.call_hooks("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()

@@ -45,7 +45,7 @@ def test_metrics_jsonl_equals_the_history_all_the_time_and_has_the_documented_fi
     evaluation = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_n_tokens"}
     assert [set(line) for line in result.history] == [figures, figures, evaluation, figures, evaluation]
     assert result.history[0]["tokens_per_s"] > 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl", "run.yaml"]
     picture = (tmp_path / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
 

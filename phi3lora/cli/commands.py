@@ -1,0 +1,345 @@
+"""What each command does. This file loads torch and the rest of the package."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.adapter_file import save_adapter
+from ..adapters.hub import push_to_hub
+from ..adapters.merge import save_merged
+from ..adapters.peft_export import export_peft
+from ..adapters.peft_import import import_peft
+from ..checks.doctor import doctor
+from ..data.dataset import ChatDataset
+from ..data.formats import check_columns, known_format
+from ..data.sources import find_sources
+from ..demo import BASE, FOLDER
+from ..demo.show import run_demo
+from ..errors import AdapterError, ConfigError
+from ..inference.evaluation import evaluate, sample_answers
+from ..inference.generation import generate
+from ..lora.base_weight import require_bitsandbytes
+from ..lora.inject import inject_lora
+from ..model.load import check_load_settings, load_model, load_tokenizer
+from ..processes import rank_and_size
+from ..run_file import Run, read_run
+from ..run_settings import DEMO, DataSettings
+from ..training.checkpoint import find_checkpoint
+from ..training.loop import train
+from ..training.output_folder import check_output_dir
+from ..training.run_record import NAME as RECORD
+from ..training.trackers import check_trackers
+from .adapters import find_adapter, load_found
+from .starter import write_starter
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Run the command that was parsed and return the exit status. Of several processes (torchrun) the first prints."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each retry; the error says it all
+    if rank_and_size()[0] == 0:
+        return _COMMANDS[options.command](options)
+    if options.command != "train":
+        return 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        return _train(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    reached = run_demo(options.seeds, options.output_dir, options.random_init)
+    return 0 if reached != options.random_init else 1
+
+
+# --- Runs
+
+
+def _read(options: argparse.Namespace) -> Run:
+    return read_run(getattr(options, "file", None), options.settings, getattr(options, "out", None))
+
+
+def _train(options: argparse.Namespace) -> int:
+    run = _read(options)
+    config, is_main = run.training, rank_and_size()[0] == 0
+    out = Path(run.out or Path(config.output_dir) / "adapter.safetensors")
+    goes_on = bool(config.resume_from_checkpoint or config.overwrite_output_dir)
+    if not (goes_on and run.out is None):  # else the file is the run's own
+        _check_free(out, options.overwrite)
+    check_output_dir(config)
+    find_checkpoint(config)
+    model, tokenizer, chats, held_out = _load_run(run)
+    result = train(model, chats, config, eval_dataset=held_out, tokenizer=tokenizer)
+    print(json.dumps(result.metrics, indent=1))
+    if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
+        again = command_line("train", f"{config.output_dir}/{RECORD}", "--set", "resume_from_checkpoint=true")
+        print(
+            f"phi3lora: interrupted after step {result.global_step}, so {out} was not written; "
+            f"this continues the run:\n{again}",
+            file=sys.stderr,
+        )
+        return 128 + result.interrupted_by
+    if is_main:
+        print(f"adapter: {save_adapter(model, out)}")
+        print(f"talk to it: {command_line('chat', '--model', run.model.name_or_path, '--adapter', str(out))}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    run = _read(options)
+    model, tokenizer, chats, held_out = _load_run(run)
+    memory = options.device_memory_gib
+    report = doctor(model, tokenizer, chats, run.training, eval_dataset=held_out, device_memory_gib=memory)
+    print(f"\n{report}")
+    return 0 if report.ok else 1
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    run = _read(options)
+    _check_data(run)
+    adapter = _check_model(run)
+    dataset = _load_data(run.data, run.data.source, run.data.split, load_tokenizer(_model_path(run)), is_held_out=True)
+    model, tokenizer = _load_model(run, adapter)
+    answers = {"rouge": True, "tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens} if options.rouge else {}
+    print(json.dumps(evaluate(model, dataset, batch_size=options.batch_size, **answers), indent=1))
+    if options.samples:
+        limits = {"count": options.samples, "max_new_tokens": options.max_new_tokens}
+        print(f"\n{sample_answers(model, tokenizer, dataset, **limits)}")
+    return 0
+
+
+def _load_run(run: Run) -> tuple[Any, Any, ChatDataset, ChatDataset | None]:
+    """Return the model with adapters, its tokenizer, the training data and the held-out data.
+
+    The model comes last: whatever is wrong with the settings or the data is refused before its weights are read.
+    """
+    config, data = run.training, run.data
+    _check_data(run)
+    if not (data.eval_source or data.eval_share) and (config.eval_strategy != "no" or config.eval_on_start):
+        raise ConfigError(
+            f"eval_strategy={config.eval_strategy!r}, eval_on_start={config.eval_on_start}: there is no held-out data; "
+            f"name it (--eval-data FILE), or hold out a share of the rows (--eval-share 0.05)"
+        )
+    if data.streaming and config.max_steps <= 0:
+        raise ConfigError("streaming=True needs max_steps > 0: the number of rows is not known")
+    check_trackers(config)
+    adapter = _check_model(run)
+    tokenizer = load_tokenizer(_model_path(run))
+    chats = _load_data(data, data.source, data.split, tokenizer)
+    held_out = None
+    if data.eval_source:
+        held_out = _load_data(data, data.eval_source, data.eval_split, tokenizer, is_held_out=True)
+    elif data.eval_share:
+        chats, held_out = chats.split(float(data.eval_share), data.split_seed)
+    model, tokenizer = _load_model(run, adapter)
+    if adapter is None:
+        torch.manual_seed(config.seed)  # of the adapters' first numbers
+        print(inject_lora(model, run.lora))
+    else:
+        _check_same_adapter(run, model.lora_config)
+    return model, tokenizer, chats, held_out
+
+
+def _check_same_adapter(run: Run, theirs: Any) -> None:
+    """Refuse settings of an adapter that the one to go on from does not have."""
+    for name in run.given["lora"]:
+        ours, other = getattr(run.lora, name, None), getattr(theirs, name, None)
+        if name in theirs.to_dict() and ours != other:
+            raise ConfigError(
+                f"{name}={ours!r}, but the adapter {run.model.adapter!r} has {name}={other!r}, and a run goes on with "
+                f"what the adapter has; leave {name} out, or start without --adapter"
+            )
+
+
+# --- Data and models
+
+
+def _check_data(run: Run) -> None:
+    """Refuse data that is not named or not there, before a tokenizer is downloaded."""
+    data = run.data
+    if not data.source:
+        raise ConfigError("there is no data: name a chat file (--data FILE, or data: in a run file); --data demo works")
+    check_columns(dict(data.columns) if data.columns else None, known_format(data.format))
+    find_sources(_paths(data.source), data.split, data.name, data.revision, data.streaming)
+    if data.eval_source:
+        find_sources(_paths(data.eval_source, is_held_out=True), data.eval_split, data.name, data.revision)
+
+
+def _paths(source: Any, is_held_out: bool = False) -> Any:
+    """Return the source with the embedded chats in the place of ``demo``."""
+    names = [source] if isinstance(source, str) else list(source)
+    paths = [str(FOLDER / ("eval.jsonl" if is_held_out else "train.jsonl")) if n == DEMO else n for n in names]
+    return paths[0] if len(paths) == 1 else paths
+
+
+def _load_data(data: DataSettings, source: Any, split: str, tokenizer: Any, is_held_out: bool = False) -> ChatDataset:
+    assert data.max_length is not None  # read_run has resolved it
+    chats = ChatDataset.load(
+        _paths(source, is_held_out),
+        tokenizer,
+        max_length=data.max_length,
+        split=split,
+        name=data.name,
+        format=data.format,
+        columns=data.columns,
+        overflow=data.overflow,
+        train_on=data.train_on,
+        revision=data.revision,
+        streaming=data.streaming and not is_held_out,
+        buffer_size=data.buffer_size,
+        on_bad_row=data.on_bad_row,
+    )
+    if source == DEMO:
+        chats.origin = {**(chats.origin or {}), "source": DEMO}
+    return chats
+
+
+def _model_path(run: Run) -> str:
+    """Return the embedded model's folder in the place of ``demo``."""
+    return str(BASE) if run.model.name_or_path == DEMO else run.model.name_or_path
+
+
+def _check_model(run: Run) -> Path | None:
+    """Refuse settings of ``load_model`` and an adapter that is not there; return the adapter that was found."""
+    check_load_settings(dtype=run.model.dtype, base_precision=run.model.base_precision)
+    if run.model.base_precision == "nf4":
+        require_bitsandbytes()
+    if run.model.adapter is None:
+        return None
+    try:
+        return find_adapter(run.model.adapter)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. --adapter names an adapter to load; the file to write is --out") from error
+
+
+def _load_model(run: Run, adapter: Path | None, **options: Any) -> tuple[Any, Any]:
+    """Return the model, with the adapter if there is one, and the tokenizer."""
+    model, tokenizer = load_model(
+        _model_path(run),
+        dtype=str(run.model.dtype),
+        base_precision=run.model.base_precision,
+        revision=run.model.revision,
+        parallel=run.training.parallel,
+        **options,
+    )
+    model.origin["name_or_path"] = DEMO if run.model.name_or_path == DEMO else model.origin["name_or_path"]
+    if adapter is not None:
+        load_found(model, adapter)
+        model.origin["adapter"] = os.path.abspath(adapter)
+    return model, tokenizer
+
+
+def _init(options: argparse.Namespace) -> int:
+    _check_free(Path(options.file), options.overwrite)
+    run = read_run(None, options.settings)
+    write_starter(Path(options.file), run, _model_path(run), options.device_memory_gib)
+    print(f"{options.file}: edit it, then {command_line('train', options.file)}")
+    return 0
+
+
+# --- What happens to an adapter
+
+
+def _chat(options: argparse.Namespace) -> int:
+    run = _read(options)
+    adapter = _check_model(run)
+    model, tokenizer = _load_model(run, adapter)
+    sampling = {"temperature": options.temperature, "top_p": options.top_p}
+    start = [{"role": "system", "content": options.system}] if options.system else []
+    chat = list(start)
+    print("One line is one turn; /clear starts a new chat, an empty line ends it.", flush=True)
+    try:
+        while text := input("> ").strip():
+            if text == "/clear":
+                chat = list(start)
+                continue
+            chat.append({"role": "user", "content": text})
+            answer = generate(model, tokenizer, chat, max_new_tokens=options.max_new_tokens, stream=True, **sampling)
+            chat.append({"role": "assistant", "content": answer})
+    except EOFError:
+        print()
+    except KeyboardInterrupt:
+        print()
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    run, out = _read(options), Path(options.out)
+    _check_free(out, options.overwrite)
+    model, tokenizer = _load_model(run, _required_adapter(run))
+    print(save_merged(model, tokenizer, out))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    run, out = _read(options), Path(options.out)
+    _check_free(out, options.overwrite)
+    model, tokenizer = _load_model(run, _required_adapter(run), device="cpu")
+    base = options.base_model or (None if options.layout == "split" else _model_path(run))
+    print(export_peft(model, out, tokenizer=tokenizer, layout=options.layout, base_model=base))
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    run, out = _read(options), Path(options.out)
+    _check_free(out, options.overwrite)
+    model, _ = _load_model(run, None, device="cpu")
+    print(import_peft(model, options.folder))
+    print(f"adapter: {save_adapter(model, out)}")
+    return 0
+
+
+def _required_adapter(run: Run) -> Path:
+    found = _check_model(run)
+    if found is None:
+        raise AdapterError("there is no adapter; name one with --adapter")
+    return found
+
+
+def _push(options: argparse.Namespace) -> int:
+    print(push_to_hub(options.folder, options.repository, private=not options.public, commit_message=options.message))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo, "doctor": _doctor, "init": _init, "train": _train, "evaluate": _evaluate, "chat": _chat,
+    "merge": _merge, "export": _export, "import": _import, "push": _push,
+}  # fmt: skip
+
+
+# --- Helpers
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Refuse to write over a file, or into a folder with files, unless ``--overwrite`` was given."""
+    taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if taken and not overwrite:
+        raise ConfigError(f"{str(path)!r} exists; --overwrite replaces it, or choose another --out")
+
+
+def command_line(*words: str) -> str:
+    """Return a command of this program that can be pasted into the shell that runs it."""
+    installed = shutil.which("phi3lora")
+    own = Path(sys.executable).with_name("phi3lora")
+    if installed is not None and os.path.realpath(installed) == os.path.realpath(own):
+        program = ["phi3lora"]
+    else:
+        program = [_shortest(sys.executable), "-m", "phi3lora"]
+    return shlex.join([*program, *(_shortest(word) if os.path.isabs(word) else word for word in words)])
+
+
+def _shortest(path: str) -> str:
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative

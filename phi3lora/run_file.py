@@ -1,0 +1,291 @@
+"""A run as a file: ``run.yaml`` (or JSON) with the sections ``model``, ``data``, ``lora`` and ``training``.
+
+    model: demo                       a text is name_or_path, the first field
+    data: {source: support.jsonl, eval_share: 0.05}
+    lora: {r: 16}
+    training: {output_dir: runs/support, learning_rate: 1e-4}
+
+A value is read by the type of its field, in the file and in ``--set NAME=VALUE`` alike. In YAML 1.1 itself ``1e-4`` is
+a text, ``no`` is False, ``12:30`` is 750 and ``2024-01-01`` a date: here they are what the field takes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .config import LoraConfig, TrainingConfig
+from .errors import ConfigError, did_you_mean, is_int, is_number, short_repr
+from .run_settings import (
+    DEMO,
+    SECTIONS,
+    DataSettings,
+    ModelSettings,
+    Quoted,
+    field_names,
+    find_setting,
+    read_value,
+    setting_in,
+)
+
+logger = logging.getLogger("phi3lora")
+
+_NOT_RECORDED = ("resume_from_checkpoint", "resume_with_changes", "overwrite_output_dir", "gradient_checkpointing")
+_KEYS = ("model", "data", "lora", "training", "out", "versions")
+_DEMO_MAX_LENGTH = 256  # demo.MAX_LENGTH; this file imports no library
+
+
+@dataclass
+class Run:
+    """The settings of a run, from a file, from options, or both."""
+
+    model: ModelSettings
+    data: DataSettings
+    lora: LoraConfig
+    training: TrainingConfig
+    out: str | None = None
+    """Adapter file to write; None: ``adapter.safetensors`` in the output folder."""
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Section -> the settings that were given, by name."""
+    file: str | None = None
+    """The file that was read."""
+
+
+# --- From a file and options to the settings
+
+
+def read_run(path: str | None, options: Sequence[tuple[str, Any]] = (), out: str | None = None) -> Run:
+    """Return the settings of a file, with those of the command line in their place where both have one.
+
+    Args:
+        path: a YAML or JSON file; None: none.
+        options: names, with or without their section (``lora.r``), and values; texts are read by their field's type.
+        out: the adapter file to write.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown name, two values for one setting, a value out of range.
+    """
+    where = "" if path is None else f"{path}{' and the options' * bool(options)}: "
+    sections, others = _read_sections(path)
+    for section, values in _read_options(options).items():
+        sections[section].update(values)
+    lora, training, model, data = (sections[name] for name in SECTIONS)
+    row_length = training.get("max_length")
+    if row_length is not None:
+        data.setdefault("max_length", row_length)
+    try:
+        run = Run(ModelSettings(**model), DataSettings(**data), LoraConfig(**lora), TrainingConfig(**training))
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from error
+    run.out, run.given, run.file = out or others.get("out"), sections, path
+    _resolve(run, where)
+    return run
+
+
+def _resolve(run: Run, where: str) -> None:
+    """Put values in the place of None, and check what the two dataclasses without rules hold."""
+    is_demo = run.model.name_or_path == DEMO
+    run.model.dtype = run.model.dtype or ("float32" if is_demo else "bfloat16")
+    if run.data.max_length is None:
+        run.data.max_length = _DEMO_MAX_LENGTH if is_demo else 2048
+    data = run.data
+    for name, value, is_allowed, allowed in (
+        ("model.name_or_path", run.model.name_or_path, isinstance(run.model.name_or_path, str), "a name"),
+        ("data.source", data.source, _names_sources(data.source), "a name, a path, or a list of them"),
+        ("data.eval_source", data.eval_source, _names_sources(data.eval_source), "a name, a path, or a list of them"),
+        ("data.eval_share", data.eval_share, is_number(data.eval_share) and 0 <= data.eval_share < 1, "0 <= x < 1"),
+        ("data.max_length", data.max_length, is_int(data.max_length, 2), "a whole number >= 2"),
+        ("out", run.out, run.out is None or isinstance(run.out, str), "a path"),
+    ):
+        if not is_allowed:
+            raise ConfigError(f"{where}{name}={short_repr(value)}; allowed: {allowed}")
+    if data.eval_source and data.eval_share:
+        raise ConfigError(f"{where}eval_source and eval_share={data.eval_share:g} exclude each other; give one of them")
+    if data.streaming and data.eval_share:
+        raise ConfigError(f"{where}a stream cannot be split: name held-out data (eval_source) in place of eval_share")
+
+
+def _names_sources(value: Any) -> bool:
+    return value is None or all(isinstance(item, str) and item for item in _as_list(value))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _read_options(options: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return section -> name -> value of the command line's settings."""
+    found: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for given, raw in options:
+        section, name = find_setting(given)
+        value = read_value(section, name, raw)
+        if name in found[section] and found[section][name] != value:
+            raise ConfigError(
+                f"{given}={short_repr(value)} and {given}={short_repr(found[section][name])} are two values of one "
+                f"setting; give one of them"
+            )
+        found[section][name] = value
+    return found
+
+
+# --- Reading the file
+
+
+def _read_sections(path: str | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the sections of a file, section -> name -> value, and its other keys."""
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    if path is None:
+        return sections, {}
+    content = _parse(path)
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: it holds {short_repr(content)}; allowed: the sections {', '.join(_KEYS)}")
+    for key, values in content.items():
+        if key not in _KEYS:
+            hint = did_you_mean(str(key), _KEYS)
+            homes = [section for section in SECTIONS if key in field_names(section)]
+            if homes and not hint:
+                hint = f" It belongs into the section {homes[0]!r}."
+            raise ConfigError(f"{path}: there is no section {short_repr(key)}.{hint} Allowed: {', '.join(_KEYS)}")
+        if key in SECTIONS:
+            sections[key] = _read_section(path, key, values)
+    _warn_of_versions(path, content.get("versions"))
+    return sections, {"out": content.get("out")}
+
+
+def _read_section(path: str, section: str, values: Any) -> dict[str, Any]:
+    """Return the values of a section by their fields' types; a text or a list is its first field."""
+    if values is None:
+        return {}
+    if section in ("model", "data") and isinstance(values, (str, list)):
+        values = {field_names(section)[0]: values}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: {section} is {short_repr(values)}; allowed: names and values")
+    found: dict[str, Any] = {}
+    for given, raw in values.items():
+        try:
+            name = setting_in(section, str(given))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        value = read_value(section, name, raw)
+        if name in found and found[name] != value:
+            raise ConfigError(f"{path}: {section}: {name} is given twice, with two values")
+        found[name] = value
+    return found
+
+
+def _parse(path: str) -> Any:
+    """Return the content of a YAML or JSON file, with every plain scalar of YAML as text."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the run file {path!r} cannot be read: {error}") from error
+    try:
+        if path.endswith(".json"):
+            return json.loads(text, object_pairs_hook=_unique)
+        return _yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the run file {path!r} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return found
+
+
+def _yaml(text: str) -> Any:
+    import yaml  # 30 ms that --help need not wait for
+
+    # Reads plain scalars as texts; empty ones and null as None; a key that is given twice is an error.
+    loader_class: Any = type("Loader", (yaml.SafeLoader,), {})
+
+    def scalar(loader: Any, node: Any) -> str:
+        value: str = loader.construct_scalar(node)
+        return value if node.style is None else Quoted(value)
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        loader.flatten_mapping(node)
+        return _unique([tuple(loader.construct_object(n, deep=True) for n in pair) for pair in node.value])
+
+    kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    loader_class.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] in kept]
+        for first, pairs in loader_class.yaml_implicit_resolvers.items()
+    }
+    loader_class.add_constructor("tag:yaml.org,2002:str", scalar)
+    loader_class.add_constructor("tag:yaml.org,2002:map", mapping)
+    try:
+        return yaml.load(text, loader_class)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _warn_of_versions(path: str, recorded: Any) -> None:
+    """Say which packages have another version than when the file was written."""
+    if not isinstance(recorded, Mapping):
+        return
+    now = versions()
+    changed = [f"{name} {then} (here {now[name]})" for name, then in recorded.items() if now.get(name, then) != then]
+    if changed:
+        logger.warning("%s was written with %s", path, ", ".join(changed))
+
+
+# --- Writing
+
+
+def scalar(value: Any) -> str:
+    """Return a value as YAML spells it on one line."""
+    import yaml
+
+    return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("\n").removesuffix("\n...")
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of what a run's numbers depend on."""
+    found = {}
+    for package in ("phi3lora", "torch", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a clone that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def run_text(
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    lora: LoraConfig,
+    training: TrainingConfig,
+    *,
+    out: str | None = None,
+    unknown: Sequence[str] = (),
+) -> str:
+    """Return the text of a file that runs again with these settings.
+
+    How the run was started (``resume_from_checkpoint``, ``overwrite_output_dir``) is left out: the file starts a run of
+    its own, and deletes nothing. ``activation_checkpointing`` says what ``gradient_checkpointing`` does.
+
+    Args:
+        model, data: values of the two sections; in the file as they are.
+        lora, training: the configs.
+        out: the adapter file that the run writes.
+        unknown: sentences about what is not known and has to be filled in.
+    """
+    import yaml
+
+    settings = {name: value for name, value in training.to_dict().items() if name not in _NOT_RECORDED}
+    content: dict[str, Any] = {"model": dict(model), "data": dict(data), "lora": lora.to_dict(), "training": settings}
+    if out is not None:
+        content["out"] = out
+    content["versions"] = versions()
+    head = ["The settings of a run, as resolved. To run it again, in a new folder:"]
+    head += ["phi3lora train run.yaml --set output_dir=NEW", *unknown]
+    lines = "".join(f"# {line}\n" for line in head)
+    return lines + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))

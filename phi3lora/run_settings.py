@@ -1,0 +1,274 @@
+"""The settings of a run in four sections: ``model``, ``data``, ``lora``, ``training``; names, and values from text.
+
+A text is read by the type of its field, whether it stands in a file or after ``--set NAME=VALUE``. So ``1e-4`` is a
+number where a number is wanted, ``no`` is a word for ``eval_strategy`` and False for ``packing``, and a run can be
+called ``2024``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED
+from .config import LoraConfig, TrainingConfig
+from .errors import ConfigError, did_you_mean, short_repr
+
+DEMO = "demo"
+"""Name that stands for the embedded model, and for its data."""
+
+
+@dataclass
+class ModelSettings:
+    """The model of a run: arguments of ``load_model``, and the adapter to go on from."""
+
+    name_or_path: str = "microsoft/Phi-3-mini-4k-instruct"
+    """Hub name or folder of the model; ``demo``: the tiny model that comes with the package."""
+    dtype: str | None = None
+    """``bfloat16``, ``float16``, ``float32`` or ``auto``; None: ``bfloat16``, and ``float32`` for ``demo``."""
+    base_precision: str | None = None
+    """``nf4``: a frozen base in 4 bits (QLoRA); ``fp8``: in 8 bits; None: in ``dtype``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    adapter: str | None = None
+    """Adapter to go on from: a file, a checkpoint, a run's folder or a PEFT folder."""
+
+
+@dataclass
+class DataSettings:
+    """The data of a run: arguments of ``ChatDataset.load``, and what is held out."""
+
+    source: str | Sequence[str] | None = field(default=None, metadata={"commas": False})
+    """Files, folders, patterns or hub datasets, which are joined; ``demo``: the embedded chats."""
+    eval_source: str | Sequence[str] | None = field(default=None, metadata={"commas": False})
+    """Held-out data of its own, like ``source``."""
+    eval_share: float = 0.0
+    """Share of the rows to hold out, 0 to 1, where there is no ``eval_source``."""
+    split_seed: int = 0
+    """Seed of the choice of the rows that ``eval_share`` holds out."""
+    split: str = "train"
+    """Split of the source or part of one: ``train[:10%]``, ``train+test``."""
+    eval_split: str = "train"
+    """Split of ``eval_source``."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    format: str = "auto"
+    """``messages``, ``sharegpt``, ``alpaca``, ``prompt_completion``, ``text``; ``auto``: by the first row."""
+    columns: Mapping[str, str] | None = None
+    """Our column names and yours: ``prompt=question``."""
+    train_on: str = "assistant"
+    """Tokens to train: ``assistant`` turns, the ``last`` one, or ``all``."""
+    max_length: int | None = None
+    """Tokens of the longest document and of a packed row; None: 2048, and 256 for ``demo``."""
+    overflow: str = "truncate"
+    """Fate of a longer document: ``truncate``, ``split`` or ``error``."""
+    on_bad_row: str = "error"
+    """Fate of a row that cannot be used: ``error`` or ``skip``."""
+    streaming: bool = False
+    """Read the rows during training; needs ``max_steps``."""
+    buffer_size: int = 10_000
+    """Rows of a stream that are in memory, shuffled and packed at a time."""
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "lora": LoraConfig,
+    "training": TrainingConfig,
+    "model": ModelSettings,
+    "data": DataSettings,
+}
+"""Section -> its settings, in the order in which a name without a section is looked up."""
+_IGNORED = {"lora": IGNORED_LORA_ARGUMENTS, "training": IGNORED_TRAINING_ARGUMENTS}
+_ALIASES = {
+    "model": {"name": "name_or_path", "path": "name_or_path", "model": "name_or_path"},
+    "data": {"path": "source", "data": "source", "eval_data": "eval_source", "max_seq_length": "max_length"},
+    "lora": {**ALIASES, "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+    "training": ALIASES,
+}
+_OF_THE_DATA = ("max_length", "max_seq_length", "max_seq_len")  # the rows of training follow
+
+
+def field_names(section: str) -> list[str]:
+    """Return the settings of a section, in order."""
+    return [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
+
+
+# --- Names
+
+
+def find_setting(given: str) -> tuple[str, str]:
+    """Return the section and the field of a name such as ``lora.r`` or ``r``.
+
+    Raises:
+        ConfigError: no setting has this name, or two have it.
+    """
+    section, dot, name = given.partition(".")
+    if dot and section in SECTIONS:
+        return section, setting_in(section, name)
+    candidates = ["data"] if given in _OF_THE_DATA else list(SECTIONS)
+    homes = [s for s in candidates if given in field_names(s)] or [s for s in candidates if _is_known(s, given)]
+    if homes == ["model", "data"]:
+        raise ConfigError(f"{given!r} is a setting of the model and of the data; write model.{given} or data.{given}")
+    if not homes:
+        hint = did_you_mean(given, [name for section in SECTIONS for name in _known_names(section)])
+        raise ConfigError(
+            f"there is no setting {short_repr(given)}.{hint} `phi3lora train --help-all` lists the settings"
+        )
+    return homes[0], setting_in(homes[0], given)
+
+
+def setting_in(section: str, given: str) -> str:
+    """Return the field of a section that a name sets; an argument that has no effect here keeps its name.
+
+    Raises:
+        ConfigError: the section has no such setting.
+    """
+    if _is_known(section, given):
+        return given if given in field_names(section) else _ALIASES[section].get(given, given)
+    others = [other for other in SECTIONS if given in field_names(other)]
+    hint = f" It belongs into the section {others[0]!r}." if others else did_you_mean(given, _known_names(section))
+    allowed = ", ".join(field_names(section))
+    raise ConfigError(f"the section {section!r} has no setting {short_repr(given)}.{hint} Allowed: {allowed}")
+
+
+def _known_names(section: str) -> list[str]:
+    fields = field_names(section)
+    return [*fields, *(alias for alias, field in _ALIASES[section].items() if field in fields)]
+
+
+def _is_known(section: str, given: str) -> bool:
+    """Return whether the section has a field or an alias of this name, or its config knows the argument."""
+    foreign = {**dict.fromkeys(_IGNORED.get(section, ())), **(UNSUPPORTED if section in _IGNORED else {})}
+    return given in _known_names(section) or given in foreign
+
+
+# --- Values by the type of their field
+
+
+def read_value(section: str, name: str, raw: Any) -> Any:
+    """Return a value by the type of its field. What cannot be read so is left for the field's own check to refuse."""
+    known = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
+    if name not in known:
+        return _plain_types(raw)  # an argument of another library, or unknown: the config decides
+    if _holds_texts(known[name]):
+        return _read_pairs(name, raw)
+    if isinstance(raw, str):
+        return _read_text(raw, known[name])
+    if isinstance(raw, Mapping):
+        return _plain_types(raw)
+    return [str(item) if isinstance(item, str) else item for item in raw] if isinstance(raw, list) else raw
+
+
+def _holds_texts(setting: dataclasses.Field[Any]) -> bool:
+    return "Mapping[str, str]" in str(setting.type)
+
+
+def _read_pairs(name: str, raw: Any) -> Any:
+    """Return the dict that a mapping, or pairs such as ``prompt=question``, spell."""
+    if isinstance(raw, str):
+        raw = raw.split(",")
+    if isinstance(raw, Mapping):
+        return {str(key): str(value) for key, value in raw.items()}
+    found: dict[str, str] = {}
+    for pair in raw or []:
+        ours, _, yours = str(pair).partition("=")
+        if not ours or not yours or ours in found:
+            raise ConfigError(f"--{name} {str(pair)!r}; allowed: OURS=YOURS, each of ours once (prompt=question)")
+        found[ours] = yours
+    return found or None
+
+
+def kinds_of(setting: dataclasses.Field[Any]) -> frozenset[str]:
+    """Return the types of a field: of ``"str | Sequence[str] | None"`` str, Sequence and None."""
+    annotation = str(setting.type)
+    while "[" in annotation:
+        annotation = re.sub(r"\[[^\[\]]*\]", "", annotation)
+    return frozenset(part.strip() for part in annotation.split("|"))
+
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.I | re.ASCII)
+
+
+def _read_text(raw: str, setting: dataclasses.Field[Any]) -> Any:
+    kinds, text = kinds_of(setting), str(raw)
+    if "None" in kinds and (text in ("", "~", "null", "None") or (text == "none" and "bool" not in kinds)):
+        return None
+    if "bool" in kinds:
+        digits = {} if kinds & {"int", "float", "str"} else {"1": True, "0": False}
+        words = {**_BOOLEANS, **digits}
+        if text.lower() in words:
+            return words[text.lower()]
+    if kinds & {"int", "float"} and _NUMBER.fullmatch(text):
+        return _number(text, whole="int" in kinds)
+    if text[:1] in ("[", "{", '"'):
+        return _read_json(text, kinds)
+    if "Mapping" in kinds and "=" in text:
+        pairs = [pair.partition("=") for pair in text.split(",")]
+        return {name: _plain_types(value) for name, _, value in pairs}
+    if "Sequence" in kinds and "," in text and setting.metadata.get("commas", True):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _number(text: str, whole: bool = False) -> int | float:
+    """Return the int or float that ``text`` spells; with ``whole`` an int where the value is one (``1e3``)."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        return int(value) if whole and value.is_integer() else value
+
+
+def _read_json(text: str, kinds: frozenset[str]) -> Any:
+    """Return what ``text`` spells in JSON if the field takes that type; else the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    takes = {"Sequence": list, "Mapping": dict, "str": str}
+    return value if any(kind in kinds and isinstance(value, takes[kind]) for kind in takes) else text
+
+
+_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "~": None}
+
+
+def _plain_types(value: Any) -> Any:
+    """Return a nested value with its plain texts read as YAML 1.2 reads them: numbers, true, false, null, or text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain_types(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_types(item) for item in value]
+    if not isinstance(value, str) or isinstance(value, Quoted):
+        return str(value) if isinstance(value, str) else value
+    return _number(value) if _NUMBER.fullmatch(value) else _WORDS.get(value, value)
+
+
+class Quoted(str):
+    """A text in quotes: never a number or a word such as true, where the field does not say what it takes."""
+
+
+# --- What the fields mean, in words
+
+
+@functools.cache
+def field_help(section: str) -> dict[str, str]:
+    """Return the text under each field of a section's class, without markup."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(SECTIONS[section]))).body
+    assert isinstance(tree, ast.ClassDef)
+    texts = {}
+    for entry, after in zip(tree.body, tree.body[1:], strict=False):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and is_text:
+            text = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+            texts[entry.target.id] = re.sub(r":\w+:`~?(?:phi3lora\.)?([^`]*)`", r"\1", text).replace("``", "")
+    return texts
