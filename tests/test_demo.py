@@ -1,11 +1,19 @@
-"""The embedded demo loads silently and leaves transformers' progress bars as they were."""
+"""The embedded demo: it loads silently, installs no test tools, and ends with the line that lets one talk to it."""
 
 from __future__ import annotations
+
+import io
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from transformers.utils import logging
 
 import phi3lora as p3
+from phi3lora.__main__ import main
+from phi3lora.demo import show
 
 
 @pytest.fixture
@@ -32,3 +40,25 @@ def test_the_setting_of_progress_bars_survives_success_and_failure(progress_bars
     with pytest.raises(p3.ModelError):
         p3.demo.load()
     assert logging.is_progress_bar_enabled() == enabled
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_demo_installs_no_test_tools(tmp_path):
+    command = ["make", "--dry-run", f"VENV={tmp_path / 'new'}"]
+    printed = {
+        target: subprocess.run([*command, target], cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout
+        for target in ("demo", "test")
+    }
+    assert ".[plot]" in printed["demo"] and "[test]" not in printed["demo"] and "[test]" in printed["test"]
+
+
+def test_the_demo_ends_with_the_line_that_lets_one_talk_to_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("phi3lora.demo.show.TRAINING", {**show.TRAINING, "max_steps": 2})
+    monkeypatch.setattr("phi3lora.demo.show.score", lambda *arguments: show.Score(["an answer"] * 200, 1.0, 1.0, 1.0))
+    assert main(["demo", "--seeds", "3", "--output-dir", "runs/d"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(last.removeprefix("talk to it: "))
+    assert words[-5:] == ["chat", "--model", "demo", "--adapter", "runs/d/seed-3/adapter.safetensors"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n"))
+    assert main(words[-5:]) == 0

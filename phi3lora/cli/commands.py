@@ -60,6 +60,9 @@ def run_command(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     reached = run_demo(options.seeds, options.output_dir, options.random_init)
+    if not options.random_init:
+        adapter = f"{options.output_dir}/seed-{options.seeds[0]}/adapter.safetensors"
+        print(f"talk to it: {command_line('chat', '--model', DEMO, '--adapter', adapter)}")
     return 0 if reached != options.random_init else 1
 
 
@@ -77,8 +80,9 @@ def _train(options: argparse.Namespace) -> int:
     goes_on = bool(config.resume_from_checkpoint or config.overwrite_output_dir)
     if not (goes_on and run.out is None):  # else the file is the run's own
         _check_free(out, options.overwrite)
-    check_output_dir(config)
-    find_checkpoint(config)
+    if is_main:
+        check_output_dir(config)
+        find_checkpoint(config)
     model, tokenizer, chats, held_out = _load_run(run)
     result = train(model, chats, config, eval_dataset=held_out, tokenizer=tokenizer)
     print(json.dumps(result.metrics, indent=1))
@@ -330,7 +334,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def command_line(*words: str) -> str:
-    """Return a command of this program that can be pasted into the shell that runs it."""
+    """Return a command of this program to paste into the shell: ``phi3lora chat ...``, or with Python's path."""
     installed = shutil.which("phi3lora")
     own = Path(sys.executable).with_name("phi3lora")
     if installed is not None and os.path.realpath(installed) == os.path.realpath(own):
