@@ -40,7 +40,7 @@ from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
 from ..config import LoraConfig, lora_scaling
 from ..errors import short_repr
 from ..files import read_json
-from ..lora.product import Segment, adapted_segments
+from ..lora.product import Segment, adapted_segments, block_diagonal
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -195,10 +195,7 @@ def to_modules(
         Bs = torch.split(lora_B, [split[name] for name in names.values()])
         return {at: Pair(A, B) for at, A, B in zip(names, As, Bs, strict=True)}
     if settings["class"] == "MergedLinear":
-        B = lora_B.new_zeros(sum(settings["segments"]), lora_A.shape[0])  # (out, k r)
-        for segment in _segments(settings):
-            B[segment.columns, segment.rows_of_A] = lora_B[segment.rows_of_B]
-        return {path: Pair(lora_A, B)}
+        return {path: Pair(lora_A, block_diagonal(lora_B, settings["segments"], settings["enable_lora"]))}
     if settings["class"] == "Conv2d":
         height, width = lora_A.shape  # r n, in n
         n = height // settings["r"]

@@ -21,7 +21,6 @@ Shapes: N tokens, ``in`` and ``out`` features, r rank.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,9 +92,6 @@ def compute_copies(parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[Ten
     return {p: part.view_as(p) for p, part in zip(parameters, parts, strict=True)}
 
 
-_segments = functools.cache(adapted_segments)  # the same few in every layer of every forward
-
-
 def make_adapter(layer: Any, copies: Mapping[Tensor, Tensor], seed: int) -> Adapter:
     """Return the adapter of a linear layer for the kernels; NO_ADAPTER where it has none or it is switched off.
 
@@ -108,7 +104,7 @@ def make_adapter(layer: Any, copies: Mapping[Tensor, Tensor], seed: int) -> Adap
     if r == 0 or not layer.enabled:
         return NO_ADAPTER
     R, A, B = max(16, next_power_of_2(r)), copies[layer.lora_A], copies[layer.lora_B]
-    segments = _segments(tuple(layer.segments), tuple(layer.enable_lora), R)
+    segments = adapted_segments(layer.segments, layer.enable_lora, R)
     if r != R:
         padded = A.new_zeros((len(segments), R, A.shape[1]))
         padded[:, :r] = A.view(len(segments), r, -1)

@@ -36,6 +36,7 @@ from torch import Tensor
 from ..config import lora_scaling
 from ..errors import ModelError
 from .base_weight import (
+    BaseWeight,
     Dense,
     add_quant_state,
     base_linear,
@@ -46,7 +47,14 @@ from .base_weight import (
     pop_quant_state,
 )
 from .layer_state import ADAPTER_PARAMETERS, INNER_STATE, reason_against_state, share_state, strip_state
-from .product import Segment, adapted_segments, linear_plus_low_rank, low_rank_plainly
+from .product import (
+    Segment,
+    adapted_segments,
+    add_low_rank_,
+    factors,
+    linear_plus_low_rank,
+    low_rank_plainly,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -140,6 +148,10 @@ class AdaptedLayer(nn.Module):
         share_state(base, self)
 
 
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # torch's own test takes three times as long
+
+
 def _without_parameters(cls: type[nn.Module], training: bool) -> Any:
     """Return an instance of ``cls`` on which no initialiser has run."""
     layer = cls.__new__(cls)
@@ -202,6 +214,8 @@ class _AdaptedLinear(AdaptedLayer):
         base, adapted = base_weight_of(self), self.r > 0 and self.enabled
         if isinstance(base, Dense) and not adapted:
             return F.linear(x, base.weight, self.bias)
+        if adapted and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or needs_plain_operations()):
+            return self._forward_without_gradients(x, base)
         dtype = compute_dtype(x, self.weight)
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if adapted:
@@ -213,6 +227,19 @@ class _AdaptedLinear(AdaptedLayer):
         y = F.linear(x, base.weight.to(dtype)) if isinstance(base, Dense) else base_linear(x, base)
         y = y if bias is None else y + bias
         return y + low_rank_plainly(z, B, self.segments, self.enable_lora, self.scaling) if adapted else y
+
+    def _forward_without_gradients(self, x: Tensor, base: BaseWeight) -> Tensor:
+        bias, dropout = self.bias, self.lora_dropout
+        dtype = compute_dtype(x, base.weight if isinstance(base, Dense) else self.weight)
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (N, in)
+        x2 = _to(x2, dtype)
+        y = F.linear(x2, _to(base.weight, dtype)) if isinstance(base, Dense) else base.matmul(x2)  # (N, out)
+        if bias is not None:
+            y += bias.to(dtype)
+        A, B = factors(self, x2)
+        z = F.linear(_to(dropout(x2) if dropout.training else x2, A.dtype), A)  # (N, k*r)
+        add_low_rank_(y, z, B, self.segments, self.enable_lora, self.scaling)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def delta(self) -> Tensor:
         """Return ``scaling * B_i A_i`` in segment i's rows, zero elsewhere; float32, in the weight's own shape."""

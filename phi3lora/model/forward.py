@@ -15,6 +15,7 @@ from ..config import IGNORE_INDEX
 from ..errors import ModelError
 from ..kernels.decoder import fused_decoder
 from ..lora.base_weight import compute_dtype
+from ..lora.product import keep_factors
 from .attention import packed_forward_kwargs, use_packed_attention
 from .backend import PLAIN, Backend, use_backend
 from .load import longrope_boundary
@@ -200,6 +201,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Layers that are compiled for training run eagerly here: evaluation's shapes would compile them again and again.
     """
-    with train_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with train_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), keep_factors(model):
         model.eval()
         yield
