@@ -13,6 +13,7 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import Phi3LoRAError, TrainingError
+from ..model.sharding import sharded_base
 from ..processes import rank_and_size
 from ..training.checkpoint import rng_state, set_rng_state
 from . import documents, rows, settings
@@ -79,7 +80,8 @@ def doctor(
         config: the configuration for ``train``; default ``TrainingConfig()``.
         eval_dataset: the evaluation dataset for ``train``.
         device_memory_gib: memory of a card, in GiB, to compare the prediction with; None: that of the model's GPU.
-        try_steps: run two optimizer steps on copies of the adapters (seconds; they also give the predicted time).
+        try_steps: run two optimizer steps on copies of the adapters (seconds; they also give the predicted time). Not
+            done for a model that was loaded split over several processes.
 
     Returns:
         A report. ``print`` shows it, ``.ok`` is False if a finding is an error, ``.findings`` has each line's name,
@@ -123,8 +125,11 @@ def _run_check(name: str, check: Callable[[PlannedRun], Finding], planned: Plann
 def _run_trial_checks(planned: PlannedRun, try_steps: bool, can_run: bool) -> list[Finding]:
     """Return the two findings that need optimizer steps."""
     trial: Trial | None = None
+    split = sharded_base(planned.model)
     if not try_steps:
         flow = warning("not tried (try_steps=False)")
+    elif split is not None and split.size > 1:
+        flow = warning(f"not tried: the base is split over {split.size} processes, and only one of them checks the run")
     elif not can_run:
         flow = warning("not tried: fix the error of 'run' first")
     else:

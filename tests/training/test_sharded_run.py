@@ -6,7 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, save_checkpoint, tiny_model
+from conftest import (
+    adapted_model,
+    adapters_of,
+    chat_dataset,
+    make_tokenizer,
+    quiet_config,
+    save_checkpoint,
+    tiny_model,
+)
 from processes import in_processes
 from test_distributed import DATA, HELD_OUT, After, assert_close, difference, plain_python, stop  # noqa: F401
 from torch import nn
@@ -97,6 +105,28 @@ def test_a_model_that_is_loaded_split_stays_split(tmp_path):
 
 class OtherWeight(nn.Parameter):
     """A parameter with a layout of its own."""
+
+
+@pytest.mark.parametrize(
+    ("parallel", "status", "text"),
+    [
+        ("fsdp", "warning", "not tried: the base is split over 2 processes, and only one of them checks the run"),
+        (None, "ok", "every adapter moved in 2 steps"),
+    ],
+)
+def test_doctor_tries_no_step_of_a_model_of_which_it_has_a_part(tmp_path, parallel, status, text):
+    folder = save_checkpoint(tiny_model(), tmp_path / "model")
+
+    def work():
+        model, _ = p3.load_model(folder, dtype="float32", device="cpu", parallel=parallel)
+        p3.inject_lora(model, p3.LoraConfig(r=4, lora_alpha=8))
+        report = p3.doctor(model, make_tokenizer(), DATA, quiet_config(tmp_path / "run", parallel="fsdp"))
+        return [(finding.name, finding.status, finding.text) for finding in report.findings]
+
+    findings, nothing = in_processes(2, work)
+    assert nothing == [] and "error" not in {status for _, status, _ in findings}
+    (flow,) = (finding for finding in findings if finding[0] == "gradient flow")
+    assert flow[1] == status and flow[2].startswith(text)
 
 
 def test_what_cannot_be_split_is_refused_before_any_file_is_written(tmp_path):
