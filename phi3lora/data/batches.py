@@ -41,7 +41,7 @@ import torch
 from ..config import IGNORE_INDEX, TrainingConfig
 from ..errors import CheckpointError, DataError
 from .dataset import ChatDataset, ChatStream
-from .prefetch import pinned, prefetched
+from .prefetch import Share, pinned, prefetched
 
 logger = logging.getLogger("phi3lora")
 
@@ -293,7 +293,8 @@ class StepSchedule:
     """The optimizer steps of a run. A stream's window is treated as an epoch.
 
     ``plan`` belongs to the dataset, or to a stream's first window. ``check_window`` raises if a later window does not
-    fit the model. ``process`` of ``processes`` takes its share of every step.
+    fit the model. ``process`` of ``processes`` takes its share of every step; with ``share`` they also tokenise a
+    stream's windows together.
     """
 
     plan: BatchPlan
@@ -302,6 +303,7 @@ class StepSchedule:
     check_window: Callable[[ChatDataset], None] = lambda window: None
     process: int = 0
     processes: int = 1
+    share: Share | None = None
 
     def steps_of_epoch(self, epoch: int, plan: BatchPlan | None = None) -> list[list[MicroBatch]]:
         """Return the micro-batches of each step. The last step of an epoch may have fewer."""
@@ -338,7 +340,7 @@ class StepSchedule:
             return
 
         def make_windows(wanted: Callable[[], bool]) -> Generator[tuple[int, ChatDataset]]:
-            return self.dataset.windows(cursor.epoch, wanted=wanted)
+            return self.dataset.windows(cursor.epoch, wanted=wanted, share=self.share)
 
         is_stream = not self.dataset.known_length
         with closing(prefetched(make_windows, 1, wanted) if is_stream else make_windows(wanted)) as windows:

@@ -12,7 +12,8 @@ The training loop takes *windows* from either; each window is a ``ChatDataset``:
 
 A stream's window of ``buffer_size`` rows is shuffled and packed within itself. After the last row, the stream starts
 again at the first. A window's contents depend only on its number, so an interrupted run continues at its window and
-step: the rows before are read again, but not tokenised.
+step: the rows before are read again, but not tokenised; those of a ``Dataset`` or Parquet files are not even read.
+Several processes read all rows, and each tokenises its part of a window for all.
 
 Both classes have ``windows``, ``first_window``, ``known_length``, ``max_length``, ``max_document_tokens``, ``identity``
 and ``describe``.
@@ -39,6 +40,7 @@ from .documents import NoDocumentsError, RowTokenizer
 from .findings import Findings
 from .formats import check_columns, known_format
 from .mix import STRATEGIES, due_order, interleaved, weighted_sources
+from .prefetch import NotWanted, Share
 from .rows import BadRows
 from .sources import Source, distinct_names, find_sources, naming, origin_of
 from .template import ChatEncoder
@@ -296,7 +298,12 @@ class ChatDataset:
         return [name.removeprefix("row ") for _, _, name in rows]
 
     def windows(
-        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = lambda: True
+        self,
+        start: int = 0,
+        *,
+        endless: bool = True,
+        wanted: Callable[[], bool] = lambda: True,
+        share: Share | None = None,
     ) -> Generator[tuple[int, ChatDataset]]:
         """Yield ``(n, self)``, one an epoch, from ``n = start`` on; see :meth:`ChatStream.windows`."""
         numbers = itertools.count(start) if endless else [start]
@@ -446,7 +453,12 @@ class ChatStream:
         return documents
 
     def windows(
-        self, start: int = 0, *, endless: bool = True, wanted: Callable[[], bool] = lambda: True
+        self,
+        start: int = 0,
+        *,
+        endless: bool = True,
+        wanted: Callable[[], bool] = lambda: True,
+        share: Share | None = None,
     ) -> Generator[tuple[int, ChatDataset]]:
         """Yield the number and the documents of each window. One without a usable row is skipped.
 
@@ -454,20 +466,33 @@ class ChatStream:
             start: number of the first window, counted from 0 through all passes.
             endless: start again after the last row; False: one pass.
             wanted: called after each row. False ends the iteration.
+            share: the processes that all take these windows and tokenise a part of each; None: this one alone. Window 0
+                is tokenised by each, before it joins the others.
 
         Raises:
             DataError: anything that cannot be trained on, with the row's number.
         """
+
+        def is_left() -> bool:
+            if not wanted() and share is not None:
+                share.leave()
+            return not wanted()
+
         first, number = self.first_window, 0
         (rows, bads), self._first_pass = self._first_pass or self._open(), None
+        in_pass = 0
+        if start and (of_pass := self._windows_of_pass()):
+            number, in_pass = start, start % of_pass
+            rows, bads = self._open(in_pass * self.buffer_size)
         while True:
-            in_pass = 0
             while window := list(islice(takewhile(lambda _: wanted(), rows), self.buffer_size)):
-                if not wanted():
+                if is_left():
                     return
                 if number >= start:
                     try:
-                        documents = self._documents(window, bads) if in_pass else first
+                        documents = self._documents(window, bads, share) if in_pass else first
+                    except NotWanted:
+                        return
                     except NoDocumentsError as why:
                         logger.warning("window %d of the stream is skipped: %s", number, why)
                     else:
@@ -475,12 +500,12 @@ class ChatStream:
                 number, in_pass = number + 1, in_pass + 1
                 for bad in bads:
                     bad.clear()
-            if not wanted() or (not endless and number > start):
+            if is_left() or (not endless and number > start):
                 return
             if not in_pass:
                 raise DataError("the stream has no more rows")
             number += max(0, start - number) // in_pass * in_pass  # whole passes before the start are not read
-            rows, bads = self._open()
+            (rows, bads), in_pass = self._open(), 0
 
     def take(self, rows: int) -> ChatDataset:
         """Return the documents of the first ``rows`` rows, in memory: to evaluate on."""
@@ -514,10 +539,29 @@ class ChatStream:
     def __repr__(self) -> str:
         return f"ChatStream(windows of {self.buffer_size:,} rows; the first: {self.first_window!r})"
 
-    def _open(self) -> tuple[Iterator[_StreamRow], list[BadRows]]:
-        """Return the rows from the start, and the record of each part's that cannot be used."""
+    def _open(self, start: int = 0) -> tuple[Iterator[_StreamRow], list[BadRows]]:
+        """Return the rows from position ``start`` on, and the record of each part's that cannot be used.
+
+        A start > 0 is for a stream of which :meth:`_windows_of_pass` is known.
+        """
         bads = [BadRows(part.on_bad_row) for part in self._parts]
-        return self._rows(bads), bads
+        return (self._rows_from(self._skipped_rows + start, bads) if start else self._rows(bads)), bads
+
+    def _windows_of_pass(self) -> int | None:
+        """Return the number of windows of a pass, if the sources tell without being read."""
+        counts = [part.source.count() for part in self._parts]
+        known = [count for count in counts if count is not None]
+        return -(-(sum(known) - self._skipped_rows) // self.buffer_size) if len(known) == len(counts) else None
+
+    def _rows_from(self, start: int, bads: Sequence[BadRows]) -> Iterator[_StreamRow]:
+        """Yield the rows from position ``start`` on, of sources that tell their number; those before are not read."""
+        for at, (part, bad) in enumerate(zip(self._parts, bads, strict=True)):
+            count = part.source.count() or 0
+            if start < count:
+                with naming(self._names[at], len(self._parts) > 1):
+                    for number, row in part.source.read(bad, start):
+                        yield at, number, row
+            start = max(0, start - count)
 
     def _rows(self, bads: Sequence[BadRows]) -> Iterator[_StreamRow]:
         rows = self._all_rows(bads)
@@ -532,7 +576,7 @@ class ChatStream:
                 for number, row in part.source.read(bad):
                     yield at, number, row
 
-    def _documents(self, window: list[_StreamRow], bads: Sequence[BadRows]) -> ChatDataset:
+    def _documents(self, window: list[_StreamRow], bads: Sequence[BadRows], share: Share | None = None) -> ChatDataset:
         """Return the documents of rows in their order. The rows of each part are tokenised together."""
         rows_of: dict[int, list[int]] = {}
         for place, (at, _, _) in enumerate(window):
@@ -544,7 +588,7 @@ class ChatStream:
             part, rows = self._parts[at], [window[place][1:] for place in inside]
             try:
                 with naming(self._names[at], len(self._parts) > 1):
-                    made.append(ChatDataset(**part.row_tokenizer.tokenize(rows, part.format, bads[at])))
+                    made.append(ChatDataset(**part.row_tokenizer.tokenize(rows, part.format, bads[at], share=share)))
             except NoDocumentsError as error:
                 unusable.append(error)
             else:
@@ -567,6 +611,9 @@ class _MixedStream(ChatStream):
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "weights": self._weights, "stopping_strategy": self._strategy}
+
+    def _windows_of_pass(self) -> int | None:
+        return None
 
     def _all_rows(self, bads: Sequence[BadRows]) -> Iterator[_StreamRow]:
         def open_stream(stream: ChatStream, first: int) -> Iterator[_StreamRow]:

@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..errors import DataError, did_you_mean, error_line
 from ..files import read_json, sha256_of, write_atomic
 from .findings import Findings
 from .formats import Chat, detect_format, keys_of, to_chat
+from .prefetch import Share
 from .rows import BadRows, NumberedRow, file_kind
 from .sources import Source
 from .template import ChatEncoder, EncodedChat
@@ -70,17 +71,29 @@ class RowTokenizer:
         self._one_thread = one_thread
 
     def tokenize(
-        self, rows: Iterable[NumberedRow], format: str, bad: BadRows, *, cache: bool = False
+        self,
+        rows: Iterable[NumberedRow],
+        format: str,
+        bad: BadRows,
+        *,
+        cache: bool = False,
+        share: Share | None = None,
     ) -> dict[str, Any]:
         """Return the documents of ``rows`` as the arguments of ``ChatDataset``.
 
         ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: each row's own, the first row's before others.
-        ``cache`` caches the tokenised chats, if ``rows`` are all the rows of the source.
+        ``cache`` caches the tokenised chats, if ``rows`` are all the rows of the source. With a ``share`` each process
+        tokenises its part of the rows, and gets the others' from them.
         """
         with self._one_thread:
             rows, findings = iter(rows), Findings()
             form, first = self._first_row(rows, format, bad)
-            chats = self._encode(self._read_chats(chain([first], rows), format, form, bad, findings), bad, findings)
+            rows = chain([first], rows)
+
+            def encode(rows: Iterable[NumberedRow], bad: BadRows, findings: Findings) -> Iterator[NumberedChat]:
+                return self._encode(self._read_chats(rows, format, form, bad, findings), bad, findings)
+
+            chats = encode(rows, bad, findings) if share is None else _shared(list(rows), encode, bad, findings, share)
             if cache and not bad.skips:  # the cache does not record which rows were skipped
                 options = [format, sorted(self.columns.items()), self.encoder.train_on, self.source.ranges]
                 chats = cached_chats(chats, findings, cache_key(self.source.rows, self.encoder.tokenizer, options))
@@ -196,6 +209,46 @@ class RowTokenizer:
         starts = [0] if self.overflow == "truncate" else range(0, len(ids) - 1, self.max_length - 1)
         parts = [slice(start, start + self.max_length) for start in starts]
         return [(ids[part], labels[part]) for part in parts if (labels[part][1:] != IGNORE_INDEX).any()]
+
+
+def _shared(
+    rows: Sequence[NumberedRow],
+    encode: Callable[[Sequence[NumberedRow], BadRows, Findings], Iterator[NumberedChat]],
+    bad: BadRows,
+    findings: Findings,
+    share: Share,
+) -> Iterator[NumberedChat]:
+    """Return the chats of all rows, of which each process encodes its part, and add up what they have found.
+
+    The error of the first row that has one is raised in every process.
+    """
+    own_bad, own_findings, error = BadRows(bad.choice), Findings(), None
+    numbers: list[int] = []
+    ids, trained = [np.empty(0, np.int32)], [np.empty(0, bool)]
+    try:
+        for number, chat in encode(share.part(rows), own_bad, own_findings):
+            numbers.append(number)
+            ids.append(np.array(chat.input_ids, dtype=np.int32))
+            trained.append(np.array(chat.trained, dtype=bool))
+    except DataError as why:
+        error = why
+    packed = [*map(len, ids[1:])], np.concatenate(ids), np.packbits(np.concatenate(trained))
+    parts = share.exchange((error, own_bad, own_findings, numbers, *packed))
+    for raised, *_ in parts:
+        if raised is not None:
+            raise raised
+    for _, part_bad, part_findings, *_ in parts:
+        bad.add(part_bad)
+        findings += part_findings
+
+    def unpacked() -> Iterator[NumberedChat]:
+        for *_, numbers, lengths, ids, bits in parts:
+            ends = np.cumsum(lengths)[:-1]
+            trained = np.unpackbits(bits, count=len(ids)).astype(bool)
+            parts_of_ids, parts_of_trained = np.split(ids, ends), np.split(trained, ends)
+            yield from zip(numbers, map(EncodedChat, parts_of_ids, parts_of_trained), strict=False)  # type: ignore[arg-type]
+
+    return unpacked()
 
 
 def cache_key(source: Any, tokenizer: Any, options: list[Any]) -> str | None:

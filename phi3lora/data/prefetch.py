@@ -1,12 +1,12 @@
-"""One background thread that prepares items before they are needed: batches during a step, a stream's next window."""
+"""Work in background threads: batches during a step, a stream's next window, which several processes may share."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,33 @@ T = TypeVar("T")
 logger = logging.getLogger("phi3lora")
 
 _POLL_S, _JOIN_TIMEOUT_S = 0.2, 5.0
+
+
+class NotWanted(Exception):
+    """Raised by :class:`Share` in a background thread whose items nobody waits for any more."""
+
+
+class Share(Protocol):
+    """This process's part of work that several do together."""
+
+    rank: int
+    size: int
+
+    def exchange(self, value: T) -> list[T]:
+        """Return what each process gave in this turn, by rank. All processes take equally many turns.
+
+        Raises:
+            NotWanted: the processes have ended their turns.
+        """
+        ...
+
+    def leave(self) -> None:
+        """Take a turn that ends the turns of all."""
+        ...
+
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items that are this process's to work on; the parts by rank are the whole."""
+        ...
 
 
 def prefetched(

@@ -5,6 +5,7 @@ A row is a dict of Python's own values. NaN, ``pandas.NA`` and NaT are None in i
 
 from __future__ import annotations
 
+import bisect
 import bz2
 import csv
 import gzip
@@ -15,6 +16,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class BadRows:
     def __init__(self, choice: str) -> None:
         if choice not in ("error", "skip"):
             raise DataError(f"on_bad_row={short_repr(choice)}; allowed: 'error', 'skip'")
-        self.skips = choice == "skip"
+        self.choice, self.skips = choice, choice == "skip"
         self.numbers: list[int] = []
         self.errors: list[DataError] = []
 
@@ -61,6 +63,11 @@ class BadRows:
         self.numbers.append(number)
         if len(self.errors) < _QUOTED_ERRORS:
             self.errors.append(error)
+
+    def add(self, later: BadRows) -> None:
+        """Record the rows that another process has skipped, after this one's."""
+        self.numbers += later.numbers
+        self.errors = [*self.errors, *later.errors][:_QUOTED_ERRORS]
 
     def clear(self) -> None:
         self.numbers, self.errors = [], []
@@ -91,10 +98,13 @@ def is_table(value: Any) -> bool:
     return is_frame or (hasattr(value, "__arrow_c_stream__") and not isinstance(value, type))
 
 
-def read_rows(source: Any, bad: BadRows) -> Iterator[NumberedRow]:
-    """Return the numbered rows of a file (a ``Path``), table, ``datasets.Dataset`` or iterable of dicts."""
+def read_rows(source: Any, bad: BadRows, start: int = 0) -> Iterator[NumberedRow]:
+    """Return the numbered rows of a file (a ``Path``), table, ``datasets.Dataset`` or iterable of dicts.
+
+    ``start`` is the number of rows to leave out, of a Parquet file, whose groups of rows are then not read.
+    """
     if isinstance(source, Path):
-        return _file_rows(source, bad)
+        return _file_rows(source, bad, start)
     if package_of(source) == "datasets":
         return _numbered(_without_format(source), bad)
     if is_table(source):
@@ -102,13 +112,27 @@ def read_rows(source: Any, bad: BadRows) -> Iterator[NumberedRow]:
     return _numbered(source, bad)
 
 
-def _file_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
+def count_rows(path: Path) -> int | None:
+    """Return the number of rows of a Parquet file, which it tells without being read; None for other files."""
+    if file_kind(path) != (".parquet", ""):
+        return None
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return int(parquet.read_metadata(path).num_rows)
+    except (*_TABLE_ERRORS, ArrowException):
+        return None  # reading it says what is wrong
+
+
+def _file_rows(path: Path, bad: BadRows, start: int) -> Iterator[NumberedRow]:
     suffix, _ = file_kind(path)
     try:
         if suffix in (".csv", ".tsv"):
             yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",", bad)
-        elif suffix in (".parquet", ".arrow"):
-            yield from _numbered(_parquet_rows(path) if suffix == ".parquet" else _arrow_file_rows(path), bad)
+        elif suffix == ".parquet":
+            yield from _numbered(_parquet_rows(path, start), bad, first=start + 1)
+        elif suffix == ".arrow":
+            yield from _numbered(_arrow_file_rows(path), bad)
         elif suffix == ".json":
             yield from _json_rows(path, bad)
         else:
@@ -177,8 +201,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _numbered(rows: Iterable[Any], bad: BadRows, is_plain: bool = False) -> Iterator[NumberedRow]:
-    for number, row in enumerate(rows, start=1):
+def _numbered(rows: Iterable[Any], bad: BadRows, is_plain: bool = False, first: int = 1) -> Iterator[NumberedRow]:
+    for number, row in enumerate(rows, start=first):
         if isinstance(row, Mapping):
             try:
                 values = row if is_plain else plain(row)
@@ -411,7 +435,7 @@ def _arrow_file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"{str(path)!r} is not an Arrow table that can be read: {error_line(error)}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(path: Path, start: int) -> Iterator[Mapping[str, Any]]:
     from pyarrow import ArrowException, parquet, types
 
     try:
@@ -422,9 +446,14 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         texts = [field.name for field in schema if types.is_string(field.type) or types.is_binary(field.type)]
         with parquet.ParquetFile(source, read_dictionary=texts) as file:
             _check_unique(str(path), schema.names)
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                for start in range(0, len(batch), _ROWS_IN_PYTHON):
-                    yield from batch.slice(start, _ROWS_IN_PYTHON).to_pylist()
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            ends = list(accumulate(sizes))
+            first = bisect.bisect_right(ends, start)
+            left_out = start - sum(sizes[:first])
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=range(first, len(sizes))):
+                for at in range(min(left_out, len(batch)), len(batch), _ROWS_IN_PYTHON):
+                    yield from batch.slice(at, _ROWS_IN_PYTHON).to_pylist()
+                left_out = max(0, left_out - len(batch))
     except DataError:
         raise
     except (*_TABLE_ERRORS, ArrowException) as error:

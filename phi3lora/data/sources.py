@@ -22,6 +22,7 @@ from .rows import (
     BadRows,
     NumberedRow,
     columnar_rows,
+    count_rows,
     file_kind,
     is_columnar,
     is_table,
@@ -58,10 +59,21 @@ class Source:
     ranges: tuple[tuple[int, int], ...] | None = None
     """First and end position of each part that is used, counted from 0; None: everything."""
 
-    def read(self, bad: BadRows) -> Iterator[NumberedRow]:
-        """Yield the rows with the numbers that they have in the whole source."""
+    def count(self) -> int | None:
+        """Return the number of rows, if the source tells it without being read: a Dataset or a Parquet file."""
+        if self.ranges is None and isinstance(self.rows, Path):
+            return count_rows(self.rows)
+        return len(self.rows) if self.ranges is None and _is_dataset(self.rows) else None
+
+    def read(self, bad: BadRows, start: int = 0) -> Iterator[NumberedRow]:
+        """Yield the rows with the numbers that they have in the whole source.
+
+        ``start`` is the number of rows to leave out, of a source that tells its :meth:`count`.
+        """
+        if start and _is_dataset(self.rows):
+            return replace(self, ranges=((start, len(self.rows)),)).read(bad)
         if self.ranges is None:
-            return read_rows(self.rows, bad)
+            return read_rows(self.rows, bad, start)
         if _is_dataset(self.rows):
             parts = ((start, self.rows.select(range(start, end))) for start, end in self.ranges)
             return ((start + number, row) for start, part in parts for number, row in read_rows(part, bad))

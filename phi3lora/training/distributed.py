@@ -6,6 +6,7 @@ Every process runs the same script and the same loop, on its own share of each s
     each step        one sum of all gradients and of the loss, on the device; a barrier and two flags, on the host
     evaluation       the sums of losses
     checkpoint       the random generators, to rank 0, which writes; hashes of the adapters, compared
+    stream           each rank's part of the tokens of the next window, in a background thread
 
 Host values go through gloo and device tensors through NCCL, so that no message between hosts waits for a GPU. One
 process exchanges nothing: every method returns at once. Time-outs are torch's (30 minutes); for others, call
@@ -31,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data.prefetch import NotWanted
 from ..errors import Phi3LoRAError, TrainingError, error_line, short_repr
 from ..processes import join, rank_and_size
 
@@ -55,6 +57,8 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, host_group: Any = None, store: Any = None) -> None:
         self.rank, self.size, self._host_group, self._store = rank, size, host_group, store
+        self.share: WindowShare | None = None
+        """Of a stream, the part of its windows that this process tokenises; None: all."""
         self._notes = f"phi3lora/ended/{next(_WORLDS)}" if store is not None else ""
         self._has_ended = False
         self.step = 0
@@ -204,7 +208,7 @@ class World:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def joined(device: torch.device, shares_windows: bool = False) -> Iterator[World]:
     """Join the processes that torchrun started, and leave them after the block.
 
     A group that is already initialised is used, and stays. After an error the group is left as it is: processes that
@@ -212,6 +216,7 @@ def joined(device: torch.device) -> Iterator[World]:
 
     Args:
         device: the device of this process's model.
+        shares_windows: whether the processes tokenise the windows of a stream together.
     """
     world = World.current()
     if world.size == 1:
@@ -220,8 +225,10 @@ def joined(device: torch.device) -> Iterator[World]:
     with world._together():
         is_ours = join(device)
         store = dist.distributed_c10d._get_default_store()
-        host_group = dist.new_group(backend="gloo", timeout=_HOST_SHARE * _timeout(device))
-        world = World(world.rank, world.size, host_group, store)
+        # A thread needs a group of its own: its messages must not meet those of another.
+        groups = [_new_host_group(device) for _ in range(1 + shares_windows)]
+        world = World(world.rank, world.size, groups[0], store)
+        world.share = WindowShare(world, groups[1]) if shares_windows else None
     level = logger.level
     if not world.is_main:
         logger.setLevel(logging.ERROR)
@@ -232,12 +239,14 @@ def joined(device: torch.device) -> Iterator[World]:
         raise
     finally:
         logger.setLevel(level)
-    dist.destroy_process_group(None if is_ours else host_group)
+    for group in [None] if is_ours else groups:
+        dist.destroy_process_group(group)
 
 
-def _timeout(device: torch.device) -> Any:
-    """Return the time-out of the default group's exchanges between tensors on a device."""
-    return dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+def _new_host_group(device: torch.device) -> Any:
+    """Return a group for host values, whose exchanges time out before those of tensors on the device."""
+    timeout = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+    return dist.new_group(backend="gloo", timeout=_HOST_SHARE * timeout)
 
 
 class GradientSum:
@@ -324,6 +333,48 @@ class GradientSum:
         for parameter, values in zip(itertools.chain(*self._buckets), self._sums, strict=True):
             parameter.grad = values.view_as(parameter).to(parameter.dtype)
         return self._parts[-1][-1]
+
+
+class WindowShare:
+    """A process's part of the windows of a stream (``data.prefetch.Share``), which a background thread tokenises.
+
+    The threads run ahead of the steps, and not all equally far when the run ends: :meth:`end` takes the turns that
+    other ranks have begun and this one has not.
+    """
+
+    def __init__(self, world: World, group: Any) -> None:
+        self.rank, self.size, self._world, self._group = world.rank, world.size, world, group
+        self._lock, self._turns, self._has_ended = threading.Lock(), 0, False
+
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def exchange(self, value: T) -> list[T]:
+        with self._lock:
+            if self._has_ended:
+                raise NotWanted
+            self._turns += 1
+        return self._turn(value)
+
+    def _turn(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with self._world._together():
+            dist.all_gather_object(found, value, group=self._group)
+        if any(given is None for given in found):
+            raise NotWanted
+        return found
+
+    def leave(self) -> None:
+        with suppress(NotWanted):
+            self.exchange(None)
+
+    def end(self) -> None:
+        """End the turns on all ranks, whose main threads call this after the same step."""
+        with self._lock:
+            self._has_ended = True
+        for _ in range(self._turns, int(self._world.largest([self._turns])[0])):
+            with suppress(NotWanted):
+                self._turn(None)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

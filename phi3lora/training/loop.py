@@ -139,7 +139,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(usual_torch())
         check_run(model, train_dataset, eval_dataset, config)
-        world = stack.enter_context(joined(model_device(model)))
+        world = stack.enter_context(joined(model_device(model), not train_dataset.known_length))
         output = world.on_main(lambda: stack.enter_context(locked(config.output_dir)))
         run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, output, world)
         state, resolved, report = run.state, run.resolved, run.report
@@ -175,6 +175,8 @@ def train(
             if run.agree_to_stop():
                 break
             started = time.perf_counter()
+        if world.share is not None:
+            world.share.end()
         run.finish()
         if output is not None and output.is_held():
             draw_loss(state.history, output.folder / "loss.png")

@@ -217,7 +217,7 @@ def resolve_plans(
         fixed_shape=config.packing and backend.kind == "compiled",
     )
     check = partial(check_documents, model, name="train_dataset", row_length=config.max_length)
-    return StepSchedule(plan, config, train_dataset, check, world.rank, world.size)
+    return StepSchedule(plan, config, train_dataset, check, world.rank, world.size, world.share)
 
 
 def banner_facts(

@@ -92,6 +92,46 @@ def test_a_window_depends_on_its_number_alone(start, buffer_size):
         assert all(window.row_number(i) == made[number].row_number(i) for i in range(len(window)))
 
 
+@pytest.mark.parametrize("kind", ["Parquet files", "Dataset"])
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_rows_before_the_start_are_not_read_where_the_source_tells_their_number(kind, skipped, tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    for name, part in {"a": ROWS[:13], "b": ROWS[13:]}.items():
+        parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"{name}.parquet", row_group_size=4)
+    source = tmp_path if kind == "Parquet files" else [datasets.Dataset.from_list(r) for r in (ROWS[:13], ROWS[13:])]
+
+    def chats() -> p3.ChatStream:
+        return stream(source, 3).skip(skipped) if skipped else stream(source, 3)
+
+    made = dict(itertools.islice(chats().windows(), 30))
+    read, iter_batches, select = [], parquet.ParquetFile.iter_batches, datasets.Dataset.select
+
+    def noted_batches(self, *arguments, row_groups, **options):
+        read.append(4 * row_groups[0])
+        return iter_batches(self, *arguments, row_groups=row_groups, **options)
+
+    def noted_select(self, rows):
+        read.append(rows[0])
+        return select(self, rows)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", noted_batches)
+    monkeypatch.setattr(datasets.Dataset, "select", noted_select)
+    for start in (1, 4, 5, 6, 20):
+        again = chats()
+        assert again.first_window.fingerprint() == made[0].fingerprint()
+        read.clear()
+        windows = again.windows(start)
+        for number, window in itertools.islice(windows, 3):
+            assert window.fingerprint() == made[number].fingerprint()
+            names = [window.row_name(i) for i in range(len(window))]
+            assert names == [made[number].row_name(i) for i in range(len(window))]
+        position = start % -(-(23 - skipped) // 3) * 3 + skipped
+        expected = position if position < 13 else position - 13
+        assert read[0] == (expected // 4 * 4 if kind == "Parquet files" else expected)
+
+
 def test_rows_are_read_when_they_are_asked_for():
     read = []
 
