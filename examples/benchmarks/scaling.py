@@ -27,7 +27,7 @@ from phi3lora.model.estimate import _STORED_BYTES
 from phi3lora.model.sharding import shardable_tensors
 
 WHERE = """2026-11-27, 2 x NVIDIA H100 80GB HBM3 of one host, torch 2.11.0+cu130
-  benchmark.py MODE --gpus 0 1 2: bf16 and chat-bf16 at commit 3ead1a2, the others at 32c7b3d
+  benchmark.py MODE --gpus 0 1 2 (NOTES.md has the commits)
   torchrun --nproc-per-node 2 sharding_check.py: 8 of Phi-4's 40 layers, 4 x 2,048 tokens"""
 GPUS = (1, 2, 8, 64, 512)
 NODE_GPUS = 8

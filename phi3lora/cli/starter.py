@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import LoraConfig, TrainingConfig
+from ..demo.show import LORA, TRAINING
 from ..files import write_atomic
 from ..lora.inject import inject_lora
 from ..model.estimate import GIB, MemoryPlan, plan_memory
@@ -68,13 +69,16 @@ def write_starter(path: Path, run: Run, model_path: str, memory_gib: float | Non
         "lora": {},
         "training": {
             "output_dir": "runs/demo" if is_demo else "runs/first",
-            **({"learning_rate": 1e-3} if is_demo else {}),
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": _ROWS // rows,
             "activation_checkpointing": "auto",
             "eval_strategy": "epoch",
         },
     }
+    if is_demo:  # as `phi3lora demo` trains: a tiny model takes a higher rate and smaller steps
+        values["lora"] = {name: LORA[name] for name in ("r", "lora_alpha")}
+        values["training"] |= {name: TRAINING[name] for name in ("learning_rate", "per_device_train_batch_size")}
+        values["training"]["gradient_accumulation_steps"] = 1
     head = [
         f"Settings for {run.model.name_or_path} ({parameters / 1e9:.2g} B parameters) and {card}.",
         *([f"Predicted peak memory by activation checkpointing mode: {plan}."] if memory_gib is not None else []),
