@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{p3.sample_answers(model, tokenizer, eval_set, count=3, max_new_tokens=128)}")
     path = p3.save_adapter(model, Path(config.output_dir) / "adapter.safetensors")
     print(f"\nadapter: {path}")
-    print(f"talk to it: python -m phi3lora chat --model {MODEL if real else p3.demo.BASE} --adapter {path}")
+    print(f"talk to it: phi3lora chat --model {MODEL if real else 'demo'} --adapter {path}")
 
 
 if __name__ == "__main__":

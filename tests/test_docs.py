@@ -14,6 +14,8 @@ import pytest
 
 import phi3lora as p3
 from phi3lora.__main__ import main
+from phi3lora.cli.options import parse
+from phi3lora.run_file import read_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,7 +29,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def on_the_demo(source: str) -> str:
     """The code of a page with the embedded model and a short run."""
-    return source.replace(HUB_NAME, str(p3.demo.BASE)).replace("max_steps=500", "max_steps=2")
+    short = re.sub(r"max_steps([=:] ?)(500|70)", r"max_steps\g<1>2", source)
+    return short.replace(HUB_NAME, str(p3.demo.BASE))
 
 
 def anchors(page: Path) -> set[str]:
@@ -50,16 +53,32 @@ def test_python_of_a_page_runs_top_to_bottom(page, tmp_path, monkeypatch):
         exec(compile(on_the_demo(block), f"{page.name}, block {i + 1}", "exec"), names)
 
 
-def test_commands_of_the_quickstart_run(tmp_path, monkeypatch):
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of each phi3lora command of a page."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(on_the_demo(line), comments=True) for line in lines]
+    return [line[1:] for line in words if line[:1] == ["phi3lora"]]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "quickstart.md"
-    exec(blocks(page, "python")[0], {})
     monkeypatch.setattr("builtins.input", lambda prompt: "")
-    for block in blocks(page, "bash"):
-        for command in block.replace("\\\n", " ").strip().splitlines():
-            words = shlex.split(on_the_demo(command))
-            assert words[:3] == ["python", "-m", "phi3lora"]
-            assert main(words[3:]) == 0
+    for words in commands(ROOT / page):
+        shorter = ["--set", "max_steps=2"] if words[0] == "train" else []
+        assert main([*words, *shorter]) == 0
+
+
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if commands(page)], ids=lambda page: page.name)
+def test_commands_of_a_page_are_spelt_right(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "yaml"):
+        Path("run.yaml").write_text(block)
+        read_run("run.yaml")
+    for words in commands(page):
+        options = parse(words)
+        if options.settings:
+            read_run(None, options.settings)
 
 
 def test_make_targets_in_the_pages_exist():
