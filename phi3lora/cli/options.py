@@ -124,9 +124,7 @@ def _demo(command: argparse.ArgumentParser, shows_all: bool) -> None:
 
 
 def _run(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument(
-        "file", nargs="?", metavar="RUN.yaml", help="file of settings; an option takes the place of what it says"
-    )
+    command.add_argument("file", nargs="?", metavar="RUN.yaml", help="file of settings; options override it")
     _add_settings(command, "model")
     _add_settings(command, "data")
     _add_settings(command, "lora", shows_all)
