@@ -54,8 +54,16 @@ MODES: dict[str, dict[str, Any]] = {
     "bf16-offload": {"activation_checkpointing": "offload"},
     "nf4": {"base_precision": "nf4"},
     "nf4-offload": {"base_precision": "nf4", "activation_checkpointing": "offload"},
+    "nf4-fp8": {"base_precision": "nf4-fp8"},
+    "nf4-fp8-offload": {"base_precision": "nf4-fp8", "activation_checkpointing": "offload"},
     "nf4-1-row": {"base_precision": "nf4", "activation_checkpointing": "offload", "rows": 1},
     "phi-4-nf4-1-row": {"base_precision": "nf4", "activation_checkpointing": "offload", "rows": 1, "shape": "phi-4"},
+    "phi-4-nf4-fp8-1-row": {
+        "base_precision": "nf4-fp8",
+        "activation_checkpointing": "offload",
+        "rows": 1,
+        "shape": "phi-4",
+    },
     "nf4-65536": {
         "base_precision": "nf4",
         "activation_checkpointing": "offload",

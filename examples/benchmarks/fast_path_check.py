@@ -3,7 +3,7 @@
     python examples/benchmarks/fast_path_check.py
 
 Two layers with random bf16 weights, r = 16. The script prints the loss of both and the lowest cosine between an
-adapter's two gradients, on full rows and on packed chats, and then for the fused kernels on an fp8 base.
+adapter's two gradients, on full rows and on packed chats, and then for the fused kernels on quantised bases.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch.nn.functional import cosine_similarity
 
 import phi3lora as p3
 from phi3lora.adapters.adapter_file import adapter_state_dict
-from phi3lora.lora.base_weight import quantize_base
-from phi3lora.lora.inject import remove_lora
 
 LORA = {"r": 16, "lora_alpha": 32}
 
@@ -39,7 +37,7 @@ def compare(name: str, found: Any, expected: Any) -> None:
 
 
 def main() -> None:
-    """Compare on full rows and on packed chats, then on an fp8 base."""
+    """Compare on full rows and on packed chats, then on quantised bases."""
     SHAPES["two layers"] = {**SHAPES["phi-3-mini"], "num_hidden_layers": 2}
     model = random_model("two layers").train()
     p3.inject_lora(model, p3.LoraConfig(**LORA))
@@ -52,11 +50,11 @@ def main() -> None:
         batch = next(iter(p3.batches(data, batch_size=4)))
         plain = loss_and_gradients(model, batch, fused=False)
         compare("packed chats" if chat else "full rows", loss_and_gradients(model, batch, fused=True), plain)
-    remove_lora(model)
-    quantize_base(model, "fp8")
-    p3.inject_lora(model, p3.LoraConfig(**LORA))
-    model.load_state_dict(adapters, strict=False)
-    compare("fp8, chats", loss_and_gradients(model.train(), batch, fused=True), plain)
+    for precision in ("fp8", "nf4", "nf4-fp8"):
+        model = random_model("two layers", precision)
+        p3.inject_lora(model, p3.LoraConfig(**LORA))
+        model.load_state_dict(adapters, strict=False)
+        compare(f"{precision}, chats", loss_and_gradients(model.train(), batch, fused=True), plain)
 
 
 if __name__ == "__main__":

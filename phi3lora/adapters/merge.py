@@ -31,9 +31,10 @@ from ..data.template import ChatEncoder
 from ..errors import AdapterError, ModelError, error_line
 from ..files import write_folder
 from ..inference.generation import stop_token_ids
-from ..lora.base_weight import Dense, base_weight_of, is_stored_from
+from ..lora.base_weight import base_weight_of, is_stored_from
 from ..lora.inject import lora_layers
 from ..lora.layer_state import ADAPTER_PARAMETERS
+from ..lora.weight_formats import Dense
 from ..lora.wrappers import plain_name, unwrap
 from ..model.forward import eval_mode
 from ..model.load import load_model

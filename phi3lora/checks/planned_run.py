@@ -83,7 +83,7 @@ class PlannedRun:
         return self.resolved.backend
 
     def memory(self, base_precision: str | None = None) -> MemoryPlan:
-        """Predict the peaks with the base as it is loaded, or in ``"fp8"`` or ``"nf4"``."""
+        """Predict the peaks with the base as it is loaded, or in another ``base_precision``."""
         run = (self.model, self.train_dataset, self.config, self.memory_backend, self.resolved.precision)
         plan = plan_step_memory(*run, base_precision)
         if self.device_memory_gib is not None:

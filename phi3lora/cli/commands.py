@@ -217,7 +217,7 @@ def _model_path(run: Run) -> str:
 def _check_model(run: Run) -> Path | None:
     """Refuse settings of ``load_model`` and an adapter that is not there; return the adapter that was found."""
     check_load_settings(dtype=run.model.dtype, base_precision=run.model.base_precision)
-    if run.model.base_precision == "nf4":
+    if run.model.base_precision in ("nf4", "nf4-fp8"):
         require_bitsandbytes()
     if run.model.adapter is None:
         return None

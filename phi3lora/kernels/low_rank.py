@@ -113,7 +113,7 @@ def _low_rank_gradients(
         z = tl.load(z_at + at * Z, mask=live[:, None], other=0.0)
         dB += dot(tl.trans(dy), z)
         dz_at = dz_ptr + (tl.program_id(0).to(tl.int64) * n_rows + at) * R + rank[None, :]
-        tl.store(dz_at, dot(dy, B), mask=live[:, None])
+        tl.store(dz_at, dot(dy, B).to(dz_ptr.dtype.element_ty), mask=live[:, None])
     tl.store(dB_ptr + (tl.program_id(1) * D + col)[:, None] * R + rank[None, :], dB * scaling)
 
 
@@ -126,7 +126,7 @@ def low_rank_gradients(dy: Tensor, z: Tensor, adapter: Adapter, edges: tuple[int
     (N, D), R = dy.shape, adapter.R
     BN = math.gcd(128, D, *edges)
     chunk = cdiv(cdiv(N, ROW_CHUNKS), _ROWS) * _ROWS
-    dz = dy.new_empty(D // BN, N, R, dtype=torch.float32)
+    dz = dy.new_empty(D // BN, N, R)
     dB = dy.new_empty(cdiv(N, chunk), D, R, dtype=torch.float32)
     launch(
         _low_rank_gradients, GRADIENT_BLOCKS, lambda block: (D // BN, len(dB)),

@@ -3,7 +3,10 @@
     scale of a block of 64   s = code2[absmax] * absmax2[block // 256] + offset       "double quantisation", float32
     weight                   w = code[nibble] * s, rounded once; the high nibble of a byte first
 
-The same numbers as ``bitsandbytes.functional.dequantize_4bit``, bit for bit: no product is fused with the sum after it.
+    for fp8 products         q = code[nibble] * (s / row_scale), float8_e4m3fn, or its transpose
+
+The weight is the same as ``bitsandbytes.functional.dequantize_4bit``'s, bit for bit: no product is fused with the sum
+after it.
 """
 
 from __future__ import annotations
@@ -35,6 +38,29 @@ def _dequantize(
     tl.store(out_ptr + at * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :], weight, mask=live[:, None])
 
 
+@triton.jit
+def _dequantize_to_fp8(
+    packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, row_scale_ptr, out_ptr, out_rows,
+    IN: tl.constexpr, BYTES: tl.constexpr, BLOCK2: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = row < out_rows
+    block = row * (IN // (2 * BYTES)) + tl.program_id(1)
+    scale = tl.load(code2_ptr + tl.load(absmax_ptr + block, mask=live, other=0).to(tl.int32))
+    scale = scale * tl.load(absmax2_ptr + block // BLOCK2, mask=live, other=0.0) + tl.load(offset_ptr)
+    scale /= tl.load(row_scale_ptr + row, mask=live, other=1.0)
+    at = block.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    packed = tl.load(packed_ptr + at, mask=live[:, None], other=0).to(tl.int32)
+    high = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
+    low = tl.load(code_ptr + (packed & 15)) * scale[:, None]
+    q = tl.interleave(high, low).to(out_ptr.dtype.element_ty)  # (BM, 2 * BYTES)
+    col = (tl.program_id(1) * (2 * BYTES) + tl.arange(0, 2 * BYTES)).to(tl.int64)
+    if TRANSPOSED:
+        tl.store(out_ptr + col[:, None] * out_rows + row[None, :], tl.trans(q), mask=live[None, :])
+    else:
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * IN + col[None, :], q, mask=live[:, None])
+
+
 def is_supported(packed: Tensor, state: Any) -> bool:
     """Return whether :func:`dequantize` reads this weight: nf4, doubly quantised, in whole blocks of bytes."""
     return bool(
@@ -59,5 +85,28 @@ def dequantize(packed: Tensor, state: Any) -> Tensor:
         lambda block: (cdiv(n_blocks, block["BM"]),),
         packed, state.absmax, state.code, nested.code, nested.absmax, state.offset, out, n_blocks,
         BYTES=state.blocksize // 2, BLOCK2=nested.blocksize,
+    )  # fmt: skip
+    return out
+
+
+def dequantize_to_fp8(
+    packed: Tensor, state: Any, row_scale: Tensor, transposed: bool, dtype: torch.dtype = torch.float8_e4m3fn
+) -> Tensor:
+    """Return ``W / row_scale`` as float8, (out, in), or its transpose.
+
+    Args:
+        packed, state: as in :func:`dequantize`; ``in`` is a multiple of the block size.
+        row_scale: float32 (out, 1).
+        dtype: float32 in tests on a CPU, where Triton's interpreter rounds float8 in its own way.
+    """
+    out_rows, width = state.shape
+    size = (width, out_rows) if transposed else (out_rows, width)
+    out = torch.empty(size, dtype=dtype, device=packed.device)
+    nested = state.state2
+    launch(
+        _dequantize_to_fp8, [{"BM": 128, "num_warps": 4}],
+        lambda block: (cdiv(out_rows, block["BM"]), width // state.blocksize),
+        packed, state.absmax, state.code, nested.code, nested.absmax, state.offset, row_scale, out, out_rows,
+        IN=width, BYTES=state.blocksize // 2, BLOCK2=nested.blocksize, TRANSPOSED=transposed,
     )  # fmt: skip
     return out

@@ -142,7 +142,9 @@ def _norm_backward(
         tl.store(in_dz_ptr + at * R + rank[None, :], (in_dz * scaling).to(dtype), mask=live[:, None])
 
 
-FORWARD_BLOCKS = blocks((16, 256, 3), (16, 128, 2), (16, 64, 2))
+FORWARD_BLOCKS: list[Block] = [
+    {"BM": 32, "BN": 128, "STAGES": 3, "num_warps": 8}, *blocks((16, 256, 3), (16, 128, 2), (16, 64, 2)),
+]  # fmt: skip
 BACKWARD_BLOCKS = blocks((64, 64, 5), (64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 32, 2), (32, 16, 2))
 
 

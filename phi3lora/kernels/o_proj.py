@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..lora.base_weight import BaseWeight, base_linear
+from ..lora.base_weight import base_linear
+from ..lora.weight_formats import BaseWeight
 from .adapter import Adapter
 from .low_rank import lora_weight_gradient, project, project_backward_
 from .reduce import PartialSums

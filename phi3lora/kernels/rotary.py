@@ -7,7 +7,8 @@
 A program has a few rows of one head. The halves are tiles of their own, since a tile cannot be permuted in
 registers. cos and sin are the same numbers for both halves; only the first half's are read.
 
-Layout of y and of the output (N, (H + 2 H_kv) * D): the heads of q, then of k, then of v.
+Layout of y (N, (H + 2 H_kv) * D): the heads of q, then of k, then of v. The output is one buffer with q (N, H, D), then
+k (N, H_kv, D), then v, each contiguous, as attention's kernels want them.
 Shapes: N tokens, H query heads, H_kv key and value heads, D head_dim, n rotary components.
 """
 
@@ -39,6 +40,14 @@ def _adapted_tile(y_at, B_at, z, live, scaling, WIDTH: tl.constexpr, PADDED: tl.
     return t.to(tl.float32)
 
 
+@triton.jit
+def _place(head, n_rows, H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr):
+    """Return where a head begins in the output, and the distance between its rows."""
+    before = tl.where(head < H, 0, tl.where(head < H + H_KV, H, H + H_KV))  # heads in the tensors before this head's
+    stride = tl.where(head < H, H * D, H_KV * D)
+    return before.to(tl.int64) * n_rows * D + (head - before) * D, stride
+
+
 @triton.jit(do_not_specialize=["n_rows", "q_offset", "k_offset", "v_offset"])
 def _rotary_forward(
     y_ptr, z_ptr, B_ptr, cos_ptr, sin_ptr, out_ptr, n_rows, scaling, q_offset, k_offset, v_offset,
@@ -52,6 +61,8 @@ def _rotary_forward(
     REST: tl.constexpr = D - 2 * HALF
     at = row.to(tl.int64)[:, None]
     base = at * COLUMNS + head * D
+    start, stride = _place(head, n_rows, H, H_KV, D)
+    out_at = out_ptr + tl.multiple_of(start, 16) + at * tl.multiple_of(stride, 16)
     dtype = y_ptr.dtype.element_ty
     z = at
     if LOW_RANK:
@@ -65,13 +76,13 @@ def _rotary_forward(
     rotates = inside & (head < H + H_KV)
     cos = tl.load(cos_ptr + at * (2 * HALF) + c[None, :], mask=rotates, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + at * (2 * HALF) + c[None, :], mask=rotates, other=0.0).to(tl.float32)
-    tl.store(out_ptr + base + c[None, :], (lo * cos - hi * sin).to(dtype), mask=inside)
-    tl.store(out_ptr + base + HALF + c[None, :], (hi * cos + lo * sin).to(dtype), mask=inside)
+    tl.store(out_at + c[None, :], (lo * cos - hi * sin).to(dtype), mask=inside)
+    tl.store(out_at + HALF + c[None, :], (hi * cos + lo * sin).to(dtype), mask=inside)
     if REST > 0:
         r = tl.arange(0, REST_PADDED)
         skip: tl.constexpr = 2 * HALF
         rest = _adapted_tile(y_ptr + base + skip, B_at + skip * R, z, live, scaling, REST, REST_PADDED, R, LOW_RANK)
-        tl.store(out_ptr + base + skip + r[None, :], rest.to(dtype), mask=live[:, None] & (r < REST)[None, :])
+        tl.store(out_at + skip + r[None, :], rest.to(dtype), mask=live[:, None] & (r < REST)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -130,7 +141,8 @@ class _Rotate(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(z, cos, sin)
         ctx.before = before
-        return tuple(part.unflatten(1, (-1, D)) for part in out.split([heads * D, kv_heads * D, kv_heads * D], 1))
+        sizes = [N * heads * D, N * kv_heads * D, N * kv_heads * D]
+        return tuple(part.view(N, -1, D) for part in out.view(-1).split(sizes))
 
     @staticmethod
     @once_differentiable
@@ -149,7 +161,7 @@ class _Rotate(torch.autograd.Function):
 def rotate(
     y: Tensor, z: Tensor | None, before: Adapter, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(q, k, v)``, (N, heads, head_dim) each, views of one buffer.
+    """Return ``(q, k, v)``, (N, heads, head_dim) each, contiguous.
 
     Args:
         y: (N, (heads + 2 kv_heads) * head_dim), the frozen qkv product.

@@ -122,8 +122,8 @@ def _swiglu_backward(
             dBg += dot(tl.trans(dg), zg)
             dBu += dot(tl.trans(du), zu)
             dz_at = dz_ptr + (tl.program_id(0).to(tl.int64) * n_rows + at) * (2 * R) + rank[None, :]
-            tl.store(dz_at, dot(dg, Bg) * scaling, mask=live[:, None])
-            tl.store(dz_at + R, dot(du, Bu) * scaling, mask=live[:, None])
+            tl.store(dz_at, (dot(dg, Bg) * scaling).to(dtype), mask=live[:, None])
+            tl.store(dz_at + R, (dot(du, Bu) * scaling).to(dtype), mask=live[:, None])
     if LOW_RANK:
         dB_at = dB_ptr + (tl.program_id(1) * (2 * INNER) + col)[:, None] * R + rank[None, :]
         tl.store(dB_at, dBg * scaling, mask=(col < INNER)[:, None])
@@ -169,7 +169,7 @@ class _SwiGLU(torch.autograd.Function):
         dB: Any = None
         dA: Any = None
         if before:
-            dz, dB = y.new_empty(parts, N, 2, R, dtype=float32), y.new_empty(chunks, 2 * INNER, R, dtype=float32)
+            dz, dB = y.new_empty(parts, N, 2, R), y.new_empty(chunks, 2 * INNER, R, dtype=float32)
         if after:
             dA = y.new_empty(chunks, after.R, INNER, dtype=float32)
         launch(
@@ -181,7 +181,7 @@ class _SwiGLU(torch.autograd.Function):
         if before:
             # with one segment gate and up read the same columns of z
             two = before.width == 2 * R
-            dz = sums.add(dz.flatten(2), y.new_empty(N, 2 * R)) if two else dz.sum((0, 2)).to(y.dtype)
+            dz = sums.add(dz.flatten(2), y.new_empty(N, 2 * R)) if two else dz.sum((0, 2))
             dB = sums.add(dB)
         if after:
             dA = sums.add(dA)

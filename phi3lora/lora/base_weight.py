@@ -1,38 +1,21 @@
-"""Storage and products of a frozen weight: dense, fp8 or nf4. Nothing else in the package knows the formats.
+"""Layers whose weight does not train: which format it has (weight_formats.py), its product, whole models.
 
-    matmul(x) = x W'          matmul_backward(dy) = dy W          dequantize() = W
+``base_weight_of`` reads the format from a layer's tensors, and ``base_linear`` multiplies by it, with a gradient for x
+alone. Nothing outside these two files knows the formats.
 
-``Dense`` is the weight as it was loaded.
+    dense      nn.Linear                  any 16- or 32-bit weight
+    fp8        Fp8Linear                  weight float8_e4m3fn, buffer scale, fp8_products = True
+    nf4        bitsandbytes' Linear4bit   weight a Params4bit
+    nf4-fp8    the same                   and a buffer scale, fp8_products = True
 
-``Fp8`` is for GPUs that multiply float8 (Hopper, Ada and later), about twice as fast as bf16. The weight never changes,
-so it is rounded once, in both orientations, each row with a scale of its own; activations and gradients are rounded row
-by row at every product:
-
-    scale of a row   largest absolute entry / 448, which is the largest number of float8_e4m3fn
-    W (out, in)      q (out, in), scale (out, 1)         x W' :  x's row scale * (x_q q') * scale'
-    W' (in, out)     q_t (in, out), scale_t (in, 1)      dy W :  dy's row scale * (dy_q q_t') * scale_t'
-
-Two float8 copies take the memory of one bf16 weight.
-
-``Nf4`` is bitsandbytes' format (https://arxiv.org/abs/2305.14314, section 3): 4 bits per entry, an index into 16 fixed
-values; a scale for each block of 64 entries, itself in 8 bits ("double quantisation"); 4.13 bits per entry in all.
-There is no 4-bit arithmetic: every product first writes the weight out in the compute dtype and drops it again. The
-weight is a ``bitsandbytes.nn.Params4bit``: a Parameter with a packed tensor, (out * in / 2, 1) uint8, and a
-``QuantState`` with the scales and the shape and dtype that the weight had. bitsandbytes is imported only where a 4-bit
-weight is made or multiplied.
-
-Shapes: N tokens, ``in`` and ``out`` features, x (N, in), dy (N, out).
+Shapes: ``in`` and ``out`` features, x (..., in), dy (..., out).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.util
 import logging
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,105 +24,29 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ModelError, install_hint
+from .weight_formats import BaseWeight, Dense, Fp8, Nf4, Nf4Fp8, has_triton, quantize_rows_to_fp8
 
 logger = logging.getLogger("phi3lora")
 
 
-class BaseWeight:
-    """A weight (out, in) that does not train. A format with products of its own overrides both."""
-
-    def dequantize(self) -> Tensor:
-        """Return the matrix (out, in) that the products multiply by."""
-        raise NotImplementedError
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return ``x W'``: (N, in) -> (N, out), in x's dtype."""
-        return x @ self.dequantize().to(x.dtype).t()
-
-    def matmul_backward(self, dy: Tensor) -> Tensor:
-        """Return ``dy W``, the gradient of x: (N, out) -> (N, in)."""
-        return dy @ self.dequantize().to(dy.dtype)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return every stored tensor."""
-        return tuple(vars(self).values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage."""
-        return sum(t.nbytes for t in self.tensors())
-
-
-@dataclass(frozen=True)
-class Dense(BaseWeight):
-    """The weight as it was loaded."""
-
-    weight: Tensor
-
-    def dequantize(self) -> Tensor:
-        return self.weight
-
-
 # ----------------------------------------------------------------------------------------------------
-# fp8
-
-
-@dataclass(frozen=True)
-class Fp8(BaseWeight):
-    """float8_e4m3fn in both orientations, with a float32 scale for each row."""
-
-    q: Tensor
-    scale: Tensor
-    q_t: Tensor
-    scale_t: Tensor
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return _fp8_product(x, self.q, self.scale)
-
-    def matmul_backward(self, dy: Tensor) -> Tensor:
-        return _fp8_product(dy, self.q_t, self.scale_t)
-
-    def dequantize(self) -> Tensor:
-        return self.q.float() * self.scale
-
-
-def quantize_rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(q, scale)``: x (N, D) as float8_e4m3fn (N, D) and float32 (N, 1), with ``x ~ q * scale``."""
-    if x.is_cuda:
-        from ..kernels.fp8 import quantize_rows
-
-        return quantize_rows(x)
-    scale = x.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
-
-
-def _fp8_product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    x_q, x_scale = quantize_rows_to_fp8(x.contiguous())
-    if not x.is_cuda:  # the same numbers, summed in float32: for tests, and to inspect a model without its GPU
-        return ((x_q.float() @ q.float().t()) * x_scale * scale.t()).to(x.dtype)
-    # bf16 whatever x is: the only output that row scales support on every GPU with fp8.
-    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-    return torch._scaled_mm(x_q, q.t(), scale_a=x_scale, scale_b=scale.t(), **options).to(x.dtype)
+# Layers in fp8 and nf4
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen ``nn.Linear`` in fp8: ``weight`` is q; ``scale``, ``q_t`` and ``scale_t`` are buffers beside it."""
+    """A frozen ``nn.Linear`` in fp8: ``weight`` is q, the buffer ``scale`` its rows' scales."""
 
     scale: Tensor
-    q_t: Tensor
-    scale_t: Tensor
 
     @classmethod
     def from_linear(cls, base: nn.Linear) -> Fp8Linear:
         """Return ``base`` rounded to fp8; the bias is shared."""
         layer = cls(base.in_features, base.out_features, bias=False, device="meta")
-        weight = base.weight.detach()
-        q, scale = quantize_rows_to_fp8(weight)
-        q_t, scale_t = quantize_rows_to_fp8(weight.t().contiguous())
+        q, scale = quantize_rows_to_fp8(base.weight.detach())
         layer.weight = nn.Parameter(q, requires_grad=False)
         layer.bias = base.bias
-        for name, tensor in (("scale", scale), ("q_t", q_t), ("scale_t", scale_t)):
-            layer.register_buffer(name, tensor)
+        layer.register_buffer("scale", scale)
+        layer.fp8_products = True  # type: ignore[assignment]
         return layer.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,40 +61,7 @@ def reason_against_fp8(device: torch.device) -> str | None:
         return "no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 9):
         return f"{torch.cuda.get_device_name(device)} has no fp8"
-    return None if _has_triton() else "Triton is not installed"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-# ----------------------------------------------------------------------------------------------------
-# nf4: bitsandbytes' weights and its layer
-
-
-@dataclass(frozen=True)
-class Nf4(BaseWeight):
-    """bitsandbytes' packed 4-bit weight and its ``QuantState``; also the ``fp4`` weights that a checkpoint may hold."""
-
-    packed: Tensor
-    """(out * in / 2, 1) uint8."""
-    state: Any
-
-    def dequantize(self) -> Tensor:
-        if self.packed.is_cuda and _has_triton():
-            from ..kernels import nf4
-
-            if nf4.is_supported(self.packed, self.state):
-                return nf4.dequantize(self.packed, self.state)
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight: Tensor = dequantize_4bit(self.packed, self.state)  # in the dtype that the weight had
-        return weight
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        nested = (self.state.offset, self.state.state2.absmax, self.state.state2.code) if self.state.nested else ()
-        return (self.packed, self.state.absmax, self.state.code, *nested)
+    return None if has_triton() else "Triton is not installed"
 
 
 def require_bitsandbytes() -> Any:
@@ -214,6 +88,20 @@ def nf4_linear(base: nn.Linear) -> nn.Linear:
     weight = bnb_nn.Params4bit(base.weight.detach(), requires_grad=False, module=layer, **settings)
     layer.weight, layer.bias = weight.to(base.weight.device), base.bias  # ``to`` is what quantises
     return layer.train(base.training)
+
+
+def multiply_in_fp8(layer: Any) -> None:
+    """Make a layer's nf4 weight one that is multiplied in fp8."""
+    weight = base_weight_of(layer)
+    width = weight_shape(layer.weight)[1]
+    if not isinstance(weight, Nf4) or not weight.state.nested or width % weight.state.blocksize:
+        raise ModelError(
+            f"base_precision='nf4-fp8': a weight of {tuple(weight_shape(layer.weight))}; allowed: nf4 with double "
+            f"quantisation, a multiple of 64 columns; load it with base_precision='nf4'"
+        )
+    largest = weight.dequantize().abs().amax(1, keepdim=True).float()
+    layer.register_buffer("scale", largest.clamp(min=1e-12) / 448, persistent=False)
+    layer.fp8_products = True
 
 
 def is_4bit(weight: Tensor) -> bool:
@@ -257,18 +145,18 @@ def keep_4bit_packing(model: nn.Module) -> None:
 
 def base_weight_of(layer: Any) -> BaseWeight:
     """Return the frozen weight of a linear layer, adapted or not, in the format that its tensors have."""
-    weight = layer.weight
+    weight, in_fp8 = layer.weight, getattr(layer, "fp8_products", False)
     if is_4bit(weight):
         with torch._C.DisableTorchFunctionSubclass():  # else each operation on a Params4bit takes a detour in Python
             packed = weight.detach().as_subclass(torch.Tensor)
-        return Nf4(packed, weight.quant_state)
-    if "scale_t" in layer._buffers:
+        return Nf4Fp8(packed, weight.quant_state, layer.scale) if in_fp8 else Nf4(packed, weight.quant_state)
+    if in_fp8:
         if weight.dtype != torch.float8_e4m3fn:
             raise ModelError(
                 f"an fp8 layer was cast to {weight.dtype}, which makes its scales meaningless; load the model again "
                 f"and keep its dtype"
             )
-        return Fp8(weight, layer.scale, layer.q_t, layer.scale_t)
+        return Fp8(weight, layer.scale)
     return Dense(weight.t() if getattr(layer, "fan_in_fan_out", False) else weight)
 
 
@@ -380,34 +268,45 @@ def quantize_base(model: nn.Module, precision: str) -> None:
 
     Args:
         model: a model without adapters, on the device where its weights are to stay.
-        precision: ``"nf4"``, on any device; ``"fp8"``, on a GPU: where it cannot multiply that, the weights stay as
-            they are and one warning says so.
+        precision: ``"nf4"``, on any device; ``"fp8"`` or ``"nf4-fp8"``, on a GPU: where it cannot multiply that, one
+            warning says so and the weights stay as they are, or become nf4. Weights that are nf4 stay nf4.
 
     Raises:
         ModelError: another format; a layer that does not fit it; nf4 without bitsandbytes.
     """
-    formats: dict[str, Callable[[nn.Linear], nn.Linear]] = {"fp8": Fp8Linear.from_linear, "nf4": nf4_linear}
-    if precision not in formats:
-        raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), 'fp8', 'nf4'")
-    if usable_precision(precision, next(model.parameters()).device) is None:
-        return
+    if precision not in PRECISIONS:
+        raise ModelError(f"base_precision={precision!r}; allowed: None (as loaded), {', '.join(map(repr, PRECISIONS))}")
+    usable = usable_precision(precision, next(model.parameters()).device)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    for path in [p for p, m in model.named_modules() if type(m) is nn.Linear and m is not head]:
+    paths = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    for path in paths if usable else ():
         layer: Any = model.get_submodule(path)  # fetched one at a time, so that each dense weight is freed at once
-        if precision == "fp8" and (layer.in_features % 16 or layer.out_features % 16):
-            raise ModelError(f"base_precision='fp8': {path!r} is {tuple(layer.weight.shape)}; allowed: multiples of 16")
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, formats[precision](layer))
+        size = tuple(weight_shape(layer.weight))
+        if usable != "nf4" and (size[0] % 16 or size[1] % 16):
+            raise ModelError(f"base_precision={precision!r}: {path!r} is {size}; allowed: multiples of 16")
+        if type(layer) is nn.Linear:
+            parent, _, name = path.rpartition(".")
+            layer = Fp8Linear.from_linear(layer) if usable == "fp8" else nf4_linear(layer)
+            setattr(model.get_submodule(parent), name, layer)
+        if usable == "nf4-fp8":
+            multiply_in_fp8(layer)
     keep_4bit_packing(model)
 
 
+PRECISIONS = ("nf4", "fp8", "nf4-fp8")
+"""Formats of a quantised base."""
+
+
 def usable_precision(precision: str | None, device: torch.device) -> str | None:
-    """Return ``precision``; None, with a warning, if it is fp8 and ``device`` cannot multiply that."""
-    reason = reason_against_fp8(device) if precision == "fp8" else None
-    if reason:
-        logger.warning("base_precision='fp8' is not possible here (%s): the frozen weights stay in 16 bits", reason)
-    return None if reason else precision
+    """Return ``precision``; where ``device`` cannot multiply fp8, None or ``"nf4"`` in its place, with a warning."""
+    reason = reason_against_fp8(device) if precision in ("fp8", "nf4-fp8") else None
+    if reason is None:
+        return precision
+    instead = "nf4" if precision == "nf4-fp8" else None
+    becomes = "are multiplied in 16 bits" if instead else "stay in 16 bits"
+    logger.warning("base_precision=%r is not possible here (%s): the frozen weights %s", precision, reason, becomes)
+    return instead
 
 
 def base_weights(model: nn.Module) -> list[BaseWeight]:
@@ -416,9 +315,9 @@ def base_weights(model: nn.Module) -> list[BaseWeight]:
 
 
 def base_format(model: nn.Module) -> str:
-    """Return ``"nf4"``, ``"fp8"``, or ``""`` where every linear weight is as it was loaded."""
-    names = {type(weight).__name__.lower() for weight in base_weights(model)}
-    return ", ".join(sorted(names - {"dense"}))
+    """Return ``"nf4"``, ``"fp8"``, ``"nf4-fp8"``, or ``""`` where every linear weight is as it was loaded."""
+    names = {Fp8: "fp8", Nf4: "nf4", Nf4Fp8: "nf4-fp8", Dense: ""}
+    return ", ".join(sorted({names[type(weight)] for weight in base_weights(model)} - {""}))
 
 
 def sample_base(model: nn.Module, count: int = 64) -> str:

@@ -36,8 +36,6 @@ from torch import Tensor
 from ..config import lora_scaling
 from ..errors import ModelError
 from .base_weight import (
-    BaseWeight,
-    Dense,
     add_quant_state,
     base_linear,
     base_weight_of,
@@ -55,6 +53,7 @@ from .product import (
     linear_plus_low_rank,
     low_rank_plainly,
 )
+from .weight_formats import BaseWeight, Dense
 
 if TYPE_CHECKING:
     from typing_extensions import Self

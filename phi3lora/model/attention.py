@@ -9,9 +9,10 @@ Layout. A batch (B, S) is B*S tokens end to end; document i is the tokens cu_seq
       B=1, S=6, documents of 3 and 2 tokens, 1 of padding (position 0, a document without labels)
         position_ids  0 1 2 | 0 1 | 0          cu_seqlens  0 3 5 6          max_seqlen  3
 
-Three ways to compute it, equal to rounding:
+Four ways to compute it, equal to rounding:
 
 * CUDA, 16-bit: ``torch.nn.attention.varlen.varlen_attn`` on the (B*S, heads, head_dim) tokens, no mask in memory.
+* Hopper and later, with nvidia-cudnn-frontend installed: the same by cuDNN (cudnn_attention.py).
 * CUDA, 16-bit, every row one full document: plain causal attention by cuDNN, the fastest kernel for that.
 * elsewhere: scaled_dot_product_attention with the dense (B, 1, S, S) mask of :func:`document_mask`.
 
@@ -36,6 +37,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import ModelError
+from .cudnn_attention import Documents, cudnn_attention, is_available, is_supported
 
 NAME = "phi3lora"
 """Name of this attention in ``model.config._attn_implementation``."""
@@ -69,12 +71,13 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     full_rows: bool = False,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it: query (B, H, S, D), key and value (B, H_kv, S, D) -> (B, S, H, D).
 
-    ``cu_seq_lens_q`` (n_documents + 1,) int32 says where the documents of packed rows end; ``full_rows`` says that
-    every row is one document. Both need no mask. Without either, this is sdpa.
+    ``cu_seq_lens_q`` (n_documents + 1,) int32 says where the documents of packed rows end, ``documents`` says it for
+    cuDNN, and ``full_rows`` says that every row is one document. None of them needs a mask. Without any, this is sdpa.
     """
     if full_rows:
         grouped = key.shape[1] != query.shape[1]
@@ -89,12 +92,15 @@ def packed_attention(
     assert max_length_q is not None
     B, H, S, D = query.shape
     # In training the last position of a document has no label: through window + 1 tokens plain causal is exact.
-    window = sliding_window - 1 if sliding_window is not None and max_length_q > sliding_window + 1 else -1
+    window = sliding_window if sliding_window is not None and max_length_q > sliding_window + 1 else None
     q, k, v = (t.transpose(1, 2).reshape(B * S, -1, D).to(value.dtype) for t in (query, key, value))
+    if documents is not None and is_supported(query):
+        scale = D**-0.5 if scaling is None else scaling
+        return cudnn_attention(q, k, v, documents, scale, window).view(B, S, H, D), None
     gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_NAMES_GQA and k.shape[1] != H else {}
     packed = varlen.varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-        scale=scaling, window_size=(window, 0), **gqa,
+        scale=scaling, window_size=(-1 if window is None else window - 1, 0), **gqa,
     )  # fmt: skip
     assert isinstance(packed, Tensor)
     return packed.view(B, S, H, D), None
@@ -153,7 +159,10 @@ def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     full_rows = batch["max_seqlen"] == tokens and batch["cu_seqlens"].numel() == rows + 1
     if full_rows and (window is None or tokens <= window + 1):
         return {"full_rows": True}
-    return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_seqlen"]}
+    layout = {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_seqlen"]}
+    if is_available(batch["cu_seqlens"].device):
+        layout["documents"] = Documents(batch["cu_seqlens"], int(batch["max_seqlen"]))
+    return layout
 
 
 def _fixed_sizes(cu_seqlens: Tensor, tokens: int) -> Tensor:

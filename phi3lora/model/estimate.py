@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora.base_weight import Nf4, base_weight_of, base_weights, compute_dtype, weight_shape
+from ..lora.base_weight import base_format, base_weight_of, base_weights, compute_dtype, weight_shape
 from ..lora.inject import lora_layers
 from .loss import CHUNK_TOKENS
 from .sharding import sharded_base
@@ -83,7 +83,7 @@ def plan_memory(
         tokens: tokens of a micro-batch, padding included.
         kind: the kind of the backend that computes the layers, a key of :data:`FACTORS`.
         optimizer_bytes: bytes of optimizer state for each trainable number (AdamW in float32: 8).
-        base_precision: ``"fp8"`` or ``"nf4"``: predict for the model loaded in that format; None: for the model as is.
+        base_precision: a format of a quantised base: predict for the model loaded in it; None: for the model as is.
         parts: number of processes over which the decoder layers are split; a split model knows its own.
     """
     config: Any = model.config
@@ -119,12 +119,12 @@ def plan_memory(
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         each = [sum(stored_bytes(m) for m in layer.modules() if isinstance(m, nn.Linear)) for layer in decoder.layers]
         fixed += sum(each) / parts + 2 * max(each) - sum(each)
-    if base_precision == "nf4" or (base_precision is None and any(isinstance(base_weight_of(m), Nf4) for m in linear)):
-        # A product dequantises its weight, one weight at a time.
-        fixed += size * max(weight_shape(layer.weight).numel() for layer in linear)
+    # A product writes its nf4 weight out, or its fp8 weight's transpose, one weight at a time.
+    written = {"": 0, "nf4": size, "fp8": 1, "nf4-fp8": 1}[base_precision or base_format(model)]
+    fixed += written * max(weight_shape(layer.weight).numel() for layer in linear)
     # Temporary memory is largest for the feed-forward part's gradients or for the loss's chunk of logits.
     # SwiGLU's backward writes a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
-    partial_sums = 4 * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
+    partial_sums = size * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
     gradients = tokens * (3 * I + 2 * D) * size + partial_sums
     logits = min(CHUNK_TOKENS, tokens) * config.vocab_size * size + tokens * 2 * D * size
     # A recomputed gate/up product takes no extra memory: its gradient overwrites it.
@@ -138,8 +138,9 @@ def plan_memory(
 
 
 _STORED_BYTES: dict[str, Callable[[int, int], float]] = {
-    "fp8": lambda out, inner: 2 * out * inner + 4 * (out + inner),  # both orientations and their rows' scales
+    "fp8": lambda out, inner: out * inner + 4 * out,  # entries, scales
     "nf4": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8,  # entries, scales, scales of scales
+    "nf4-fp8": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 4 * out,
 }
 """Bytes of a weight (out, in) in a format of lora/base_weight.py."""
 

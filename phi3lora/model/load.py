@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ModelError, error_line, is_int, is_number, is_path, short_repr
-from ..lora.base_weight import keep_4bit_packing, quantize_base, require_bitsandbytes, usable_precision
+from ..lora.base_weight import PRECISIONS, keep_4bit_packing, quantize_base, require_bitsandbytes, usable_precision
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
 from .sharding import join_processes, shard
@@ -51,9 +51,9 @@ def load_model(
             of its ``LOCAL_RANK``.
         base_precision: None: the frozen weights stay in ``dtype``; ``"nf4"``: 4 bits and a quarter of the memory,
             quantised one by one as they are read, on any device (QLoRA); ``"fp8"``: e4m3 with a scale for each row,
-            faster on GPUs that multiply it (Hopper, Ada and later); on other devices a warning says that the weights
-            stay in ``dtype``. A checkpoint that bitsandbytes stored in 4 bits is loaded as it is, with None or
-            ``"nf4"``.
+            faster on GPUs that multiply it (Hopper, Ada and later); ``"nf4-fp8"``: stored as nf4, multiplied in fp8.
+            On other devices a warning says that the products are in 16 bits. A checkpoint that bitsandbytes stored in
+            4 bits is loaded as it is, with None, ``"nf4"`` or ``"nf4-fp8"``.
         parallel: ``"fsdp"``, under torchrun: each process keeps its part of every decoder layer, so that a model larger
             than one GPU can be loaded; ``"auto"``, ``"ddp"`` or None: each has the whole model.
         attn_implementation: ``"phi3lora"`` (packed rows, torch's fastest kernels), ``"sdpa"`` or ``"eager"``.
@@ -106,18 +106,17 @@ def load_model(
     model.origin = {"name_or_path": place, "dtype": dtype, "base_precision": base_precision, "revision": revision}
     model.checkpoint_tokens = frozenset(tokenizer.get_added_vocab())  # doctor tells later ones by it
     if splits:
-        return _split(model, device, None if in_4_bits else usable_precision(base_precision, device)), tokenizer
-    model = model.to(device).eval()
-    if in_4_bits:
-        keep_4bit_packing(model)
-    elif base_precision is not None:
-        quantize_base(model, base_precision)
-    return model, tokenizer
+        return _split(model, device, usable_precision(base_precision, device)), tokenizer
+    if usable := usable_precision(base_precision, device):
+        for layer in model.get_decoder().layers:  # one by one: the GPU never holds more than one in 16 bits
+            quantize_base(layer.to(device), usable)
+    keep_4bit_packing(model)
+    return model.to(device).eval(), tokenizer
 
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "dtype": (*_DTYPES, "auto"),
-    "base_precision": (None, "nf4", "fp8"),
+    "base_precision": (None, *PRECISIONS),
     "parallel": (None, "auto", "ddp", "fsdp"),
     "attn_implementation": (PACKED_ATTENTION, "sdpa", "eager"),
     "use_cache": (True, False),
@@ -279,8 +278,8 @@ def _options_for_4_bits(
             f"with load_in_4bit"
         )
     if stored is not None and base_precision == "fp8":
-        raise ModelError(f"base_precision='fp8': {name!r} is already in 4 bits; allowed: None, 'nf4'")
-    if stored is None and base_precision != "nf4":
+        raise ModelError(f"base_precision='fp8': {name!r} is already in 4 bits; allowed: None, 'nf4', 'nf4-fp8'")
+    if stored is None and base_precision not in ("nf4", "nf4-fp8"):
         return {}
     require_bitsandbytes()
     options: dict[str, Any] = {"device_map": {"": str(device)}}

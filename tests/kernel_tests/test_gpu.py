@@ -8,7 +8,7 @@ from conftest import packed_batch, random_documents, randomize_adapters, tiny_mo
 from torch.nn.functional import cosine_similarity
 
 import phi3lora as p3
-from phi3lora.lora.base_weight import Fp8Linear, quantize_base
+from phi3lora.lora.base_weight import base_format, quantize_base
 from phi3lora.lora.inject import remove_lora
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import use_packed_attention
@@ -96,14 +96,15 @@ def test_models_that_are_one_block_wide(hidden, r):
     assert_close(loss_and_gradients(model, batch), fused, cosine=0.99999)
 
 
-def test_fp8_gradients_point_where_bf16s_do():
+@pytest.mark.parametrize("precisions", [(None, "fp8"), ("nf4", "nf4-fp8")], ids=["fp8", "nf4-fp8"])
+def test_fp8_gradients_point_where_those_of_16_bit_products_do(precisions):
     batch, model = packed_batch(LAYOUTS["chats"], 128), tiny_model(**MODEL).to("cuda", torch.bfloat16)
     gradients = []
-    for precision in (None, "fp8"):
+    for precision in precisions:
         if precision:
             remove_lora(model)
             quantize_base(model, precision)
-            assert type(model.model.layers[0].mlp.down_proj) is Fp8Linear
+            assert base_format(model) == precision
         p3.inject_lora(model, p3.LoraConfig(r=8))
         randomize_adapters(model)
         gradients.append(loss_and_gradients(model.train(), batch))

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 require_four_bit()
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit  # noqa: E402
 
-from phi3lora.kernels import nf4  # noqa: E402
+from phi3lora.kernels import fp8, nf4  # noqa: E402
 from phi3lora.lora.base_weight import Nf4  # noqa: E402
 
 ON_THE_CPU = [("cpu", torch.float16), ("cpu", torch.float32)]  # Triton's interpreter cuts bf16 off, it does not round
@@ -41,6 +41,33 @@ def test_the_same_numbers_as_bitsandbytes(device, dtype, size):
     assert found.dtype == dtype and torch.equal(found, as_documented(packed, state))
     if size[1] % state.blocksize == 0 or device == "cuda":
         assert torch.equal(found, dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [(64, 128), (640, 512), (200, 64)])
+def test_nf4_to_fp8_is_the_weight_over_its_rows_scales(device, transposed, size):
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU")
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(torch.randn(size, device=device) * 0.02, compress_statistics=True, quant_type="nf4")
+    weight = as_documented(packed, state)
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    exact = (weight / scale).t() if transposed else weight / scale
+    found = nf4.dequantize_to_fp8(packed, state, scale, transposed, torch.float32)
+    torch.testing.assert_close(found, exact.contiguous(), rtol=1e-6, atol=1e-4)
+    if device == "cuda":
+        found = nf4.dequantize_to_fp8(packed, state, scale, transposed).float()
+        assert ((found - exact).abs() <= exact.abs() / 16 + 2**-9).all()  # half a step of e4m3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [(128, 256), (48, 80), (1, 33)])
+def test_transpose_moves_every_byte(device, size):
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU")
+    q = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+    assert torch.equal(fp8.transpose(q), q.t().contiguous())
 
 
 def test_other_packings_are_left_to_bitsandbytes():
