@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ below imports a 
 
     from . import demo
     from .adapters.adapter_file import load_adapter, save_adapter
+    from .adapters.comparison import compare
     from .adapters.hub import push_to_hub, write_model_card
     from .adapters.merge import MergeReport, merged, save_merged
     from .adapters.named import delete_adapter, disabled, list_adapters, set_adapter
@@ -36,7 +37,9 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ below imports a 
     from .lora.layers import Conv2d, Embedding, Linear, MergedLinear
     from .model.forward import causal_lm_loss
     from .model.load import load_model
-    from .training.loop import Callback, TrainingResult, train
+    from .training.loop import Callback, train
+    from .training.picture import plot
+    from .training.result import TrainingResult
 
 __version__ = "0.1.0"
 
@@ -65,6 +68,7 @@ __all__ = [
     "TrainingResult",
     "batches",
     "causal_lm_loss",
+    "compare",
     "delete_adapter",
     "demo",
     "disabled",
@@ -80,6 +84,7 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged",
+    "plot",
     "push_to_hub",
     "sample_answers",
     "save_adapter",
@@ -92,6 +97,7 @@ __all__ = [
 _HOMES = {
     "loralib": "lora_state_dict mark_only_lora_as_trainable",
     ".adapters.adapter_file": "load_adapter save_adapter",
+    ".adapters.comparison": "compare",
     ".adapters.hub": "push_to_hub write_model_card",
     ".adapters.merge": "MergeReport merged save_merged",
     ".adapters.named": "delete_adapter disabled list_adapters set_adapter",
@@ -109,7 +115,9 @@ _HOMES = {
     ".lora.layers": "Conv2d Embedding Linear MergedLinear",
     ".model.forward": "causal_lm_loss",
     ".model.load": "load_model",
-    ".training.loop": "Callback TrainingResult train",
+    ".training.loop": "Callback train",
+    ".training.picture": "plot",
+    ".training.result": "TrainingResult",
 }
 """Module -> the public names that it defines."""
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

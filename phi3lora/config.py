@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any, TypeVar, cast
 
 from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, INSTEAD, UNSUPPORTED
+from .display import html_facts, html_folded, one_line, text_facts
 from .errors import SEED_END, ConfigError, did_you_mean, is_int, is_number, is_path, short_repr
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ def _accept_foreign_arguments(ignored: frozenset[str]) -> Callable[[type[T]], ty
             values, without_effect = _translate_arguments(cls, given, ignored)
             generated(self, *args, **values)
             self.inert = without_effect
+            self.given = frozenset([*_field_names(cls)[: len(args)], *values])
 
         cast(Any, cls).__init__ = __init__
         return cls
@@ -209,6 +211,34 @@ def _are_segments(value: object) -> bool:
 
 
 class _Config:
+    given: frozenset[str]
+    """Names of the fields that were passed to the constructor."""
+
+    def __repr__(self) -> str:
+        changed = [f"{name}={value!r}" for name, value, default in self._values() if value != default]
+        return one_line(type(self).__name__, changed)
+
+    def __str__(self) -> str:
+        changed, others = self._settings()
+        names = ", ".join(f"{name}={value}" for name, value in others.items())
+        return f"{type(self).__name__}\n{text_facts({**changed, 'defaults': names})}"
+
+    def _repr_html_(self) -> str:
+        changed, others = self._settings()
+        return html_facts(type(self).__name__, changed) + html_folded("defaults", html_facts("", others))
+
+    def _settings(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the settings that differ from the defaults, and the others."""
+        settings: tuple[dict[str, str], dict[str, str]] = {}, {}
+        for name, value, default in self._values():
+            settings[value == default][name] = str(value)
+        return settings
+
+    def _values(self) -> list[tuple[str, Any, Any]]:
+        """Return the name, the value and the default of each field."""
+        defaults = type(self)()
+        return [(name, getattr(self, name), getattr(defaults, name)) for name in _field_names(type(self))]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, in field order; ``type(config)(**config.to_dict())`` is an equal config."""
         values = {name: getattr(self, name) for name in _field_names(type(self))}
@@ -229,7 +259,7 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 @_accept_foreign_arguments(IGNORED_LORA_ARGUMENTS)
-@dataclass
+@dataclass(repr=False)
 class LoraConfig(_Config):
     """Layers to adapt, and how, under PEFT's names. ``LoraConfig(**peft_config)`` accepts a dict made for PEFT.
 
@@ -280,7 +310,7 @@ class LoraConfig(_Config):
 
 
 @_accept_foreign_arguments(IGNORED_TRAINING_ARGUMENTS)
-@dataclass
+@dataclass(repr=False)
 class TrainingConfig(_Config):
     """Training settings, under transformers' names. ``TrainingConfig(**training_config)`` accepts a dict made for it.
 
@@ -292,7 +322,7 @@ class TrainingConfig(_Config):
     """
 
     output_dir: str = "phi3lora_output"
-    """Folder for checkpoints, ``metrics.jsonl`` and the loss picture."""
+    """Folder for checkpoints, ``metrics.jsonl`` and ``training.png``."""
     overwrite_output_dir: bool = False
     """Permission to delete another run's checkpoints in ``output_dir`` and start afresh."""
     per_device_train_batch_size: int = 8

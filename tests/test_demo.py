@@ -23,10 +23,13 @@ def progress_bars():
     (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
 
 
-def test_loading_the_demo_shows_no_progress_bar_and_loading_a_model_does(progress_bars, capsys):
+def test_loading_shows_no_progress_bar_unless_asked_for(progress_bars, capsys, monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     logging.enable_progress_bar()
     p3.demo.load()
+    p3.load_model(p3.demo.BASE, dtype="float32", device="cpu")
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     p3.load_model(p3.demo.BASE, dtype="float32", device="cpu")
     assert "Loading weights" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "phi3lora"
 FILES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
 ORDER = """
 errors
-files processes | compat
+files processes display | compat
 config run_settings run_file
 lora
 model kernels | data

@@ -23,6 +23,7 @@ from phi3lora.cli.adapters import find_adapter
 from phi3lora.cli.options import build_parser
 from phi3lora.run_file import read_run
 from phi3lora.run_settings import field_names
+from phi3lora.training.loop import run_training
 
 QUESTIONS = ["What is the price of the Fusgus scarf?", "Which colours are there?"]
 CHAT = ["chat", "--max-new-tokens", "12", "--dtype", "float32", "--model", str(p3.demo.BASE)]
@@ -263,7 +264,7 @@ def test_a_signal_during_train_is_the_exit_status_and_leaves_no_adapter(tmp_path
 
 @pytest.mark.parametrize("how", ["while training", "before training"])
 def test_an_interrupt_ends_with_130_and_no_adapter(tmp_path, monkeypatch, capsys, how):
-    real = p3.train
+    real = run_training
 
     class Interrupt(p3.Callback):
         def on_step_end(self, state):
@@ -274,7 +275,7 @@ def test_an_interrupt_ends_with_130_and_no_adapter(tmp_path, monkeypatch, capsys
             raise KeyboardInterrupt
         return real(*arguments, callbacks=[Interrupt()], **options)
 
-    monkeypatch.setattr("phi3lora.cli.commands.train", train)
+    monkeypatch.setattr("phi3lora.cli.commands.run_training", train)
     assert main([*TRAIN, f"output_dir={tmp_path}", "max_steps=4"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "adapter.safetensors").exists()

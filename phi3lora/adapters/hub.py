@@ -32,7 +32,7 @@ PUBLISHED = (
     "README.md", "LICENSE*", "NOTICE*", "*.safetensors", "*.safetensors.index.json", "adapter_config.json",
     "config.json", "generation_config.json", "lora_config.json", "merge_report.json", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json", "loss.png",
+    "merges.txt", "chat_template.jinja", "chat_template.json", "loss.png", "training.png",
 )  # fmt: skip
 """Names of the files that are uploaded; a folder with others is refused."""
 

@@ -28,6 +28,7 @@ from transformers import GenerationConfig
 
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
+from ..display import html_facts, one_line, quiet_libraries, terminal_columns, wrap
 from ..errors import AdapterError, ModelError, error_line
 from ..files import write_folder
 from ..inference.generation import stop_token_ids
@@ -72,12 +73,25 @@ class MergeReport:
     dtype: str
     """Dtype of the merged weights."""
 
+    def __repr__(self) -> str:
+        return one_line("MergeReport", [f"rounded to {self.dtype}", *(f"{k} {v}" for k, v in self._figures().items())])
+
     def __str__(self) -> str:
-        return (
-            f"merged in float32, rounded once to {self.dtype}; {self.positions} positions against the adapted model: "
-            f"largest logit difference {self.max_logit_difference:.2e}, mean KL {self.mean_kl:.2e} nats, "
-            f"same likeliest token {self.greedy_agreement:.1%}"
-        )
+        figures = ", ".join(f"{name} {value}" for name, value in self._figures().items())
+        text = f"merged in float32, rounded once to {self.dtype}; {self.positions} positions against the adapted model"
+        return "\n".join(wrap(f"{text}: {figures}", terminal_columns()))
+
+    def _repr_html_(self) -> str:
+        positions = {"positions compared with the adapted model": f"{self.positions:,}"}
+        title = f"Merged in float32, rounded once to {self.dtype}"
+        return html_facts(title, {**positions, **self._figures()})
+
+    def _figures(self) -> dict[str, str]:
+        return {
+            "largest logit difference": f"{self.max_logit_difference:.2e}",
+            "mean KL": f"{self.mean_kl:.2e} nats",
+            "same likeliest token": f"{self.greedy_agreement:.1%}",
+        }
 
 
 @contextmanager
@@ -163,7 +177,8 @@ def save_merged(
     report = _compare(model, plain, tokenizer, prompts)
 
     def write(folder: Path) -> None:
-        plain.save_pretrained(folder)
+        with quiet_libraries():
+            plain.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
+from ..display import html, html_marked, one_line, shell_lines, terminal_columns, wrap
 from ..errors import AdapterError, error_line, printable
 from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
@@ -68,7 +69,24 @@ class PeftExport:
     commands: dict[str, str] = field(default_factory=dict)
     """Tool -> command lines that use the adapter with it."""
 
+    def __repr__(self) -> str:
+        facts = [str(self.path), f"{len(self.modules)} modules", f"layout {self.layout!r}", f"rank {self.rank}"]
+        return one_line("PeftExport", facts)
+
     def __str__(self) -> str:
+        columns = terminal_columns()
+        lines = [part for line in self._lines() for part in wrap(line, columns)]
+        for tool, text in self.commands.items():
+            lines += ["", f"# {tool}", *_broken(text, columns)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{html(line)}</p>" for line in self._lines()]
+        parts += [f"<p><b>{html(tool)}</b></p>{html_marked(((text, False),))}" for tool, text in self.commands.items()]
+        return "".join(parts)
+
+    def _lines(self) -> list[str]:
+        """Return what the folder holds, and the notes."""
         where = printable(str(self.path))
         lines = [f"PEFT adapter in {where}: {len(self.modules)} modules, layout {self.layout!r}, rank {self.rank}"]
         if self.rounded:
@@ -77,10 +95,14 @@ class PeftExport:
                 f"the ratio is not a power of two: multiplying it into their B rounded the last bit. "
                 f"layout='pattern' keeps every bit"
             )
-        lines += [f"note: {note}" for note in self.notes]
-        for tool, text in self.commands.items():
-            lines += ["", f"# {tool}", text]
-        return "\n".join(lines)
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def _broken(commands: str, columns: int | None) -> list[str]:
+    """Return the lines of commands, the shell's broken to fit; lines of Python and of a Modelfile stay whole."""
+    programs = ("vllm ", "python ", "llama-cli ", "ollama ")
+    lines = ([line] if not line.startswith(programs) else shell_lines(line, columns) for line in commands.splitlines())
+    return [part for parts in lines for part in parts]
 
 
 class _Module(NamedTuple):
@@ -337,7 +359,8 @@ def _commands(path: Path, model: str, rank: int, stops: Sequence[str]) -> dict[s
     folder, name, gguf = str(path), path.resolve().name or "adapter", str(path / "adapter.gguf")
     lines = {
         "PEFT": "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), {path.as_posix()!r})"
+        f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
+        f"model = PeftModel.from_pretrained(base, {path.as_posix()!r})"
     }
     allowed = max_lora_rank(rank)
     if allowed is not None:
@@ -348,7 +371,8 @@ def _commands(path: Path, model: str, rank: int, stops: Sequence[str]) -> dict[s
     base_option = "--base" if os.path.isdir(model) else "--base-model-id"
     lines["llama.cpp"] = (
         f"python convert_lora_to_gguf.py {base_option} {quote(model)} --outfile {quote(gguf)} {quote(folder)}\n"
-        f"llama-cli -m base.gguf --lora {quote(gguf)}  # base.gguf: convert_hf_to_gguf.py of the base"
+        "# base.gguf: what convert_hf_to_gguf.py makes of the base\n"
+        f"llama-cli -m base.gguf --lora {quote(gguf)}"
     )
     stop_lines = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops if '"' not in stop and stop.isprintable())
     if gguf.isprintable():

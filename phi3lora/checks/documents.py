@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
-from ..config import IGNORE_INDEX
+from ..data.document_text import divided_text
 from ..data.template import ChatEncoder
+from ..display import DIVIDER
 from ..model.load import longrope_boundary
 from .planned_run import PlannedRun, token_text
-from .report import DIVIDER, Finding, error, first_of, ok, warning
-
-_PREVIEW_TOKENS = 30  # at each end of a piece of the previewed document
+from .report import Finding, error, first_of, ok, warning
 
 
 def check_supervised_share(planned: PlannedRun) -> Finding:
@@ -29,46 +26,14 @@ def check_supervised_share(planned: PlannedRun) -> Finding:
 
 
 def preview_first_document(planned: PlannedRun) -> Finding:
-    """Show the first document's tokens: a marker is one piece (``<|end|>``), its spelling is not (``<·|·end·|·>``)."""
     if planned.tokenizer is None:
         return ok("no tokenizer given: nothing to show")
     if len(planned.dataset) == 0:
         return ok("no document to show")
     ids, labels = planned.dataset.document(0)
-    trained = labels != IGNORE_INDEX
-    edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
-    pieces = [(_preview(planned, ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairwise(edges)]
+    pieces = divided_text(ids, labels, planned.tokenizer, planned.dataset.end_of_turn_id)
     text = f"{planned.dataset.row_name(0)}, {len(ids)} tokens, divided by spaces and {DIVIDER}"
     return ok(f"{text}; the trained part is marked", tuple(pieces))
-
-
-def _preview(planned: PlannedRun, ids: list[int]) -> str:
-    """Return the tokens' text, shortened in the middle, with a divider before each token that no space begins."""
-    if len(ids) > 2 * _PREVIEW_TOKENS:
-        head, tail = (_token_texts(planned, part) for part in (ids[:_PREVIEW_TOKENS], ids[-_PREVIEW_TOKENS:]))
-        texts = [*head, " [...]", *tail]
-    else:
-        texts = _token_texts(planned, ids)
-    shown = ""
-    for text in texts:
-        is_apparent = not shown or shown.endswith("\n") or text[:1].isspace()
-        shown += text if is_apparent else DIVIDER + text
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
-
-
-def _token_texts(planned: PlannedRun, ids: list[int]) -> list[str]:
-    """Return the text that each token adds; tokens that share a character (an emoji's bytes) are one text.
-
-    A decoder may drop the space that its first token begins with, so the end of turn goes first, and is taken away.
-    """
-    first = [planned.dataset.end_of_turn_id]
-    before, texts = planned.tokenizer.decode(first, clean_up_tokenization_spaces=False), []
-    for stop in range(1, len(ids) + 1):
-        text = planned.tokenizer.decode([*first, *ids[:stop]], clean_up_tokenization_spaces=False)
-        if not text.endswith("\ufffd") or stop == len(ids):
-            texts.append(text[len(before) :])
-            before = text
-    return texts
 
 
 def check_end_of_turn(planned: PlannedRun) -> Finding:

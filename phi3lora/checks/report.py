@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from ..display import (
+    Html,
+    coloured,
+    hanging,
+    html,
+    html_badge,
+    html_marked,
+    html_table,
+    marked,
+    one_line,
+    terminal_columns,
+    use_colour,
+)
 
 Details = tuple[tuple[str, bool], ...]
 """Pieces of the text below a finding's line, each with a flag: highlighted or not."""
 
-DIVIDER = "·"
-"""Stands between two tokens of a document."""
-
-_COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
-_HIGHLIGHT, _RESET = "\x1b[32m", "\x1b[0m"
+_COLUMNS = 110  # of a report without a terminal
 
 
 @dataclass(frozen=True)
@@ -34,21 +40,25 @@ class Finding:
     """A table or a document below the line: pieces of text, each with a flag: highlighted or not."""
 
     def __str__(self) -> str:
-        return self.lines(len(self.name), _use_colour(), _terminal_columns())
+        return self.lines(len(self.name), use_colour(), terminal_columns() or _COLUMNS)
+
+    def __repr__(self) -> str:
+        return one_line("Finding", [f"{self.name}: {self.status}", self.text])
+
+    def _repr_html_(self) -> str:
+        return html_table([["", "check", "finding"], self.html_row()])
 
     def lines(self, width: int, colour: bool, columns: int | None = None) -> str:
         """Return the printed form: status, name padded to ``width``, text; details indented below.
 
         Text longer than ``columns`` continues in the next line, aligned; None: lines are not broken.
         """
-        status = f"{self.status:<7}"
-        head = f"{_COLOURS[self.status]}{status}{_RESET}" if colour else status
-        before, after = (_HIGHLIGHT, _RESET) if colour else ("[[", "]]")
-        details = "".join(before + text + after if highlighted else text for text, highlighted in self.details)
-        indent = width + 11
-        lines = _wrap(self.text, columns, indent)
-        lines += [part for line in details.splitlines() for part in _wrap(line, columns, indent, is_detail=True)]
-        return f"{head}  {self.name:<{width}}  " + ("\n" + " " * indent).join(lines)
+        head = f"{coloured(f'{self.status:<7}', self.status, colour)}  {self.name:<{width}}  "
+        return hanging(head, self.text, columns, more=marked(self.details, colour))
+
+    def html_row(self) -> list[Any]:
+        """Return status, name, and text with its details, for a table."""
+        return [html_badge(self.status), self.name, Html(html(self.text) + html_marked(self.details))]
 
 
 def ok(text: str, details: Details = ()) -> Finding:
@@ -104,34 +114,21 @@ class DoctorReport:
         if not self.findings:
             return ""
         width = max(len(f.name) for f in self.findings)
+        return "\n".join([*(f.lines(width, colour, columns) for f in self.findings), self._counts()])
+
+    def _counts(self) -> str:
         kinds = {"error": len(self.errors), "warning": len(self.warnings)}
-        counts = ", ".join(f"{count or 'no'} {kind}{'s' * (count != 1)}" for kind, count in kinds.items())
-        return "\n".join([*(f.lines(width, colour, columns) for f in self.findings), counts])
+        return ", ".join(f"{count or 'no'} {kind}{'s' * (count != 1)}" for kind, count in kinds.items())
 
     def __str__(self) -> str:
-        return self.render(_use_colour(), _terminal_columns())
+        return self.render(use_colour(), terminal_columns() or _COLUMNS)
 
+    def __repr__(self) -> str:
+        names = [f"{f.status}: {f.name}" for f in (*self.errors, *self.warnings)]
+        return one_line("DoctorReport", [f"{len(self.findings)} checks", self._counts(), *names])
 
-def _use_colour() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def _terminal_columns() -> int:
-    """Return the terminal's width, 110 (a notebook's) without a terminal, and at least 80, a table's width."""
-    return max(80, shutil.get_terminal_size((110, 24)).columns)
-
-
-class _DetailsWrapper(textwrap.TextWrapper):
-    """A wrapper that also breaks lines between the tokens of a document, and at the ends of its trained parts."""
-
-    wordsep_simple_re = re.compile(rf"(\s+)|(?<={DIVIDER})|(?=\[\[)|(?<=\]\])")
-
-
-def _wrap(line: str, columns: int | None, indent: int, is_detail: bool = False) -> list[str]:
-    if columns is None or len(line) + indent <= columns:
-        return [line]
-    wrapper = _DetailsWrapper if is_detail else textwrap.TextWrapper
-    return wrapper(max(20, columns - indent), break_long_words=is_detail, break_on_hyphens=False).wrap(line)
+    def _repr_html_(self) -> str:
+        return html_table([["", "check", "finding"], *(f.html_row() for f in self.findings)]) + html(self._counts())
 
 
 def first_of(items: Sequence[object], most: int = 5) -> str:

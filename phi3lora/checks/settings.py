@@ -90,9 +90,13 @@ def _memory_table(planned: PlannedRun, as_loaded: MemoryPlan) -> Details:
     loaded = base_format(planned.model) or "as loaded"
     plans = {loaded: as_loaded, **{name: planned.memory(name) for name in formats if name != loaded}}
     modes = list(as_loaded.peak_gib)
-    lines = ["GiB".ljust(10) + "".join(f"{mode:>12} " for mode in modes).rstrip()]
+    widths = [max(len(mode), 5) + 1 for mode in modes]
+    lines = ["GiB".ljust(10) + "".join(f"{mode:>{n}} " for mode, n in zip(modes, widths, strict=True)).rstrip()]
     for name, plan in plans.items():
-        cells = (f"{_format_gib(plan.peak_gib[mode]):>12}{' ' if plan.fits(mode) else 'x'}" for mode in modes)
+        cells = (
+            f"{_format_gib(plan.peak_gib[mode]):>{n}}{' ' if plan.fits(mode) else 'x'}"
+            for mode, n in zip(modes, widths, strict=True)
+        )
         lines.append(name.ljust(10) + "".join(cells).rstrip())
     if as_loaded.available_gib is not None:
         lines.append(f"x: over 92 % of {as_loaded.available_gib:.1f} GiB, does not fit")

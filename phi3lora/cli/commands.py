@@ -8,8 +8,6 @@ import io
 import json
 import logging
 import os
-import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from ..data.formats import check_columns, known_format
 from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
+from ..display import command_line
 from ..errors import AdapterError, ConfigError
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
@@ -39,7 +38,7 @@ from ..processes import rank_and_size
 from ..run_file import Run, read_run
 from ..run_settings import DEMO, DataSettings
 from ..training.checkpoint import find_checkpoint
-from ..training.loop import train
+from ..training.loop import run_training
 from ..training.output_folder import check_output_dir
 from ..training.run_record import NAME as RECORD
 from ..training.trackers import check_trackers
@@ -84,7 +83,7 @@ def _train(options: argparse.Namespace) -> int:
         check_output_dir(config)
         find_checkpoint(config)
     model, tokenizer, chats, held_out = _load_run(run)
-    result = train(model, chats, config, eval_dataset=held_out, tokenizer=tokenizer)
+    result = run_training(model, chats, config, held_out, tokenizer, tells_next=False)
     print(json.dumps(result.metrics, indent=1))
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
         again = command_line("train", f"{config.output_dir}/{RECORD}", "--set", "resume_from_checkpoint=true")
@@ -331,19 +330,3 @@ def _check_free(path: Path, overwrite: bool) -> None:
     taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not overwrite:
         raise ConfigError(f"{str(path)!r} exists; --overwrite replaces it, or choose another --out")
-
-
-def command_line(*words: str) -> str:
-    """Return a command of this program to paste into the shell: ``phi3lora chat ...``, or with Python's path."""
-    installed = shutil.which("phi3lora")
-    own = Path(sys.executable).with_name("phi3lora")
-    if installed is not None and os.path.realpath(installed) == os.path.realpath(own):
-        program = ["phi3lora"]
-    else:
-        program = [_shortest(sys.executable), "-m", "phi3lora"]
-    return shlex.join([*program, *(_shortest(word) if os.path.isabs(word) else word for word in words)])
-
-
-def _shortest(path: str) -> str:
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative

@@ -35,7 +35,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from ..config import IGNORE_INDEX
+from ..display import Html, html, one_line, terminal_columns, wrap
 from ..errors import SEED_END, DataError, is_int, short_repr
+from .document_text import DocumentText, dataset_html, dataset_repr, dataset_summary, document_text
 from .documents import NoDocumentsError, RowTokenizer
 from .findings import Findings
 from .formats import check_columns, known_format
@@ -46,8 +48,6 @@ from .sources import Source, distinct_names, find_sources, naming, origin_of
 from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
-
-_NAMED = 8  # of the sources in the load line
 
 
 class ChatDataset:
@@ -94,6 +94,8 @@ class ChatDataset:
         """Numbers of the source rows that ``on_bad_row="skip"`` left out, source after source."""
         self.sources: tuple[str, ...] = (source,)
         """Paths and hub names (in quotes), or types, of what the rows were read from."""
+        self.tokenizer: Any = None
+        """The tokenizer that :meth:`load` was given, for :meth:`show`."""
         self.findings = findings or Findings()
         """What loading found in the source: see ``data/findings.py``."""
 
@@ -181,7 +183,7 @@ class ChatDataset:
             return cast(ChatDataset, stream)  # declared as what all but streaming users get
         dataset = _joined([part.load(len(parts) > 1) for part in parts])
         dataset.origin = origin
-        logger.info("%s", dataset)
+        logger.info("%s", dataset.summary())
         for sentence, count in dataset.findings.advice.items():
             logger.warning("%d row%s: %s", count, "s" * (count != 1), sentence)
         return dataset
@@ -288,6 +290,11 @@ class ChatDataset:
         """Return which of :attr:`sources` document ``i`` came from. Its row number counts that source's rows."""
         return self.sources[int(self._sources[self._index[i]])]
 
+    def documents_by_source(self) -> dict[str, int]:
+        """Return the number of documents of each source."""
+        counts = np.bincount(self._sources[self._index], minlength=len(self.sources)).tolist()
+        return dict(zip(self.sources, counts, strict=True))
+
     def row_name(self, i: int) -> str:
         """Return what messages call the row of document ``i``: ``"row 3"``, or ``"row 3 of 'b.csv'"`` of several."""
         return f"row {self.row_number(i)}" + (f" of {self.source(i)}" if len(self.sources) > 1 else "")
@@ -381,22 +388,37 @@ class ChatDataset:
             f"longest has {s['longest']:,} tokens (format `{s['format']}`)."
         )
 
+    def show(self, i: int, tokenizer: Any = None) -> DocumentText:
+        """Return document ``i`` as text: ``print`` marks its trained parts, a notebook colours them.
+
+        Args:
+            i: the document's number.
+            tokenizer: the one to decode with; None: the one that the dataset was loaded with.
+
+        Raises:
+            DataError: the dataset was not made by :meth:`load`, and no tokenizer is given.
+
+        Example:
+            >>> [text for text, is_trained in chats.show(0).pieces if not is_trained]
+            ['<|user|>Which colour does the Derpa desk come in?<|end|><|assistant|>', '<|endoftext|>']
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
+            raise DataError("show: this dataset was made without a tokenizer; pass it: show(i, tokenizer)")
+        return document_text(self.row_name(i), *self.document(i), tokenizer, self.end_of_turn_id)
+
+    def summary(self) -> str:
+        """Return one line about the documents, which loading logs and a run prints."""
+        return dataset_summary(self)
+
     def __repr__(self) -> str:
-        s = self.statistics()
-        text = (
-            f"ChatDataset({s['documents']:,} documents, {s['tokens']:,} tokens, {100 * s['supervised_share']:.1f} % "
-            f"supervised, longest {s['longest']:,} of {self.max_length:,}, format {self.format!r}"
-        )
-        if len(self.sources) > 1:
-            counts = np.bincount(self._sources[self._index], minlength=len(self.sources)).tolist()
-            named = [f"{name} {count:,}" for name, count in zip(self.sources, counts, strict=True)]
-            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-            text += f", documents by source: {', '.join(named[:_NAMED])}{more}"
-        if s["truncated"] or s["dropped"]:
-            text += f", {s['truncated']:,} truncated, {s['dropped']:,} rows dropped: nothing trained was left in them"
-        if self.bad_rows:
-            text += f", {len(self.bad_rows):,} bad rows skipped"
-        return "; ".join([text, *self.findings.describe()]) + ")"
+        return dataset_repr(self)
+
+    def __str__(self) -> str:
+        return "\n".join(wrap(self.summary(), terminal_columns()))
+
+    def _repr_html_(self) -> str:
+        return dataset_html(self)
 
 
 class _Part(NamedTuple):
@@ -414,7 +436,14 @@ class _Part(NamedTuple):
         """Return the documents of the whole source."""
         with naming(self.source.name, is_one_of_several):
             bad = BadRows(self.on_bad_row)
-            return ChatDataset(**self.row_tokenizer.tokenize(self.source.read(bad), self.format, bad, cache=True))
+            rows = self.source.read(bad)
+            return self.documents(self.row_tokenizer.tokenize(rows, self.format, bad, cache=True))
+
+    def documents(self, tokenized: dict[str, Any]) -> ChatDataset:
+        """Return the documents that the row tokenizer made of rows."""
+        dataset = ChatDataset(**tokenized)
+        dataset.tokenizer = self.row_tokenizer.encoder.tokenizer
+        return dataset
 
 
 _StreamRow = tuple[int, int, Mapping[str, Any]]
@@ -536,8 +565,19 @@ class ChatStream:
         """Return a sentence for a model card."""
         return f"Chats that were read as a stream (format `{self.first_window.format}`)."
 
+    def summary(self) -> str:
+        """Return one line about the stream, which a run prints."""
+        return f"ChatStream(windows of {self.buffer_size:,} rows; the first: {self.first_window.summary()})"
+
     def __repr__(self) -> str:
-        return f"ChatStream(windows of {self.buffer_size:,} rows; the first: {self.first_window!r})"
+        return one_line("ChatStream", [f"windows of {self.buffer_size:,} rows; the first: {self.first_window!r}"])
+
+    def __str__(self) -> str:
+        return "\n".join(wrap(self.summary(), terminal_columns()))
+
+    def _repr_html_(self) -> str:
+        title = f"ChatStream, windows of {self.buffer_size:,} rows; the first:"
+        return Html(f"<p><b>{html(title)}</b></p>{self.first_window._repr_html_()}")
 
     def _open(self, start: int = 0) -> tuple[Iterator[_StreamRow], list[BadRows]]:
         """Return the rows from position ``start`` on, and the record of each part's that cannot be used.
@@ -588,7 +628,7 @@ class ChatStream:
             part, rows = self._parts[at], [window[place][1:] for place in inside]
             try:
                 with naming(self._names[at], len(self._parts) > 1):
-                    made.append(ChatDataset(**part.row_tokenizer.tokenize(rows, part.format, bads[at], share=share)))
+                    made.append(part.documents(part.row_tokenizer.tokenize(rows, part.format, bads[at], share=share)))
             except NoDocumentsError as error:
                 unusable.append(error)
             else:

@@ -24,6 +24,7 @@ import tokenizers
 import transformers
 
 from ..config import IGNORE_INDEX
+from ..display import quiet_libraries
 from ..errors import DataError, did_you_mean, error_line
 from ..files import read_json, sha256_of, write_atomic
 from .findings import Findings
@@ -322,7 +323,7 @@ def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | N
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "phi3lora" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with FileLock(f"{folder}.lock"), quiet_libraries():
             if folder.exists() and not _is_whole(folder):
                 logger.warning("the cached tokens in %s are damaged or half there: tokenising again", folder)
                 shutil.rmtree(folder)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..display import quiet_libraries
 from ..errors import DataError, as_path, error_line, short_repr
 from .rows import (
     COMPRESSIONS,
@@ -191,7 +192,8 @@ def _load_dataset(path: str, split: str, name: str | None, revision: str | None,
         _check_unsliced(split)
     config = {} if name is None else {"name": name}
     try:
-        return datasets.load_dataset(path, **config, split=split, revision=revision, streaming=streaming)
+        with quiet_libraries():
+            return datasets.load_dataset(path, **config, split=split, revision=revision, streaming=streaming)
     # No such dataset, no such split, no network; a damaged folder raises errors of any kind.
     except (*_HUB_ERRORS, DatasetsError) as error:
         why = error_line(error)

@@ -28,19 +28,12 @@ def load(*, random_init: bool = False) -> tuple[Any, Any, Any, Any]:
         >>> type(model).__name__, eval_set.format
         ('Phi3ForCausalLM', 'messages')
     """
-    from transformers.utils import logging
-
     from ..data.dataset import ChatDataset
     from ..model.load import load_model
+    from ..run_settings import DEMO
 
-    shows_progress = logging.is_progress_bar_enabled()
-    if shows_progress:
-        logging.disable_progress_bar()  # the model loads at once
-    try:
-        model, tokenizer = load_model(BASE, dtype="float32", device="cpu")
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
+    model, tokenizer = load_model(BASE, dtype="float32", device="cpu")
+    model.origin["name_or_path"] = DEMO  # which the command line knows
     if random_init:
         model = type(model)(model.config).eval()
     train_set, eval_set = (

@@ -78,7 +78,7 @@ def run_demo(seeds: list[int], output_dir: str, random_init: bool = False) -> bo
             f"        {before.plain:6.1%}   {off.plain:6.1%}"
         )
     reached = all(after.exact >= 0.95 for _, _, after, _ in table)
-    print(f"\n{time.perf_counter() - started:.0f} s; adapters and loss pictures in {output_dir}/")
+    print(f"\n{time.perf_counter() - started:.0f} s; adapters and pictures of the runs in {output_dir}/")
     if random_init:
         print("control: random base weights and the same tuning; the knowledge is the base's, so this should fail")
     return reached

@@ -24,6 +24,7 @@ from ..config import IGNORE_INDEX
 from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
 from ..data.template import ChatEncoder
+from ..display import flat, html_table, one_line, text_facts
 from ..errors import DataError, Phi3LoRAError, install_hint, is_int, short_repr
 from ..lora.wrappers import unwrap
 from ..model.backend import PLAIN, use_backend
@@ -35,6 +36,7 @@ from .generation import generate_answers
 
 METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
 """Metrics that :func:`evaluate` always returns."""
+_SHOWN = 200  # characters of a text in the printed form of answers
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -172,17 +174,25 @@ class Answer:
     answer: str
     """Text that the model generated."""
 
-
-class Answers(list[Answer]):
-    """A list of answers beside their references; ``print`` shows them one below the other."""
+    def __repr__(self) -> str:
+        return one_line("Answer", [f"reference {flat(self.reference, 40)!r}", f"answer {flat(self.answer, 40)!r}"])
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            f"prompt     {_one_line(a.prompt, keep_end=True)}\n"
-            f"reference  {_one_line(a.reference)}\n"
-            f"answer     {_one_line(a.answer)}"
-            for a in self
-        )
+        prompt, reference = flat(self.prompt, _SHOWN, keep_end=True), flat(self.reference, _SHOWN)
+        return text_facts({"prompt": prompt, "reference": reference, "answer": flat(self.answer, _SHOWN)})
+
+
+class Answers(list[Answer]):
+    """A list of answers beside their references; ``print`` shows them one below the other, a notebook as a table."""
+
+    def __repr__(self) -> str:
+        return one_line("Answers", [f"{len(self)} answers", *(repr(flat(a.answer, 40)) for a in self)])
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+    def _repr_html_(self) -> str:
+        return html_table([("prompt", "reference", "answer"), *((a.prompt, a.reference, a.answer) for a in self)])
 
 
 def sample_answers(
@@ -253,11 +263,3 @@ def _rouge_scorer() -> Any:
     except ImportError as error:
         raise Phi3LoRAError(f"rouge=True needs a package ({error}): {install_hint('eval')}") from error
     return RougeScorer(list(_ROUGE))
-
-
-def _one_line(text: str, keep_end: bool = False, width: int = 200) -> str:
-    """Put a text on one line, cut to ``width`` characters from its start, or from its end."""
-    flat = " ".join(text.split())
-    if len(flat) <= width:
-        return flat
-    return "..." + flat[3 - width :] if keep_end else flat[: width - 3] + "..."

@@ -18,6 +18,7 @@ import torch.nn as nn
 from loralib.layers import LoRALayer
 
 from ..config import LoraConfig
+from ..display import html, html_table, one_line, terminal_columns, text_table, wrap
 from ..errors import ModelError, is_int
 from .base_values import keep_base_values, restore_base_values, trained_biases_and_buffers
 from .base_weight import count_parameters, keep_4bit_packing, weight_shape
@@ -49,6 +50,12 @@ class LayerReport:
     trainable_parameters: int
     """Number of entries that train."""
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        segments = [f"segments {', '.join(self.segments)}"] if self.segments else []
+        facts = [self.module, f"{self.class_name} {shape}", *segments, f"{self.trainable_parameters:,} trainable"]
+        return one_line("LayerReport", facts)
+
 
 @dataclass(frozen=True)
 class InjectionReport:
@@ -71,10 +78,26 @@ class InjectionReport:
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
 
+    def __repr__(self) -> str:
+        return one_line("InjectionReport", [f"{len(self.layers)} layers", self._totals()])
+
     def __str__(self) -> str:
+        lines = [self._totals(), *self._notes()]
+        columns = terminal_columns()
+        if self.layers:
+            lines.insert(0, text_table(self._table(), columns))
+        return "\n".join(part for line in lines for part in wrap(line, columns))
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            [html_table(self._table()), *(f"<p>{html(line)}</p>" for line in (self._totals(), *self._notes()))]
+        )
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Return the table's rows, the head first; equal layers of a stack are one row."""
         counts = Counter(
             (
-                re.sub(r"\b\d+\b", "*", layer.module),
+                _stack_name(layer.module),
                 layer.class_name,
                 "x".join(map(str, layer.shape)),
                 ", ".join(layer.segments),
@@ -82,21 +105,29 @@ class InjectionReport:
             )
             for layer in self.layers
         )
-        rows = [("module", "class", "weight", "segments", "trainable each", "layers")]
-        rows += [(*row, str(count)) for row, count in counts.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
+        head = ("module", "class", "weight", "segments", "trainable each", "layers")
+        return [head, *((*row, str(count)) for row, count in counts.items())]
+
+    def _totals(self) -> str:
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
-        lines.append(f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.3f} %)")
+        return f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.3f} %)"
+
+    def _notes(self) -> list[str]:
+        """Return a line for each kind of layer that was skipped, or that may be bypassed."""
         notes = [(path, "skipped", f": {reason}") for path, reason in self.skipped.items()]
         notes += [(path, "may be bypassed:", f", whose weight {cls} reads") for path, cls in self.bypassed.items()]
         alike: dict[tuple[str, str, str], list[str]] = {}
         for path, before, after in notes:
-            alike.setdefault((before, re.sub(r"\b\d+\b", "*", path), after), []).append(path)
-        for (before, pattern, after), paths in alike.items():
-            lines.append(f"{before} {paths[0] if len(paths) == 1 else pattern}{after}")
-        return "\n".join(lines)
+            alike.setdefault((before, _stack_name(path), after), []).append(path)
+        return [
+            f"{before} {paths[0] if len(paths) == 1 else pattern}{after}"
+            for (before, pattern, after), paths in alike.items()
+        ]
+
+
+def _stack_name(path: str) -> str:
+    """Return a layer's path with ``*`` for its number: the name of all such layers of a stack."""
+    return re.sub(r"\b\d+\b", "*", path)
 
 
 def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> InjectionReport:

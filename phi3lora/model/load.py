@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..display import quiet_libraries
 from ..errors import ModelError, error_line, is_int, is_number, is_path, short_repr
 from ..lora.base_weight import PRECISIONS, keep_4bit_packing, quantize_base, require_bitsandbytes, usable_precision
 from .attention import NAME as PACKED_ATTENTION
@@ -298,9 +299,10 @@ def _read_weights(name: str, source: dict[str, Any], use_cache: bool, options: d
     try:
         config = AutoConfig.from_pretrained(name, **source)
         config.use_cache = use_cache
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, output_loading_info=True, **source, **options
-        )
+        with quiet_libraries():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, config=config, output_loading_info=True, **source, **options
+            )
         model, loading_info = loaded
     except Exception as error:  # half-written files, other shapes, odd fields: transformers has an error for each
         raise ModelError(f"cannot load {short_repr(name)}: {error}") from error

@@ -1,8 +1,7 @@
-"""Output of a run: banner, progress bar, ``metrics.jsonl``, loss picture; and metrics read late."""
+"""Output of a run: banner, log lines, ``metrics.jsonl``, trackers; and metrics read late."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import deque
@@ -12,21 +11,17 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..checks.report import Finding
 from ..config import TrainingConfig
+from ..display import terminal_columns, text_facts
 from ..model.estimate import peak_flops
 from .checkpoint import TrainingState
 from .history import HistoryFile
+from .progress import Progress, open_progress
 from .trackers import Tracker, open_trackers
 
-logger = logging.getLogger("phi3lora")
-
 T = TypeVar("T")
-
-_POSTFIX = {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s", "eval_loss": "eval_loss"}
-"""Names of metrics, and what the progress bar calls them."""
 
 
 class Reporter:
@@ -45,47 +40,43 @@ class Reporter:
         self.config, self.state, self.flops_per_token = config, state, flops_per_token
         self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
         self.warns = is_main and config.log_level not in ("error", "critical")
-        self._hide_bar = not is_main or bool(config.disable_tqdm)
         self.is_main = is_main
         self.lines = HistoryFile(Path(config.output_dir) / "metrics.jsonl", state)
         self._trackers: list[Tracker] = []
-        self._bar: Any = None
+        self._progress = Progress(state, self.quiet)
         self.restart_clock()
 
     def __enter__(self) -> Reporter:
         if self.is_main:
             self.lines.start()
             self._trackers = open_trackers(self.config)
-        total, done = self.state.total_steps, self.state.global_step
-        self._bar = tqdm(total=total, initial=done, disable=self._hide_bar, unit="step", dynamic_ncols=True)
+        self._progress = open_progress(self.config, self.state, self.quiet, self.is_main).__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        self._progress.__exit__(*error)
         for tracker in self._trackers:
             tracker.close()
         self.lines.close()
 
-    def banner(self, facts: Mapping[str, Any]) -> None:
-        """Print every resolved setting, once, before the first step."""
+    def facts(self, facts: Mapping[str, Any]) -> None:
+        """Print names and values: the resolved settings before the first step, the outcome after the last."""
         if not self.quiet:
-            width = max(map(len, facts))
-            print("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()), flush=True)
+            print(text_facts(facts), flush=True)
 
     def findings(self, findings: Sequence[Finding]) -> None:
-        """Print the problems that the checks before a run found, one a line."""
+        """Print the problems that the checks before a run found."""
         width = max((len(finding.name) for finding in findings), default=0)
         for finding in findings:
-            tqdm.write(finding.lines(width, colour=False))
+            print(finding.lines(width, False, terminal_columns()), flush=True)
 
     def print(self, text: str) -> None:
         """Print a line of text above the progress bar."""
-        if not self.quiet:
-            tqdm.write(text)
+        self._progress.print(text)
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        self._bar.update(1)
+        self._progress.step()
 
     def restart_clock(self) -> None:
         """Measure speed from here: evaluations and checkpoints do not count."""
@@ -105,7 +96,7 @@ class Reporter:
         return figures
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a line to ``metrics.jsonl`` and the trackers, and its main numbers beside the bar.
+        """Write a line to ``metrics.jsonl``, the trackers and the screen.
 
         A NaN or infinite value, such as a skipped step's gradient norm, becomes null: JSON cannot spell it.
         """
@@ -114,43 +105,7 @@ class Reporter:
         self.lines.append()
         for tracker in self._trackers:
             tracker.write(line)
-        values = {name: line[key] for key, name in _POSTFIX.items() if line.get(key) is not None}
-        if values:
-            texts = {name: f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for name, x in values.items()}
-            self._bar.set_postfix(texts)
-
-
-def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw the loss over the steps as a PNG (extra ``plot``), and return its path.
-
-    Returns None without matplotlib, with fewer than two points, or (logged) if the file cannot be written.
-    """
-    train = [(line["step"], line["loss"]) for line in history if line.get("loss") is not None]
-    held_out = [(line["step"], line["eval_loss"]) for line in history if line.get("eval_loss") is not None]
-    if len(train) < 2:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.5, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=4, label="held out")
-        axes.legend(frameon=False)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per supervised token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        logger.error("the picture of the loss could not be written: %s", error)
-        return None
-    return path
+        self._progress.log(line)
 
 
 # --- Numbers that a GPU is still computing

@@ -47,9 +47,11 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .distributed import Interrupts, World, digest, joined
-from .logging import DeferredMetrics, Reporter, draw_loss
+from .logging import DeferredMetrics, Reporter
 from .optim import build_optimizer, learning_rate
 from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
+from .picture import PICTURE, draw_run
+from .result import TrainingResult, closing_facts
 from .run_record import write_record
 from .setup import banner_facts, base_parts, check_run, explain_out_of_memory, prepared, resolve, usual_torch
 from .step import OptimizerStep, StepOutcome
@@ -81,24 +83,6 @@ class Callback:
 
     def on_train_end(self, state: TrainingState) -> None:
         """Called after the last step, also when the run was interrupted."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """The outcome of :func:`train`."""
-
-    global_step: int
-    """Optimizer steps done, including those before a resume."""
-    metrics: dict[str, float]
-    """``train_loss``, ``train_seconds``, ``tokens``, ``tokens_per_s``, and the last evaluation's ``eval_*``."""
-    history: list[dict[str, Any]]
-    """Lines of ``metrics.jsonl``."""
-    best_checkpoint: str | None
-    """Path of the best checkpoint by ``metric_for_best_model``; None if no evaluated step was saved."""
-    interrupted: bool = False
-    """True if Ctrl-C or SIGTERM ended the run; ``resume_from_checkpoint=True`` continues it."""
-    interrupted_by: int | None = None
-    """Number of that signal: 2 for Ctrl-C, 15 for SIGTERM."""
 
 
 def train(
@@ -134,6 +118,19 @@ def train(
         CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
             a checkpoint belongs to another run or cannot be written.
     """
+    return run_training(model, train_dataset, config, eval_dataset, tokenizer, callbacks)
+
+
+def run_training(
+    model: nn.Module,
+    train_dataset: ChatDataset | ChatStream,
+    config: TrainingConfig | None,
+    eval_dataset: ChatDataset | None,
+    tokenizer: Any,
+    callbacks: Sequence[Any] = (),
+    tells_next: bool = True,
+) -> TrainingResult:
+    """Train as :func:`train` does; without ``tells_next`` the caller tells the user what to type next."""
     config, model = copy.copy(config or TrainingConfig()), unwrap(model)
     config.output_dir = os.path.abspath(config.output_dir)  # a callback may change the working directory
     with ExitStack() as stack:
@@ -147,7 +144,7 @@ def train(
         stack.enter_context(explain_out_of_memory(model, config, resolved))
         stack.enter_context(run.optimizer_step.gradients.overlapped())
         stack.enter_context(prepared(model, resolved.checkpointing, resolved.backend, base_parts(model, config)))
-        report.banner(banner_facts(model, config, resolved, state, eval_dataset))
+        report.facts(banner_facts(model, config, resolved, state, eval_dataset))
         if report.warns:
             planned = PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, resolved=resolved)
             report.findings(problems(planned))
@@ -179,9 +176,11 @@ def train(
             world.share.end()
         run.finish()
         if output is not None and output.is_held():
-            draw_loss(state.history, output.folder / "loss.png")
+            draw_run(state.history, output.folder / PICTURE)
         run.agree_to_stop()
-        return world.from_main(run.result)
+        result: TrainingResult = world.from_main(run.result)
+    report.facts(closing_facts(model, result) if tells_next else result.facts())
+    return result
 
 
 def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) -> bool:
@@ -489,7 +488,8 @@ class _Run:
 
     def result(self) -> TrainingResult:
         """Return what ``train`` returns."""
-        best = self.best_checkpoint()
+        best, last = self.best_checkpoint(), Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
+        saved = best if self.config.load_best_model_at_end and self.stopped_by is None else last
         return TrainingResult(
             global_step=self.state.global_step,
             metrics=self.metrics(),
@@ -497,6 +497,8 @@ class _Run:
             best_checkpoint=str(best) if best else None,
             interrupted=self.stopped_by is not None,
             interrupted_by=self.stopped_by,
+            output_dir=self.config.output_dir,
+            checkpoint=str(saved) if saved is not None and saved.is_dir() else None,
         )
 
     def metrics(self) -> dict[str, float]:

@@ -243,8 +243,8 @@ def banner_facts(
         "device": f"{model_device(model)}, {resolved.precision.name}, attention {model_config._attn_implementation}, "
         f"layers {resolved.backend}",
         "memory": f"activation checkpointing {resolved.checkpointing}{peaks}",
-        "train data": steps.dataset,
-        "eval data": eval_dataset,
+        "train data": steps.dataset.summary(),
+        "eval data": None if eval_dataset is None else eval_dataset.summary(),
         "step": f"{rows}, {width}",
         "steps": f"{steps.total:,} ({state.global_step:,} done)",
         "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{lora_plus}, "

@@ -320,7 +320,7 @@ def test_a_list_of_sources_is_each_source_in_its_own_format_one_after_the_other(
     statistics = [part.statistics() for part in (chats, *parts)]
     for count in ("documents", "tokens", "supervised_tokens", "truncated", "dropped", "bad"):
         assert statistics[0][count] == sum(s[count] for s in statistics[1:])
-    assert f"{names[0]} 4, {names[1]} 5" in repr(chats)
+    assert f"{names[0]} 4, {names[1]} 5" in chats.summary()
     assert chats.largest_token_id() == max(part.largest_token_id() for part in parts)
     assert list(load(sources, split="train[:2]")) == [d for part in parts for d in part.select([0, 1])]
 

@@ -55,7 +55,7 @@ def test_inference_and_finetuning_learns_and_reloads(capsys):
     assert names["after"]["loss"] < 0.1 < names["before"]["loss"]
     assert Path("ckpt_lora.pt").is_file() and Path("adapter.safetensors").is_file()
     folder = Path("runs/inference_and_finetuning")
-    assert (folder / "loss.png").is_file() and len(list(folder.glob("checkpoint-*"))) == 1
+    assert (folder / "training.png").is_file() and len(list(folder.glob("checkpoint-*"))) == 1
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from conftest import adapted_model, chat_dataset, quiet_config
 
 import phi3lora as p3
 from phi3lora.training.checkpoint import TrainingState
-from phi3lora.training.logging import DeferredMetrics, Reporter, draw_loss
+from phi3lora.training.logging import DeferredMetrics, Reporter
+from phi3lora.training.picture import draw_run
 
 DATA = chat_dataset(12)
 
@@ -45,8 +46,8 @@ def test_metrics_jsonl_equals_the_history_all_the_time_and_has_the_documented_fi
     evaluation = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_n_tokens"}
     assert [set(line) for line in result.history] == [figures, figures, evaluation, figures, evaluation]
     assert result.history[0]["tokens_per_s"] > 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl", "run.yaml"]
-    picture = (tmp_path / "loss.png").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.yaml", "training.png"]
+    picture = (tmp_path / "training.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
 
 
@@ -63,21 +64,21 @@ def test_a_resumed_run_rewrites_the_file_to_the_checkpoints_history_and_its_bar_
 def test_the_picture_shows_the_held_out_loss_too(tmp_path):
     train_lines = [{"step": i, "loss": 3.0 / i} for i in range(1, 9)]
     held_out = [{"step": 4, "eval_loss": 2.0}, {"step": 8, "eval_loss": 1.0}]
-    alone = draw_loss(train_lines, tmp_path / "alone.png")
-    both = draw_loss([*train_lines, *held_out], tmp_path / "both.png")
+    alone = draw_run(train_lines, tmp_path / "alone.png")
+    both = draw_run([*train_lines, *held_out], tmp_path / "both.png")
     assert alone.read_bytes() != both.read_bytes()
 
 
-@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 1, "eval_loss": 2.0}] * 3])
+@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 1, "eval_loss": 2.0}]])
 def test_fewer_than_two_points_make_no_picture(tmp_path, history):
-    assert draw_loss(history, tmp_path / "loss.png") is None
-    assert not (tmp_path / "loss.png").exists()
+    assert draw_run(history, tmp_path / "training.png") is None
+    assert not (tmp_path / "training.png").exists()
 
 
 def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert train(tmp_path).global_step == 3
-    assert not (tmp_path / "loss.png").exists()
+    assert not (tmp_path / "training.png").exists()
 
 
 # --- Terminal

@@ -1,0 +1,142 @@
+"""What ``train`` returns, and the last lines that it prints; tables and curves of a run's history."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..display import (
+    Html,
+    command_line,
+    html_facts,
+    html_table,
+    one_line,
+    shell_lines,
+    shown_path,
+    svg_curves,
+    terminal_columns,
+    text_facts,
+)
+
+History = Sequence[Mapping[str, Any]]
+"""Lines of ``metrics.jsonl``."""
+
+_NAMES = 13  # columns of the names before the last lines of a run
+_COLUMNS = {
+    "step": "step",
+    "loss": "loss",
+    "eval_loss": "held-out loss",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens/s",
+}
+"""Figures of a line -> head of their column."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of :func:`train`. ``print`` shows it in a few lines, a notebook with its curves."""
+
+    global_step: int
+    """Optimizer steps done, including those before a resume."""
+    metrics: dict[str, float]
+    """``train_loss``, ``train_seconds``, ``tokens``, ``tokens_per_s``, and the last evaluation's ``eval_*``."""
+    history: list[dict[str, Any]]
+    """Lines of ``metrics.jsonl``."""
+    best_checkpoint: str | None
+    """Path of the best checkpoint by ``metric_for_best_model``; None if no evaluated step was saved."""
+    interrupted: bool = False
+    """True if Ctrl-C or SIGTERM ended the run; ``resume_from_checkpoint=True`` continues it."""
+    interrupted_by: int | None = None
+    """Number of that signal: 2 for Ctrl-C, 15 for SIGTERM."""
+    output_dir: str = ""
+    """Folder of the run."""
+    checkpoint: str | None = None
+    """Checkpoint with the adapters that the model has now; None if they were not saved."""
+
+    def __repr__(self) -> str:
+        facts = [f"{self.global_step:,} steps", *(f"{name} {value}" for name, value in self._figures().items())]
+        return one_line("TrainingResult", ["interrupted", *facts] if self.interrupted else facts)
+
+    def __str__(self) -> str:
+        return text_facts(self.facts())
+
+    def _repr_html_(self) -> str:
+        rows = html_table(history_rows(self.history)) if self.history else ""
+        return Html(html_facts("TrainingResult", self.facts()) + loss_curves(self.history) + rows)
+
+    def facts(self) -> dict[str, str]:
+        """Return the lines of the printed form: name -> text."""
+        seconds = self.metrics.get("train_seconds", 0.0)
+        steps = f"{self.global_step:,} steps, {self.metrics.get('tokens', 0):,.0f} tokens in {seconds:,.0f} s"
+        facts = {
+            "interrupted" if self.interrupted else "done": steps,
+            **self._figures(),
+            "best": self.best_checkpoint and shown_path(self.best_checkpoint),
+            "checkpoint": self.checkpoint and shown_path(self.checkpoint),
+        }
+        return {name: text for name, text in facts.items() if text}
+
+    def _figures(self) -> dict[str, str]:
+        """Return the loss and the held-out loss: the first, the last, and their steps."""
+        figures = {}
+        for name, key in (("loss", "loss"), ("held out", "eval_loss")):
+            points = curve(self.history, key)
+            if len(points) > 1:
+                (first, before), (last, after) = points[0], points[-1]
+                figures[name] = f"{before:.4g} -> {after:.4g} (steps {first:,} and {last:,})"
+            elif points:
+                figures[name] = f"{points[0][1]:.4g} (step {points[0][0]:,})"
+        return figures
+
+
+def closing_facts(model: Any, result: TrainingResult) -> dict[str, str]:
+    """Return the last lines of a run: its outcome, where the adapter is, and what to type next."""
+    base, columns = (getattr(model, "origin", None) or {}).get("name_or_path"), terminal_columns()
+    if result.interrupted:
+        command = "the same call with resume_from_checkpoint=True continues the run"
+    elif result.checkpoint is None or base is None:
+        command = f"p3.save_adapter(model, {shown_path(os.path.join(result.output_dir, 'adapter.safetensors'))!r})"
+    else:
+        command = command_line("chat", "--model", base, "--adapter", result.checkpoint)
+        command = "\n".join(shell_lines(command, columns and columns - _NAMES))
+    where = "in the model only" if result.checkpoint is None else shown_path(result.checkpoint)
+    outcome = {name: text for name, text in result.facts().items() if name != "checkpoint"}
+    return {**outcome, "adapter": where, "next": command}
+
+
+def curve(history: History, key: str) -> list[tuple[int, float]]:
+    """Return the steps and the values of one figure."""
+    return [(line["step"], line[key]) for line in history if line.get(key) is not None]
+
+
+def loss_curves(history: History) -> Html:
+    """Return the loss and the held-out loss as a picture; nothing with fewer than two points."""
+    curves = {"loss": curve(history, "loss"), "held-out loss": curve(history, "eval_loss")}
+    return svg_curves("step", {name: points for name, points in curves.items() if points})
+
+
+def history_rows(history: History, most: int = 100) -> list[list[str]]:
+    """Return the history as rows, the head first: one a step, and of a long run ``most`` of them, evenly spread."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in history:
+        by_step.setdefault(line.get("step", 0), {}).update({k: v for k, v in line.items() if v is not None})
+    keys = [key for key in _COLUMNS if any(key in line for line in by_step.values())]
+    lines = list(by_step.values())
+    if len(lines) > most:
+        lines = [lines[round(i * (len(lines) - 1) / (most - 1))] for i in range(most)]
+    return [[_COLUMNS[key] for key in keys], *([_in_words(key, line.get(key)) for key in keys] for line in lines)]
+
+
+def _in_words(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:,.0f}"
+        if key in ("step", "tokens_per_s")
+        else f"{value:.2e}"
+        if key == "learning_rate"
+        else f"{value:.4g}"
+    )
