@@ -12,6 +12,10 @@ Adapters are float32 in all of them, and products run in bf16 under autocast.
 ``chat`` peers take 4 documents of ``benchmark.document_lengths`` a step, padded to the longest, because ``Trainer``
 does not pack; only real tokens are counted. tok/s is the median of the steps after warm-up, timed with CUDA events at
 the ends of steps.
+
+Unsloth runs where it is installed, on the same shape as a Mistral, which is how it publishes Phi-3. Its chats are
+packed: as many documents as a step of ours has, end to end in one row. Their speed depends on FlashAttention 2 being
+installed, so the table says which attention it found.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ import statistics
 import sys
 import tempfile
 import time
+
+if "--in-process" in sys.argv and any("unsloth" in argument for argument in sys.argv):
+    import unsloth  # noqa: F401  # it patches transformers and peft, so it must come before them
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +39,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark import ROW_TOKENS, ROWS, document_lengths, measure_apart, random_model
+from benchmark import ROW_TOKENS, ROWS, SHAPES, document_lengths, measure_apart, random_model
 from torch import Tensor, nn
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+SPLIT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TINY_TOKENS = 16
 """Tokens of a document with ``--tiny``, which tests this file without a GPU."""
 
@@ -67,11 +75,42 @@ def adapt_by_loralib(model: nn.Module) -> nn.Module:
     return model
 
 
+def load_by_unsloth(sizes: dict[str, Any], checkpointing: bool) -> nn.Module:
+    """Return a random Mistral of the given sizes with Unsloth's adapters on all projections."""
+    from transformers import MistralConfig, MistralForCausalLM
+    from unsloth import FastLanguageModel
+
+    from phi3lora.demo import BASE
+    from phi3lora.model.load import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:  # it loads from files alone
+        MistralForCausalLM(MistralConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+        load_tokenizer(str(BASE)).save_pretrained(folder)
+        loaded: Any = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=ROW_TOKENS, dtype=torch.bfloat16, load_in_4bit=False
+        )
+    adapted: nn.Module = FastLanguageModel.get_peft_model(
+        loaded[0], r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=SPLIT_TARGETS,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
+    )  # fmt: skip
+    return adapted
+
+
+def attention_of_unsloth() -> str:
+    """Return the attention that Unsloth found when it was imported."""
+    from unsloth.utils import attention_dispatch
+
+    if attention_dispatch.HAS_FLASH_ATTENTION:
+        return f"FlashAttention {importlib.metadata.version('flash-attn')}"
+    return "xformers" if attention_dispatch.HAS_XFORMERS else "PyTorch's attention"
+
+
 @dataclass(frozen=True)
 class Peer:
     """A peer: how it makes its adapters, and its settings."""
 
-    adapt: Callable[[nn.Module], nn.Module]
+    adapt: Callable[[nn.Module], nn.Module] | None
+    """Function that adds adapters to a model; None: the package loads the model itself."""
     package: str
     checkpointing: bool
     chat: bool = False
@@ -87,21 +126,30 @@ PEERS = {
     "loralib-checkpointing": Peer(adapt_by_loralib, "loralib", checkpointing=True),
     "chat-peft-checkpointing": Peer(adapt_by_peft, "peft", checkpointing=True, chat=True),
     "chat-peft": Peer(adapt_by_peft, "peft", checkpointing=False, chat=True),
+    "unsloth": Peer(None, "unsloth", checkpointing=False),
+    "unsloth-offload": Peer(None, "unsloth", checkpointing=True),
+    "chat-unsloth": Peer(None, "unsloth", checkpointing=False, chat=True),
 }
 
 
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "num_hidden_layers": 2, "vocab_size": 128,
+}  # fmt: skip
+"""Sizes of a model that is small enough for a CPU."""
+
+
 def tiny_model() -> nn.Module:
-    """Return a random ``Phi3ForCausalLM`` in bf16 that is small enough for a CPU."""
+    """Return a random ``Phi3ForCausalLM`` of the sizes :data:`TINY` in bf16."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
-    config = Phi3Config(**sizes, vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return Phi3ForCausalLM(config).to(torch.bfloat16)
+    return Phi3ForCausalLM(Phi3Config(**TINY, pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(torch.bfloat16)
 
 
-def random_documents(chat: bool, steps: int, vocabulary: int, tiny: bool) -> list[Tensor]:
-    """Return the token ids of 4 documents a step, int64 (n,) each."""
-    lengths = document_lengths(chat, steps)[: ROWS * steps]
+def random_documents(chat: bool, steps: int, vocabulary: int, tiny: bool, packed: bool = False) -> list[Tensor]:
+    """Return the token ids of 4 documents a step, or with ``packed`` of a full step's; int64 (n,) each."""
+    lengths = document_lengths(chat, steps)
+    lengths = lengths[: len(lengths) // steps * steps if packed else ROWS * steps]
     if tiny:
         lengths = [max(2, n * TINY_TOKENS // ROW_TOKENS) for n in lengths]
     generator = np.random.default_rng(0)
@@ -121,6 +169,20 @@ class Padded:
             "input_ids": pad(documents, padding_value=0),
             "attention_mask": pad([torch.ones_like(document) for document in documents], padding_value=0),
             "labels": pad(documents, padding_value=-100),
+        }
+
+
+class Packed(Padded):
+    """Data collator that lays documents end to end in one row, in the form that Unsloth reads."""
+
+    def __call__(self, documents: list[Tensor]) -> dict[str, Tensor]:
+        self.tokens.append(sum(map(len, documents)))
+        labels = [torch.cat([torch.tensor([-100]), document[1:]]) for document in documents]
+        return {  # each (1, tokens)
+            "input_ids": torch.cat(documents)[None],
+            "position_ids": torch.cat([torch.arange(len(document)) for document in documents])[None],
+            "labels": torch.cat(labels)[None],
+            "packed_seq_lengths": torch.tensor([len(document) for document in documents], dtype=torch.int32),
         }
 
 
@@ -151,19 +213,26 @@ def measure(name: str, steps: int, warmup: int, tiny: bool = False) -> dict[str,
     from transformers import Trainer, TrainingArguments
 
     peer = PEERS[name]
-    model = tiny_model() if tiny else random_model("phi-3-mini")
-    model.config.use_cache = False
-    documents = random_documents(peer.chat, steps, model.config.vocab_size, tiny)
-    model = peer.adapt(model)
+    vocabulary = (TINY if tiny else SHAPES["phi-3-mini"])["vocab_size"]
+    packs = peer.chat and peer.adapt is None
+    documents = random_documents(peer.chat, steps, vocabulary, tiny, packs)
+    if peer.adapt is None:
+        model = load_by_unsloth(TINY if tiny else SHAPES["phi-3-mini"], peer.checkpointing)
+    else:
+        model = tiny_model() if tiny else random_model("phi-3-mini")
+        model.config.use_cache = False
+        model = peer.adapt(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    collator, clock = Padded(), step_clock(cuda=not tiny)
+    collator, clock = Packed() if packs else Padded(), step_clock(cuda=not tiny)
+    rows = len(documents) // steps
+    own_checkpointing = peer.checkpointing and peer.adapt is not None  # Unsloth has set its own
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=ROWS, max_steps=steps, learning_rate=2e-4, bf16=True,
-            optim="adamw_torch_fused", gradient_checkpointing=peer.checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if peer.checkpointing else None,
+            output_dir=folder, per_device_train_batch_size=rows, max_steps=steps, learning_rate=2e-4, bf16=True,
+            optim="adamw_torch_fused", gradient_checkpointing=own_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if own_checkpointing else None,
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
             use_cpu=tiny,
         )  # fmt: skip
@@ -179,6 +248,7 @@ def measure(name: str, steps: int, warmup: int, tiny: bool = False) -> dict[str,
         "tok_per_step": round(statistics.mean(tokens for tokens, _ in steps_measured)),
         "peak_gib": round(peak / 2**30, 1),
         "loss": round(loss, 3),
+        "attention": attention_of_unsloth() if peer.package == "unsloth" else "",
     }
 
 
@@ -204,7 +274,7 @@ def main() -> int:
         print(json.dumps(measure(options.names[0], options.steps, options.warmup, options.tiny)))
         return 0
     card = "CPU" if options.tiny else torch.cuda.get_device_name()
-    packages = [name for name in ("transformers", "peft", "loralib") if importlib.util.find_spec(name)]
+    packages = [name for name in ("transformers", "peft", "loralib", "unsloth") if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"{card}, torch {torch.__version__}, {versions}, {time.strftime('%Y-%m-%d')}\n")
     print("| peer | tok/s | real tokens a step | peak GiB | loss |\n|---|---|---|---|---|")
@@ -219,7 +289,8 @@ def main() -> int:
             print(f"| `{name}` | {r} | | | |", flush=True)
         else:
             figures = f"{r['tok_per_s']:,} | {r['tok_per_step']:,} | {r['peak_gib']} | {r['loss']}"
-            print(f"| `{name}` | {figures} |", flush=True)
+            found = f" ({r['attention']})" if r["attention"] else ""
+            print(f"| `{name}`{found} | {figures} |", flush=True)
     return 0
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,52 @@ def test_a_peer_trains_its_adapters_alone(name, peers, monkeypatch):
     frozen = [p for p in kept["model"].parameters() if not p.requires_grad]
     assert len(frozen) == len(kept["base"])
     assert all(p.dtype == torch.bfloat16 and torch.equal(*kept["base"][id(p)]) for p in frozen)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("name", ["unsloth", "chat-unsloth"])
+def test_unsloth_runs_where_it_is_installed_and_says_which_attention_it_found(name, flash, peers, monkeypatch):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    settings, batches = {}, []
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(folder, **options):
+            settings.update(options)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=options["dtype"])
+            forward = model.forward
+
+            def recorded(packed_seq_lengths=None, **inputs):
+                batches.append({**inputs, "packed_seq_lengths": packed_seq_lengths})
+                return forward(**inputs)
+
+            model.forward = recorded
+            return model, None
+
+        @staticmethod
+        def get_peft_model(model, use_gradient_checkpointing, **options):
+            settings["checkpointing"] = use_gradient_checkpointing
+            return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+    dispatch = types.ModuleType("unsloth.utils.attention_dispatch")
+    dispatch.HAS_FLASH_ATTENTION, dispatch.HAS_XFORMERS = flash, False
+    packages = {"unsloth": types.ModuleType("unsloth"), "unsloth.utils": types.ModuleType("unsloth.utils")}
+    packages["unsloth"].FastLanguageModel, packages["unsloth.utils"].attention_dispatch = FastLanguageModel, dispatch
+    for path, module in packages.items():
+        monkeypatch.setitem(sys.modules, path, module)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"2.8 of {package}")
+    found = peers.measure(name, steps=3, warmup=0, tiny=True)
+    assert found["attention"] == ("FlashAttention 2.8 of flash-attn" if flash else "PyTorch's attention")
+    assert found["tok_per_s"] > 0 and settings["load_in_4bit"] is False and settings["checkpointing"] is False
+    if name == "unsloth":
+        assert found["tok_per_step"] == 4 * 16
+        return
+    lengths = batches[0]["packed_seq_lengths"].tolist()  # chats are packed, not padded
+    assert batches[0]["input_ids"].shape == (1, sum(lengths)) and len(lengths) > 4
+    first = [sum(lengths[:i]) for i in range(len(lengths))]
+    assert all(batches[0]["position_ids"][0, i] == 0 and batches[0]["labels"][0, i] == -100 for i in first)
 
 
 def test_only_real_tokens_are_counted_and_trained(peers):
