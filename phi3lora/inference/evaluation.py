@@ -234,7 +234,7 @@ def sample_answers(
         )
     prompts = [prompt for prompt, _ in pairs]
     encoder = ChatEncoder(tokenizer)
-    answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size, {})
+    answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size)
     return Answers(
         Answer(tokenizer.decode(prompt), encoder.decode(reference).strip(), answer)
         for (prompt, reference), answer in zip(pairs, answers, strict=True)

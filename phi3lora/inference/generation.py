@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, TextStreamer
 
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
@@ -25,6 +18,11 @@ from ..errors import DataError, is_int
 from ..lora.wrappers import unwrap
 from ..model.forward import eval_mode
 from ..model.load import longrope_boundary
+from .decoding import decode, unsupported_reason
+from .sampling import Draw as Draw
+from .sampling import Sampling
+
+logger = logging.getLogger("phi3lora")
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -82,20 +80,16 @@ def generate(
         if not is_int(value, 1):
             raise DataError(f"{name}={value!r}; allowed: a whole number >= 1")
     _check_sampling(temperature, top_p, top_k, repetition_penalty)
-    options: dict[str, Any] = {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
     encoder = ChatEncoder(tokenizer)
-    if stream:
-        from transformers import TextStreamer
-
-        decoder: Any = encoder  # of a tokenizer, a streamer uses decode alone
-        options["streamer"] = TextStreamer(decoder, skip_prompt=True)
     prompts = [_prompt_ids(encoder, chat, tools, i) for i, chat in enumerate(chats, 1)]
     sampling = None
     if temperature > 0:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         first_seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         sampling = Sampling(float(temperature), top_p, top_k, first_seed)
-    answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size, options, sampling)
+    answers = generate_answers(
+        model, encoder, prompts, max_new_tokens, batch_size, sampling, repetition_penalty, stream
+    )
     return answers if is_list else answers[0]
 
 
@@ -116,20 +110,52 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
-    options: dict[str, Any],
     sampling: Sampling | None = None,
+    repetition_penalty: float = 1.0,
+    stream: bool = False,
 ) -> list[str]:
-    """Return the answer to each prompt of token ids; ``options`` are of ``model.generate``."""
-    model = _without_generation_config(unwrap(model))
-    answers = [""] * len(prompts)
-    lengths, boundary = [len(prompt) for prompt in prompts], longrope_boundary(model.config)
-    equal_lengths = "repetition_penalty" in options  # a penalty would count padding as repeated tokens
+    """Return the answer to each prompt of token ids; ``stream`` also prints that of the only one."""
+    model = unwrap(model)
+    streamer: Any = None
+    if stream:
+        tokenizer: Any = encoder  # of a tokenizer, a streamer uses decode alone
+        streamer = TextStreamer(tokenizer)
     with eval_mode(model):
-        for group in _group_prompts(lengths, batch_size, max_new_tokens, boundary, equal_lengths):
-            more = {} if sampling is None else {"logits_processor": sampling.processors(group)}
-            new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], max_new_tokens, {**options, **more})
-            for i, ids in zip(group, new_ids.tolist(), strict=True):
-                answers[i] = encoder.decode(ids).strip()
+        reason = unsupported_reason(model)
+        if reason is None:
+            put = None if streamer is None else lambda token: streamer.put(torch.tensor([token]))
+            ids = decode(
+                model, prompts, max_new_tokens=max_new_tokens, slots=batch_size, stops=_stop_token_ids(encoder),
+                sampling=sampling, repetition_penalty=repetition_penalty, put=put,
+            )  # fmt: skip
+            if streamer is not None:
+                streamer.end()
+        else:
+            logger.debug("generate: transformers' own loop (%s)", reason)
+            ids = _generate_by_transformers(
+                model, encoder, prompts, max_new_tokens, batch_size, sampling, repetition_penalty, streamer
+            )
+    return [encoder.decode(answer).strip() for answer in ids]
+
+
+def _generate_by_transformers(
+    model: Any, encoder: ChatEncoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
+    sampling: Sampling | None, repetition_penalty: float, streamer: Any,
+) -> list[list[int]]:  # fmt: skip
+    """Return each prompt's new tokens from transformers' ``generate``, batch by batch."""
+    model = _without_generation_config(model)
+    answers: list[list[int]] = [[]] * len(prompts)
+    options: dict[str, Any] = {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
+    if streamer is not None:
+        streamer.skip_prompt = True
+        options["streamer"] = streamer
+    lengths, boundary = [len(prompt) for prompt in prompts], longrope_boundary(model.config)
+    equal_lengths = repetition_penalty != 1  # a penalty would count padding as repeated tokens
+    for group in _group_prompts(lengths, batch_size, max_new_tokens, boundary, equal_lengths):
+        more = {} if sampling is None else {"logits_processor": sampling.processors(group)}
+        new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], max_new_tokens, {**options, **more})
+        for i, ids in zip(group, new_ids.tolist(), strict=True):
+            answers[i] = ids
     return answers
 
 
@@ -205,45 +231,6 @@ def _check_sampling(temperature: float, top_p: float, top_k: int, repetition_pen
     ):
         if not ok:
             raise DataError(f"{name}={value!r}; allowed: {allowed}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the tokens of sampled answers are drawn; prompt ``i`` of a list draws with the seed ``first_seed + i``."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    first_seed: int
-
-    def processors(self, prompts: Sequence[int]) -> LogitsProcessorList:
-        """Return what turns the logits of these prompts, by their numbers, into scores whose largest is the draw."""
-        found: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
-        if self.top_k:
-            found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList([*found, Draw([self.first_seed + i for i in prompts])])
-
-
-class Draw(LogitsProcessor):
-    """Add Gumbel noise to each row from a generator of its own; the largest sum is a sample of the row's softmax.
-
-    transformers' own sampling draws the rows of a batch from one generator, so they depend on one another.
-    ``-log E`` with E exponential is Gumbel's distribution (https://arxiv.org/abs/1611.01144, section 2).
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = seeds
-        self.generators: list[torch.Generator] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
-        if not self.generators:
-            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.log()
 
 
 def _as_chats(prompt: Any, system: str | None) -> tuple[list[list[dict[str, Any]]], bool]:
