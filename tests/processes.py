@@ -10,11 +10,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_LIMIT_S = 60
-
 
 def in_processes(
-    count: int, work: Callable[..., Any], *arguments: Any, errors: bool = False, ranks: Sequence[int] | None = None
+    count: int,
+    work: Callable[..., Any],
+    *arguments: Any,
+    errors: bool = False,
+    ranks: Sequence[int] | None = None,
+    limit_s: float = 60,
 ) -> list[Any]:
     """Return ``work(*arguments)`` of ``count`` processes, by rank; or of some ``ranks``, without awaiting the others.
 
@@ -36,7 +39,7 @@ def in_processes(
     values: list[Any] = []
     try:
         for _, ours in found if ranks is None else [found[rank] for rank in ranks]:
-            assert ours.poll(_LIMIT_S), f"process {len(values)} of {count} has not ended after {_LIMIT_S} s"
+            assert ours.poll(limit_s), f"process {len(values)} of {count} has not ended after {limit_s} s"
             try:
                 value, trace = pickle.loads(ours.recv_bytes())
             except EOFError:

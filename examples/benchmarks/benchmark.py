@@ -3,7 +3,8 @@
     python examples/benchmarks/benchmark.py                    # every mode, each in its own process
     python examples/benchmarks/benchmark.py bf16 chat-bf16     # some modes
     python examples/benchmarks/benchmark.py --peers            # also other libraries that do the same work (peers.py)
-    python examples/benchmarks/benchmark.py bf16 --gpus 0 1 2  # plain python, and torchrun with 1 and 2 processes
+    python examples/benchmarks/benchmark.py bf16 --gpus 0 1 2  # plain python, and torchrun with 1 and 2 processes; it
+                                                               # also compares the adapters of all processes, by hash
 
 Weights and token ids are random, because speed does not depend on them. r = 16 on all four projections; 4 rows of 2,048
 tokens a step, every token trained (see ``docs/performance.md``). A step is timed with CUDA events at its ends, data
@@ -33,6 +34,7 @@ import phi3lora as p3
 from phi3lora.lora.base_weight import quantize_base
 from phi3lora.model.estimate import flops_per_token, peak_flops, plan_memory
 from phi3lora.model.sharding import join_processes, shard
+from phi3lora.training.distributed import World, digest
 
 SHAPES: dict[str, dict[str, Any]] = {
     "phi-3-mini": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -160,6 +162,32 @@ class StepTimes(p3.Callback):
 
 
 @contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """Count the bytes of each sum over the processes that begins inside the block."""
+    sizes: list[int] = []
+    begin = World.begin_sum_
+
+    def counting(world: World, tensor: torch.Tensor) -> Any:
+        sizes.append(tensor.nbytes)
+        return begin(world, tensor)
+
+    World.begin_sum_ = counting  # type: ignore[method-assign]
+    try:
+        yield sizes
+    finally:
+        World.begin_sum_ = begin  # type: ignore[method-assign]
+
+
+def same_everywhere(model: Any) -> bool:
+    """Return whether the adapters have the same bits in all processes."""
+    if join_processes(torch.device("cuda", torch.cuda.current_device())) == 1:
+        return True
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, digest({name: p for name, p in model.named_parameters() if p.requires_grad}))
+    return len(set(hashes)) == 1
+
+
+@contextmanager
 def profiled(folder: str | None, mode: str) -> Iterator[None]:
     """With a folder, write the milliseconds of every kernel, summed over all steps, to ``folder/mode.txt``."""
     if folder is None:
@@ -191,7 +219,7 @@ def measure(mode: str, steps: int, warmup: int, folder: str, profile: str | None
         output_dir=folder, per_device_train_batch_size=rows, max_steps=steps, save_strategy="no", bf16=True,
         logging_steps=10, log_level="error", disable_tqdm=True, **options,
     )  # fmt: skip
-    with profiled(profile, mode):
+    with profiled(profile, mode), counted_bytes() as sizes:
         result = p3.train(model, chats, config, callbacks=[times])
     speed = times.tokens_per_s(warmup)
     context = float((chats.lengths.astype(float) ** 2).sum() / (2 * chats.lengths.sum()))
@@ -206,6 +234,8 @@ def measure(mode: str, steps: int, warmup: int, folder: str, profile: str | None
         "predicted_gib": round(predicted.get(config.activation_checkpointing, 0), 1),
         "first_step_s": round(times.first_step_s, 1),
         "loss": round(result.metrics["train_loss"], 3),
+        "reduced_mb": round(sum(sizes) / result.global_step / 1e6, 1),
+        "same": same_everywhere(model),
     }
 
 
@@ -264,7 +294,9 @@ def main() -> int:
             dist.destroy_process_group()
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print("mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss")
+    print(
+        "mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss   MB sum"
+    )
     settings = ["--steps", str(options.steps), "--warmup", str(options.warmup)]
     profile = ["--profile", options.profile] if options.profile else []
     for mode in options.modes:
@@ -281,7 +313,8 @@ def main() -> int:
             one_gpu = one_gpu or each
             print(
                 f"{name} {r['tok_per_s']:>10,} {each / one_gpu:>6.3f} {r['tflops']:>8} {r['mfu'] or '':>6} "
-                f"{r['peak_gib']:>10} {r['predicted_gib'] or '':>10} {r['first_step_s']:>14} {r['loss']:>7}",
+                f"{r['peak_gib']:>10} {r['predicted_gib'] or '':>10} {r['first_step_s']:>14} {r['loss']:>7} "
+                f"{r['reduced_mb'] or '':>8}" + ("" if r["same"] else "  THE ADAPTERS DIFFER BETWEEN PROCESSES"),
                 flush=True,
             )
     if options.peers:

@@ -53,8 +53,10 @@ def with_fsdp2(model: Any) -> Any:
         fully_shard(layer, ignored_params=adapters)
     for layer, following in itertools.pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
-    fully_shard(model.model, ignored_params=set(model.model.parameters()))  # lets the layers share their streams
-    model.model._get_fsdp_state()._lazy_init()  # what the decoder's own forward would do; the loss does not call it
+    # A root above the layers lets them share their streams. It is the model, because the fused layers accept no hook on
+    # the decoder; the loss does not call the model, so that what its forward would set up is set up here.
+    fully_shard(model, ignored_params=set(model.parameters()))
+    model._get_fsdp_state()._lazy_init()
     return model
 
 
@@ -102,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--bases", nargs="+", default=["bf16", "fp8", "nf4"], choices=["bf16", "fp8", "nf4"])
     options = parser.parse_args()
     SHAPES["some layers"] = {**SHAPES["phi-4"], "num_hidden_layers": options.layers}
     random_model("some layers")  # sets the GPU of this process
@@ -118,7 +121,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, {size} processes, torch {torch.__version__}, {options.layers} layers of phi-4"
     )
     for mode in ("full", "none"):
-        for base in (None, "fp8", "nf4"):
+        for base in (None if name == "bf16" else name for name in options.bases):
             for name, make in {
                 "whole": lambda base=base: adapted(base, None),
                 "split": lambda base=base: adapted(base, "fsdp"),

@@ -40,6 +40,7 @@ from phi3lora.training.loop import Callback
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DATA, HELD_OUT = chat_dataset(23), chat_dataset(9)
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,20 @@ def test_the_same_global_batch_gives_the_same_adapters_and_metrics(tmp_path, cap
         banner = capfd.readouterr().out
         assert banner.count("trainable in") == 1
         assert f"1 x {4 // processes} rows in each of {processes} processes" in banner
+
+
+@pytest.mark.slow
+def test_eight_processes_take_the_steps_of_one(tmp_path):
+    """The last step of an epoch has fewer micro-batches than there are processes."""
+    settings = {"eval_dataset": HELD_OUT, "eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}
+    steps = StepSchedule(BatchPlan(DATA, 1, 64), quiet_config("unused", gradient_accumulation_steps=8), DATA)
+    assert len(steps.steps_of_epoch(0)[-1]) % 8
+    expected, alone = run(tmp_path / "1", gradient_accumulation_steps=8, **settings)
+    found = in_processes(8, lambda: run(tmp_path / "8", **settings), limit_s=250)
+    for adapters, result in found:
+        assert difference(adapters, expected) < 1e-6
+        assert same_tensors(adapters, found[0][0])
+        assert_close(result.history, alone.history)
 
 
 def test_a_run_goes_from_2_processes_to_4_and_to_1(tmp_path):
@@ -458,24 +473,24 @@ def test_a_rank_that_hangs_is_named_with_the_step_by_those_that_wait(tmp_path):
 KILLED = """
 import os, signal
 import torch
-from test_distributed import DATA, After, run
-import test_distributed
+from test_distributed import rank, run
 from phi3lora.training.distributed import GradientSum
 
-folder, killed = {folder!r}, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-finish, calls = GradientSum.finish, []
+folder, device, killed = {folder!r}, {device!r}, {killed} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+processes, finish, calls = int(os.environ["WORLD_SIZE"]), GradientSum.finish, []
 
 def die_in_step_7(self, total):
     calls.append(1)
-    if killed and len(calls) == 7 and test_distributed.rank() == 1:
+    if killed and len(calls) == 7 and rank() == processes - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return finish(self, total)
 
 GradientSum.finish = die_in_step_7
-settings = dict(gradient_accumulation_steps=2, save_strategy="steps", save_steps=2, dropout=0.3, max_steps=10)
+settings = dict(gradient_accumulation_steps=max(1, 4 // processes), save_strategy="steps", save_steps=2, max_steps=10)
+settings |= dict(dropout=0.3, device=f"cuda:{{rank()}}" if device == "cuda" else "cpu")
 adapters, result = run(folder, resume_from_checkpoint="auto", **settings)
-if test_distributed.rank() == 0:
-    torch.save((adapters, len(calls)), folder + "/adapters.pt")
+if rank() == 0:
+    torch.save(({{name: values.cpu() for name, values in adapters.items()}}, len(calls)), folder + "/adapters.pt")
 """
 
 
@@ -491,16 +506,69 @@ def torchrun(processes: int, script, restarts: int = 0):
     )  # fmt: skip
 
 
-def test_a_process_killed_in_mid_step_is_restarted_by_torchrun_and_the_run_ends_as_if_uncut(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(KILLED.format(folder=str(tmp_path / "killed")))
-    done = torchrun(2, script, restarts=1)
+def run_under_torchrun(folder, processes: int, device: str, killed: bool):
+    """Run KILLED; return rank 0's adapters and the steps that it took after the last start."""
+    script = Path(f"{folder}.py")
+    script.write_text(KILLED.format(folder=str(folder), device=device, killed=killed))
+    done = torchrun(processes, script, restarts=int(killed))
     assert done.returncode == 0, done.stderr
-    found, steps = torch.load(tmp_path / "killed" / "adapters.pt")
+    return torch.load(folder / "adapters.pt")
+
+
+def test_a_process_killed_in_mid_step_is_restarted_by_torchrun_and_the_run_ends_as_if_uncut(tmp_path):
+    found, steps = run_under_torchrun(tmp_path / "killed", 2, "cpu", killed=True)
     assert steps == 4  # from checkpoint 6 on
     settings = {"gradient_accumulation_steps": 2, "dropout": 0.3, "max_steps": 10}
     (expected, _), _ = in_processes(2, lambda: run(tmp_path / "uncut", **settings))
     assert same_tensors(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("processes", "device"),
+    [
+        pytest.param(8, "cpu", marks=pytest.mark.slow),
+        pytest.param(torch.cuda.device_count(), "cuda", marks=[pytest.mark.gpu, needs_gpus]),
+    ],
+)
+def test_one_of_many_processes_is_killed(tmp_path, processes, device):
+    found, steps = run_under_torchrun(tmp_path / "killed", processes, device, killed=True)
+    expected, _ = run_under_torchrun(tmp_path / "uncut", processes, device, killed=False)
+    assert steps == 4
+    assert difference(found, expected) < (1e-6 if device == "cuda" else 1e-12)
+
+
+HANGS = """
+import signal, sys
+from datetime import timedelta
+import torch.distributed as dist
+from test_distributed import rank, run
+from phi3lora.training.distributed import GradientSum
+
+finish, calls = GradientSum.finish, []
+
+def hang_in_step_3(self, total):
+    calls.append(1)
+    if len(calls) == 3 and rank() == 1:
+        signal.pause()  # until torchrun ends the process
+        sys.exit(1)
+    return finish(self, total)
+
+GradientSum.finish = hang_in_step_3
+dist.init_process_group({backend!r}, timeout=timedelta(seconds=15))
+run({folder!r}, device=f"cuda:{{rank()}}" if {device!r} == "cuda" else "cpu", max_steps=9)
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpus])])
+def test_torchrun_ends_when_a_rank_hangs_inside_a_step(tmp_path, device):
+    """On GPUs the others' hosts speak before NCCL's watchdog ends them."""
+    script = tmp_path / "script.py"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    script.write_text(HANGS.format(folder=str(tmp_path / "run"), device=device, backend=backend))
+    done = torchrun(2, script)
+    assert done.returncode != 0
+    assert "rank 0 of 2 lost contact with the other processes at step 3: " in done.stderr
+    assert "nothing was heard from rank 1, which hangs or was killed" in done.stderr
 
 
 ON_GPUS = """
@@ -521,16 +589,17 @@ if rank() == 0:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train_as_one(tmp_path):
+@needs_gpus
+def test_several_gpus_train_as_one(tmp_path):
     found = []
-    for processes in (1, 2):
-        folder, script = tmp_path / f"run-{processes}", tmp_path / f"script-{processes}.py"
-        script.write_text(ON_GPUS.format(folder=str(folder)))
-        done = torchrun(processes, script)
-        assert done.returncode == 0, done.stderr
-        found.append(torch.load(folder / "adapters.pt"))
-    assert difference(*found) < 1e-5
+    for processes in (1, 2, 4):
+        if processes <= torch.cuda.device_count():
+            folder, script = tmp_path / f"run-{processes}", tmp_path / f"script-{processes}.py"
+            script.write_text(ON_GPUS.format(folder=str(folder)))
+            done = torchrun(processes, script)
+            assert done.returncode == 0, done.stderr
+            found.append(torch.load(folder / "adapters.pt"))
+    assert all(difference(adapters, found[0]) < 1e-5 for adapters in found)
 
 
 # --- Checks before a run, and the command line
