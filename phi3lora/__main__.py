@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from .cli.options import parse
@@ -25,11 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # of `phi3lora ... | head`: nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
-        print(f"phi3lora: {error}", file=sys.stderr)
+        print(_fitting(f"phi3lora: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("phi3lora: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _fitting(line: str) -> str:
+    """Return the line in pieces that fit the terminal; in a pipe or a file it stays one line."""
+    if not sys.stderr.isatty():
+        return line
+    width = max(40, shutil.get_terminal_size().columns)
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -180,8 +180,12 @@ def _read_section(path: str, section: str, values: Any) -> dict[str, Any]:
 
 def _parse(path: str) -> Any:
     """Return the content of a YAML or JSON file, with every plain scalar of YAML as text."""
+    if not path.endswith((".yaml", ".yml", ".json")):
+        raise ConfigError(f"the run file {path!r} is not called *.yaml or *.json; data is named by --data")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no run file {path!r}; `phi3lora init {path}` writes one") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"the run file {path!r} cannot be read: {error}") from error
     try:

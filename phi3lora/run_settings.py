@@ -35,7 +35,8 @@ class ModelSettings:
     dtype: str | None = None
     """``bfloat16``, ``float16``, ``float32`` or ``auto``; None: ``bfloat16``, and ``float32`` for ``demo``."""
     base_precision: str | None = None
-    """``nf4``: a frozen base in 4 bits (QLoRA); ``fp8``: in 8 bits; None: in ``dtype``."""
+    """``nf4``: a frozen base in 4 bits (QLoRA); ``fp8``: in 8 bits; ``nf4-fp8``: 4 bits, multiplied in 8; None: in
+    ``dtype``."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     adapter: str | None = None

@@ -135,6 +135,13 @@ def test_import_phi3lora_alone_loads_no_library():
     assert loaded - {"phi3lora"} <= set(sys.stdlib_module_names)
 
 
+def test_layers_and_settings_load_no_part_of_transformers():
+    code = "import sys, phi3lora as p3; p3.inject_lora, p3.Linear, p3.LoraConfig; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert not {"transformers", "datasets", "huggingface_hub"} & set(done.stdout.split())
+
+
 def test_the_names_for_type_checkers_are_those_at_run_time():
     block = next(node for node in ast.parse(source_of("__init__.py")).body if isinstance(node, ast.If))
     imported = [node for node in block.body if isinstance(node, ast.ImportFrom)]

@@ -137,6 +137,13 @@ def test_what_a_file_cannot_say_is_refused_by_name(write, text, message):
     assert message in str(caught.value) and "run.yaml" in str(caught.value)
 
 
+def test_a_run_file_that_is_not_there_or_is_the_data_is_named(tmp_path):
+    with pytest.raises(p3.ConfigError, match="there is no run file 'none"):
+        read_run("none.yaml")
+    with pytest.raises(p3.ConfigError, match="data is named by --data"):
+        read_run("support.jsonl")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -27,7 +27,7 @@ from ..data.formats import check_columns, known_format
 from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
-from ..display import command_line
+from ..display import command_line, shown_path, text_facts
 from ..errors import AdapterError, ConfigError
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
@@ -40,6 +40,7 @@ from ..run_settings import DEMO, DataSettings
 from ..training.checkpoint import find_checkpoint
 from ..training.loop import run_training
 from ..training.output_folder import check_output_dir
+from ..training.picture import plot
 from ..training.run_record import NAME as RECORD
 from ..training.trackers import check_trackers
 from .adapters import find_adapter, load_found
@@ -84,7 +85,6 @@ def _train(options: argparse.Namespace) -> int:
         find_checkpoint(config)
     model, tokenizer, chats, held_out = _load_run(run)
     result = run_training(model, chats, config, held_out, tokenizer, tells_next=False)
-    print(json.dumps(result.metrics, indent=1))
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
         again = command_line("train", f"{config.output_dir}/{RECORD}", "--set", "resume_from_checkpoint=true")
         print(
@@ -94,8 +94,9 @@ def _train(options: argparse.Namespace) -> int:
         )
         return 128 + result.interrupted_by
     if is_main:
-        print(f"adapter: {save_adapter(model, out)}")
-        print(f"talk to it: {command_line('chat', '--model', run.model.name_or_path, '--adapter', str(out))}")
+        path = str(save_adapter(model, out))
+        chat = command_line("chat", "--model", run.model.name_or_path, "--adapter", path)
+        print(text_facts({"adapter": shown_path(path), "talk to it": chat}))
     return 0
 
 
@@ -137,7 +138,10 @@ def _load_run(run: Run) -> tuple[Any, Any, ChatDataset, ChatDataset | None]:
     if data.streaming and config.max_steps <= 0:
         raise ConfigError("streaming=True needs max_steps > 0: the number of rows is not known")
     check_trackers(config)
-    adapter = _check_model(run)
+    try:
+        adapter = _check_model(run)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. A run goes on from --adapter; the file to write is --out") from error
     tokenizer = load_tokenizer(_model_path(run))
     chats = _load_data(data, data.source, data.split, tokenizer)
     held_out = None
@@ -220,10 +224,7 @@ def _check_model(run: Run) -> Path | None:
         require_bitsandbytes()
     if run.model.adapter is None:
         return None
-    try:
-        return find_adapter(run.model.adapter)
-    except AdapterError as error:
-        raise AdapterError(f"{error}. --adapter names an adapter to load; the file to write is --out") from error
+    return find_adapter(run.model.adapter)
 
 
 def _load_model(run: Run, adapter: Path | None, **options: Any) -> tuple[Any, Any]:
@@ -316,9 +317,16 @@ def _push(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plot(options: argparse.Namespace) -> int:
+    out = Path(options.out or "runs.png")
+    _check_free(out, options.overwrite)
+    print(f"{plot(*options.runs, out=out)}\npicture: {out}")
+    return 0
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _demo, "doctor": _doctor, "init": _init, "train": _train, "evaluate": _evaluate, "chat": _chat,
-    "merge": _merge, "export": _export, "import": _import, "push": _push,
+    "merge": _merge, "export": _export, "import": _import, "push": _push, "plot": _plot,
 }  # fmt: skip
 
 
@@ -329,4 +337,4 @@ def _check_free(path: Path, overwrite: bool) -> None:
     """Refuse to write over a file, or into a folder with files, unless ``--overwrite`` was given."""
     taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not overwrite:
-        raise ConfigError(f"{str(path)!r} exists; --overwrite replaces it, or choose another --out")
+        raise ConfigError(f"{str(path)!r} exists; --overwrite replaces it, or choose another name")

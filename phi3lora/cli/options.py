@@ -52,6 +52,7 @@ _EXAMPLES = {
         "upload an adapter or a merged model to the Hugging Face hub",
         "phi3lora merge --model demo --adapter runs/try --out try-merged\n  phi3lora push try-merged you/try",
     ),
+    "plot": ("draw the curves of runs into one picture", "phi3lora plot runs/try --out try.png"),
 }
 """Command -> what it does, and an example that works on the embedded model."""
 
@@ -203,9 +204,15 @@ def _push(command: argparse.ArgumentParser, shows_all: bool) -> None:
     command.add_argument("--message", metavar="TEXT", help="message of the commit")
 
 
+def _plot(command: argparse.ArgumentParser, shows_all: bool) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or its metrics.jsonl")
+    _add_out(command, "picture to write (.png, .svg, .pdf); default: runs.png", required=False)
+
+
 _ARGUMENTS = {
     "demo": _demo, "doctor": _doctor, "init": _init, "train": _train, "evaluate": _evaluate, "chat": _chat,
     "merge": _merge, "export": _export, "import": _import, "push": _push,
+    "plot": _plot,
 }  # fmt: skip
 
 

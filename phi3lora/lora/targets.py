@@ -14,17 +14,19 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
-from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
 
 from ..config import LoraConfig
 from ..errors import ModelError, did_you_mean
 from .base_weight import count_parameters, plain_linear_classes, weight_shape
 from .layer_state import computed_weights
 from .wrappers import module_at
+
+_PHI3 = "transformers.models.phi3.modeling_phi3"
 
 Segments = dict[str, int]
 """Name -> width of a fused layer's segments, in the order of the output's columns; unnamed ones are "0", "1", ..."""
@@ -36,14 +38,15 @@ def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[s
     Without ``config``, the one that the model's adapters were injected with is used, if any.
     """
     fused: dict[str, Segments] = {}
-    for path, module in model.named_modules():
+    phi3: Any = sys.modules.get(_PHI3)  # not loaded: no module is of its classes, and loading it takes seconds
+    for path, module in model.named_modules() if phi3 is not None else ():
         prefix = f"{path}." if path else ""
-        if isinstance(module, Phi3Attention):
+        if isinstance(module, phi3.Phi3Attention):
             sizes: Any = module.config
             q = sizes.num_attention_heads * module.head_dim
             kv = sizes.num_key_value_heads * module.head_dim
             fused[prefix + "qkv_proj"] = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        elif isinstance(module, Phi3MLP):
+        elif isinstance(module, phi3.Phi3MLP):
             width = module.config.intermediate_size
             fused[prefix + "gate_up_proj"] = {"gate_proj": width, "up_proj": width}
     described: Any = getattr(config or getattr(model, "lora_config", None), "segments", None) or {}
