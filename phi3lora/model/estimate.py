@@ -17,6 +17,10 @@ all key or value heads, I intermediate size):
 and one for each of the two norms. transformers' own layers keep more; FACTORS says how much, as measured
 (docs/performance.md).
 
+An evaluation that lets the model answer has a cache of keys and values in place of the layers' and the backward's part:
+
+    cache = 2 layers KV numbers of the compute dtype for each token of each row, prompt and answer
+
 Of a base that is split over processes (sharding.py) a GPU has its part of each layer and two whole layers.
 
 The count of operations covers the forward and backward of LoRA training, without recomputation.
@@ -75,6 +79,7 @@ def plan_memory(
     optimizer_bytes: float = 8.0,
     base_precision: str | None = None,
     parts: int = 1,
+    cache_tokens: int = 0,
 ) -> MemoryPlan:
     """Predict the peak for micro-batches of ``tokens`` (N).
 
@@ -85,13 +90,13 @@ def plan_memory(
         optimizer_bytes: bytes of optimizer state for each trainable number (AdamW in float32: 8).
         base_precision: a format of a quantised base: predict for the model loaded in it; None: for the model as is.
         parts: number of processes over which the decoder layers are split; a split model knows its own.
+        cache_tokens: tokens of all rows together that an evaluation keeps the keys and values of; 0: none.
     """
     config: Any = model.config
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     size = compute_dtype(weight, weight).itemsize
     D, I, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers  # noqa: E741
-    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
-    Q, KV = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    Q, KV = config.num_attention_heads * _head_dim(config), config.num_key_value_heads * _head_dim(config)
     adapted = lora_layers(model)
     ranks = sum(2 * layer.lora_A.shape[0] for layer in adapted.values()) // layers  # columns of z, both ways
     gate_up_r = max((layer.r for path, layer in adapted.items() if path.endswith("gate_up_proj")), default=0)
@@ -133,8 +138,22 @@ def plan_memory(
     widest = {mode: max(gradients + extra, logits) for mode, extra in recomputed.items()}
     widest["offload"] += tokens * 3 * D * size  # one input on its way to the host, one on its way back, one in use
     factor = FACTORS[kind]
-    peak = {m: (fixed + factor * (tokens * layers * kept[m] + widest[m])) / GIB for m in kept}
+    step = {mode: factor * (tokens * layers * kept[mode] + widest[mode]) for mode in kept}
+    cache = cache_tokens * cache_bytes_per_token(model)
+    peak = {mode: (fixed + max(step[mode], cache)) / GIB for mode in kept}
     return MemoryPlan(peak, _available_gib(model, weight.device))
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Return the bytes of a token's keys and values in all layers: Phi-3-mini in bf16 takes 384 KiB."""
+    config: Any = model.config
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
+    return int(numbers * compute_dtype(weight, weight).itemsize)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 _STORED_BYTES: dict[str, Callable[[int, int], float]] = {
@@ -204,6 +223,5 @@ def flops_per_token(model: Any, mean_context_tokens: float) -> float:
     layers = [*(m for m in decoder.modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
     frozen = sum(weight_shape(m.weight).numel() for m in layers)
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * mean_context_tokens
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * _head_dim(config) * mean_context_tokens
     return float(4 * frozen + 6 * adapters + attention)

@@ -22,7 +22,15 @@ import phi3lora as p3
 from phi3lora.lora import layers
 from phi3lora.lora.base_weight import Fp8Linear, quantize_base
 from phi3lora.model.activations import activation_checkpointing
-from phi3lora.model.estimate import FACTORS, GIB, MemoryPlan, flops_per_token, peak_flops, plan_memory
+from phi3lora.model.estimate import (
+    FACTORS,
+    GIB,
+    MemoryPlan,
+    cache_bytes_per_token,
+    flops_per_token,
+    peak_flops,
+    plan_memory,
+)
 
 # --- Memory
 
@@ -51,6 +59,18 @@ def test_without_tokens_it_is_the_weights_and_what_trains():
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     for fixed in plan_memory(model, 0).peak_gib.values():
         assert fixed * GIB == pytest.approx(held + trained * (4 + 8 + 4), rel=1e-6)
+
+
+def test_answers_take_the_bytes_of_their_cache_in_place_of_a_steps():
+    model, ids = adapted_model(), torch.ones(3, 7, dtype=torch.long)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    stored = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert stored == 3 * 7 * cache_bytes_per_token(model)
+    without = plan_memory(model, 100).peak_gib
+    for mode, fixed in plan_memory(model, 0).peak_gib.items():
+        assert plan_memory(model, 100, cache_tokens=21).peak_gib[mode] == without[mode]  # less than a step takes
+        large = plan_memory(model, 100, cache_tokens=10**6).peak_gib[mode]
+        assert (large - fixed) * GIB == pytest.approx(10**6 * cache_bytes_per_token(model), rel=1e-6)
 
 
 @pytest.mark.parametrize("base_precision", [None, "nf4"])
