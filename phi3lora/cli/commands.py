@@ -31,6 +31,7 @@ from ..display import command_line, shown_path, text_facts
 from ..errors import AdapterError, ConfigError
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
+from ..inference.speed import speed_shown
 from ..lora.base_weight import require_bitsandbytes
 from ..lora.inject import inject_lora
 from ..model.load import check_load_settings, load_model, load_tokenizer
@@ -259,7 +260,8 @@ def _chat(options: argparse.Namespace) -> int:
     run = _read(options)
     adapter = _check_model(run)
     model, tokenizer = _load_model(run, adapter)
-    sampling = {"temperature": options.temperature, "top_p": options.top_p}
+    names = ("max_new_tokens", "temperature", "top_p")
+    settings = {name: getattr(options, name) for name in names}
     start = [{"role": "system", "content": options.system}] if options.system else []
     chat = list(start)
     print("One line is one turn; /clear starts a new chat, an empty line ends it.", flush=True)
@@ -269,7 +271,8 @@ def _chat(options: argparse.Namespace) -> int:
                 chat = list(start)
                 continue
             chat.append({"role": "user", "content": text})
-            answer = generate(model, tokenizer, chat, max_new_tokens=options.max_new_tokens, stream=True, **sampling)
+            with speed_shown(tokenizer):
+                answer = generate(model, tokenizer, chat, stream=True, **settings)
             chat.append({"role": "assistant", "content": answer})
     except EOFError:
         print()
