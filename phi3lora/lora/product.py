@@ -69,17 +69,20 @@ def add_low_rank_(
 
     z (N, k*r), lora_B (sum of enabled widths, r), or block-diagonal (out, k*r). z and B may be float32 where y is not.
     """
-    if lora_B.shape == (y.shape[1], z.shape[1]):
-        parts = [(y, z, lora_B)]
+    whole = lora_B.shape == (y.shape[1], z.shape[1])
+    if z.dtype is not y.dtype:
+        if whole:
+            added = F.linear(z, lora_B)
+        else:
+            added = add_low_rank_(torch.zeros_like(y, dtype=z.dtype), z, lora_B, widths, enable_lora, 1.0)
+        y.add_(added.to(y.dtype), alpha=scaling)
+    elif whole:
+        y.addmm_(z, lora_B.t(), alpha=scaling)
     else:
         columns = [y_i for y_i, on in zip(y.split_with_sizes(list(widths), 1), enable_lora, strict=True) if on]
         rows = lora_B.split_with_sizes([y_i.shape[1] for y_i in columns])
-        parts = list(zip(columns, z.chunk(len(columns), 1), rows, strict=True))
-    for y_i, z_i, B_i in parts:
-        if z_i.dtype is y.dtype:
+        for y_i, z_i, B_i in zip(columns, z.chunk(len(columns), 1), rows, strict=True):
             y_i.addmm_(z_i, B_i.t(), alpha=scaling)
-        else:
-            y_i.add_(F.linear(z_i, B_i).to(y.dtype), alpha=scaling)
     return y
 
 

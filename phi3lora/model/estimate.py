@@ -153,7 +153,8 @@ def cache_bytes_per_token(model: nn.Module) -> int:
 
 
 def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
 
 
 _STORED_BYTES: dict[str, Callable[[int, int], float]] = {
