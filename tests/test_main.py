@@ -298,6 +298,7 @@ def test_two_mentions_of_set_both_count(tmp_path, monkeypatch):
     assert main([*SHORT, "--set", "output_dir=one", "r=2", "--set", "seed=5", "--lora_alpha", "4"]) == 0
     run = read_run("one/run.yaml")
     assert (run.lora.r, run.lora.lora_alpha, run.training.seed, run.training.max_steps) == (2, 4, 5, 2)
+    assert (run.model.name_or_path, run.data.source) == ("demo", "demo")
 
 
 def test_a_run_writes_the_file_that_runs_it_again(tmp_path, monkeypatch):

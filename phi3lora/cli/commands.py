@@ -79,20 +79,18 @@ def _train(options: argparse.Namespace) -> int:
     config, is_main = run.training, rank_and_size()[0] == 0
     out = Path(run.out or Path(config.output_dir) / "adapter.safetensors")
     goes_on = bool(config.resume_from_checkpoint or config.overwrite_output_dir)
-    if not (goes_on and run.out is None):  # else the file is the run's own
-        _check_free(out, options.overwrite)
     if is_main:
         check_output_dir(config)
         find_checkpoint(config)
+    if not (goes_on and run.out is None):  # else the file is the run's own
+        _check_free(out, options.overwrite)
     model, tokenizer, chats, held_out = _load_run(run)
     result = run_training(model, chats, config, held_out, tokenizer, tells_next=False)
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
-        again = command_line("train", f"{config.output_dir}/{RECORD}", "--set", "resume_from_checkpoint=true")
-        print(
-            f"phi3lora: interrupted after step {result.global_step}, so {out} was not written; "
-            f"this continues the run:\n{again}",
-            file=sys.stderr,
-        )
+        words = ["train", f"{config.output_dir}/{RECORD}", "--set", "resume_from_checkpoint=true"]
+        again = command_line(*words, *(["--out", run.out] if run.out else []))
+        line = f"phi3lora: interrupted after step {result.global_step}, before {out} was written. To continue:"
+        print(f"{line}\n{again}", file=sys.stderr)
         return 128 + result.interrupted_by
     if is_main:
         path = str(save_adapter(model, out))
@@ -186,8 +184,8 @@ def _check_data(run: Run) -> None:
 
 def _paths(source: Any, is_held_out: bool = False) -> Any:
     """Return the source with the embedded chats in the place of ``demo``."""
-    names = [source] if isinstance(source, str) else list(source)
-    paths = [str(FOLDER / ("eval.jsonl" if is_held_out else "train.jsonl")) if n == DEMO else n for n in names]
+    embedded = str(FOLDER / ("eval.jsonl" if is_held_out else "train.jsonl"))
+    paths = [embedded if name == DEMO else name for name in _as_list(source)]
     return paths[0] if len(paths) == 1 else paths
 
 
@@ -208,9 +206,15 @@ def _load_data(data: DataSettings, source: Any, split: str, tokenizer: Any, is_h
         buffer_size=data.buffer_size,
         on_bad_row=data.on_bad_row,
     )
-    if source == DEMO:
-        chats.origin = {**(chats.origin or {}), "source": DEMO}
+    if chats.origin is not None and DEMO in _as_list(source):
+        read = _as_list(chats.origin["source"])
+        names = [DEMO if name == DEMO else path for name, path in zip(_as_list(source), read, strict=True)]
+        chats.origin = {**chats.origin, "source": names if len(names) > 1 else names[0]}
     return chats
+
+
+def _as_list(source: Any) -> list[str]:
+    return [source] if isinstance(source, str) else list(source)
 
 
 def _model_path(run: Run) -> str:
