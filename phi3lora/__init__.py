@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .display import import_tqdm_quietly
+
 if TYPE_CHECKING:  # for type checkers and editors; __getattr__ below imports a name when it is first used
     from loralib import lora_state_dict, mark_only_lora_as_trainable
 
@@ -125,6 +127,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or a module of the package, when it is first used."""
+    import_tqdm_quietly()
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
         globals()[name] = value

@@ -227,6 +227,13 @@ class _Config:
         changed, others = self._settings()
         return html_facts(type(self).__name__, changed) + html_folded("defaults", html_facts("", others))
 
+    def not_given(self) -> tuple[str, str]:
+        """Return the settings that were not given: those that are on with their values, and the names of the others."""
+        values = [(name, value) for name, value, _ in self._values() if name not in self.given]
+        off = [name for name, value in values if value is None or value is False or value == []]
+        on = [f"{name}={value}" for name, value in values if name not in off]
+        return ", ".join(on), ", ".join(off)
+
     def _settings(self) -> tuple[dict[str, str], dict[str, str]]:
         """Return the settings that differ from the defaults, and the others."""
         settings: tuple[dict[str, str], dict[str, str]] = {}, {}

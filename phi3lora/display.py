@@ -6,6 +6,7 @@ Printed forms fit the terminal, and use colour only where there is one. HTML esc
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from html import escape
@@ -28,6 +30,7 @@ Pieces = Sequence[tuple[str, bool]]
 DIVIDER = "·"
 """Stands between two tokens of a document."""
 
+_NARROW = 20  # columns; a narrower cell has its words one below the other
 _MOST_IN_REPR = 120  # characters
 _ANSI = {"ok": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m", "marked": "\x1b[32m"}
 _RESET = "\x1b[0m"
@@ -61,9 +64,16 @@ def flat(text: str, most: int, keep_end: bool = False) -> str:
 
 
 def terminal_columns() -> int | None:
-    """Return the terminal's width, at least 80; None without a terminal, where long lines stay whole."""
-    columns = shutil.get_terminal_size((0, 0)).columns
+    """Return the width of the terminal, at least 80, or of a notebook; None elsewhere, where long lines stay whole."""
+    columns = shutil.get_terminal_size((100 if in_notebook() else 0, 0)).columns
     return max(80, columns) if columns else None
+
+
+def in_notebook() -> bool:
+    """Return whether this is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def use_colour() -> bool:
@@ -215,23 +225,25 @@ def text_table(rows: Sequence[Sequence[Any]], columns: int | None = None, *, spa
 def _fitting_widths(cells: Sequence[Sequence[str]], columns: int | None) -> list[int]:
     """Return the width of each column: as wide as its cells, unless the table is then too wide.
 
-    Then heads are broken first, and the widest columns next.
+    Then the widest columns are cut, and heads are broken where that spares them.
     """
 
     def width(texts: Iterable[str]) -> int:
         return max((width_of(line) for text in texts for line in text.splitlines()), default=0)
 
+    def cut(widths: list[int], columns: int) -> list[int]:
+        for _ in range(sum(widths) + 2 * (len(widths) - 1) - columns):
+            widest = max(range(len(widths)), key=lambda i: (widths[i], i))
+            widths[widest] -= 1
+        return widths
+
     by_column = list(zip(*cells, strict=True))
-    widths = [width(column) for column in by_column]
-    excess = 0 if columns is None else sum(widths) + 2 * (len(widths) - 1) - columns
-    if excess > 0:
-        words = [width((*column[1:], *column[0].split())) for column in by_column]
-        for i, narrower in enumerate(words):
-            cut = min(excess, widths[i] - narrower)
-            widths[i], excess = widths[i] - cut, excess - cut
-    for _ in range(excess):
-        widest = max(range(len(widths)), key=lambda i: (widths[i], i))
-        widths[widest] -= 1
+    natural = [width(column) for column in by_column]
+    if columns is None or sum(natural) + 2 * (len(natural) - 1) <= columns:
+        return natural
+    widths = cut(list(natural), columns)
+    if min(now for now, before in zip(widths, natural, strict=True) if now < before) < _NARROW:
+        widths = cut([width((*column[1:], *column[0].split())) for column in by_column], columns)
     return widths
 
 
@@ -244,6 +256,7 @@ class Html(str):
     __slots__ = ()
 
 
+_PRE = "white-space:pre-wrap;text-align:left;font-family:monospace;background:transparent"
 _LEFT = "text-align:left;vertical-align:top;padding:2px 8px"
 
 
@@ -289,7 +302,7 @@ def html_marked(pieces: Pieces) -> Html:
         f'<mark style="background:#c8e6c9;color:#1b5e20">{escape(text)}</mark>' if highlighted else escape(text)
         for text, highlighted in pieces
     )
-    return Html(f'<pre style="white-space:pre-wrap;text-align:left">{text}</pre>')
+    return Html(f'<pre style="{_PRE}">{text}</pre>')
 
 
 def svg_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Html:
@@ -338,6 +351,14 @@ def svg_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) 
 
 
 # --- Other libraries
+
+
+def import_tqdm_quietly() -> None:
+    """Import tqdm's bars for notebooks without their advice to install ipywidgets: a run's table needs none."""
+    if in_notebook() and "tqdm.auto" not in sys.modules:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            importlib.import_module("tqdm.auto")
 
 
 @contextmanager

@@ -58,7 +58,11 @@ class Finding:
 
     def html_row(self) -> list[Any]:
         """Return status, name, and text with its details, for a table."""
-        return [html_badge(self.status), self.name, Html(html(self.text) + html_marked(self.details))]
+        return [
+            html_badge(self.status),
+            html(self.name.replace(" ", "\xa0")),
+            Html(html(self.text) + html_marked(self.details)),
+        ]
 
 
 def ok(text: str, details: Details = ()) -> Finding:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..config import TrainingConfig
-from ..display import Html, html, html_table, terminal_columns, wrap
+from ..display import Html, html, html_table, in_notebook, terminal_columns, wrap
 from .checkpoint import TrainingState
 from .result import history_rows, loss_curves
 
@@ -140,13 +140,6 @@ def open_progress(config: TrainingConfig, state: TrainingState, quiet: bool, is_
     return TerminalBar(state, quiet)
 
 
-def in_notebook() -> bool:
-    """Return whether this is the kernel of a notebook."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return getattr(shell, "kernel", None) is not None
-
-
 def log_line(line: Mapping[str, Any], total_steps: int, remaining_s: float | None = None) -> str:
     """Return a line of ``metrics.jsonl`` as text.
 
@@ -156,7 +149,7 @@ def log_line(line: Mapping[str, Any], total_steps: int, remaining_s: float | Non
     formats = {
         "loss": "loss {:.4g}",
         "learning_rate": "lr {:.2e}",
-        "grad_norm": "grad norm {:.3g}",
+        "grad_norm": "grad {:.3g}",
         "skipped_steps": "{} skipped",
         "tokens_per_s": "{:,.0f} tok/s",
     }

@@ -237,6 +237,8 @@ def banner_facts(
     warmup = warmup_steps(config, steps.total) if config.lr_scheduler_type != "constant" else 0
     lora_plus = "" if config.lora_plus_lr_ratio is None else f" (LoRA+: B times {config.lora_plus_lr_ratio:g})"
     peaks = f"; predicted peak by mode: {memory}" if memory.available_gib is not None else ""
+    defaults, off = config.not_given()
+    lora_config = getattr(model, "lora_config", None)
     facts = {
         "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else "") + split,
@@ -251,6 +253,9 @@ def banner_facts(
         f"{warmup} warm-up steps, weight decay {config.weight_decay:g}, gradient clipped to {config.max_grad_norm:g}",
         "seed": f"{config.seed} (data {steps.plan.seed})",
         "output": config.output_dir,
+        "defaults": defaults or None,
+        "LoRA defaults": (lora_config.not_given()[0] or None) if lora_config is not None else None,
+        "default: off": off or None,
         "without effect": ", ".join(config.inert) or None,
         "longrope": longrope_note(model_config) if steps.plan.boundary else None,
     }
