@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
+from conftest import adapted_model, adapters_of, chat_dataset, make_tokenizer, quiet_config, same_tensors
 
 import phi3lora as p3
 from phi3lora.training import checkpoint
@@ -45,6 +45,7 @@ def train(folder, flavour="float32", callbacks=(), seed=0, dropout=0.1, r=4, dat
     torch.manual_seed(1000 + seed)
     config = quiet_config(folder, **{**RUN, **settings, **changes})
     eval_dataset = chat_dataset(5) if config.eval_strategy != "no" else None
+    callbacks = [callback(model) if isinstance(callback, type) else callback for callback in callbacks]
     result = p3.train(model, dataset or chat_dataset(26), config, eval_dataset=eval_dataset, callbacks=callbacks)
     return result, adapters_of(model)
 
@@ -158,6 +159,31 @@ def test_an_interrupt_in_any_hook_loses_nothing(tmp_path, hook):
     assert (first.interrupted, first.global_step) == (True, k)
     result, adapters = resumed(tmp_path)
     assert_equals_uncut(tmp_path, result, adapters)
+
+
+class Answering(p3.Callback):
+    """Lets the model answer at each evaluation: samples, drawn answers of a seed, and ROUGE."""
+
+    def __init__(self, model):
+        self.model, self.data, self.seen = model, chat_dataset(5), []
+
+    def on_evaluate(self, state, metrics):
+        tokenizer, few = make_tokenizer(), {"max_new_tokens": 4, "batch_size": 2}
+        self.seen.append(p3.sample_answers(self.model, tokenizer, self.data, count=3, **few))
+        self.seen.append(p3.generate(self.model, tokenizer, ["Hi", "Why?"], temperature=1.0, seed=3, **few))
+        self.seen.append(p3.evaluate(self.model, self.data, rouge=True, tokenizer=tokenizer, max_samples=2, **few))
+        assert "rougeL" in self.seen[-1]
+
+
+@pytest.mark.parametrize("flavour", ["float32", "bf16"])
+@pytest.mark.parametrize("k", [None, 5, 10])
+def test_answers_at_evaluations_change_no_bit_of_a_run_cut_or_not(tmp_path, k, flavour):
+    pytest.importorskip("rouge_score")
+    if k is not None:  # in the step of an evaluation
+        first, _ = train(tmp_path, flavour, [Answering, Cut(k, by_sigterm)])
+        assert first.interrupted
+    result, adapters = (train if k is None else resumed)(tmp_path, flavour, callbacks=[Answering])
+    assert_equals_uncut(tmp_path, result, adapters, flavour)
 
 
 @pytest.mark.parametrize("k", [5, 8])
