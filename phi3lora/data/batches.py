@@ -307,7 +307,17 @@ class StepSchedule:
 
     def steps_of_epoch(self, epoch: int, plan: BatchPlan | None = None) -> list[list[MicroBatch]]:
         """Return the micro-batches of each step. The last step of an epoch may have fewer."""
-        micro = (plan or self.plan).micro_batches(epoch)
+        if epoch == 0 and (plan is None or plan == self.plan):
+            return self._first_epoch
+        return self._steps_of_epoch(epoch, plan or self.plan)
+
+    @cached_property
+    def _first_epoch(self) -> list[list[MicroBatch]]:
+        """Steps of epoch 0, which are asked for before the first step and again by it."""
+        return self._steps_of_epoch(0, self.plan)
+
+    def _steps_of_epoch(self, epoch: int, plan: BatchPlan) -> list[list[MicroBatch]]:
+        micro = plan.micro_batches(epoch)
         count = self.config.gradient_accumulation_steps * self.processes
         return [micro[i : i + count] for i in range(0, len(micro), count)]
 

@@ -294,3 +294,13 @@ def test_a_fraction_of_an_epoch_has_as_many_steps_as_in_transformers():
         for tenths in range(1, 60):
             plan = schedule(batch, 1, packing=False, num_train_epochs=tenths / 10)
             assert plan.total == math.ceil(tenths / 10 * per_epoch), (tenths, per_epoch)
+
+
+def test_the_first_epoch_is_planned_once_before_the_run_and_in_it(monkeypatch):
+    planned, micro_batches = [], BatchPlan.micro_batches
+    monkeypatch.setattr(BatchPlan, "micro_batches", lambda plan, n: planned.append(n) or micro_batches(plan, n))
+    schedule = StepSchedule(BatchPlan(DATA, 2, 256), quiet_config("unused", num_train_epochs=2), DATA)
+    assert schedule.total == len(list(schedule.steps()))
+    assert planned.count(0) == 1
+    other = BatchPlan(DATA, 2, 256, seed=1)
+    assert schedule.steps_of_epoch(0, other) != schedule.steps_of_epoch(0)
