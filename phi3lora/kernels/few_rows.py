@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lora.base_weight import BaseWeight, Dense, Nf4
+from ..lora.weight_formats import BaseWeight, Dense, Nf4
 from .adapter import NO_ADAPTER, Adapter, dot
 from .launch import Block, cdiv, launch
 

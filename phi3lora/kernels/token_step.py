@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ..lora.base_weight import BaseWeight, Dense, base_weight_of
+from ..lora.base_weight import base_weight_of
+from ..lora.weight_formats import BaseWeight, Dense
 from ..model.attention import packed_attention, packed_layout
 from .adapter import NO_ADAPTER, Adapter, compute_copies, dot, make_adapter
 from .decoder import decoder_projections
