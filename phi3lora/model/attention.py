@@ -37,7 +37,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import ModelError
-from .cudnn_attention import Documents, cudnn_attention, is_available, is_supported
+from .cudnn_attention import Documents, cudnn_attention, is_available
 
 NAME = "phi3lora"
 """Name of this attention in ``model.config._attn_implementation``."""
@@ -94,9 +94,10 @@ def packed_attention(
     # In training the last position of a document has no label: through window + 1 tokens plain causal is exact.
     window = sliding_window if sliding_window is not None and max_length_q > sliding_window + 1 else None
     q, k, v = (t.transpose(1, 2).reshape(B * S, -1, D).to(value.dtype) for t in (query, key, value))
-    if documents is not None and is_supported(query):
-        scale = D**-0.5 if scaling is None else scaling
-        return cudnn_attention(q, k, v, documents, scale, window).view(B, S, H, D), None
+    if documents is not None:
+        by_cudnn = cudnn_attention(q, k, v, documents, D**-0.5 if scaling is None else scaling, window)
+        if by_cudnn is not None:
+            return by_cudnn.view(B, S, H, D), None
     gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_NAMES_GQA and k.shape[1] != H else {}
     packed = varlen.varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,

@@ -4,9 +4,9 @@ Why not through torch. Its call of these kernels builds cuDNN's graph anew every
 (https://github.com/pytorch/pytorch/pull/191576). This file calls them through NVIDIA's package nvidia-cudnn-frontend,
 an extra, and keeps the graphs: building one takes a tenth of a second, the first of a process two seconds.
 
-A graph is made for a number of documents and a longest document. Both are rounded up to powers of two, the number by
-adding empty documents, so that a run needs few graphs. Nothing is padded: cuDNN is told where in a tensor, counted in
-numbers, each document begins.
+A graph is made for a number of documents, a longest document and a number of tokens, for which it reserves memory. All
+are rounded up, the first two to powers of two, so that a run needs few graphs; documents are added that are empty.
+Nothing is padded: cuDNN is told where in a tensor, counted in numbers, each document begins.
 
       documents of 3 and 2 tokens           cu_seqlens   0  3  5
       the same, rounded up to 4             starts       0  3  5  5  5      lengths  3 2 0 0
@@ -25,13 +25,17 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_LARGEST_HEAD_DIM = 128
+from ..errors import error_line
+
+logger = logging.getLogger("phi3lora")
+
 _FEWEST = 8
 """Documents of the smallest graph."""
 _SHORTEST = 256
@@ -43,10 +47,22 @@ _Q, _K, _V, _OUT, _STATS, _DOUT, _DQ, _DK, _DV, _LENGTHS, _Q_OFFSETS, _K_OFFSETS
 
 @functools.cache
 def is_available(device: torch.device) -> bool:
-    """Return whether the package is installed and ``device`` is a Hopper GPU or later."""
+    """Return whether the package works and ``device`` is a Hopper GPU or later; one warning if it is broken."""
     if device.type != "cuda" or importlib.util.find_spec("cudnn") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        importlib.import_module("cudnn").pygraph  # noqa: B018  # another package of this name has none
+        _handle(device.index or 0)
+    except Exception as error:  # it loads cuDNN itself, which may be missing or too old in many ways
+        _warn("nvidia-cudnn-frontend cannot be used", error)
+        return False
+    return True
+
+
+def _warn(what: str, error: Exception) -> None:
+    logger.warning("%s (%s): attention of packed documents runs by torch's kernels", what, error_line(error))
 
 
 class Documents:
@@ -68,16 +84,10 @@ class Documents:
         return self._offsets[width]
 
 
-def is_supported(query: Tensor) -> bool:
-    """Return whether :func:`cudnn_attention` takes queries like this one, (B, H, S, D)."""
-    head_dim = query.shape[-1]
-    return head_dim % 8 == 0 and head_dim <= _LARGEST_HEAD_DIM and query.numel() < 2**31
-
-
 def cudnn_attention(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None = None
-) -> Tensor:
-    """Return causal attention inside each document, (N, H, D).
+) -> Tensor | None:
+    """Return causal attention inside each document, (N, H, D); None where cuDNN has no kernel for it, with a warning.
 
     Args:
         q, k, v: (N, H, D) and (N, H_kv, D), in 16 bits.
@@ -85,33 +95,51 @@ def cudnn_attention(
         scale: factor of the scores.
         window: a token sees itself and the ``window - 1`` before it; None: all before it.
     """
-    out: Tensor = _CudnnAttention.apply(q, k, v, documents, scale, window)  # type: ignore[no-untyped-call]
+    N, H, D = q.shape
+    heads = (q.get_device(), q.dtype, H, k.shape[1], D)
+    few = max(1024, 1 << (N.bit_length() - 3))
+    sizes = (documents.count, documents.longest, -(-N // few) * few)
+    graphs = _graphs(*heads, *sizes, scale, window) if q.numel() < 2**31 else None  # an offset is an int32
+    if graphs is None:
+        return None
+    out: Tensor = _CudnnAttention.apply(q, k, v, documents, graphs)  # type: ignore[no-untyped-call]
     return out
+
+
+@functools.cache
+def _graphs(
+    device: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, *settings: Any
+) -> tuple[_Graph, _Graph] | None:
+    """Return the graphs of attention and of its backward."""
+    shape = (device, dtype, heads, kv_heads, head_dim, *settings)
+    try:
+        return _Graph(False, *shape), _Graph(True, *shape)
+    except Exception as error:  # cuDNN says what it does not support by errors of its own
+        what = f"{heads} and {kv_heads} heads of {head_dim}, window {settings[-1]}"
+        _warn(f"cuDNN has no attention for {what}", error)
+        return None
 
 
 class _CudnnAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, graphs: tuple[_Graph, _Graph]
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, stats = torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
-        shape = (q.get_device(), q.dtype, tuple(q.shape), k.shape[1], documents.count, documents.longest)
-        graph = _graph(False, *shape, scale, window)
-        graph.run({_Q: q, _K: k, _V: v, _OUT: out, _STATS: stats}, documents)
+        graphs[0].run({_Q: q, _K: k, _V: v, _OUT: out, _STATS: stats}, documents)
         ctx.save_for_backward(q, k, v, out, stats)
-        ctx.settings = documents, (*shape, scale, window)
+        ctx.documents, ctx.backward_graph = documents, graphs[1]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, stats = ctx.saved_tensors
-        documents, settings = ctx.settings
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tensors = {_Q: q, _K: k, _V: v, _OUT: out, _STATS: stats, _DOUT: dout.contiguous()}
-        _graph(True, *settings).run({**tensors, _DQ: dq, _DK: dk, _DV: dv}, documents)
-        return dq, dk, dv, None, None, None
+        ctx.backward_graph.run({**tensors, _DQ: dq, _DK: dk, _DV: dv}, ctx.documents)
+        return dq, dk, dv, None, None
 
 
 @functools.cache
@@ -124,11 +152,11 @@ class _Graph:
     """One of cuDNN's graphs: attention of one shape, or its backward."""
 
     def __init__(
-        self, backward: bool, device: int, dtype: torch.dtype, size: tuple[int, int, int], kv_heads: int, count: int,
-        longest: int, scale: float, window: int | None,
+        self, backward: bool, device: int, dtype: torch.dtype, H: int, kv_heads: int, D: int, count: int, longest: int,
+        tokens: int, scale: float, window: int | None,
     ) -> None:  # fmt: skip
         self.cudnn = cudnn = importlib.import_module("cudnn")
-        (N, H, D), self.device, self.handle = size, device, _handle(device)
+        self.device, self.handle = device, _handle(device)
         self.widths = {_Q_OFFSETS: H * D, _K_OFFSETS: kv_heads * D, _STATS_OFFSETS: H}
         types = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
         self.graph = cudnn.pygraph(
@@ -163,7 +191,7 @@ class _Graph:
         qkv = {"q": given(_Q), "k": given(_K), "v": given(_V)}
         if backward:
             others = {"o": given(_OUT), "dO": given(_DOUT), "stats": given(_STATS)}
-            totals = {"max_total_seq_len_q": N, "max_total_seq_len_kv": N}
+            totals = {"max_total_seq_len_q": tokens, "max_total_seq_len_kv": tokens}
             results = self.graph.sdpa_backward(**qkv, **others, **totals, **options)
         else:
             results = self.graph.sdpa(**qkv, generate_stats=True, **options)
@@ -189,6 +217,3 @@ class _Graph:
         with torch.cuda.device(self.device):
             self.cudnn.set_stream(handle=self.handle, stream=stream.cuda_stream)
             self.graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
-
-
-_graph = functools.cache(_Graph)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import sys
+import types
 from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from phi3lora.model.cudnn_attention import Documents, cudnn_attention, is_available, is_supported
+from phi3lora.model import cudnn_attention as cudnn_attention_file
+from phi3lora.model.cudnn_attention import Documents, cudnn_attention, is_available
 
 
 def test_documents_are_padded_with_empty_ones_and_sizes_to_powers_of_two():
@@ -20,9 +25,50 @@ def test_documents_are_padded_with_empty_ones_and_sizes_to_powers_of_two():
     assert documents.offsets(8) is documents.offsets(8) and documents.offsets(8).dtype == torch.int32
 
 
-@pytest.mark.parametrize(("head_dim", "supported"), [(96, True), (128, True), (160, False), (60, False)])
-def test_heads_that_are_not_supported_are_left_to_torch(head_dim, supported):
-    assert is_supported(torch.empty(2, 4, 16, head_dim, device="meta")) == supported
+def test_what_cudnn_does_not_support_is_left_to_torch_with_one_warning(monkeypatch, caplog):
+    def unsupported(*settings):
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(cudnn_attention_file, "_Graph", unsupported)
+    cudnn_attention_file._graphs.cache_clear()
+    q = torch.zeros(5, 4, 512)
+    documents = Documents(torch.tensor([0, 3, 5], dtype=torch.int32), 3)
+    with caplog.at_level(logging.WARNING, logger="phi3lora"):
+        assert cudnn_attention(q, q, q, documents, 0.1) is None
+        assert cudnn_attention(q, q, q, documents, 0.1) is None
+    cudnn_attention_file._graphs.cache_clear()
+    assert (
+        len(caplog.records) == 1
+        and "no attention for 4 and 4 heads of 512, window None (RuntimeError: no engine)" in caplog.text
+    )
+
+
+def test_batches_of_other_sizes_share_few_graphs(monkeypatch):
+    made = []
+    monkeypatch.setattr(cudnn_attention_file, "_Graph", lambda backward, *settings: made.append(settings))
+    monkeypatch.setattr(cudnn_attention_file._CudnnAttention, "apply", lambda q, *others: q)
+    cudnn_attention_file._graphs.cache_clear()
+    for tokens in range(2000, 8200, 7):  # as without packing, where a batch is as wide as its longest document
+        q = torch.empty(tokens, 32, 96, device="meta")
+        documents = Documents(torch.tensor([0, tokens // 2, tokens], dtype=torch.int32), tokens // 2)
+        assert cudnn_attention(q, q, q, documents, 0.1) is q
+    cudnn_attention_file._graphs.cache_clear()
+    reserved = {settings[7] for settings in made}
+    assert len(made) <= 2 * 12 and 8192 in reserved and max(reserved) < 1.3 * 8200
+
+
+@pytest.mark.parametrize("package", [types.ModuleType("cudnn"), None], ids=["another package", "none"])
+def test_a_package_that_does_not_work_is_not_used(monkeypatch, caplog, package):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "cudnn", package)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package if name == "cudnn" else find_spec(name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    is_available.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="phi3lora"):
+        assert not is_available(torch.device("cuda"))
+    is_available.cache_clear()
+    assert len(caplog.records) == (package is not None)
+    assert package is None or "nvidia-cudnn-frontend cannot be used" in caplog.text
 
 
 def test_it_is_not_used_without_a_gpu():
