@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ below imports a 
     from . import demo
     from .adapters.adapter_file import load_adapter, save_adapter
     from .adapters.comparison import compare
+    from .adapters.gguf import GgufExport, export_gguf
     from .adapters.hub import push_to_hub, write_model_card
     from .adapters.merge import MergeReport, merged, save_merged
     from .adapters.named import delete_adapter, disabled, list_adapters, set_adapter
@@ -57,6 +58,7 @@ __all__ = [
     "DoctorReport",
     "Embedding",
     "Finding",
+    "GgufExport",
     "InjectionReport",
     "Linear",
     "LoraConfig",
@@ -76,6 +78,7 @@ __all__ = [
     "disabled",
     "doctor",
     "evaluate",
+    "export_gguf",
     "export_peft",
     "generate",
     "import_peft",
@@ -100,6 +103,7 @@ _HOMES = {
     "loralib": "lora_state_dict mark_only_lora_as_trainable",
     ".adapters.adapter_file": "load_adapter save_adapter",
     ".adapters.comparison": "compare",
+    ".adapters.gguf": "GgufExport export_gguf",
     ".adapters.hub": "push_to_hub write_model_card",
     ".adapters.merge": "MergeReport merged save_merged",
     ".adapters.named": "delete_adapter disabled list_adapters set_adapter",

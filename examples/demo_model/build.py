@@ -37,6 +37,7 @@ from corpus import (
     several_chat,
     single_chat,
 )
+from sentencepiece_model import write_sentencepiece_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 from world import DEMO_PREFIX, DEMO_SUFFIX
@@ -295,6 +296,9 @@ def write_model(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
         new = Path(temporary) / "base"
         model.to(torch.bfloat16).save_pretrained(new)
         tokenizer.save_pretrained(new)
+        write_sentencepiece_model(new)
+        settings = new / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_bos_token": False}, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     for path in sorted(folder.iterdir()):

@@ -25,8 +25,10 @@ from ..config import LoraConfig, TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import AdapterError, printable
 from ..files import is_leftover, read_json, write_atomic
+from ..model.load import load_tokenizer
 from .adapter_file import HEADER_KEY
 from .peft_format import CONFIG_NAME, TENSORS_NAME
+from .serving import model_name
 
 PUBLISHED = (
     "README.md", "LICENSE*", "NOTICE*", "*.safetensors", "*.safetensors.index.json", "adapter_config.json",
@@ -53,7 +55,9 @@ _CARD = """---
 
 This is {{ kind }}, made with phi3lora.
 
-{% if data %}## Data
+{% if note %}Note: {{ note }}.
+
+{% endif %}{% if data %}## Data
 
 {{ data }}
 
@@ -137,6 +141,7 @@ def write_model_card(
 
     Raises:
         AdapterError: the folder holds no adapter (with ``merged``: no model), or the card cannot be written.
+        ModelError: a merged model's tokenizer cannot be loaded.
     """
     folder = Path(path)
     files = _adapter_files(folder)
@@ -144,7 +149,8 @@ def write_model_card(
         raise AdapterError(f"{str(folder)!r} holds no merged model (config.json and *.safetensors); see save_merged")
     if not merged and not files:
         raise AdapterError(f"{str(folder)!r} holds no adapter; save_adapter or export_peft writes one (or merged=True)")
-    facts = {"dataset": dataset, "lora": lora, "training": training, "metrics": metrics}
+    tokenizer = load_tokenizer(str(folder)) if merged and (folder / "tokenizer.json").is_file() else None
+    facts = {"tokenizer": tokenizer, "dataset": dataset, "lora": lora, "training": training, "metrics": metrics}
     title = folder.resolve().name
     text = model_card(folder, title, base_model, **facts, language=language, license=license, merged=merged)  # type: ignore[arg-type]
     card = folder / "README.md"
@@ -167,12 +173,21 @@ def model_card(
     language: str | Sequence[str] | None = None,
     license: str | None = None,
     merged: bool = False,
+    tokenizer: Any = None,
+    note: str | None = None,
 ) -> str:
-    """Return the text of the card of a folder: :func:`write_model_card` without its checks, under a given title."""
+    """Return the text of the card of a folder: :func:`write_model_card` without its checks, under a given title.
+
+    Args:
+        tokenizer: of a merged model: ``model_name`` in the front matter becomes the name of its GGUF file, by which
+            llama.cpp knows how to tokenise.
+        note: a sentence for the card's first paragraph.
+    """
     files = _adapter_files(folder)
     own, for_peft = [name for name in files if name != TENSORS_NAME], TENSORS_NAME in files
     link, is_on_hub = _link(base_model), _is_hub_name(base_model)
     front_matter = ModelCardData(
+        model_name=None if tokenizer is None else model_name(tokenizer, str(base_model)),
         base_model=str(base_model) if is_on_hub else None,
         library_name="transformers" if merged else "peft" if for_peft else "phi3lora",
         tags=["lora", "phi3lora"],
@@ -202,6 +217,7 @@ def model_card(
     text: str = Template(_CARD, keep_trailing_newline=True).render(
         card_data=front_matter.to_yaml(),
         title=_markdown(title),
+        note=note,
         kind=f"{link} with a LoRA adapter merged into its weights" if merged else f"a LoRA adapter for {link}",
         data=data,
         tables=[

@@ -41,8 +41,10 @@ from ..model.forward import eval_mode
 from ..model.load import load_model
 from ..model.sharding import sharded_base
 from .adapter_file import adapter_state_dict
+from .hub import model_card
 from .named import check_outside_blocks, switched_off
 from .peft_format import CONFIG_NAME
+from .serving import restore_tokenizer_files
 
 logger = logging.getLogger("phi3lora")
 
@@ -145,10 +147,11 @@ def save_merged(
 
     Args:
         model: a Phi-3 causal LM with adapters; it is not changed.
-        tokenizer: saved beside the weights, and the source of the stop tokens in ``generation_config.json``; None: the
-            directory has no tokenizer and keeps the model's own stop tokens.
+        tokenizer: saved beside the weights, with the ``tokenizer.model`` of the folder that it was read from, and the
+            source of the stop tokens in ``generation_config.json``; None: the directory has no tokenizer and keeps
+            the model's own stop tokens.
         path: the directory, replaced as a whole once it is on disk: the files of an earlier model go, others stay.
-            ``merge_report.json`` is written into it too.
+            ``merge_report.json`` is written into it too, and a model card where there is none and the base is known.
         base: the checkpoint that a quantised base was made from: the adapters are merged into its dense weights.
         prompts: texts on which both models are compared; without a tokenizer as many rows of random tokens are used.
 
@@ -181,6 +184,12 @@ def save_merged(
             plain.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            restore_tokenizer_files(tokenizer, folder)
+        name = os.fspath(base) if base is not None else getattr(model, "name_or_path", None)
+        if name and not Path(path, "README.md").exists():
+            lora = getattr(model, "lora_config", None)
+            card = model_card(folder, Path(path).resolve().name, name, lora=lora, merged=True, tokenizer=tokenizer)
+            (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
 
     try:

@@ -4,8 +4,8 @@ Three layouts of one adapter:
 
     "uniform"  every module padded with zeros to one rank R, so that one r and one alpha are right for all of them;
                PEFT, transformers, vLLM and llama.cpp compute the same
-    "pattern"  each module at its own rank and alpha (rank_pattern, alpha_pattern): the smallest file; only PEFT and
-               transformers read it, llama.cpp ignores the patterns without a warning
+    "pattern"  each module at its own rank and alpha (rank_pattern, alpha_pattern): the smallest file; PEFT,
+               transformers and vLLM 0.32 or later read it, llama.cpp ignores the patterns without a warning
     "split"    q_proj, k_proj, v_proj, gate_proj, up_proj instead of the fused layers, for a base whose fused layers
                were split (llama-style); padded like "uniform"
 
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +45,13 @@ from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, chec
 from .hub import is_local, model_card
 from .peft_format import CONFIG_NAME, PREFIX, TENSORS_NAME, Pair, to_modules
 from .peft_import import is_plain_convolution
+from .serving import VLLM_RANKS, adapter_commands, fits_modelfile, llama_cpp_settings, max_lora_rank
 
 LAYOUTS = ("uniform", "pattern", "split")
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Allowed values of vLLM's ``--max-lora-rank`` (vllm/config/lora.py)."""
+PATTERN_NOTE = (
+    "rank_pattern and alpha_pattern: PEFT, transformers and vLLM (0.32 or later) read them; llama.cpp, Ollama and "
+    "SGLang ignore them in silence and compute another function"
+)
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,9 @@ def export_peft(
             card is written where there is none and the base is known; :func:`write_model_card` writes a fuller one,
             with data and metrics.
         tokenizer: saved beside the adapter, with a ``generation_config.json`` that has every stop token.
-        layout: ``"uniform"`` (one rank for all, right everywhere), ``"pattern"`` (each module's own rank, for PEFT and
-            transformers alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were split).
+        layout: ``"uniform"`` (one rank for all, right everywhere), ``"pattern"`` (each module's own rank, for PEFT,
+            transformers and vLLM alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were
+            split).
         base_model: hub name or folder of the base, for the config and the commands; None: the place it was loaded
             from (with ``"split"``: unknown). A folder is valid on this machine alone, which the result notes.
 
@@ -173,6 +176,7 @@ def export_peft(
             tensors[f"{PREFIX}{at}.{start}{side}{end}"] = tensor.contiguous()
     header = json.dumps({**metadata, "layout": layout, "segments": segments, "ratios": ratios})
     stops = [] if tokenizer is None else tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+    pattern_note = PATTERN_NOTE if config["rank_pattern"] or config["alpha_pattern"] else None
 
     def write(folder: Path) -> None:
         (folder / TENSORS_NAME).write_bytes(tensor_file(".safetensors", tensors, {HEADER_KEY: header}))
@@ -182,7 +186,8 @@ def export_peft(
             tokenizer.save_pretrained(folder)
             GenerationConfig(eos_token_id=stop_token_ids(tokenizer), **ids).save_pretrained(folder)
         if base_model and not (path / "README.md").exists():
-            card = model_card(folder, path.resolve().name, base_model, lora=getattr(model, "lora_config", None))
+            lora = getattr(model, "lora_config", None)
+            card = model_card(folder, path.resolve().name, base_model, lora=lora, note=pattern_note)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
     try:
@@ -192,13 +197,9 @@ def export_peft(
         raise AdapterError(f"{what}; an earlier one there is unchanged") from error
     rank = max(len(module.pair.A) for module in modules.values())
     rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)  # not 2^n
-    is_phi3 = getattr(getattr(model, "config", None), "model_type", None) == "phi3"
-    odd_stops = [stop for stop in stops if '"' in stop or not stop.isprintable()]
-    notes = _notes(model, layout, rank, base_model, lacks_stops=is_phi3 and not stops, odd_stops=odd_stops)
-    commands = _commands(path, base_model or ("LLAMA_STYLE_BASE" if layout == "split" else "BASE_MODEL"), rank, stops)
-    if layout == "pattern" or not is_phi3:  # vLLM and llama.cpp read no patterns, and know no other model
-        commands = {"PEFT": commands["PEFT"]}
-    return PeftExport(path, layout, rank, tuple(modules), rounded, notes, commands)
+    notes, commands = _use(model, tokenizer, path, layout, rank, base_model, stops, pattern_note is not None)
+    notes = ([] if pattern_note is None else [pattern_note]) + notes
+    return PeftExport(path, layout, rank, tuple(modules), rounded, tuple(map(printable, notes)), commands)
 
 
 def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
@@ -321,71 +322,39 @@ def _peft_config(
     }
 
 
-def _notes(
-    model: Any, layout: str, rank: int, base_model: str | None, lacks_stops: bool, odd_stops: Sequence[str]
-) -> tuple[str, ...]:
+def _use(
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    layout: str,
+    rank: int,
+    base_model: str | None,
+    stops: Sequence[str],
+    has_patterns: bool,
+) -> tuple[list[str], dict[str, str]]:
+    """Return notes about the engines, and tool -> commands."""
     notes = []
-    if layout == "pattern":
-        notes.append("rank_pattern and alpha_pattern: PEFT and transformers read them, vLLM and llama.cpp do not")
+    config = getattr(model, "config", None)
+    base = base_model or ("LLAMA_STYLE_BASE" if layout == "split" else "BASE_MODEL")
+    is_phi3 = getattr(config, "model_type", None) == "phi3"
+    boundary = longrope_boundary(config) if is_phi3 else None
+    llama_cpp = llama_cpp_settings(config, tokenizer, base) if is_phi3 and not has_patterns else None
     if layout == "split":
         notes.append("for a base with q_proj, k_proj, ... in place of fused layers; not for Phi-3's own checkpoint")
     if max_lora_rank(rank) is None:
         notes.append(f"rank {rank} is more than vLLM allows ({VLLM_RANKS[-1]}); use save_merged there")
-    if hasattr(model, "config") and longrope_boundary(model.config) is not None:
-        note = longrope_note(model.config)
-        notes.append(f"{note}; vLLM takes the long ones when --max-model-len is past the boundary")
+    if boundary is not None:
+        notes.append(f"{longrope_note(config)}; vLLM takes the long ones when --max-model-len is past the boundary")
+    if llama_cpp is not None:
+        notes += llama_cpp.notes
+        if llama_cpp.overrides:
+            notes.append("Ollama has no --override-kv: export_gguf writes those keys into the base's file")
     if is_local(base_model):
         way_out = "for others, give its name on the hub: base_model='owner/name'"
         notes.append(f"the base is recorded as {base_model}, a folder on this machine; {way_out}")
-    if odd_stops:
-        notes.append(
-            f"a Modelfile cannot hold the stop texts {', '.join(map(repr, odd_stops))}; give them in the request"
-        )
-    if lacks_stops:
+    if odd := [stop for stop in stops if not fits_modelfile(stop)]:
+        notes.append(f"a Modelfile cannot hold the stop texts {', '.join(map(repr, odd))}; give them in the request")
+    if is_phi3 and not stops:
         notes.append("no tokenizer was given: the server must know where an answer ends (the template's end of turn)")
-    return tuple(map(printable, notes))
-
-
-def max_lora_rank(rank: int) -> int | None:
-    """Return the smallest ``--max-lora-rank`` of vLLM that fits ``rank``, or None if there is none."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
-
-
-def _commands(path: Path, model: str, rank: int, stops: Sequence[str]) -> dict[str, str]:
-    """Return tool -> command lines; ``stops`` are the texts at which an answer ends.
-
-    Names and texts are quoted for the shell; those that no line can hold are left out of the Modelfile.
-    """
-    folder, name, gguf = str(path), path.resolve().name or "adapter", str(path / "adapter.gguf")
-    lines = {
-        "PEFT": "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
-        f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
-        f"model = PeftModel.from_pretrained(base, {path.as_posix()!r})"
-    }
-    allowed = max_lora_rank(rank)
-    if allowed is not None:
-        lines["vLLM"] = (
-            f"vllm serve {quote(model)} --enable-lora --lora-modules {quote(f'{name}={folder}')} "
-            f"--max-lora-rank {allowed}" + (f" --generation-config {quote(folder)}" if stops else "")
-        )
-    base_option = "--base" if os.path.isdir(model) else "--base-model-id"
-    lines["llama.cpp"] = (
-        f"python convert_lora_to_gguf.py {base_option} {quote(model)} --outfile {quote(gguf)} {quote(folder)}\n"
-        "# base.gguf: what convert_hf_to_gguf.py makes of the base\n"
-        f"llama-cli -m base.gguf --lora {quote(gguf)}"
-    )
-    stop_lines = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops if '"' not in stop and stop.isprintable())
-    if gguf.isprintable():
-        lines["Ollama"] = (
-            f"cat > Modelfile <<'END'\nFROM ./base.gguf\nADAPTER {gguf}\n{stop_lines}END\n"
-            f"ollama create {quote(name)} -f Modelfile"
-        )
-    return lines
-
-
-def quote(text: str) -> str:
-    """Return ``text`` as a word of a POSIX shell, or of bash and zsh if characters of it must be spelt out."""
-    if text.isprintable():
-        return shlex.quote(text)
-    codes = (c if c.isprintable() and c not in "'\\" else f"\\U{ord(c):08x}" for c in text)
-    return f"$'{''.join(codes)}'"
+    commands = adapter_commands(path, base, rank, stops, boundary, llama_cpp)
+    return notes, commands if is_phi3 else {"PEFT": commands["PEFT"]}  # the servers know no other model's fused layers
