@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
+from ..display import one_line
 from ..errors import AdapterError, ModelError, as_path, error_line, install_hint, printable, short_repr
 from ..files import read_json, write_folder
 from ..inference.generation import stop_token_ids
@@ -28,6 +29,7 @@ from ..model.load import load_tokenizer
 from .peft_format import CONFIG_NAME, read_config
 from .serving import (
     SENTENCEPIECE,
+    Exported,
     LlamaCppSettings,
     fits_modelfile,
     llama_cpp_settings,
@@ -58,7 +60,7 @@ runpy.run_path(str(script), run_name="__main__")
 
 
 @dataclass(frozen=True)
-class GgufExport:
+class GgufExport(Exported):
     """The result of :func:`export_gguf`; ``print`` shows it with the commands that use the files."""
 
     path: Path
@@ -69,12 +71,12 @@ class GgufExport:
     commands: dict[str, str] = field(default_factory=dict)
     """Tool -> command lines that use the files."""
 
-    def __str__(self) -> str:
-        lines = [f"GGUF in {printable(str(self.path))}: {', '.join(self.files)}"]
-        lines += [f"note: {note}" for note in self.notes]
-        for tool, text in self.commands.items():
-            lines += ["", f"# {tool}", text]
-        return "\n".join(lines)
+    def __repr__(self) -> str:
+        return one_line("GgufExport", [str(self.path), *self.files])
+
+    def _lines(self) -> list[str]:
+        shown = f"GGUF in {printable(str(self.path))}: {', '.join(self.files)}"
+        return [shown, *(f"note: {note}" for note in self.notes)]
 
 
 def export_gguf(

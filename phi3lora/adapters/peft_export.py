@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
-from ..display import html, html_marked, one_line, shell_lines, terminal_columns, wrap
+from ..display import one_line
 from ..errors import AdapterError, error_line, printable
 from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
@@ -45,7 +45,7 @@ from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, chec
 from .hub import is_local, model_card
 from .peft_format import CONFIG_NAME, PREFIX, TENSORS_NAME, Pair, to_modules
 from .peft_import import is_plain_convolution
-from .serving import VLLM_RANKS, adapter_commands, fits_modelfile, llama_cpp_settings, max_lora_rank
+from .serving import VLLM_RANKS, Exported, adapter_commands, fits_modelfile, llama_cpp_settings, max_lora_rank
 
 LAYOUTS = ("uniform", "pattern", "split")
 PATTERN_NOTE = (
@@ -55,7 +55,7 @@ PATTERN_NOTE = (
 
 
 @dataclass(frozen=True)
-class PeftExport:
+class PeftExport(Exported):
     """The result of :func:`export_peft`; ``print`` shows it with the commands that use the adapter."""
 
     path: Path
@@ -75,18 +75,6 @@ class PeftExport:
         facts = [str(self.path), f"{len(self.modules)} modules", f"layout {self.layout!r}", f"rank {self.rank}"]
         return one_line("PeftExport", facts)
 
-    def __str__(self) -> str:
-        columns = terminal_columns()
-        lines = [part for line in self._lines() for part in wrap(line, columns)]
-        for tool, text in self.commands.items():
-            lines += ["", f"# {tool}", *_broken(text, columns)]
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        parts = [f"<p>{html(line)}</p>" for line in self._lines()]
-        parts += [f"<p><b>{html(tool)}</b></p>{html_marked(((text, False),))}" for tool, text in self.commands.items()]
-        return "".join(parts)
-
     def _lines(self) -> list[str]:
         """Return what the folder holds, and the notes."""
         where = printable(str(self.path))
@@ -98,13 +86,6 @@ class PeftExport:
                 f"layout='pattern' keeps every bit"
             )
         return lines + [f"note: {note}" for note in self.notes]
-
-
-def _broken(commands: str, columns: int | None) -> list[str]:
-    """Return the lines of commands, the shell's broken to fit; lines of Python and of a Modelfile stay whole."""
-    programs = ("vllm ", "python ", "llama-cli ", "ollama ")
-    lines = ([line] if not line.startswith(programs) else shell_lines(line, columns) for line in commands.splitlines())
-    return [part for parts in lines for part in parts]
 
 
 class _Module(NamedTuple):

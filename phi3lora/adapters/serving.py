@@ -34,6 +34,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..display import html, html_marked, shell_lines, terminal_columns, wrap
 from ..inference.generation import stop_token_ids
 from ..model.load import longrope_boundary
 
@@ -45,6 +46,33 @@ _ADD_BOS, _ADD_SPACE = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space
 _PHI3_NAME = re.compile("phi-?3", re.I)
 _PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 """Tokens that llama.cpp looks up in the vocabulary of a model called phi-3; it fails to load one without them."""
+
+
+_PROGRAMS = ("vllm ", "python ", "llama-server ", "llama-cli ", "ollama ", "hf ")
+
+
+class Exported:
+    """What was written, and the commands that use it; ``print`` shows both."""
+
+    commands: dict[str, str]
+
+    def _lines(self) -> list[str]:
+        """Return what the folder holds, and the notes."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        columns = terminal_columns()
+        lines = [part for line in self._lines() for part in wrap(line, columns)]
+        for tool, text in self.commands.items():
+            lines += ["", f"# {tool}"]
+            for line in text.splitlines():  # lines of Python and of a Modelfile stay whole
+                lines += shell_lines(line, columns) if line.startswith(_PROGRAMS) else [line]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{html(line)}</p>" for line in self._lines()]
+        parts += [f"<p><b>{html(tool)}</b></p>{html_marked(((text, False),))}" for tool, text in self.commands.items()]
+        return "".join(parts)
 
 
 @dataclass(frozen=True)
