@@ -57,6 +57,7 @@ import phi3lora as p3
 
 RIGHT = 2e-4
 SERVER_START_S = 300
+PLAIN_TOKEN = 40  # a letter
 LENGTHS = (3, 8, 13, 21)  # tokens in the prompts
 Measurement = tuple[float, int, int]
 """Largest difference, likeliest tokens that are the same, prompts."""
@@ -114,7 +115,9 @@ class LlamaCpp:
 
     def log_probabilities(self, url: str, model: str, ids: list[int], vocab_size: int) -> torch.Tensor:
         """Return the log-probability of every next token, -inf where none is given."""
-        reply = post(f"{url}/completion", {"prompt": ids, "n_predict": 1, "n_probs": vocab_size, "temperature": 0})
+        chosen = {"logit_bias": [[PLAIN_TOKEN, 1000.0]]}  # the probabilities are those before it; a marker is an error
+        body = {"prompt": ids, "n_predict": 1, "n_probs": vocab_size, "temperature": 0, **chosen}
+        reply = post(f"{url}/completion", body)
         result = torch.full((vocab_size,), -math.inf)
         for token in reply["completion_probabilities"][0]["top_logprobs"]:
             result[token["id"]] = token["logprob"]
