@@ -123,6 +123,8 @@ def _read_options(options: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for given, raw in options:
         section, name = find_setting(given)
+        if isinstance(raw, list) and name not in ("source", "eval_source", "columns"):
+            raw = ",".join(raw)  # --target-modules q_proj v_proj
         value = read_value(section, name, raw)
         if name in found[section] and found[section][name] != value:
             raise ConfigError(

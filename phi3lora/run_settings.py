@@ -40,7 +40,7 @@ class ModelSettings:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     adapter: str | None = None
-    """Adapter to go on from: a file, a checkpoint, a run's folder or a PEFT folder."""
+    """Adapter to load, and for a run to go on from: a file, a checkpoint, a run's folder or a PEFT folder."""
 
 
 @dataclass

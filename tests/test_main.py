@@ -405,6 +405,12 @@ def test_help_fits_80_columns_and_loads_no_library(command):
     assert not loaded & {"torch", "transformers", "datasets", "numpy", "loralib"}
 
 
+def test_without_a_command_the_help_is_shown_and_the_status_is_2(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "exit status:" in capsys.readouterr().err
+
+
 def test_every_setting_has_an_option(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])

@@ -90,6 +90,8 @@ def test_a_list_is_spelt_with_commas_or_as_a_list(write):
     spellings = ["q_proj,v_proj", "q_proj, v_proj", '["q_proj", "v_proj"]']
     for text in spellings:
         assert read_run(None, [("target_modules", text)]).lora.target_modules == ["q_proj", "v_proj"]
+    assert read_run(None, [("lora.target_modules", ["q_proj", "v_proj"])]).lora.target_modules == ["q_proj", "v_proj"]
+    assert read_run(None, [("lora.target_modules", ["all-linear"])]).lora.target_modules == "all-linear"
     for text in ("[q_proj, v_proj]", "\n  - q_proj\n  - v_proj", "q_proj,v_proj"):
         assert read_run(write(f"lora:\n  target_modules: {text}\n")).lora.target_modules == ["q_proj", "v_proj"]
 
@@ -101,7 +103,8 @@ def test_columns_are_texts_and_other_mappings_hold_numbers(write):
     assert read_run(None, [("data.columns", ["prompt=no", "completion=2024"])]).data.columns == columns
     run = read_run(write("lora: {segments: {qkv: {q: 64, k: 16, v: 16}}}"))
     assert run.lora.segments == {"qkv": {"q": 64, "k": 16, "v": 16}}
-    assert read_run(None, [("segments", '{"qkv": [64, 16]}')]).lora.segments == {"qkv": [64, 16]}
+    for raw in ('{"qkv": [64, 16]}', ['{"qkv": [64, 16]}']):
+        assert read_run(None, [("segments", raw)]).lora.segments == {"qkv": [64, 16]}
 
 
 @pytest.mark.parametrize(

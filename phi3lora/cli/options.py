@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import platform
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,13 +71,18 @@ _NAMES = {
     "data.source": "data", "data.eval_source": "eval-data",
 }  # fmt: skip
 """Options that are not called like their field."""
+_HELD_OUT = ("eval_source", "eval_share", "eval_split", "split_seed", "streaming", "buffer_size")
 _HIDDEN = ("training.max_length", "training.gradient_checkpointing", "lora.modules_to_save")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line. It ends the process for ``--help``, ``--version`` and wrong usage."""
     spelt = [_with_dashes(argument) for argument in arguments]
-    return build_parser(shows_all="--help-all" in spelt).parse_args(spelt)
+    parser = build_parser(shows_all="--help-all" in spelt)
+    if not spelt:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    return parser.parse_args(spelt)
 
 
 def _with_dashes(argument: str) -> str:
@@ -157,7 +163,9 @@ def _init(command: argparse.ArgumentParser, shows_all: bool) -> None:
 
 def _evaluate(command: argparse.ArgumentParser, shows_all: bool) -> None:
     _add_settings(command, "model")
-    _add_settings(command, "data", leave_out=("eval_source", "eval_share", "eval_split", "streaming", "buffer_size"))
+    _add_settings(
+        command, "data", leave_out=("eval_source", "eval_share", "eval_split", "split_seed", "streaming", "buffer_size")
+    )
     command.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time")
     command.add_argument("--rouge", action="store_true", help="also let the model answer, and score the answers")
     command.add_argument("--samples", type=int, default=0, metavar="N", help="also show N answers and references")
@@ -289,6 +297,8 @@ def _add_settings(
 def _short_help(text: str, setting: dataclasses.Field[Any]) -> str:
     """Return the first sentence of a field's text, and its default."""
     sentence = text.split(". ")[0].rstrip(".")
+    if sentence[1:2].islower() and not sentence.startswith(("True", "None", "False")):
+        sentence = sentence[0].lower() + sentence[1:]
     default = setting.default
     if default is dataclasses.MISSING or default is None or "None" in sentence:
         return sentence.replace("%", "%%")
