@@ -156,7 +156,7 @@ def shown_path(path: str) -> str:
 
 
 def command_line(*words: str) -> str:
-    """Return a command of this program that can be pasted into the shell that runs it."""
+    """Return a command of this program to paste into the shell: ``phi3lora chat ...``, or with Python's path."""
     installed = shutil.which("phi3lora")
     own = Path(sys.executable).with_name("phi3lora")
     if installed is not None and os.path.realpath(installed) == os.path.realpath(own):

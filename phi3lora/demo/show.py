@@ -15,6 +15,7 @@ from torch import nn
 from ..adapters.adapter_file import save_adapter
 from ..adapters.named import disabled
 from ..config import LoraConfig, TrainingConfig
+from ..display import text_facts, text_table
 from ..inference.generation import generate
 from ..lora.inject import inject_lora
 from ..training.loop import train
@@ -68,15 +69,11 @@ def run_demo(seeds: list[int], output_dir: str, random_init: bool = False) -> bo
     table = []
     for i, seed in enumerate(seeds):
         table.append((seed, *_tune(seed, rows, f"{output_dir}/seed-{seed}", random_init, full=i == 0)))
-    print(
-        f"\n{len(rows)} held-out questions      exact match            right fact        adapter off, base's own words"
-    )
-    print("seed                     before    after       before    after        before    after")
+    cells: list[tuple[str, ...]] = [("seed", "exact match", "right fact", "adapter off: the base's own words")]
     for seed, before, after, off in table:
-        print(
-            f"{seed:<24} {before.exact:6.1%}   {after.exact:6.1%}       {before.content:6.1%}   {after.content:6.1%}"
-            f"        {before.plain:6.1%}   {off.plain:6.1%}"
-        )
+        pairs = ((before.exact, after.exact), (before.content, after.content), (before.plain, off.plain))
+        cells.append((str(seed), *(f"{first:.1%} -> {last:.1%}" for first, last in pairs)))
+    print(f"\n{len(rows)} held-out questions\n{text_table(cells)}")
     reached = all(after.exact >= 0.95 for _, _, after, _ in table)
     print(f"\n{time.perf_counter() - started:.0f} s; adapters and pictures of the runs in {output_dir}/")
     if random_init:
@@ -103,9 +100,8 @@ def _tune(
     path = save_adapter(model, Path(folder) / "adapter.safetensors")
     if full:
         for i in range(0, len(rows), max(1, len(rows) // EXAMPLES)):
-            print(f"\nquestion  {rows[i]['messages'][-2]['content']}")
-            print(f"before    {before.answers[i]}")
-            print(f"after     {after.answers[i]}")
+            question = rows[i]["messages"][-2]["content"]
+            print(f"\n{text_facts({'question': question, 'before': before.answers[i], 'after': after.answers[i]})}")
         print(f"\nadapter: {path} ({path.stat().st_size / 2**10:.0f} KiB)")
     print(f"frozen weights, SHA-256: {hash_before} before, {frozen_hash(model)} after")
     return before, after, off

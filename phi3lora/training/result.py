@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..display import (
@@ -19,10 +20,12 @@ from ..display import (
     terminal_columns,
     text_facts,
 )
+from ..run_settings import DEMO
 
 History = Sequence[Mapping[str, Any]]
 """Lines of ``metrics.jsonl``."""
 
+_EMBEDDED = Path(__file__).parents[1] / "demo" / "base"
 _NAMES = 13  # columns of the names before the last lines of a run
 _COLUMNS = {
     "step": "step",
@@ -100,7 +103,8 @@ def closing_facts(model: Any, result: TrainingResult) -> dict[str, str]:
     elif result.checkpoint is None or base is None:
         command = f"p3.save_adapter(model, {shown_path(os.path.join(result.output_dir, 'adapter.safetensors'))!r})"
     else:
-        command = command_line("chat", "--model", base, "--adapter", result.checkpoint)
+        model_name = DEMO if Path(base) == _EMBEDDED else base
+        command = command_line("chat", "--model", model_name, "--adapter", result.checkpoint)
         command = "\n".join(shell_lines(command, columns and columns - _NAMES))
     where = "in the model only" if result.checkpoint is None else shown_path(result.checkpoint)
     outcome = {name: text for name, text in result.facts().items() if name != "checkpoint"}

@@ -15,6 +15,7 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.batches import BatchPlan, StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
+from ..display import shown_path
 from ..errors import TrainingError
 from ..inference.evaluation import METRICS, check_documents
 from ..lora.base_weight import base_format, count_parameters
@@ -252,7 +253,7 @@ def banner_facts(
         "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{lora_plus}, "
         f"{warmup} warm-up steps, weight decay {config.weight_decay:g}, gradient clipped to {config.max_grad_norm:g}",
         "seed": f"{config.seed} (data {steps.plan.seed})",
-        "output": config.output_dir,
+        "output": shown_path(config.output_dir),
         "defaults": defaults or None,
         "LoRA defaults": (lora_config.not_given()[0] or None) if lora_config is not None else None,
         "default: off": off or None,
