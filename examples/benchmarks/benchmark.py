@@ -34,6 +34,7 @@ import phi3lora as p3
 from phi3lora.lora.base_weight import quantize_base
 from phi3lora.model.estimate import flops_per_token, peak_flops, plan_memory
 from phi3lora.model.sharding import join_processes, shard
+from phi3lora.training import distributed
 from phi3lora.training.distributed import World, digest
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -275,6 +276,12 @@ def main() -> int:
         metavar="N",
         help="processes under torchrun; 0: plain python, one GPU",
     )
+    parser.add_argument(
+        "--bucket-mib",
+        type=int,
+        default=distributed._BUCKET_BYTES // 2**20,
+        help="gradients that several processes add up at a time; 1000: all at once, after the backward",
+    )
     parser.add_argument("--limit-s", type=float, default=180, help="time limit of one mode's process")
     parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times to FOLDER (slows the host)")
     parser.add_argument("--peers", action="store_true", help="also run peers.py in the same call")
@@ -287,6 +294,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
     if options.in_process:
+        distributed._BUCKET_BYTES = options.bucket_mib * 2**20
         result = measure(options.modes[0], options.steps, options.warmup, options.folder, options.profile)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(result))
@@ -298,13 +306,14 @@ def main() -> int:
         "mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss   MB sum"
     )
     settings = ["--steps", str(options.steps), "--warmup", str(options.warmup)]
+    buckets = ["--bucket-mib", str(options.bucket_mib)]
     profile = ["--profile", options.profile] if options.profile else []
     for mode in options.modes:
         one_gpu = None
         for gpus in options.gpus:
             name = f"{mode:<16} {gpus or 'plain':>5}"
             with tempfile.TemporaryDirectory() as folder:
-                arguments = [mode, *settings, *profile, "--folder", f"{folder}/run"]
+                arguments = [mode, *settings, *buckets, *profile, "--folder", f"{folder}/run"]
                 r = measure_apart(__file__, arguments, options.limit_s, gpus)
             if isinstance(r, str):
                 print(f"{name} {r}", flush=True)

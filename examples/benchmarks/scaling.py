@@ -5,10 +5,12 @@
 
 Bytes come from the library's own model, made on the meta device; times from the measurements below. For n GPUs:
 
-    whole base    step = compute + reduce(adapters' gradients)
-    split base    the same, but in forward and backward each layer takes max(compute + busy, gather(next layer's bytes))
+    whole base    step = compute + max(reduce(last bucket of gradients), reduce(all gradients) - backward)
+    split base    step = compute + reduce(all gradients); in forward and backward each layer takes
+                  max(compute + busy, gather(next layer's bytes))
 
-    reduce(b) = 2 (n - 1) / n * b / bandwidth + 2 (n - 1) * hop       ring all-reduce, after the last micro-batch
+    reduce(b) = 2 (n - 1) / n * b / bandwidth + 2 (n - 1) * hop       ring all-reduce, while the backward computes
+    backward  = BACKWARD * compute                                    one micro-batch a step
     gather(b) =   (n - 1) / n * b / bandwidth +   (n - 1) * hop       ring all-gather, while the layer before computes
     busy      = BUSY * (n - 1) / n * b / NVLINK                       what a gather takes from the kernels beside it
 """
@@ -25,27 +27,30 @@ from torch import nn
 import phi3lora as p3
 from phi3lora.model.estimate import _STORED_BYTES
 from phi3lora.model.sharding import shardable_tensors
+from phi3lora.training.distributed import _BUCKET_BYTES
 
-WHERE = """2026-11-27, 2 x NVIDIA H100 80GB HBM3 of one host, torch 2.11.0+cu130
-  benchmark.py MODE --gpus 0 1 2 (NOTES.md has the commits)
+WHERE = """2026-11-27, torch 2.11.0+cu130, two H100 80GB HBM3 of one host; the rows of 4 GPUs: four H200
+  benchmark.py MODE --gpus 0 1 2, and --gpus 1 4 (NOTES.md has the commits)
   torchrun --nproc-per-node 2 sharding_check.py: 8 of Phi-4's 40 layers, 4 x 2,048 tokens"""
 GPUS = (1, 2, 8, 64, 512)
 NODE_GPUS = 8
 NVLINK = 238e9  # bytes a second that a GPU receives: one layer of Phi-4, 0.63 GiB, gathered by 2 GPUs in 1.43 ms
 HOP_S = 10e-6  # assumed
+BACKWARD = 0.5  # of a step, assumed: the frozen weights have no gradients
 TOKENS = ROWS * ROW_TOKENS
 FORWARD_S = (250.5e-3 - 192.8e-3) / 8  # a layer of Phi-4: 8 layers with full checkpointing, and without
 BUSY = (260.5e-3 - 250.5e-3) / (12 * 1.43e-3)  # time that bf16's 12 gathers cost those 8 layers, of their own time
 
 
 class Measured(NamedTuple):
-    """A mode of benchmark.py: tokens a second of one GPU alone, and of two together."""
+    """A mode of benchmark.py: tokens a second of one GPU alone, and of several together."""
 
     mode: str
     one_gpu: int
-    two_gpus: int
+    together: int
     shape: str = "phi-3-mini"
     is_split: bool = False
+    gpus: int = 2
 
 
 RUNS = [
@@ -55,6 +60,10 @@ RUNS = [
     Measured("fp8 (first run)", 41_179, 77_168),
     Measured("nf4", 29_598, 58_703),
     Measured("phi-4-sharded", 7_189, 13_675, "phi-4", is_split=True),
+    Measured("bf16", 30_756, 120_168, gpus=4),
+    Measured("chat-bf16", 31_539, 122_670, gpus=4),
+    Measured("fp8", 41_668, 162_138, gpus=4),
+    Measured("phi-4-sharded", 7_100, 26_792, "phi-4", is_split=True, gpus=4),
 ]
 SPLIT_MS = {  # checkpointing, base: milliseconds of 8 layers of Phi-4 with a whole base, and split over 2 GPUs
     ("full", "bf16"): (250.5, 260.5), ("full", "fp8"): (174.8, 183.3), ("full", "nf4"): (256.3, 262.8),
@@ -99,7 +108,11 @@ def ring_s(size: float, gpus: int, network: float, rounds: int) -> float:
 def tokens_per_s(run: Measured, size: Bytes, gpus: int, network: float = NVLINK) -> float:
     """Return the predicted speed of all GPUs with one micro-batch a step."""
     compute = TOKENS / run.one_gpu
-    step = compute + ring_s(size.gradients, gpus, network, rounds=2)
+    reduction = ring_s(size.gradients, gpus, network, rounds=2)
+    if not run.is_split:
+        last = ring_s(size.gradients % _BUCKET_BYTES, gpus, network, rounds=2)
+        reduction = max(last, reduction - BACKWARD * compute)
+    step = compute + reduction
     if run.is_split and gpus > 1:
         gather = ring_s(size.layer["bf16"], gpus, network, rounds=1)
         busy = BUSY * (gpus - 1) / gpus * size.layer["bf16"] / NVLINK
@@ -120,7 +133,8 @@ Assumed:
   {NODE_GPUS} GPUs a node; NVLink {NVLINK / 1e9:.0f} GB/s received by each, as measured between 2
   {networks} Gbit/s between a node and the others; {HOP_S * 1e6:.0f} us for each hop of a ring
   a gather takes {BUSY:.2f} of its time over NVLink from the kernels beside it (8 layers, bf16, full)
-  nothing hides the reduction; one micro-batch of {TOKENS:,} tokens a GPU and step (accumulation reduces no more often)
+  the backward, {BACKWARD:.0%} of a step, hides the reduction but for its last bucket, at no cost; with a split base
+  nothing hides it; one micro-batch of {TOKENS:,} tokens a GPU and step (accumulation reduces no more often)
   not counted: cards that slow each other, uneven rows, reading data, other traffic. NCCL's trees have fewer hops""")
     print("\nBytes a step          reduced, MB   gathered by each GPU of 2, 8, 512, GiB")
     print(f"phi-3-mini, any base {sizes['phi-3-mini'].gradients / 1e6:12.1f}      0")
@@ -131,15 +145,16 @@ Assumed:
     for gbits in options.network_gbits:
         print(f"\nPredicted tok/s and share of linear, {gbits:,.0f} Gbit/s between nodes")
         print("GPUs             " + "".join(f"{n:>19,}" for n in GPUS))
-        for run in (run for run in RUNS if "(" not in run.mode):
+        for run in (run for run in RUNS if run.gpus == 2 and "(" not in run.mode):
             found = [tokens_per_s(run, sizes[run.shape], n, gbits * 1e9 / 8) for n in GPUS]
             cells = (f"{t:>12,.0f} ({t / n / run.one_gpu:.2f})" for n, t in zip(GPUS, found, strict=True))
             print(f"{run.mode:<17}" + "".join(cells))
 
-    print("\n2 GPUs             predicted   measured   measured / predicted   share of linear, measured")
+    print("\n                GPUs   predicted   measured   measured / predicted   share of linear, measured")
     for run in RUNS:
-        predicted, share = tokens_per_s(run, sizes[run.shape], 2), run.two_gpus / 2 / run.one_gpu
-        print(f"{run.mode:<17} {predicted:>8,.0f} {run.two_gpus:>10,} {run.two_gpus / predicted:>16.3f} {share:>22.3f}")
+        predicted, share = tokens_per_s(run, sizes[run.shape], run.gpus), run.together / run.gpus / run.one_gpu
+        speeds = f"{predicted:>8,.0f} {run.together:>10,} {run.together / predicted:>16.3f} {share:>22.3f}"
+        print(f"{run.mode:<17} {run.gpus}    {speeds}")
     print("\n8 layers split, ms predicted   measured   measured / predicted")
     for (checkpointing, base), (whole, split) in SPLIT_MS.items():
         predicted = whole + 1000 * gathers(8) * BUSY * sizes["phi-4"].layer[base] / 2 / NVLINK

@@ -58,10 +58,10 @@ def test_a_step_gathers_as_often_as_the_model_says(script, mode):
         assert calls == script["gathers"](layers) > 0
 
 
-def test_predictions_are_near_what_two_gpus_did(script, sizes):
+def test_predictions_are_near_what_gpus_did(script, sizes):
     for run in script["RUNS"]:
-        predicted = script["tokens_per_s"](run, sizes[run.shape], 2)
-        assert predicted == pytest.approx(run.two_gpus, rel=0.07 if "first" in run.mode else 0.02), run.mode
+        predicted = script["tokens_per_s"](run, sizes[run.shape], run.gpus)
+        assert predicted == pytest.approx(run.together, rel=0.07 if "first" in run.mode else 0.03), run
 
 
 def test_more_gpus_are_faster_in_all_and_slower_each(script, sizes):
