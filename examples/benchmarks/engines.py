@@ -201,7 +201,7 @@ def row(names: tuple[str, str, str], measure: Callable[[], Measurement], is_roun
         cell = f"{word:<8}{largest:.1e}  {agreed} of {asked}"
     except (Refused, p3.Phi3LoRAError) as error:
         refused, cell = True, f"refused: {' '.join(str(error).split())[:240]}"
-    print("{:<15}{:<9}{:<26}".format(*names) + cell, flush=True)
+    print("{:<15}{:<9}{:<28}".format(*names) + cell, flush=True)
     return refused
 
 
@@ -250,7 +250,8 @@ def llama_cpp_model(engine: LlamaCpp, name: str, adapters: list[str], work: Path
             folder = work / f"{name}-{adapter}-{layout}"
             p3.export_peft(model, folder, tokenizer=tokenizer, layout=layout)
             case, at = (engine, work, folder, model), {"base": base, "base_gguf": base_gguf}
-            if row((name, adapter, layout), partial(by_export, *case, **at)):
+            refused = row((name, adapter, layout), partial(by_export, *case, **at))
+            if refused and name == next(iter(MODELS)):
                 row((name, adapter, "  by its converter"), partial(by_converter, *case, **at))
             if layout == "split" and name in AS_LLAMA:
                 row(
@@ -345,7 +346,7 @@ def ask_cli(words: list[str], question: str) -> str:
     """Return llama-cli's greedy answer: what it prints after the question."""
     options = ["-p", question, "--single-turn", "--temp", "0", "-n", "64", "--no-display-prompt", "--simple-io"]
     done = subprocess.run([*words, *options], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
-    return next((line for line in reversed(done.stdout.splitlines()) if "?" not in line or "!" in line), "").strip()
+    return done.stdout.partition(f"> {question}\n")[2].partition("\n[ Prompt:")[0].strip()
 
 
 def llama_cpp_demo(engine: LlamaCpp, work: Path) -> None:
@@ -403,10 +404,11 @@ def main() -> None:
     parser.add_argument("engine", choices=("llama.cpp", "vllm", "ollama"))
     parser.add_argument("--bin", help="folder of the engine's commands; default: the PATH")
     parser.add_argument("--python", help="an interpreter that has xllamacpp, whose server replaces llama-server")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="models of the table")
     parser.add_argument("--quick", action="store_true", help="one model and two adapters, and no demo")
     parser.add_argument("--only", choices=("tokens", "table", "demo"), help="one part")
     options = parser.parse_args()
-    models, adapters = (["grouped-query"], ["all", "unequal"]) if options.quick else (list(MODELS), list(ADAPTERS))
+    models, adapters = (["grouped-query"], ["all", "unequal"]) if options.quick else (options.models, list(ADAPTERS))
     parts = [options.only] if options.only else ["tokens", "table", *([] if options.quick else ["demo"])]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         work = Path(folder)

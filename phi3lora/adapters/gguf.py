@@ -119,7 +119,7 @@ def export_gguf(
     if outtype not in OUTTYPES:
         raise AdapterError(f"outtype={short_repr(outtype)}; allowed: {', '.join(map(repr, OUTTYPES))}")
     is_adapter, name = _check_source(source, base)
-    scripts = _find_converters(llama_cpp)
+    scripts = find_converters(llama_cpp)
     given = Path(base_gguf) if base_gguf is not None and is_adapter else None
     if given is not None and not given.is_file():
         raise AdapterError(f"there is no file base_gguf={str(given)!r}")
@@ -169,8 +169,12 @@ def _check_source(source: Path, base: str | os.PathLike[str] | None) -> tuple[bo
     return False, str(source)
 
 
-def _find_converters(folder: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of llama.cpp's converters."""
+def find_converters(folder: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of llama.cpp's converters.
+
+    Raises:
+        AdapterError: there are none in ``folder``; None: nor in any of the places that :func:`export_gguf` names.
+    """
     named = folder if folder is not None else os.environ.get("LLAMA_CPP")
     if named is not None:
         found = as_path(named, "llama_cpp", AdapterError)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..adapters.adapter_file import save_adapter
+from ..adapters.gguf import export_gguf, find_converters
 from ..adapters.hub import push_to_hub
 from ..adapters.merge import save_merged
 from ..adapters.peft_export import export_peft
@@ -289,17 +290,33 @@ def _chat(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     run, out = _read(options), Path(options.out)
     _check_free(out, options.overwrite)
+    gguf = _gguf_folder(options)
     model, tokenizer = _load_model(run, _required_adapter(run))
     print(save_merged(model, tokenizer, out))
+    if gguf is not None:
+        print(f"\n{export_gguf(out, gguf)}")
     return 0
+
+
+def _gguf_folder(options: argparse.Namespace) -> Path | None:
+    """Return the folder for GGUF files, if they are asked for, after a look whether they can be made."""
+    if not options.gguf:
+        return None
+    find_converters()
+    folder = Path(f"{options.out.rstrip('/')}-gguf")
+    _check_free(folder, options.overwrite)
+    return folder
 
 
 def _export(options: argparse.Namespace) -> int:
     run, out = _read(options), Path(options.out)
     _check_free(out, options.overwrite)
+    gguf = _gguf_folder(options)
     model, tokenizer = _load_model(run, _required_adapter(run), device="cpu")
     base = options.base_model or (None if options.layout == "split" else _model_path(run))
     print(export_peft(model, out, tokenizer=tokenizer, layout=options.layout, base_model=base))
+    if gguf is not None:
+        print(f"\n{export_gguf(out, gguf, base=_model_path(run))}")
     return 0
 
 

@@ -187,6 +187,7 @@ def _chat(command: argparse.ArgumentParser, shows_all: bool) -> None:
 def _merge(command: argparse.ArgumentParser, shows_all: bool) -> None:
     _add_settings(command, "model", leave_out=("base_precision",))
     _add_out(command, "folder to write")
+    _add_gguf(command, "the model")
 
 
 def _export(command: argparse.ArgumentParser, shows_all: bool) -> None:
@@ -194,9 +195,16 @@ def _export(command: argparse.ArgumentParser, shows_all: bool) -> None:
     _add_out(command, "folder to write")
     command.add_argument(
         "--layout", choices=("uniform", "pattern", "split"), default="uniform",
-        help="uniform (default): right in every tool; pattern: for PEFT alone; split: for q_proj, k_proj, ...",
+        help="uniform (default): right in every tool; pattern: for PEFT and vLLM; split: for q_proj, k_proj, ...",
     )  # fmt: skip
     command.add_argument("--base-model", metavar="NAME", help="base that the folder names; default: --model")
+    _add_gguf(command, "the adapter and its base")
+
+
+def _add_gguf(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--gguf", action="store_true", help=f"also convert {what} for llama.cpp and Ollama, into the folder OUT-gguf"
+    )
 
 
 def _import(command: argparse.ArgumentParser, shows_all: bool) -> None:

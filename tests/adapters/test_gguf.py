@@ -19,6 +19,7 @@ from peft_folders import change_config, peft_made
 from transformers import AutoModelForCausalLM
 
 import phi3lora as p3
+from phi3lora.__main__ import main
 from phi3lora.adapters import gguf
 from phi3lora.errors import AdapterError, ModelError
 
@@ -150,6 +151,20 @@ def test_a_converter_that_fails_says_why_and_leaves_the_earlier_export(demo_fold
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
+def test_the_command_line_converts_too(demo_folders, converters, tmp_path, monkeypatch, capsys):
+    without_space_prefix(monkeypatch)
+    options = ["--model", "demo", "--adapter", str(demo_folders / "uniform"), "--gguf", "--out"]
+    assert main(["export", *options, str(tmp_path / "peft")]) == 0
+    assert {file.name for file in (tmp_path / "peft-gguf").iterdir()} == {"base.gguf", "adapter.gguf", "Modelfile"}
+    assert main(["merge", *options, str(tmp_path / "whole")]) == 0
+    assert arguments(tmp_path / "whole-gguf" / "model.gguf")[""] == str(tmp_path / "whole")
+    assert f"llama-server -m {tmp_path / 'whole-gguf' / 'model.gguf'}" in capsys.readouterr().out
+    assert main(["merge", *options, str(tmp_path / "whole")]) == 1  # neither folder is overwritten
+    (converters / "convert_hf_to_gguf.py").unlink()
+    assert main(["merge", *options, str(tmp_path / "more")]) == 1
+    assert "holds no convert_hf_to_gguf.py" in capsys.readouterr().err and not (tmp_path / "more").exists()
+
+
 def test_without_converters_one_line_says_how_to_get_them(demo_folders, tmp_path, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", "")
@@ -178,7 +193,7 @@ def test_llama_cpp_s_own_converters(demo_folders, tmp_path):
     """Where they and sentencepiece are installed: the files hold the tensors, the name and the keys."""
     pytest.importorskip("sentencepiece")
     try:
-        scripts = gguf._find_converters(None)
+        scripts = gguf.find_converters()
     except AdapterError as error:
         pytest.skip(str(error))
     p3.export_gguf(demo_folders / "uniform", tmp_path / "out")
