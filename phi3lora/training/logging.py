@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks.report import Finding
 from ..config import TrainingConfig
-from ..display import terminal_columns, text_facts
+from ..display import terminal_columns, text_facts, use_colour
 from ..model.estimate import peak_flops
 from .checkpoint import TrainingState
 from .history import HistoryFile
@@ -68,7 +68,7 @@ class Reporter:
         """Print the problems that the checks before a run found."""
         width = max((len(finding.name) for finding in findings), default=0)
         for finding in findings:
-            print(finding.lines(width, False, terminal_columns()), flush=True)
+            print(finding.lines(width, use_colour(), terminal_columns()), flush=True)
 
     def print(self, text: str) -> None:
         """Print a line of text above the progress bar."""

@@ -113,7 +113,7 @@ def closing_facts(model: Any, result: TrainingResult) -> dict[str, str]:
 
 def curve(history: History, key: str) -> list[tuple[int, float]]:
     """Return the steps and the values of one figure."""
-    return [(line["step"], line[key]) for line in history if line.get(key) is not None]
+    return [(line["step"], line[key]) for line in history if "step" in line and line.get(key) is not None]
 
 
 def loss_curves(history: History) -> Html:
