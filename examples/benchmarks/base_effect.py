@@ -1,11 +1,12 @@
-"""Measure what a quantised base changes: tune the demo on float32, fp8 and nf4 weights, side by side.
+"""Measure what a quantised base changes: tune the demo on float32, fp8, nf4 and nf4-fp8 weights, side by side.
 
     python examples/benchmarks/base_effect.py            # about two minutes on 2 CPU cores; writes base_effect.png
 
 On a CPU the fp8 products use the same rounded numbers as on a GPU (e4m3, one scale per row of weight, activation and
 gradient) and sum them in float32; a GPU that multiplies fp8 sums them in another order. nf4 (bitsandbytes, double
-quantisation) rounds only the weights. The script prints the error of the weights, the loss of each run, exact match and
-loss on the held-out chats, and the cosine between each adapter's gradient and the exact one.
+quantisation) rounds only the weights, and nf4-fp8 then multiplies them in fp8. The script prints the error of the
+weights, the loss of each run, exact match and loss on the held-out chats, and the cosine between each adapter's
+gradient and the exact one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,22 @@ from torch.nn.functional import cosine_similarity
 
 import phi3lora as p3
 from phi3lora.demo.show import LORA, TRAINING, score
-from phi3lora.lora.base_weight import Fp8Linear, base_weight_of, nf4_linear
+from phi3lora.lora.base_weight import Fp8Linear, base_weight_of, multiply_in_fp8, nf4_linear
 
 ROWS = [json.loads(line) for line in (p3.demo.FOLDER / "eval.jsonl").read_text().splitlines()]
+
+
+def nf4_fp8_linear(base: nn.Linear) -> nn.Linear:
+    """Return ``base`` in nf4, multiplied in fp8."""
+    layer = nf4_linear(base)
+    multiply_in_fp8(layer)
+    return layer
+
+
 # Layer by layer, because quantize_base needs a GPU for fp8.
-FORMATS: dict[str, Any] = {"float32": None, "fp8": Fp8Linear.from_linear, "nf4": nf4_linear}
+FORMATS: dict[str, Any] = {
+    "float32": None, "fp8": Fp8Linear.from_linear, "nf4": nf4_linear, "nf4-fp8": nf4_fp8_linear,
+}  # fmt: skip
 
 
 def demo_model(base: str) -> tuple[Any, Any, Any, Any]:
@@ -83,9 +95,9 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (name, values), style in zip(losses.items(), ("-", "--", ":"), strict=True):
+    for (name, values), style in zip(losses.items(), ("-", "--", ":", "-."), strict=True):
         axes.plot(range(1, len(values) + 1), values, style, label=f"{name} base")
-    axes.set(xlabel="step", ylabel="training loss, nats a token", yscale="log", title="The demo on three bases")
+    axes.set(xlabel="step", ylabel="training loss, nats a token", yscale="log", title="The demo on four bases")
     axes.legend()
     figure.savefig(path, dpi=110)
 
