@@ -60,6 +60,16 @@ def flat(text: str, most: int, keep_end: bool = False) -> str:
     return "..." + text[3 - most :] if keep_end else text[: most - 3] + "..."
 
 
+def plain(text: str) -> str:
+    """Return a text for a terminal: line breaks and spaces stay, and other control characters are spelt out."""
+    if text.isprintable():
+        return text
+    return "\n".join(
+        "".join(c if unicodedata.category(c) == "Zs" else printable(c) for c in line.expandtabs(4))
+        for line in text.splitlines()
+    )
+
+
 # --- The terminal
 
 
@@ -105,8 +115,8 @@ _ANSI_CODE = re.compile(r"\x1b\[\d*m")
 
 def width_of(text: str) -> int:
     """Return the columns that a line takes: colour codes take none, and a Chinese character takes two."""
-    plain = _ANSI_CODE.sub("", text)
-    return len(plain) + sum(unicodedata.east_asian_width(c) in "WF" for c in plain if not c.isascii())
+    shown = _ANSI_CODE.sub("", text)
+    return len(shown) + sum(unicodedata.east_asian_width(c) in "WF" for c in shown if not c.isascii())
 
 
 def wrap(text: str, columns: int | None, *, within_words: bool = False, longest: int | None = None) -> list[str]:
@@ -191,7 +201,8 @@ def text_facts(facts: Mapping[str, Any], columns: int | None = None) -> str:
     width = max(map(width_of, facts), default=0)
     columns = columns or terminal_columns()
     return "\n".join(
-        hanging(f"{name}{' ' * (width - width_of(name))}  ", str(value), columns) for name, value in facts.items()
+        hanging(f"{name}{' ' * (width - width_of(name))}  ", plain(str(value)), columns)
+        for name, value in facts.items()
     )
 
 
@@ -203,7 +214,7 @@ def text_table(rows: Sequence[Sequence[Any]], columns: int | None = None, *, spa
         columns: width of the table; None: the terminal's.
         spaced: put an empty line between the rows.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[plain(str(cell)) for cell in row] for row in rows]
     widths = _fitting_widths(cells, columns or terminal_columns())
     blocks = []
     for row in cells:

@@ -194,6 +194,12 @@ def test_tables_and_facts_keep_every_word_within_the_columns(columns):
     assert text_table([("a", "b"), ("1", "2\n3")], columns) == "a  b\n----\n1  2\n   3"
 
 
+def test_control_characters_of_a_text_do_not_reach_the_terminal():
+    text = "a\x1b[2J\r\tb\nc\u00a0d"
+    assert text_table([("x",), (text,)]).splitlines()[2:] == ["a\\x1b[2J", "    b", "c\u00a0d"]
+    assert "\x1b" not in text_facts({"x": text})
+
+
 def test_without_a_terminal_lines_stay_whole(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert wrap("word " * 60, None) == ["word " * 60]
