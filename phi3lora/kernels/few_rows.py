@@ -1,16 +1,10 @@
-"""The product of a few rows and a frozen weight, as fast as memory delivers the weight: most of a token's time.
+"""The product of a few rows and a frozen weight, as fast as memory delivers the weight: most of a decoded token's time.
 
     y = x W'        z = x A'                A (Z, K): the adapter's, in programs of the same launch
 
-A program takes BN rows of W, or of A, and one of several parts of their K columns; the kernel that reads y and z adds
-up the parts. One row of x is multiplied element by element; 2 to 16 rows go through tensor cores. For more rows cuBLAS
-is as fast.
-
-An nf4 weight is multiplied by one bf16 row from its packed form (nf4.py has the formula). A word of 32 bits holds eight
-neighbours of a row of W, and looking each of them up in memory would take longer than reading them. ``prmt`` looks up
-four at a time, in registers: it picks four bytes among eight by four selectors of 4 bits. The table in float16 has 16
-entries of two bytes, so four lookups (high or low bytes, entries 0-7 or 8-15) and a choice by each nibble's top bit
-give four values. https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-prmt
+A program takes BN rows of W, or of A, and one of SPLITS parts of their K columns. The kernel that reads y and z adds up
+the parts. One row of x is multiplied element by element; 2 to 16 rows go through tensor cores. Above that, cuBLAS is as
+fast. One row and an nf4 weight go through bitsandbytes' kernel; more rows and other formats through ``matmul``.
 
 Shapes: M rows, K and N columns of x and y, W (N, K), Z rows of A.
 """
@@ -23,92 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lora.weight_formats import BaseWeight, Dense, Nf4
-from . import nf4
 from .adapter import NO_ADAPTER, Adapter, dot
 from .launch import Block, cdiv, launch
 
-NF4_BLOCKS: list[Block] = [{"BN": 8, "WORDS": 128, "num_warps": 4}]
 ROW_BLOCKS: list[Block] = [{"BN": 2, "BK": 1024, "num_warps": 4}]
 FEW_ROWS_BLOCKS: list[Block] = [{"BN": 64, "BK": 128, "STAGES": stages, "num_warps": 4} for stages in (4, 2, 1)]
 _FEW = 16
 _MULTIPROCESSORS = 132  # of an H100; with fewer programs the columns are split
 
 
-_NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-
-def _decoding_instructions() -> str:
-    """Return PTX that turns a word of eight nf4 nibbles, $8, into float32 values without scale, $0 to $7."""
-    table = torch.tensor(_NF4_CODE).half().view(torch.int16).tolist()
-
-    def words(shift: int) -> list[str]:
-        """Return the 16 high bytes (shift 8) or low bytes (shift 0) of the table in four words."""
-        found = [(value >> shift) & 255 for value in table]
-        return [hex(sum(byte << (8 * i) for i, byte in enumerate(found[k : k + 4]))) for k in range(0, 16, 4)]
-
-    lines = ["and.b32 s, $8, 0x77777777;", "shr.u32 t, $8, 3;", "and.b32 t, t, 0x11111111;"]
-    for first in (0, 4):
-        lines += ["prmt.b32 m, 0xFF00, 0, t;"]  # 255 in each byte whose nibble is 8 or more
-        for name, (a, b, c, d) in (("hi", words(8)), ("lo", words(0))):
-            lines += [f"prmt.b32 a, {a}, {b}, s;", f"prmt.b32 b, {c}, {d}, s;", f"lop3.b32 {name}, m, b, a, 0xCA;"]
-        for selector, column in (("0x7351", first), ("0x6240", first + 1)):  # a byte's high half comes first
-            lines += [f"prmt.b32 a, lo, hi, {selector};", "mov.b32 {e, f}, a;"]
-            lines += [f"cvt.f32.f16 ${column}, e;", f"cvt.f32.f16 ${column + 2}, f;"]
-        lines += ["shr.u32 s, s, 16;", "shr.u32 t, t, 16;"]
-    return "{ .reg .b32 s, t, m, a, b, hi, lo; .reg .b16 e, f; " + " ".join(lines) + " }"
-
-
-_DECODE = tl.constexpr(_decoding_instructions())
-_DECODED = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r")
-
-
-@triton.jit
-def _pair(x_ptr, word, live, i: tl.constexpr):
-    """Load two neighbours of a bf16 row, as float32."""
-    pair = tl.load(x_ptr + 4 * word + i, mask=live, other=0)
-    return (pair << 16).to(tl.float32, bitcast=True)[None, :], (pair & -65536).to(tl.float32, bitcast=True)[None, :]
-
-
-@triton.jit
-def _nf4_row_product(
-    x_ptr, packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, y_ptr, N: tl.constexpr, K: tl.constexpr,
-    BLOCK2: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """x_ptr and packed_ptr are of words: two columns of x, eight of W. A scale is shared by 64 columns."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros([BN, WORDS], tl.float32)
-    offset = tl.load(offset_ptr)
-    for start in range(0, K // 8, WORDS):
-        word = start + tl.arange(0, WORDS)
-        live_word = word < K // 8
-        live = (n < N)[:, None] & live_word[None, :]
-        at = n.to(tl.int64)[:, None] * (K // 8) + word[None, :]
-        packed = tl.load(packed_ptr + at, mask=live, other=0)
-        scale = tl.load(code2_ptr + tl.load(absmax_ptr + at // 8, mask=live, other=0).to(tl.int32))
-        scale = scale * tl.load(absmax2_ptr + at // (8 * BLOCK2), mask=live, other=0.0) + offset
-        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-            _DECODE, _DECODED, [packed], dtype=(tl.float32,) * 8, is_pure=True, pack=1
-        )
-        x0, x1 = _pair(x_ptr, word, live_word, 0)
-        x2, x3 = _pair(x_ptr, word, live_word, 1)
-        x4, x5 = _pair(x_ptr, word, live_word, 2)
-        x6, x7 = _pair(x_ptr, word, live_word, 3)
-        total += (w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7) * scale
-    tl.store(y_ptr + n, tl.sum(total, 1).to(y_ptr.dtype.element_ty), mask=n < N)
-
-
 @triton.jit
 def _row_product(
-    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, N, Z, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    programs_of_A = tl.cdiv(Z, BN)
+    A_PROGRAMS: tl.constexpr = (Z + BN - 1) // BN
     program = tl.program_id(0)
-    of_A = program < programs_of_A
-    n = tl.where(of_A, program, program - programs_of_A) * BN + tl.arange(0, BN)
+    of_A = program < A_PROGRAMS
+    n = tl.where(of_A, program, program - A_PROGRAMS) * BN + tl.arange(0, BN)
     live_n = n < tl.where(of_A, Z, N)
     if of_A:  # noqa: SIM108  # a Triton kernel
         matrix = A_ptr
@@ -129,18 +55,18 @@ def _row_product(
         tl.store(y_ptr + n, sums, mask=live_n)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
 def _few_rows_product(
-    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, n_rows, N, Z, K: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, n_rows, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BM: tl.constexpr,
+    SPLITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    programs_of_A = tl.cdiv(Z, BN)
+    A_PROGRAMS: tl.constexpr = (Z + BN - 1) // BN
     PART: tl.constexpr = (K + SPLITS - 1) // SPLITS
     program, part = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, BM)
     live_row = row < n_rows
-    of_A = program < programs_of_A
-    n = tl.where(of_A, program, program - programs_of_A) * BN + tl.arange(0, BN)
+    of_A = program < A_PROGRAMS
+    n = tl.where(of_A, program, program - A_PROGRAMS) * BN + tl.arange(0, BN)
     live_n = n < tl.where(of_A, Z, N)
     if of_A:  # noqa: SIM108  # a Triton kernel
         matrix = A_ptr
@@ -165,7 +91,7 @@ def _few_rows_product(
 
 
 def product(x: Tensor, weight: BaseWeight, adapter: Adapter = NO_ADAPTER) -> tuple[Tensor, Tensor | None]:
-    """Return ``x W'`` (parts, M, N) and ``x A'`` (parts, M, Z), None without an adapter, each in parts to be added up.
+    """Return ``x W'`` (parts, M, N) and ``x A'`` (parts, M, Z), None without an adapter; their parts are to be added.
 
     Args:
         x: (M, K), contiguous.
@@ -173,10 +99,11 @@ def product(x: Tensor, weight: BaseWeight, adapter: Adapter = NO_ADAPTER) -> tup
     dense = weight.weight if isinstance(weight, Dense) else None
     if dense is not None and len(x) <= _FEW and dense.dtype == x.dtype and dense.is_contiguous():
         return _launch(x, dense, adapter)
-    y = _nf4_row(x, weight) if isinstance(weight, Nf4) and len(x) == 1 and _reads(weight, x) else weight.matmul(x)[None]
-    if not adapter:
-        return y, None
-    return y, _launch(x, adapter.A, NO_ADAPTER)[0] if len(x) <= _FEW else (x @ adapter.A.t())[None]
+    if isinstance(weight, Nf4) and len(x) == 1 and not weight.state.nested:
+        s = weight.state
+        y = torch.ops.bitsandbytes.gemv_4bit(x, weight.packed, s.shape, s.absmax, s.code, s.blocksize)
+        return y[None], _launch(x, adapter.A, NO_ADAPTER)[0] if adapter else None
+    return weight.matmul(x)[None], (x @ adapter.A.t())[None] if adapter else None
 
 
 def _launch(x: Tensor, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
@@ -190,24 +117,22 @@ def _launch(x: Tensor, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor
         return cdiv(Z, block["BN"]) + cdiv(N, block["BN"]), splits
 
     if M == 1:
-        launch(_row_product, ROW_BLOCKS, grid, *tensors, N, Z, K=K)
+        launch(_row_product, ROW_BLOCKS, grid, *tensors, N=N, K=K, Z=Z)
     else:
-        launch(_few_rows_product, FEW_ROWS_BLOCKS, grid, *tensors, M, N, Z, K=K, BM=_FEW, SPLITS=splits)
+        launch(_few_rows_product, FEW_ROWS_BLOCKS, grid, *tensors, M, N=N, K=K, Z=Z, BM=_FEW, SPLITS=splits)
     return y, z
 
 
-def _reads(weight: Nf4, x: Tensor) -> bool:
-    """Return whether :func:`_nf4_row` multiplies this weight by this row."""
-    whole_blocks = weight.state.blocksize == 64 and weight.state.shape[1] % 64 == 0
-    return x.is_cuda and x.dtype == torch.bfloat16 and whole_blocks and nf4.is_supported(weight.packed, weight.state)
+def with_plain_scales(weight: BaseWeight) -> BaseWeight:
+    """Return an nf4 weight whose scales are plain float32, for :func:`product`; other weights as they are.
 
+    Doubly quantised scales would be written out at every product. It takes 0.06 bytes for each entry of the weight.
+    """
+    if not isinstance(weight, Nf4) or not weight.state.nested or weight.state.shape[1] % weight.state.blocksize:
+        return weight
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-def _nf4_row(x: Tensor, weight: Nf4) -> Tensor:
-    state, nested = weight.state, weight.state.state2
-    (N, K), y = state.shape, x.new_empty(1, 1, state.shape[0])
-    launch(
-        _nf4_row_product, NF4_BLOCKS, lambda block: (cdiv(N, block["BN"]),),
-        x.view(torch.int32), weight.packed.view(-1).view(torch.int32), state.absmax, nested.code, nested.absmax,
-        state.offset, y, N=N, K=K, BLOCK2=nested.blocksize,
-    )  # fmt: skip
-    return y
+    s = weight.state
+    absmax = (dequantize_blockwise(s.absmax, s.state2) + s.offset).float()
+    options = {"shape": s.shape, "code": s.code, "blocksize": s.blocksize, "quant_type": s.quant_type, "dtype": s.dtype}
+    return Nf4(weight.packed, QuantState(absmax=absmax, **options))
