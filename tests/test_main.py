@@ -349,6 +349,17 @@ def test_train_goes_on_from_an_adapter_and_writes_another_file(tmp_path, monkeyp
     assert main([*SHORT, "output_dir=c", "--out", "next.safetensors", "--overwrite"]) == 0
     assert (tmp_path / "next.safetensors").read_bytes() != before
     assert read_run("phi3lora_output/run.yaml").model.adapter == str(checkpoint / "lora.safetensors")
+    assert main(["train", "phi3lora_output/run.yaml", "--set", "output_dir=again"]) == 0
+    assert tensors_of("again/adapter.safetensors") == tensors_of(checkpoint / "lora.safetensors")
+
+
+def test_evaluate_measures_what_a_run_file_holds_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: demo\ndata: {source: demo, eval_share: 0.05, split_seed: 3}")
+    assert main(["evaluate", "run.yaml"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    model, _, chats, _ = p3.demo.load()
+    assert printed == pytest.approx(p3.evaluate(model, chats.split(0.05, seed=3)[1]))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     run = _read(options)
     _check_data(run)
     adapter = _check_model(run)
-    dataset = _load_data(run.data, run.data.source, run.data.split, load_tokenizer(_model_path(run)), is_held_out=True)
+    tokenizer = load_tokenizer(_model_path(run), revision=run.model.revision)
+    if run.data.eval_source or run.data.eval_share:  # of a run file: what its run held out
+        dataset = _load_both(run, tokenizer)[1]
+    else:
+        dataset = _load_data(run.data, run.data.source, run.data.split, tokenizer, is_held_out=True)
+    assert dataset is not None
     model, tokenizer = _load_model(run, adapter)
     answers = {"rouge": True, "tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens} if options.rouge else {}
     print(json.dumps(evaluate(model, dataset, batch_size=options.batch_size, **answers), indent=1))
@@ -142,13 +147,7 @@ def _load_run(run: Run) -> tuple[Any, Any, ChatDataset, ChatDataset | None]:
         adapter = _check_model(run)
     except AdapterError as error:
         raise AdapterError(f"{error}. A run goes on from --adapter; the file to write is --out") from error
-    tokenizer = load_tokenizer(_model_path(run))
-    chats = _load_data(data, data.source, data.split, tokenizer)
-    held_out = None
-    if data.eval_source:
-        held_out = _load_data(data, data.eval_source, data.eval_split, tokenizer, is_held_out=True)
-    elif data.eval_share:
-        chats, held_out = chats.split(float(data.eval_share), data.split_seed)
+    chats, held_out = _load_both(run, load_tokenizer(_model_path(run), revision=run.model.revision))
     model, tokenizer = _load_model(run, adapter)
     if adapter is None:
         torch.manual_seed(config.seed)  # of the adapters' first numbers
@@ -188,6 +187,15 @@ def _paths(source: Any, is_held_out: bool = False) -> Any:
     embedded = str(FOLDER / ("eval.jsonl" if is_held_out else "train.jsonl"))
     paths = [embedded if name == DEMO else name for name in _as_list(source)]
     return paths[0] if len(paths) == 1 else paths
+
+
+def _load_both(run: Run, tokenizer: Any) -> tuple[ChatDataset, ChatDataset | None]:
+    """Return the training data and the held-out data."""
+    data = run.data
+    chats = _load_data(data, data.source, data.split, tokenizer)
+    if data.eval_source:
+        return chats, _load_data(data, data.eval_source, data.eval_split, tokenizer, is_held_out=True)
+    return chats.split(float(data.eval_share), data.split_seed) if data.eval_share else (chats, None)
 
 
 def _load_data(data: DataSettings, source: Any, split: str, tokenizer: Any, is_held_out: bool = False) -> ChatDataset:

@@ -162,6 +162,7 @@ def _init(command: argparse.ArgumentParser, shows_all: bool) -> None:
 
 
 def _evaluate(command: argparse.ArgumentParser, shows_all: bool) -> None:
+    command.add_argument("file", nargs="?", metavar="RUN.yaml", help="a run's settings: its model and held-out data")
     _add_settings(command, "model")
     _add_settings(
         command, "data", leave_out=("eval_source", "eval_share", "eval_split", "split_seed", "streaming", "buffer_size")
