@@ -559,7 +559,10 @@ run({folder!r}, device=f"cuda:{{rank()}}" if {device!r} == "cuda" else "cpu", ma
 """
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpus])])
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpus])],
+)
 def test_torchrun_ends_when_a_rank_hangs_inside_a_step(tmp_path, device):
     """On GPUs the others' hosts speak before NCCL's watchdog ends them."""
     script = tmp_path / "script.py"
