@@ -10,6 +10,7 @@ from ..lora.base_weight import base_format, count_parameters, weight_shape
 from ..lora.inject import lora_layers
 from ..lora.layers import MergedLinear
 from ..lora.targets import fused_segments, weight_readers
+from ..model.attention import attention_in_words
 from ..model.load import model_device
 from ..training.setup import check_run
 from ..training.step import has_instructions
@@ -105,7 +106,8 @@ def check_weight_readers(planned: PlannedRun) -> Finding:
 def check_layers(planned: PlannedRun) -> Finding:
     backend = planned.resolved.backend
     device, config = model_device(planned.model), planned.config
-    text = f"{device}, attention {planned.model.config._attn_implementation}, layers {backend}"
+    attention = attention_in_words(planned.model, backend.kind == "fused")
+    text = f"{device}, attention {attention}, layers {backend}"
     if device.type == "cuda" and backend.kind != "fused" and config.compile is None:
         return warning(f"{text}: the fused kernels would be faster")
     return ok(text)

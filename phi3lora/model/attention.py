@@ -166,6 +166,14 @@ def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     return layout
 
 
+def attention_in_words(model: nn.Module, fused: bool) -> str:
+    """Return the attention's name, and that cuDNN computes it for packed documents where it does in fused layers."""
+    config: Any = model.config
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    by_cudnn = fused and config._attn_implementation == NAME and is_available(device)
+    return f"{config._attn_implementation}{' (packed documents by cuDNN)' if by_cudnn else ''}"
+
+
 def _fixed_sizes(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Append empty documents to ``cu_seqlens`` until their number is a power of two: few sizes, so few graphs.
 

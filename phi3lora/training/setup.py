@@ -21,7 +21,7 @@ from ..inference.evaluation import METRICS, check_documents
 from ..lora.base_weight import base_format, count_parameters
 from ..lora.inject import lora_layers
 from ..model.activations import activation_checkpointing
-from ..model.attention import use_packed_attention
+from ..model.attention import attention_in_words, use_packed_attention
 from ..model.backend import Backend, choose_backend, use_backend
 from ..model.estimate import MemoryPlan, plan_memory
 from ..model.forward import require_causal_lm, train_mode
@@ -243,8 +243,8 @@ def banner_facts(
     facts = {
         "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else "") + split,
-        "device": f"{model_device(model)}, {resolved.precision.name}, attention {model_config._attn_implementation}, "
-        f"layers {resolved.backend}",
+        "device": f"{model_device(model)}, {resolved.precision.name}, "
+        f"attention {attention_in_words(model, resolved.backend.kind == 'fused')}, layers {resolved.backend}",
         "memory": f"activation checkpointing {resolved.checkpointing}{peaks}",
         "train data": steps.dataset.summary(),
         "eval data": None if eval_dataset is None else eval_dataset.summary(),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Phi3ForCausalLM
 
+from phi3lora.model import attention
 from phi3lora.model.attention import (
     _VARLEN_NAMES_GQA,
     NAME,
@@ -213,3 +214,14 @@ def test_varlen_keeps_the_window_wherever_a_label_can_see_it(length):
     packed = packed_hidden_states(model, NAME, [documents], 128)
     for got, want in zip(packed, separate_hidden_states(model, documents), strict=True):
         assert (got[:-1] - want[:-1]).norm() < 0.03 * want.norm()
+
+
+def test_the_attention_is_named_with_cudnn_where_it_computes_packed_documents(monkeypatch):
+    model = tiny_model()
+    attention.use_packed_attention(model)
+    assert attention.attention_in_words(model, fused=True) == "phi3lora"
+    monkeypatch.setattr(attention, "is_available", lambda device: True)
+    assert attention.attention_in_words(model, fused=True) == "phi3lora (packed documents by cuDNN)"
+    assert attention.attention_in_words(model, fused=False) == "phi3lora"
+    model.set_attn_implementation("eager")
+    assert attention.attention_in_words(model, fused=True) == "eager"
