@@ -99,7 +99,7 @@ def product(x: Tensor, weight: BaseWeight, adapter: Adapter = NO_ADAPTER) -> tup
     dense = weight.weight if isinstance(weight, Dense) else None
     if dense is not None and len(x) <= _FEW and dense.dtype == x.dtype and dense.is_contiguous():
         return _launch(x, dense, adapter)
-    if isinstance(weight, Nf4) and len(x) == 1 and not weight.state.nested:
+    if isinstance(weight, Nf4) and x.is_cuda and len(x) == 1 and not weight.state.nested:
         s = weight.state
         y = torch.ops.bitsandbytes.gemv_4bit(x, weight.packed, s.shape, s.absmax, s.code, s.blocksize)
         return y[None], _launch(x, adapter.A, NO_ADAPTER)[0] if adapter else None
