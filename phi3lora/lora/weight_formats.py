@@ -128,12 +128,7 @@ def _fp8_product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 def _fp8_product_backward(dy: Tensor, q_t: Tensor, scale: Tensor) -> Tensor:
     """Return ``dy (q * scale)``, given q's transpose."""
     dy_q, dy_scale = quantize_rows_to_fp8(dy.contiguous(), scale)
-    return _scaled_product(dy_q, dy_scale, q_t, _ones(len(q_t), dy.device), dy.dtype)
-
-
-@functools.cache
-def _ones(rows: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, 1, device=device)
+    return _scaled_product(dy_q, dy_scale, q_t, dy_scale.new_ones(len(q_t), 1), dy.dtype)
 
 
 def _scaled_product(x_q: Tensor, x_scale: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
