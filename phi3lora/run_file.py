@@ -78,6 +78,8 @@ def read_run(path: str | None, options: Sequence[tuple[str, Any]] = (), out: str
     row_length = training.get("max_length")
     if row_length is not None:
         data.setdefault("max_length", row_length)
+    if data.get("eval_source") or data.get("eval_share"):
+        training.setdefault("eval_strategy", "epoch")  # who holds data out wants it evaluated
     try:
         run = Run(ModelSettings(**model), DataSettings(**data), LoraConfig(**lora), TrainingConfig(**training))
     except ConfigError as error:

@@ -50,7 +50,7 @@ class DataSettings:
     source: str | Sequence[str] | None = field(default=None, metadata={"commas": False})
     """Files, folders, patterns or hub datasets, which are joined; ``demo``: the embedded chats."""
     eval_source: str | Sequence[str] | None = field(default=None, metadata={"commas": False})
-    """Held-out data of its own, like ``source``."""
+    """Held-out data of its own, like ``source``; evaluated every epoch unless ``eval_strategy`` says otherwise."""
     eval_share: float = 0.0
     """Share of the rows to hold out, 0 to 1, where there is no ``eval_source``."""
     split_seed: int = 0
@@ -72,9 +72,9 @@ class DataSettings:
     max_length: int | None = None
     """Tokens of the longest document and of a packed row; None: 2048, and 256 for ``demo``."""
     overflow: str = "truncate"
-    """Fate of a longer document: ``truncate``, ``split`` or ``error``."""
+    """Handling of a longer document: ``truncate``, ``split`` or ``error``."""
     on_bad_row: str = "error"
-    """Fate of a row that cannot be used: ``error`` or ``skip``."""
+    """Handling of a row that cannot be used: ``error`` or ``skip``."""
     streaming: bool = False
     """Read the rows during training; needs ``max_steps``."""
     buffer_size: int = 10_000

@@ -187,6 +187,13 @@ def test_the_length_of_documents_follows_that_of_rows(write):
     assert read_run(write("training: {max_length: 512}")).data.max_length == 512
 
 
+def test_held_out_data_is_evaluated_every_epoch_unless_the_run_says_otherwise(write):
+    assert read_run(None, [("eval_share", ".1")]).training.eval_strategy == "epoch"
+    assert read_run(write("data: {eval_source: a}")).training.eval_strategy == "epoch"
+    assert read_run(write("data: {eval_source: a}\ntraining: {evaluation_strategy: no}")).training.eval_strategy == "no"
+    assert read_run(None).training.eval_strategy == "no"
+
+
 def test_json_and_yaml_say_the_same(write):
     content = {"model": "demo", "data": {"source": ["a"], "columns": {"prompt": "q"}}, "training": {"seed": 5}}
     runs = [read_run(write(json.dumps(content), "run.json")), read_run(write(yaml.safe_dump(content)))]

@@ -23,7 +23,7 @@ _EXAMPLES = {
         "phi3lora doctor --model demo --data demo",
     ),
     "init": (
-        "write a commented run file for a model and the card at hand",
+        "write a commented run file that fits a model and your card",
         "phi3lora init run.yaml --model demo --data demo",
     ),
     "train": (

@@ -1,4 +1,4 @@
-"""``init``: a commented run file whose batch, precision and checkpointing fit the model and the card at hand."""
+"""``init``: a commented run file whose batch, precision and checkpointing fit the model and the card."""
 
 from __future__ import annotations
 
