@@ -4,6 +4,7 @@
     a linear layer, fused or not                   Linear of its rank, on the whole (fused) matrix
     q_proj, k_proj, ... of a fused layer           segments of one MergedLinear, padded to one rank where they differ
     an embedding, a convolution                    Embedding, Conv2d
+    mlx-lm's tensors (``mlx_format.py``)           the same, after they are named and transposed as PEFT's
     what export_peft wrote                         the layers it was written from, bit for bit
 
 The model changes only after the whole folder has been checked. The functions that read it raise ValueError;
@@ -31,6 +32,7 @@ from ..lora.layers import Conv2d
 from ..lora.targets import fused_segments
 from ..lora.wrappers import module_at, plain_name, unwrap
 from .adapter_file import HEADER_KEY, check_finite, install_adapter
+from .mlx_format import MLX_TENSORS_NAME, is_mlx_folder, read_mlx_folder
 from .named import DEFAULT, check_outside_blocks
 from .peft_format import (
     CONFIG_NAME,
@@ -60,7 +62,7 @@ Adapter = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> InjectionReport:
-    """Load a PEFT folder: ours (any layout, bit for bit as it was) or one that PEFT wrote.
+    """Load a PEFT folder: ours (any layout, bit for bit as it was) or one that PEFT, Unsloth or mlx-lm wrote.
 
     A fused module's adapter becomes a ``Linear`` of its rank on the fused matrix; ``q_proj, k_proj, v_proj, gate_proj,
     up_proj`` become segments of the fused layers. A model without adapters gets those it needs; one with adapters must
@@ -69,7 +71,7 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
     Args:
         model: the base that the adapter was made for, or that base with matching adapters.
         path: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or a ``.bin`` that holds
-            tensors only).
+            tensors only); or mlx-lm's, with ``adapters.safetensors``.
         name: the adapter's name, as in :func:`load_adapter`: beside other adapters it stays inactive until
             ``set_adapter(model, name)``.
 
@@ -95,8 +97,13 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
             f"(from the hub: hf download NAME --local-dir DIR); load_adapter loads adapter files"
         )
     try:
-        config = read_config(folder)
-        tensors, header = _read_tensors(folder)
+        if is_mlx_folder(folder):
+            config, tensors = read_mlx_folder(folder)
+            check_finite(tensors, MLX_TENSORS_NAME)
+            tensors, header = {key: tensor.float() for key, tensor in tensors.items()}, None
+        else:
+            config = read_config(folder)
+            tensors, header = _read_tensors(folder)
         pairs = _pairs(model, tensors, config)
         adapter = None if header is None else _restore_export(folder, header, config, pairs)
         state, metadata = adapter or _convert(model, config, pairs)
