@@ -7,6 +7,7 @@ Printed forms fit the terminal, and use colour only where there is one. HTML esc
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 import re
@@ -326,7 +327,7 @@ def svg_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) 
     if len(points) < 2:
         return Html("")
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points, strict=True))
-    width, height, edge = 560, 220, 40
+    width, height, edge = 560, 250, 56
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -374,24 +375,28 @@ def import_tqdm_quietly() -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide, inside the block, the progress bars of transformers and datasets. Those of downloads stay.
+    """Hide, inside the block, the progress bars of transformers and datasets, and the hints of bitsandbytes.
 
-    Whoever asks for the bars sees them: by ``transformers.logging.set_verbosity_info()``, or by
-    ``HF_HUB_DISABLE_PROGRESS_BARS=0`` and ``HF_DATASETS_DISABLE_PROGRESS_BARS=0``.
+    The bars of downloads stay. Whoever asks for the others sees them: by ``transformers.logging.set_verbosity_info()``,
+    or by ``HF_HUB_DISABLE_PROGRESS_BARS=0`` and ``HF_DATASETS_DISABLE_PROGRESS_BARS=0``.
     """
     with ExitStack() as stack:
+        hints = logging.getLogger("bitsandbytes")
+        if hints.level == logging.NOTSET:
+            hints.setLevel(logging.ERROR)
+            stack.callback(hints.setLevel, logging.NOTSET)
         transformers, datasets = sys.modules.get("transformers"), sys.modules.get("datasets")
         if transformers is not None and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-            logging = transformers.utils.logging
-            if logging.is_progress_bar_enabled() and logging.get_verbosity() > logging.INFO:
+            own = transformers.utils.logging
+            if own.is_progress_bar_enabled() and own.get_verbosity() > logging.INFO:
                 hub = sys.modules["huggingface_hub"].utils
                 shows_downloads = not hub.are_progress_bars_disabled()
-                logging.disable_progress_bar()  # also those of downloads
+                own.disable_progress_bar()  # also those of downloads
                 if shows_downloads:
                     hub.enable_progress_bars()
                 else:
                     stack.callback(hub.disable_progress_bars)
-                stack.callback(logging.enable_progress_bar)  # also those of downloads; runs first
+                stack.callback(own.enable_progress_bar)  # also those of downloads; runs first
         shows_bars = datasets is not None and not datasets.are_progress_bars_disabled()
         if datasets is not None and shows_bars and "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ:
             datasets.disable_progress_bars()

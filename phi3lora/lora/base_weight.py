@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..display import quiet_libraries
 from ..errors import ModelError, install_hint
 from .weight_formats import BaseWeight, Dense, Fp8, Nf4, Nf4Fp8, has_triton, quantize_rows_to_fp8
 
@@ -71,8 +72,9 @@ def require_bitsandbytes() -> Any:
         ModelError: it is not installed, or accelerate is not, which transformers needs to load 4-bit models.
     """
     try:
-        import accelerate  # noqa: F401
-        import bitsandbytes
+        with quiet_libraries():
+            import accelerate  # noqa: F401
+            import bitsandbytes
     except ImportError as error:
         message = f"4-bit weights need a package that is missing ({error}): {install_hint('qlora')}"
         raise ModelError(message) from error
