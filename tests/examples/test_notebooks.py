@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import matplotlib.pyplot
 import pytest
 from offline import replace_downloads
 
@@ -39,10 +38,8 @@ def execute(name: str, **settings) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_without_a_screen(tmp_path, monkeypatch):
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    matplotlib.use("Agg")
-    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: matplotlib.pyplot.close("all"))
 
 
 @pytest.mark.slow
@@ -150,10 +147,14 @@ def test_what_is_stored_is_a_clean_run_of_the_demo(name):
     assert path.stat().st_size < 300_000
     assert [cell["execution_count"] for cell in cells(name)] == list(range(1, len(cells(name)) + 1))
     outputs = [output for cell in cells(name) for output in cell["outputs"]]
-    assert {output["output_type"] for output in outputs} <= {"stream", "display_data"}
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
     assert all(output["name"] == "stdout" for output in outputs if output["output_type"] == "stream")
-    assert sum("image/png" in output.get("data", ()) for output in outputs) == 1
+    pages = ["".join(output["data"]["text/html"]) for output in outputs if "data" in output]
+    assert sum("data:image/png" in page for page in pages) == 1, "the curves"
+    [run] = [page for page in pages if page.startswith("<div><progress")]
+    assert "<svg" in run and "held-out loss" in run and run.count("<tr>") > 5, "the live table stays"
     text = "\n".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
-    assert not re.search(r"(?<![\w.])/(tmp|home|root|work|usr|Users)/|it/s|Warning", text)
+    pages = [re.sub('base64,[^"]*', "", page) for page in pages]
+    assert not re.search(r"(?<![\w.<])/(tmp|home|root|work|usr|Users)/|it/s|Warning", "\n".join([text, *pages]))
     assert len(cells(name, "markdown")) >= 8
     assert "REAL = False" in "".join(cells(name)[0]["source"])
