@@ -1,4 +1,4 @@
-"""Argument names of other libraries: PEFT's ``LoraConfig``, transformers' ``TrainingArguments`` (4 and 5), TRL's.
+"""Argument names of other libraries: PEFT's ``LoraConfig``, transformers' ``TrainingArguments``, TRL's ``SFTConfig``.
 
 With these tables, dicts written for those libraries work unchanged. A foreign name is an alias of a field, ignored, or
 unsupported: accepted only at a value that changes nothing.
@@ -14,46 +14,51 @@ ALIASES = {
     "loraplus_lr_ratio": "lora_plus_lr_ratio",
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
 """Foreign name -> the field that it sets."""
 
 IGNORED_TRAINING_ARGUMENTS = frozenset(
     """
     accelerator_config activation_checkpointing_kwargs average_tokens_across_devices batch_eval_metrics
-    bf16_full_eval dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
-    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_kwargs dataset_num_proc
-    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
-    debug do_eval do_predict do_train eval_accumulation_steps eval_do_concat_batches eval_packing
-    eval_use_gather_object fp16_backend fp16_full_eval fp16_opt_level gradient_checkpointing_kwargs
-    half_precision_backend hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token
-    include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second
-    jit_mode_eval label_names length_column_name liger_kernel_config local_rank log_level_replica log_on_each_node
-    logging_dir logging_nan_inf_filter past_index prediction_loss_only project ray_scope remove_unused_columns
-    restore_callback_states_from_checkpoint save_on_each_node save_safetensors skip_memory_metrics split_batches
-    tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps torchdynamo trackio_bucket_id
-    trackio_space_id trackio_static_space_id use_cache use_ipex use_legacy_prediction_loop use_liger_kernel
-    use_mps_device
+    bf16_full_eval chars_per_token dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_batch_size
+    dataset_kwargs dataset_num_proc ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
+    ddp_static_graph ddp_timeout debug dispatch_batches do_eval do_predict do_train eval_accumulation_steps
+    eval_do_concat_batches eval_packing eval_use_gather_object fp16_backend fp16_full_eval fp16_opt_level
+    fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap gradient_checkpointing_kwargs half_precision_backend
+    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
+    include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names
+    length_column_name liger_kernel_config local_rank log_level_replica log_on_each_node logging_dir
+    logging_nan_inf_filter mp_parameters num_of_sequences pad_to_multiple_of pad_token padding_free past_index
+    prediction_loss_only push_to_hub_model_id push_to_hub_organization push_to_hub_token ray_scope
+    remove_unused_columns restore_callback_states_from_checkpoint router_aux_loss_coef save_on_each_node
+    save_safetensors shuffle_dataset skip_memory_metrics split_batches tf32 torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps torchdynamo tpu_metrics_debug tpu_num_cores trackio_bucket_id
+    trackio_space_id trackio_static_space_id trust_remote_code use_cache use_ipex use_legacy_prediction_loop
+    use_liger use_liger_kernel use_mps_device xpu_backend
     """.split()
 )
 """Training arguments that have no effect here, whatever their value."""
 
 IGNORED_LORA_ARGUMENTS = frozenset(
     """
-    auto_mapping base_model_name_or_path corda_config eva_config inference_mode layers_pattern loftq_config
-    megatron_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
+    auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config megatron_config
+    megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
 """Arguments of PEFT's ``LoraConfig`` that have no effect here, whatever their value."""
 
 _SWITCHES = """
-    auto_find_batch_size dataloader_drop_last enable_jit_checkpoint ensure_weight_tying fan_in_fan_out
-    full_determinism group_by_length ignore_data_skip lora_bias no_cuda push_to_hub save_only_model use_bdlora
-    use_cpu use_dora use_qalora
+    activation_offloading auto_find_batch_size dataloader_drop_last enable_jit_checkpoint ensure_weight_tying
+    fan_in_fan_out full_determinism group_by_length ignore_data_skip lora_bias no_cuda push_to_hub save_only_model
+    sortish_sampler use_bdlora use_cpu use_dora use_qalora
 """
 _OPTIONS = """
-    alora_invocation_tokens arrow_config deepspeed kasa_config layer_replication layers_to_transform lora_ga_config
-    modules_to_save monteclora_config neftune_noise_alpha optim_target_modules parallelism_config
-    trainable_token_indices trainable_tokens velora_config
+    alora_invocation_tokens arrow_config chat_template_path deepspeed generation_config generation_max_length
+    kasa_config layer_replication lora_ga_config modules_to_save monteclora_config neftune_noise_alpha
+    optim_target_modules parallelism_config trainable_token_indices trainable_tokens velora_config
 """
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_SWITCHES.split(), (False, None)),
@@ -62,18 +67,23 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "fsdp": (None, "", [], False),
     "fsdp_config": (None, {}),
     "optim_args": (None, ""),
-    "lr_scheduler_kwargs": (None, {}),
     "eval_delay": (0, None),
     "train_sampling_strategy": ("random", None),
     "dataset_text_field": ("text", None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "exclude_modules": (None, [], ""),
+    "assistant_only_loss": (True, None),
+    "completion_only_loss": (True, None),
+    "packing_strategy": ("bfd", None),
+    "truncation_mode": ("keep_start", None),
+    "loss_type": ("nll", "chunked_nll", None),
+    "eos_token": (None, "<|end|>", "<|endoftext|>", "<|im_end|>"),
+    "model_init_kwargs": (None, {}),
+    "generation_num_beams": (1, None),
     "target_parameters": (None, []),
     "init_lora_weights": (True, None),
 }
 """Argument that would change the result -> its accepted values, which change nothing."""
 
+_TRAIN_ON_ALL = "ChatDataset.load(..., train_on='all') trains every token, and the default the assistant's alone"
 _ADAPT_THE_EMBEDDING = "add 'embed_tokens' and 'lm_head' to target_modules: LoRA trains the rows of the tokens met"
 INSTEAD = {
     "push_to_hub": "call phi3lora.push_to_hub(folder, name) after training",
@@ -81,6 +91,18 @@ INSTEAD = {
     "group_by_length": "packing=True wastes less on padding than grouping by length",
     "dataloader_drop_last": "every document is trained in every epoch",
     "dataset_text_field": "ChatDataset.load(..., columns={'text': 'your_column'}) names the column",
+    "assistant_only_loss": _TRAIN_ON_ALL,
+    "completion_only_loss": _TRAIN_ON_ALL,
+    "packing_strategy": "rows take whole documents; for 'bfd_split', ChatDataset.load(..., overflow='split')",
+    "truncation_mode": "ChatDataset.load(..., overflow='split') keeps both ends of a long document",
+    "eos_token": "the token that ends a turn comes from the chat template, and is trained",
+    "activation_offloading": "activation_checkpointing='offload' keeps the inputs of the layers in host memory",
+    "model_init_kwargs": "give them to load_model",
+    "chat_template_path": "set tokenizer.chat_template before ChatDataset.load",
+    "generation_max_length": "eval_max_new_tokens limits the answers of an evaluation",
+    "generation_num_beams": "the answers of an evaluation are greedy",
+    "generation_config": "the answers of an evaluation are greedy; eval_max_new_tokens limits them",
+    "use_dora": "DoRA needs the norm of W + BA in every step, which loralib's layers never form (docs/layers.md)",
     "use_cpu": "load_model(..., device='cpu') trains on the CPU",
     "no_cuda": "load_model(..., device='cpu') trains on the CPU",
     "trainable_token_indices": _ADAPT_THE_EMBEDDING,

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -74,10 +75,9 @@ def _accept_foreign_arguments(ignored: frozenset[str]) -> Callable[[type[T]], ty
 
         @functools.wraps(generated)
         def __init__(self: Any, /, *args: Any, **given: Any) -> None:
-            values, without_effect = _translate_arguments(cls, given, ignored)
-            generated(self, *args, **values)
-            self.inert = without_effect
+            values, self.inert = _translate_arguments(cls, given, ignored)
             self.given = frozenset([*_field_names(cls)[: len(args)], *values])
+            generated(self, *args, **values)
 
         cast(Any, cls).__init__ = __init__
         return cls
@@ -112,6 +112,8 @@ _INTERVAL: Rule = (
     lambda value: is_number(value) and value > 0 and (value < 1 or float(value).is_integer()),
     "a whole number >= 1, or a share of all steps in (0, 1)",
 )
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""Trackers that ``report_to`` may name."""
 _CHECKPOINTING_MODES = ("none", "selective", "full", "offload", "auto")
 _MAX_EPOCHS = 10_000
 
@@ -121,8 +123,8 @@ _LORA_RULES: dict[str, Rule] = {
     "lora_dropout": _SHARE,
     "bias": _choice("none", "all", "lora_only"),
     "target_modules": (
-        lambda value: bool(value) and all(isinstance(name, str) and name for name in value),
-        "'all-linear' or a list of module-name suffixes that is not empty",
+        lambda value: _are_targets(value),
+        "'all-linear', a list of module-name suffixes that is not empty, or a regular expression",
     ),
     "modules_to_save": (
         lambda value: value is None,
@@ -131,17 +133,33 @@ _LORA_RULES: dict[str, Rule] = {
     "use_rslora": _SWITCH,
     "task_type": _NAME,
     "segments": _optional((lambda value: _are_segments(value), "a dict: suffix -> list of widths, or name -> width")),
+    "exclude_modules": _optional((lambda value: _are_targets(value), "a list of suffixes, or a regular expression")),
+    "layers_to_transform": _optional(
+        (lambda value: all(is_int(index, 0) for index in value), "the number of a layer, from 0, or a list of them")
+    ),
+    "layers_pattern": _optional((lambda value: all(isinstance(name, str) for name in value), "a name or a list")),
+    "rank_pattern": (lambda value: _is_pattern(value, lambda r: is_int(r, 1)), "a dict: regular expression -> rank"),
+    "alpha_pattern": (
+        lambda value: _is_pattern(value, lambda alpha: is_number(alpha) and alpha > 0),
+        "a dict: regular expression -> lora_alpha > 0",
+    ),
 }
 _BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
 )  # fmt: skip
+_SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
 _TRAINING_RULES: dict[str, Rule] = {
-    **dict.fromkeys((*_BATCH_SIZES, "max_nonfinite_steps"), _COUNT),
-    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), _optional(_COUNT)),
+    **dict.fromkeys((*_BATCH_SIZES, "max_nonfinite_steps", "eval_max_new_tokens"), _COUNT),
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_max_samples"), _optional(_COUNT)),
     **dict.fromkeys(("num_train_epochs", "adam_epsilon"), _POSITIVE),
-    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"), _NOT_NEGATIVE),
-    **dict.fromkeys(("warmup_ratio", "adam_beta1", "adam_beta2"), _SHARE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "early_stopping_threshold"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
+    "warmup_steps": _optional(_NOT_NEGATIVE),
+    "warmup_ratio": _optional(_SHARE),
     **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), _choice("no", "steps", "epoch")),
     **dict.fromkeys(("logging_steps", "save_steps"), _INTERVAL),
     "eval_steps": _optional(_INTERVAL),
@@ -150,9 +168,11 @@ _TRAINING_RULES: dict[str, Rule] = {
         ("gradient_checkpointing", "compile", "disable_tqdm", "greater_is_better"), _choice(None, True, False)
     ),
     "output_dir": (is_path, "a path"),
+    "project": ((lambda value: isinstance(value, str) and value != ""), "a name"),
     "max_steps": (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"),
     "lora_plus_lr_ratio": _optional((lambda value: is_number(value) and value >= 1, "a number >= 1")),
-    "lr_scheduler_type": _choice("linear", "cosine", "constant", "constant_with_warmup"),
+    "lr_scheduler_type": _choice(*_SCHEDULES),
+    "lr_scheduler_kwargs": _optional((lambda value: isinstance(value, Mapping), "a dict of the schedule's arguments")),
     "optim": _choice(*_OPTIMIZERS),
     "max_grad_norm": (is_number, "a number; 0 for no clipping"),
     "seed": _SEED,
@@ -162,8 +182,8 @@ _TRAINING_RULES: dict[str, Rule] = {
     "parallel": _choice("auto", "ddp", "fsdp", None),
     "log_level": _choice("passive", "detail", "debug", "info", "warning", "error", "critical"),
     "report_to": (
-        lambda value: all(name in ("none", "tensorboard", "wandb") for name in value),
-        "'none', 'tensorboard', 'wandb', or a list of them",
+        lambda value: all(name in ("none", "all", *TRACKERS) for name in value),
+        f"'none', 'all', {', '.join(map(repr, TRACKERS))}, or a list of them",
     ),
     "resume_from_checkpoint": (
         lambda value: value is None or isinstance(value, bool) or is_path(value),
@@ -194,6 +214,25 @@ def _names(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else [None]
 
 
+def _are_targets(value: Any) -> bool:
+    """Return whether a value is a string that may be a regular expression, or a list of names; neither is empty."""
+    if isinstance(value, str):
+        return value != "" and _is_regex(value)
+    return bool(value) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_pattern(value: object, accepts: Callable[[Any], bool]) -> bool:
+    """Return whether a value has the form of ``rank_pattern``: a dict with regular expressions as keys."""
+    return isinstance(value, Mapping) and all(_is_regex(key) and accepts(number) for key, number in value.items())
+
+
+def _is_regex(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
 def _are_segments(value: object) -> bool:
     """Return whether a value has the form of ``LoraConfig.segments``. Injection checks that the widths add up."""
 
@@ -212,7 +251,7 @@ def _are_segments(value: object) -> bool:
 
 class _Config:
     given: frozenset[str]
-    """Names of the fields that were passed to the constructor."""
+    """Names of the fields that were passed to the constructor; the others have their defaults, or follow from these."""
 
     def __repr__(self) -> str:
         changed = [f"{name}={value!r}" for name, value, default in self._values() if value != default]
@@ -274,17 +313,19 @@ class LoraConfig(_Config):
         ConfigError: an unknown name (the nearest one is suggested) or a value outside its range.
     """
 
-    r: int = 8
+    r: int = 16
     """Rank of each adapter, >= 1."""
-    lora_alpha: float = 8
-    """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``."""
+    lora_alpha: float = 32
+    """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. Not
+    given: ``2 * r``."""
     lora_dropout: float = 0.0
     """Probability of dropping an entry of the adapter's input, in [0, 1)."""
     bias: str = "none"
     """Biases to train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers)."""
     target_modules: str | Sequence[str] = "all-linear"
-    """Layers to adapt: ``"all-linear"`` (every linear layer but the output head) or a list of module-name suffixes.
-    On Phi-3's fused projections ``q_proj, k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
+    """Layers to adapt: ``"all-linear"`` (every linear layer but the output head), a list of module-name suffixes, or a
+    string: one suffix, or a regular expression that a whole path matches. On Phi-3's fused projections ``q_proj,
+    k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
     task_type: str | None = "CAUSAL_LM"
     """PEFT's task type, recorded for other tools."""
     modules_to_save: None = None
@@ -294,21 +335,47 @@ class LoraConfig(_Config):
     segments: Mapping[str, Mapping[str, int] | Sequence[int]] | None = None
     """Fused layers of your own model: suffix -> widths of its segments along the output, named
     (``{"qkv": {"q": 64, "k": 16, "v": 16}}``, each name then a valid target) or not (``{"qkv": (64, 16, 16)}``)."""
+    exclude_modules: str | Sequence[str] | None = None
+    """Layers and segments among the targets to leave out, named as in ``target_modules``."""
+    layers_to_transform: int | Sequence[int] | None = None
+    """Numbers of the decoder layers to adapt, from 0; None: all."""
+    layers_pattern: str | Sequence[str] | None = None
+    """Names of the lists of layers that ``layers_to_transform`` counts in (``"layers"``); None: the first number in a
+    path."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of certain layers: a regular expression that the end of a path matches, such as ``"o_proj"`` or
+    ``"layers.0.mlp.down_proj"`` -> its rank. The first that matches counts; the other layers have ``r``."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """``lora_alpha`` of certain layers, in the same form; the others have ``lora_alpha``."""
     inert: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
     """Arguments that were given and have no effect here."""
 
     def __post_init__(self) -> None:
         for name, rule in _LORA_RULES.items():
-            value = _plain(getattr(self, name))
-            if name == "target_modules" and not isinstance(value, str):
-                value = _names(value)
+            value = self._normalised(name)
             _check(self, name, rule, value)
             setattr(self, name, value)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(f"LoraConfig: layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+        if "lora_alpha" not in self.given:
+            self.lora_alpha = 2 * self.r
         if self.segments is not None:
             self.segments = {
                 suffix: dict(widths) if isinstance(widths, Mapping) else list(widths)
                 for suffix, widths in self.segments.items()
             }
+
+    def _normalised(self, name: str) -> Any:
+        """Return a field's value with several names as a list, no value as None, no pattern as an empty one."""
+        value = _plain(getattr(self, name))
+        if name in ("rank_pattern", "alpha_pattern"):
+            return {} if value is None else value
+        if name in ("target_modules", "exclude_modules") and isinstance(value, str):
+            return value if value or name == "target_modules" else None
+        if name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            names = [value] if isinstance(value, int) else [] if value is None else _names(value)
+            return names or None
+        return _names(value) if name == "target_modules" else value
 
     @property
     def scaling(self) -> float:
@@ -321,8 +388,8 @@ class LoraConfig(_Config):
 class TrainingConfig(_Config):
     """Training settings, under transformers' names. ``TrainingConfig(**training_config)`` accepts a dict made for it.
 
-    The defaults are transformers', too. A step is an optimizer step; ``logging_steps``, ``eval_steps`` and
-    ``save_steps`` in (0, 1) are shares of all steps.
+    The defaults are right for LoRA; docs/training.md lists those that differ from transformers'. A step is an optimizer
+    step; ``logging_steps``, ``eval_steps`` and ``save_steps`` in (0, 1) are shares of all steps.
 
     Raises:
         ConfigError: an unknown name (the nearest one is suggested), a value outside its range, a contradiction.
@@ -342,18 +409,22 @@ class TrainingConfig(_Config):
     """Passes over the data, unless ``max_steps`` > 0."""
     max_steps: int = -1
     """Optimizer steps of the run; > 0 overrides ``num_train_epochs``."""
-    learning_rate: float = 5e-5
+    learning_rate: float = 2e-4
     """Peak learning rate."""
     lora_plus_lr_ratio: float | None = None
     """Factor of the learning rate of every B (LoRA+, https://arxiv.org/abs/2402.12354; 16, say). None: A and B both
     learn at ``learning_rate``."""
-    lr_scheduler_type: str = "linear"
-    """Schedule after the warm-up: ``"linear"``, ``"cosine"``, ``"constant"``; ``"constant"`` has no warm-up,
-    ``"constant_with_warmup"`` has one."""
-    warmup_steps: float = 0
-    """Steps of linear warm-up; a float in (0, 1) is a share of all steps."""
-    warmup_ratio: float = 0.0
-    """Warm-up as a share of all steps; ``warmup_steps`` > 0 takes precedence."""
+    lr_scheduler_type: str = "cosine"
+    """Schedule of the learning rate, by transformers' name and as it computes it: ``"linear"``, ``"cosine"``,
+    ``"constant"`` (no warm-up), ``"constant_with_warmup"``, ``"cosine_with_restarts"``, ``"polynomial"``,
+    ``"inverse_sqrt"``, ``"cosine_with_min_lr"``, ``"cosine_warmup_with_min_lr"``, ``"warmup_stable_decay"``."""
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None
+    """Further arguments of the schedule, such as ``{"min_lr": 1e-5}`` for ``"cosine_with_min_lr"``."""
+    warmup_steps: float | None = None
+    """Steps of linear warm-up; a float in (0, 1) is a share of all steps. With neither this nor ``warmup_ratio``: 5 %
+    of the steps, rounded down, so that a run of fewer than 20 steps has none."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all steps, rounded up; ``warmup_steps`` > 0 takes precedence."""
     optim: str = "adamw_torch"
     """Optimizer: ``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch supports it), ``"sgd"``. With
     bitsandbytes (extra ``qlora``): ``"adamw_bnb_8bit"`` or ``"adamw_8bit"``, with moments of 8 bits;
@@ -397,7 +468,7 @@ class TrainingConfig(_Config):
     them, or ``"auto"`` (also None): as the model was loaded. One process is the same with each."""
     logging_strategy: str = "steps"
     """Times of a log line: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    logging_steps: float = 500
+    logging_steps: float = 10
     """Steps between two log lines."""
     logging_first_step: bool = False
     """A log line after the first step, too."""
@@ -407,13 +478,24 @@ class TrainingConfig(_Config):
     disable_tqdm: bool | None = None
     """No progress bar."""
     report_to: str | Sequence[str] = "none"
-    """Trackers: ``"none"``, ``"tensorboard"``, ``"wandb"`` or a list of them (extra ``tracking``)."""
+    """Trackers: ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"mlflow"``, a list of them, ``"all"`` (those that are
+    installed) or ``"none"`` (extra ``tracking``)."""
     run_name: str | None = None
-    """Name of the run in the tracker."""
+    """Name of the run in the trackers; None: they choose one."""
+    project: str = "phi3lora"
+    """Project of the run in wandb (unless ``WANDB_PROJECT`` is set) and Trackio, and its experiment in MLflow."""
     eval_strategy: str = "no"
     """Times of an evaluation: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    eval_steps: float | None = None
-    """Steps between two evaluations; None: ``logging_steps``."""
+    eval_steps: float | None = 0.1
+    """Steps between two evaluations: by default a tenth of the run. None, or not given beside ``logging_steps``: as
+    many as that."""
+    predict_with_generate: bool = False
+    """Answers of the model's own in each evaluation, scored by ROUGE (``eval_rouge1``, ``eval_rouge2``,
+    ``eval_rougeL``). A ROUGE as ``metric_for_best_model`` and ``compute_metrics`` ask for answers, too."""
+    eval_max_samples: int | None = 100
+    """Chats that an evaluation answers, from the first; None: all."""
+    eval_max_new_tokens: int = 256
+    """Longest such answer, in tokens."""
     eval_on_start: bool = False
     """An evaluation before the first step."""
     save_strategy: str = "steps"
@@ -425,9 +507,10 @@ class TrainingConfig(_Config):
     load_best_model_at_end: bool = False
     """Best adapter restored at the end; until then each new best one is saved."""
     metric_for_best_model: str | None = None
-    """Metric of the evaluation, with or without ``eval_``; None: ``loss``."""
+    """Metric of the evaluation, with or without ``eval_``: ``loss``, ``perplexity``, ``token_accuracy``, ``rouge1``,
+    ``rouge2``, ``rougeL``, or one that ``compute_metrics`` returns; None: ``loss``."""
     greater_is_better: bool | None = None
-    """Direction of the metric; None: False for ``loss`` and ``perplexity``, True for the others."""
+    """Direction of the metric; None: False for ``perplexity`` and names that end in ``loss``, True for the others."""
     early_stopping_patience: int | None = None
     """Evaluations in a row without a better metric that end the run; None: no early stopping."""
     early_stopping_threshold: float = 0.0
@@ -444,6 +527,11 @@ class TrainingConfig(_Config):
     """Arguments that were given and have no effect here."""
 
     def __post_init__(self) -> None:
+        if self.warmup_steps is not None or self.warmup_ratio is not None:
+            self.warmup_steps = 0 if self.warmup_steps is None else self.warmup_steps
+            self.warmup_ratio = 0.0 if self.warmup_ratio is None else self.warmup_ratio
+        if "logging_steps" in self.given and "eval_steps" not in self.given:
+            self.eval_steps = None
         for name in _field_names(type(self)):
             value = _plain(getattr(self, name))
             if name == "report_to":

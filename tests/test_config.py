@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import enum
 import json
@@ -68,28 +70,104 @@ def test_all_of_a_peft_config_is_accepted():
     assert (config.r, config.lora_alpha, config.target_modules) == (16, 32, ["o_proj", "qkv_proj"])
 
 
-@pytest.mark.parametrize(
-    ("cls", "package", "other_defaults"),
-    [
-        (LoraConfig, "peft.LoraConfig", {"target_modules", "task_type"}),
-        # output_dir has no default there; adamw_torch here is fused; False and None both mean a new run.
-        (TrainingConfig, "transformers.TrainingArguments", {"output_dir", "optim", "resume_from_checkpoint"}),
-    ],
-)
-def test_every_argument_of_theirs_is_known_and_shared_ones_have_the_same_default(cls, package, other_defaults):
-    module, _, name = package.partition(".")
-    theirs, ours = fields_of(getattr(pytest.importorskip(module), name)), fields_of(cls)
+def documented_defaults() -> dict[str, tuple[str, str]]:
+    """Return setting -> (ours, theirs) from the table of defaults in docs/training.md."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.partition("## Defaults\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    return {row[0].strip("`"): (row[1], row[2]) for row in rows[2:]}
+
+
+@pytest.mark.parametrize(("cls", "package"), [(LoraConfig, "peft"), (TrainingConfig, "transformers")])
+def test_every_argument_of_theirs_is_known_and_defaults_that_differ_are_documented(cls, package):
+    name = {"peft": "LoraConfig", "transformers": "TrainingArguments"}[package]
+    theirs, ours = fields_of(getattr(pytest.importorskip(package), name)), fields_of(cls)
     for name, value in theirs.items():
         try:
             cls(**{name: value})
         except ConfigError as error:
             assert "has no field" not in str(error) and "allowed" in str(error), "refused on purpose"
-    shared = theirs.keys() & ours.keys() - other_defaults
+    shared, documented = theirs.keys() & ours.keys(), documented_defaults()
     assert len(shared) > (5 if cls is LoraConfig else 30)
     for name in shared:
         expected = theirs[name].value if isinstance(theirs[name], enum.Enum) else theirs[name]
         # transformers' gradient_checkpointing is False, or None since 5.2x
-        assert ours[name] == expected or (name == "gradient_checkpointing" and not ours[name] and not expected), name
+        if ours[name] == expected or (name == "gradient_checkpointing" and not ours[name] and not expected):
+            assert name not in documented
+        else:
+            mine, its = documented[name]
+            assert its == "`logging_steps`" or ast.literal_eval(its.strip("`")) == expected, name
+            if name not in ("lora_alpha", "warmup_steps", "eval_steps"):  # they follow from other settings
+                assert ast.literal_eval(mine.strip("`")) == ours[name], name
+
+
+def test_defaults_that_depend_on_other_settings():
+    assert (LoraConfig().lora_alpha, LoraConfig(r=4).lora_alpha, LoraConfig(r=4, lora_alpha=8).lora_alpha) == (32, 8, 8)
+    assert (LoraConfig(4).lora_alpha, LoraConfig(4, 16).lora_alpha) == (8, 16)
+    assert dataclasses.replace(LoraConfig(r=4), r=8).lora_alpha == 8
+    config = TrainingConfig()
+    assert (config.warmup_steps, config.warmup_ratio, config.eval_steps) == (None, None, 0.1)
+    for given, warmup in (
+        ({"warmup_steps": 0}, (0, 0)),
+        ({"warmup_ratio": 0.2}, (0, 0.2)),
+        ({"warmup_steps": 3}, (3, 0)),
+        ({"warmup_steps": 0, "warmup_ratio": None}, (0, 0)),
+    ):
+        config = TrainingConfig(**given)
+        assert (config.warmup_steps, config.warmup_ratio) == warmup
+        assert TrainingConfig(**config.to_dict()) == config
+    assert TrainingConfig(logging_steps=3).eval_steps is None
+    assert TrainingConfig(logging_steps=3, eval_steps=5).eval_steps == 5
+
+
+def test_a_config_knows_which_fields_it_was_given():
+    assert LoraConfig(4, lora_dropout=0.1, revision="main").given == {"r", "lora_dropout"}
+    assert TrainingConfig(max_seq_length=8, evaluation_strategy="no").given == {"max_length", "eval_strategy"}
+    assert TrainingConfig().given == set()
+    assert copy.deepcopy(LoraConfig(r=2)).given == {"r"}
+    assert LoraConfig(r=16) == LoraConfig(), "equal settings are equal, whoever gave them"
+
+
+SFT_CONFIG = {
+    "model_init_kwargs": None, "router_aux_loss_coef": 0.001, "trust_remote_code": False, "chat_template_path": None,
+    "dataset_text_field": "text", "dataset_kwargs": None, "dataset_num_proc": None, "eos_token": None,
+    "max_length": 1024, "truncation_mode": "keep_start", "shuffle_dataset": False, "packing": False,
+    "packing_strategy": "bfd", "padding_free": False, "pad_to_multiple_of": None, "eval_packing": None,
+    "completion_only_loss": None, "loss_type": None, "activation_offloading": False, "pad_token": None,
+}  # fmt: skip
+"""SFTConfig's own fields at their defaults (TRL, July 2026); ``assistant_only_loss=False`` is refused."""
+
+
+def test_trls_names_are_accepted_where_they_say_what_the_library_does():
+    config = TrainingConfig(**SFT_CONFIG)
+    assert (config.max_length, config.packing) == (1024, False)
+    assert set(config.inert) == SFT_CONFIG.keys() - {"max_length", "packing"}
+    says_the_same = {
+        "assistant_only_loss": True, "completion_only_loss": True, "padding_free": True, "packing_strategy": "bfd",
+        "eos_token": "<|end|>", "loss_type": "chunked_nll", "max_seq_length": 512, "dataset_batch_size": 100,
+    }  # fmt: skip
+    assert TrainingConfig(**says_the_same) == TrainingConfig(max_length=512)
+    trl = pytest.importorskip("trl")
+    assert trl.SFTConfig.__dataclass_fields__.keys() >= SFT_CONFIG.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("assistant_only_loss", False, "train_on='all'"),
+        ("completion_only_loss", False, "train_on='all'"),
+        ("packing_strategy", "wrapped", "overflow='split'"),
+        ("truncation_mode", "keep_end", "overflow='split'"),
+        ("dataset_text_field", "body", "columns={'text': 'your_column'}"),
+        ("loss_type", "dft", "'nll' or 'chunked_nll'"),
+        ("activation_offloading", True, "activation_checkpointing='offload'"),
+        ("eos_token", "</s>", "chat template"),
+        ("model_init_kwargs", {"dtype": "bfloat16"}, "load_model"),
+        ("chat_template_path", "template.jinja", "tokenizer.chat_template"),
+    ],
+)
+def test_trls_names_that_ask_for_something_else_are_refused_with_the_way_to_get_it(name, value, hint):
+    assert hint in refusal(TrainingConfig, **{name: value})
 
 
 # --- Aliases, ignored and unsupported arguments, unknown names
@@ -100,7 +178,7 @@ def test_an_alias_sets_its_field_and_must_not_contradict_it(alias):
     name = ALIASES[alias]
     value, other = {
         "eval_strategy": ("epoch", "steps"), "compile": (True, False), "max_length": (128, 64),
-        "lora_plus_lr_ratio": (16, 8),
+        "lora_plus_lr_ratio": (16, 8), "per_device_train_batch_size": (2, 1), "per_device_eval_batch_size": (2, 1),
     }[name]  # fmt: skip
     config = TrainingConfig(**{alias: value})
     assert (getattr(config, name), config.inert) == (value, ())
@@ -178,13 +256,16 @@ SWITCH = ([True, False], ["false", "", 1, None])  # a word such as "false" must 
 OPTIONAL_SWITCH = ([True, False, None], ["yes", 3, [True]])
 NAME = ([None, "a name"], [5, ["a"]])
 OPTIMIZERS = "adamw_torch adamw_torch_fused sgd adamw_bnb_8bit adamw_8bit paged_adamw_32bit paged_adamw_8bit".split()
+SCHEDULES = [kind.value for kind in transformers.SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
 BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 TRAINING_BOUNDS = {
     **{name: SWITCH for name, default in fields_of(TrainingConfig).items() if isinstance(default, bool)},
-    **dict.fromkeys((*BATCH_SIZES, "max_nonfinite_steps"), COUNT),
-    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), COUNT_OR_NONE),
-    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "early_stopping_threshold"), NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio"), SHARE),
+    **dict.fromkeys((*BATCH_SIZES, "max_nonfinite_steps", "eval_max_new_tokens"), COUNT),
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_max_samples"), COUNT_OR_NONE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "early_stopping_threshold"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
+    "warmup_steps": (NOT_NEGATIVE[0], NOT_NEGATIVE[1][:-1]),
+    "warmup_ratio": (SHARE[0], SHARE[1][:-1]),
     **dict.fromkeys(("logging_steps", "save_steps"), (STEPS[0], [*STEPS[1], None])),
     **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), STRATEGY),
     **dict.fromkeys(("compile", "disable_tqdm", "greater_is_better"), OPTIONAL_SWITCH),
@@ -199,10 +280,12 @@ TRAINING_BOUNDS = {
     "seed": ([0, 42, 2**63 - 1], [-1, 2**63, 1.5, True, None, "1"]),
     "data_seed": ([None, 0, 42], [-1, 1.5, True, "1"]),
     "eval_steps": ([*STEPS[0], None], STEPS[1]),
-    "lr_scheduler_type": (["linear", "cosine", "constant", "constant_with_warmup"], ["polynomial", "", None, 1]),
+    "lr_scheduler_type": (SCHEDULES, ["reduce_lr_on_plateau", "greedy", "", None, 1]),
+    "lr_scheduler_kwargs": ([None, {}, {"num_cycles": 2}], ["num_cycles=2", [1], 3]),
     "optim": (OPTIMIZERS, ["paged_adamw", "adafactor", "", None]),
     "parallel": ([None, "auto", "ddp", "fsdp"], ["tp", True]),
-    "report_to": ([["wandb"], ["tensorboard", "wandb"]], ["mlflow", ["wandb", "mlflow"], 5]),
+    "report_to": ([["wandb"], ["tensorboard", "mlflow", "trackio"], ["all"]], ["comet", ["wandb", "comet"], 5]),
+    "project": (["bots"], ["", None, 5]),
     "resume_from_checkpoint": ([False, True, None, "auto", "runs/checkpoint-5"], [1.5, ["a"]]),
     "activation_checkpointing": (["none", "full"], ["some", 3, ["full"]]),
     "gradient_checkpointing": ([True, False], ["yes", 3, ["full"]]),
@@ -215,10 +298,18 @@ LORA_BOUNDS = {
     "lora_dropout": SHARE,
     "bias": (["none", "all", "lora_only"], ["some", "", None, True]),
     "use_rslora": SWITCH,
-    "target_modules": (["all-linear", "o_proj", ["qkv_proj", "o_proj"]], ["", [], None, [""], ["o_proj", 3], 5]),
+    "target_modules": (
+        ["all-linear", "o_proj", ["qkv_proj", "o_proj"], r".*\.(q|v)_proj"],
+        ["", [], None, [""], ["o_proj", 3], 5, "("],
+    ),
     "modules_to_save": ([None], [["lm_head"], "lm_head"]),
     "task_type": (["CAUSAL_LM", None], [5]),
     "segments": ([None, {"qkv": [8, 4]}, {"qkv": {"q": 8, "k": 4}}], SEGMENTS_REFUSED),
+    "exclude_modules": ([None, "lm_head", r".*\.layers\.\d+\.mlp\..*", ["k_proj"]], ["(", 5, ["o_proj", 3], [""]]),
+    "layers_to_transform": ([None, [0], [3, 1]], [-1, [1.5], "0", [True], True]),
+    "layers_pattern": ([None], [5, [3]]),
+    "rank_pattern": ([{}, {"o_proj": 4, r"layers\.[01]\..*": 32}], [["o_proj"], {"o_proj": 0}, {"(": 4}, {3: 4}, "x"]),
+    "alpha_pattern": ([{}, {"o_proj": 0.5}], [{"o_proj": 0}, {"o_proj": "8"}, {"*": 4}, 3]),
 }
 TABLES = {TrainingConfig: TRAINING_BOUNDS, LoraConfig: LORA_BOUNDS}
 BOUNDS = [(cls, name) for cls, table in TABLES.items() for name in table]
@@ -295,6 +386,8 @@ def test_the_first_fields_may_be_given_by_position():
 ROUND_TRIPS = [
     LoraConfig(**PEFT_CONFIG),
     LoraConfig(r=3, lora_alpha=0.5, bias="lora_only", target_modules={"q_proj", "o_proj"}, use_rslora=True),
+    LoraConfig(rank_pattern={"o_proj": 4}, alpha_pattern={"o_proj": 2.5}, exclude_modules=("k_proj", "down_proj")),
+    LoraConfig(layers_to_transform=3, layers_pattern="layers", target_modules=r".*proj"),
     LoraConfig(task_type=None, segments={"qkv": {"q": 64, "k": 16, "v": 16}, "gate_up": (8, 8)}),
     TrainingConfig(**TRAINING_CONFIG),
     TrainingConfig(report_to=("wandb",), eval_strategy="steps", eval_steps=0.25, fp16=True, max_length=128),

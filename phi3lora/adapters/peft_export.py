@@ -130,9 +130,9 @@ def export_peft(
     Example:
         >>> exported = p3.export_peft(model, "support-peft", tokenizer=tokenizer)
         >>> exported.rank  # q, k and v of r = 8 side by side in qkv_proj
-        24
+        48
         >>> print(exported.commands["vLLM"].partition("--max")[2])
-        -lora-rank 32 --generation-config support-peft
+        -lora-rank 64 --generation-config support-peft
     """
     path, model = Path(path), unwrap(model)
     _check_exportable(model, path, layout)

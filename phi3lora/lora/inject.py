@@ -24,7 +24,16 @@ from .base_values import keep_base_values, restore_base_values, trained_biases_a
 from .base_weight import count_parameters, keep_4bit_packing, weight_shape
 from .layer_state import rebind_hooks
 from .layers import AdaptedLayer, Conv2d, Embedding, Linear, MergedLinear
-from .targets import candidates, fused_segments, reason_against, select_all_linear, select_targets, weight_readers
+from .targets import (
+    Limits,
+    candidates,
+    fused_segments,
+    ranks_and_alphas,
+    reason_against,
+    select_all_linear,
+    select_targets,
+    weight_readers,
+)
 from .wrappers import module_at, plain_name, unwrap
 
 _CLASSES: dict[str, tuple[type[AdaptedLayer], type[nn.Module]]] = {
@@ -167,16 +176,18 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
             f"load the model outside of it"
         )
     fused = fused_segments(model, config)
+    limits = Limits(model, config, fused)
     if config.target_modules == "all-linear":
-        selected, skipped = select_all_linear(model, fused)
+        selected, skipped = select_all_linear(model, fused, limits)
     else:
-        selected, skipped = select_targets(model, config.target_modules, fused), {}
+        selected, skipped = select_targets(model, config.target_modules, fused, limits), {}
+    sizes = ranks_and_alphas(config, selected, fused)
     layers: dict[str, dict[str, Any]] = {}
     for path, names in selected.items():
         base = model.get_submodule(path)
         class_name = type(base).__name__ if isinstance(base, (nn.Embedding, nn.Conv2d)) else "Linear"
-        shared = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-        layers[path] = {"class": class_name, **shared}
+        r, lora_alpha = sizes[path]
+        layers[path] = {"class": class_name, "r": r, "lora_alpha": lora_alpha, "use_rslora": config.use_rslora}
         if path in fused:
             widths, enable_lora = [*fused[path].values()], [name in names for name in fused[path]]
             layers[path].update({"class": "MergedLinear", "segments": widths, "enable_lora": enable_lora})

@@ -7,6 +7,11 @@ exist in it. Here the other names select segments of the fused layer:
     gate_proj, up_proj      ->  rows of gate_up_proj    intermediate | intermediate
 
     ["q_proj", "v_proj", "o_proj"]  ->  qkv_proj: MergedLinear(enable_lora=[True, False, True]), o_proj: Linear
+
+A name in a list is a suffix of a path; a single string with other characters is a regular expression that a whole path
+matches, as in PEFT (https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py,
+``check_target_module_exists``). ``exclude_modules``, ``layers_to_transform``, ``rank_pattern`` and ``alpha_pattern``
+match paths in the same way, and segments' names like paths of modules of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -68,49 +74,115 @@ def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[s
     return fused
 
 
-def select_targets(model: nn.Module, targets: str | Sequence[str], fused: dict[str, Segments]) -> dict[str, set[str]]:
-    """Return path -> names of the segments to adapt (none where not fused) of the targeted layers, in model order."""
-    # A target can name a module, for all its segments, or one named segment, as if that were a module of its own.
+class Limits:
+    """What ``exclude_modules`` and ``layers_to_transform`` leave of the targets.
+
+    Raises:
+        ModelError: an excluded name that matches nothing, a layer number that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, config: LoraConfig, fused: Mapping[str, Segments]) -> None:
+        exclude: Any = config.exclude_modules or []
+        self._excluded: list[str] = [exclude] if isinstance(exclude, str) else exclude
+        self._is_one_string = isinstance(exclude, str)
+        layers: Any = config.layers_to_transform  # a list by now
+        self._layers: list[int] | None = layers
+        self._patterns: Any = config.layers_pattern or ["[^.]*"]
+        names = [name for name, _, _ in _nameable(model, fused)]
+        for pattern in self._excluded:
+            if not any(matches(name, pattern, self._is_one_string) for name in names):
+                guess = did_you_mean(pattern, {name.rpartition(".")[2] for name in names})
+                raise ModelError(f"exclude_modules: {pattern!r} matches nothing.{guess} {candidates(model, fused)}")
+        numbers = {number for name in names if (number := self._number(name)) is not None}
+        for number in self._layers or []:
+            if number not in numbers:
+                has = f"0 to {max(numbers)}" if numbers else "no layer with a number"
+                raise ModelError(f"layers_to_transform: there is no layer {number}; {type(model).__name__} has {has}")
+
+    def left(self, path: str, segments: set[str]) -> set[str] | None:
+        """Return the segments of a layer that may be adapted; None: the layer may not be."""
+        if self._leaves_out(path):
+            return None
+        parent = path[: path.rfind(".") + 1]
+        left = {name for name in segments if not self._leaves_out(parent + name)}
+        return None if segments and not left else left
+
+    def _leaves_out(self, name: str) -> bool:
+        if self._layers is not None and self._number(name) not in self._layers:
+            return True
+        return any(matches(name, pattern, self._is_one_string) for pattern in self._excluded)
+
+    def _number(self, name: str) -> int | None:
+        """Return the number of the layer that a module is in: the first in its path, not an expert's further in."""
+        found = (re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)\.", name) for pattern in self._patterns)
+        return next((int(match[1]) for match in found if match), None)
+
+
+def _nameable(model: nn.Module, fused: Mapping[str, Segments]) -> list[tuple[str, str, set[str]]]:
+    """Return what a target can name, as (name, path, segments): a module for all its segments, or one of these."""
     # A module that stands in several places has a name for each; it is known by the first.
     first = {module: path for path, module in model.named_modules()}
     places = [(path, first[module]) for path, module in model.named_modules(remove_duplicate=False) if path]
-    nameable = [(name, path, set(fused.get(path, ()))) for name, path in places]
+    names = [(name, path, set(fused.get(path, ()))) for name, path in places]
     for path, segments in fused.items():
         parent = path[: path.rfind(".") + 1]
-        nameable += [(parent + name, path, {name}) for name in segments if not name.isdigit()]
+        names += [(parent + name, path, {name}) for name in segments if not name.isdigit()]
+    return names
+
+
+def select_targets(
+    model: nn.Module, targets: str | Sequence[str], fused: dict[str, Segments], limits: Limits
+) -> dict[str, set[str]]:
+    """Return path -> names of the segments to adapt (none where not fused) of the targeted layers, in model order."""
+    nameable = _nameable(model, fused)
     selected: dict[str, set[str]] = {}
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = [(path, names) for full_name, path, names in nameable if _matches(full_name, target)]
-        if not matches:
+        is_one = isinstance(targets, str)
+        matched = [(path, names) for full_name, path, names in nameable if matches(full_name, target, is_one)]
+        if not matched:
             guess = did_you_mean(target, {full_name.rpartition(".")[2] for full_name, _, _ in nameable})
             parameters = [(name, tuple(p.shape)) for name, p in model.named_parameters() if _matches(name, target)]
             if parameters:
                 guess = " {!r} is a parameter of shape {}; only layers can be adapted.".format(*parameters[0])
             raise ModelError(f"target_modules: {target!r} matches nothing.{guess} {candidates(model, fused)}")
-        for path, names in matches:
+        for path, names in matched:
+            left = limits.left(path, names)
+            if left is None:
+                continue
             if reason := reason_against(model.get_submodule(path)):
                 raise ModelError(
                     f"target {target!r} matches {path!r} of {reason}; "
                     f"allowed: nn.Linear, Linear4bit, nn.Embedding, nn.Conv2d. {candidates(model, fused)}"
                 )
-            selected.setdefault(path, set()).update(names)
+            selected.setdefault(path, set()).update(left)
+    if not selected:
+        raise ModelError("exclude_modules and layers_to_transform leave none of the targets; allow some of them")
     return {path: selected[path] for path, _ in model.named_modules() if path in selected}
 
 
-def select_all_linear(model: nn.Module, fused: dict[str, Segments]) -> tuple[dict[str, set[str]], dict[str, str]]:
+def select_all_linear(
+    model: nn.Module, fused: dict[str, Segments], limits: Limits
+) -> tuple[dict[str, set[str]], dict[str, str]]:
     """Return path -> segment names for every ``nn.Linear`` but the output head; path -> reason for what is skipped."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     selected: dict[str, set[str]] = {}
     skipped: dict[str, str] = {}
+    limited = False
     for path, module in model.named_modules():
         if not path or not isinstance(module, nn.Linear) or module is head or _matches(path, "lm_head"):
+            continue
+        left = limits.left(path, set(fused.get(path, ())))
+        limited |= left is None
+        if left is None:
             continue
         if reason := reason_against(module):
             skipped[path] = reason
         else:
-            selected[path] = set(fused.get(path, ()))
+            selected[path] = left
     if not selected:
+        if limited:
+            raise ModelError("exclude_modules and layers_to_transform leave no linear layer; allow some of them")
         example = "".join(f"; {path!r} is of {reason}" for path, reason in list(skipped.items())[:1])
         raise ModelError(
             f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear inside{example}"
@@ -139,6 +211,53 @@ def _matches(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
 
 
+def matches(path: str, name: str, is_one_string: bool) -> bool:
+    """Return whether a suffix matches a path; a single string may also be a regular expression for the whole path."""
+    return _matches(path, name) or (is_one_string and re.fullmatch(name, path) is not None)
+
+
+def ranks_and_alphas(
+    config: LoraConfig, selected: Mapping[str, set[str]], fused: Mapping[str, Segments]
+) -> dict[str, tuple[int, float]]:
+    """Return path -> (r, lora_alpha): by the first key of each pattern that matches the end of the path, as in PEFT.
+
+    Raises:
+        ModelError: a key that matches no adapted layer; segments of one fused layer that would differ in rank or alpha.
+    """
+    found: dict[str, Any] = dict.fromkeys(selected, ())
+    for field, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        pattern: Mapping[str, float] = getattr(config, field)
+        unused = set(pattern)
+        for path, segments in selected.items():
+            parent = path[: path.rfind(".") + 1]
+            names = {name: parent + name for name in fused.get(path, ()) if name in segments} or {path: path}
+            keys = {
+                n: next((k for k in pattern if _ends_with(path, k) or _ends_with(at, k)), "") for n, at in names.items()
+            }
+            values = {name: pattern.get(key, default) for name, key in keys.items()}
+            unused -= set(keys.values())
+            if len(set(values.values())) > 1:
+                raise ModelError(
+                    f"{field} gives the segments of {path!r} different values, {values}; a fused layer has one for "
+                    f"all: give the same value to {', '.join(values)}"
+                )
+            found[path] += (next(iter(values.values())),)
+        if unused:
+            raise ModelError(
+                f"{field}: {min(unused)!r} matches none of the adapted layers: {', '.join(_ends(selected))}"
+            )
+    return found
+
+
+def _ends_with(path: str, key: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _ends(paths: Iterable[str]) -> list[str]:
+    """Return the last parts of paths, each once."""
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
 _WAYS_OUT = {
     "Linear8bitLt": "load the model in 4 bits (base_precision='nf4') or 16",
     "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention multiplies by its weight itself",
@@ -159,7 +278,7 @@ def reason_against(module: nn.Module) -> str | None:
     return None
 
 
-def candidates(model: nn.Module, fused: dict[str, Segments]) -> str:
+def candidates(model: nn.Module, fused: Mapping[str, Segments]) -> str:
     """Return ``Candidates: ...``: the last part of the path of every adaptable layer, and the segments' names."""
     names = [path.rpartition(".")[2] for path, module in model.named_modules() if path and not reason_against(module)]
     names += [name for segments in fused.values() for name in segments if not name.isdigit()]

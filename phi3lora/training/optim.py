@@ -1,20 +1,25 @@
-"""Parameter groups, optimizers, and learning-rate schedules as pure functions of the step."""
+"""Parameter groups, optimizers, and transformers' learning-rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import TrainingConfig
-from ..errors import TrainingError, install_hint
+from ..errors import TrainingError, install_hint, short_repr
 from ..lora.inject import lora_layers
 from ..lora.layers import Embedding
 
 logger = logging.getLogger("phi3lora")
+
+_DEFAULT_WARMUP = 0.05
+_SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 LORA_PLUS_EMBEDDING_RATE = 1e-6
 """Peak learning rate of an adapted embedding under LoRA+, whatever ``learning_rate`` is; PEFT's default."""
@@ -150,29 +155,68 @@ def optimizer_bytes(optim: str) -> float:
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
-    """Return the warm-up in steps: ``warmup_steps``, or a share of all steps rounded up."""
+    """Return the steps of warm-up: ``warmup_steps``, or a share of all steps rounded up; by default 5 %, rounded down.
+
+    A warm-up of one step is a step at rate 0, so a run of fewer than 20 steps has none by default.
+    """
+    if config.lr_scheduler_type == "constant":
+        return 0
+    if config.warmup_steps is None or config.warmup_ratio is None:
+        return int(total_steps * _DEFAULT_WARMUP)
     if config.warmup_steps >= 1:
         return int(config.warmup_steps)
     return math.ceil(total_steps * (config.warmup_steps or config.warmup_ratio))
 
 
-def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
-    """Return the learning rate of the update after ``step`` earlier ones, as transformers' schedule of the same name.
+Schedule = Callable[[int], float]
+"""Optimizer steps done -> learning rate of the next one."""
+
+
+def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
+    """Return the learning rate as a function of the step alone, so that a resumed run needs no state of it.
+
+    The function is the ``lr_lambda`` of transformers' scheduler of that name, times the peak learning rate.
+
+    Raises:
+        TrainingError: ``lr_scheduler_kwargs`` that the schedule does not take, or lacks.
 
     Example:
-        >>> config = TrainingConfig(learning_rate=1.0, warmup_steps=2)
-        >>> [learning_rate(config, step, 6) for step in range(6)]
+        >>> config = TrainingConfig(learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=2)
+        >>> [schedule(config, 6)(step) for step in range(6)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
     """
-    kind, peak = config.lr_scheduler_type, config.learning_rate
-    if kind == "constant":
-        return peak
-    warmup = warmup_steps(config, total_steps)
-    if step < warmup:
-        return peak * step / warmup
-    if kind == "constant_with_warmup":
-        return peak
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    if kind == "linear":
-        return peak * max(0.0, 1.0 - progress)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    kind, peak, given = config.lr_scheduler_type, config.learning_rate, dict(config.lr_scheduler_kwargs or {})
+    if peak == 0:
+        return lambda step: 0.0
+    optimization = _transformers_optimization()
+    parameters = inspect.signature(optimization.TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    own = [name for name in parameters if name not in _SET_BY_US]
+    required = [name for name in own if parameters[name].default is inspect.Parameter.empty]
+    # It reads the peak from the optimizer, for a smallest rate that is not a share of it.
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    try:
+        if wrong := [name for name in given if name not in own] or [name for name in required if name not in given]:
+            raise ValueError(f"{wrong[0]} is {'not known' if wrong[0] in given else 'missing'}")
+        scheduler: Any = optimization.get_scheduler(
+            kind, stand_in, warmup_steps(config, total_steps), total_steps, given
+        )
+        factor = scheduler.lr_lambdas[0]
+        factor(0)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise TrainingError(
+            f"lr_scheduler_type={kind!r} with lr_scheduler_kwargs={short_repr(given)}: {error}; allowed: "
+            f"{', '.join(name + ' (required)' * (name in required) for name in own) or 'no arguments'}"
+        ) from error
+    return lambda step: peak * factor(step)
+
+
+def _transformers_optimization() -> Any:
+    """Import transformers' schedulers; that imports bitsandbytes, which warns of kernels that no schedule needs."""
+    theirs = logging.getLogger("bitsandbytes")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        from transformers import optimization
+    finally:
+        theirs.setLevel(level)
+    return optimization

@@ -184,7 +184,7 @@ def test_the_best_model_is_loaded_and_early_stopping_ends_on_every_rank(tmp_path
     def work():
         return run(
             tmp_path / "run", eval_dataset=HELD_OUT, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
-            early_stopping_patience=2, learning_rate=0.3, save_strategy="steps", save_steps=50,
+            early_stopping_patience=2, learning_rate=0.3, lr_scheduler_type="linear", save_strategy="steps",
         )  # fmt: skip
 
     (first, result), (second, other) = in_processes(2, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
@@ -19,36 +20,84 @@ from phi3lora.training.optim import (
     build_optimizer,
     check_optimizer_state,
     convert_optimizer_state,
-    learning_rate,
     optimizer_bytes,
     parameter_groups,
+    schedule,
     set_learning_rate,
     warmup_steps,
 )
 
-
-def reference(kind, warmup, total):
-    """transformers' factor of the peak learning rate, as a function of the step."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    if kind == "linear":
-        schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, total)
-    elif kind == "cosine":
-        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    elif kind == "constant_with_warmup":
-        schedule = transformers.get_constant_schedule_with_warmup(optimizer, warmup)
-    else:
-        schedule = transformers.get_constant_schedule(optimizer)
-    return schedule.lr_lambdas[0]
+FORMULAS = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "constant_with_warmup": lambda progress: 1.0,
+}
+"""Factor of the peak after the warm-up, over the share of the remaining steps that is done."""
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("kind", FORMULAS)
 @settings(max_examples=60, deadline=None)
 @given(total=st.integers(1, 300), warmup=st.integers(0, 320), peak=st.floats(1e-6, 1.0))
-def test_schedules_equal_transformers_step_by_step(kind, total, warmup, peak):
-    config = quiet_config("unused", lr_scheduler_type=kind, learning_rate=peak, warmup_steps=warmup)
-    factor = reference(kind, warmup, total)
-    ours = [learning_rate(config, step, total) for step in range(total)]
-    assert ours == pytest.approx([peak * factor(step) for step in range(total)], rel=1e-9, abs=1e-15)
+def test_schedules_are_their_formulas(kind, total, warmup, peak):
+    rate = schedule(quiet_config("unused", lr_scheduler_type=kind, learning_rate=peak, warmup_steps=warmup), total)
+    for step in range(total):
+        factor = step / warmup if step < warmup else FORMULAS[kind]((step - warmup) / max(1, total - warmup))
+        assert rate(step) == pytest.approx(peak * factor, rel=1e-12, abs=1.2e-16)
+
+
+SCHEDULES = {
+    "linear": {}, "cosine": {}, "constant": {}, "constant_with_warmup": {}, "polynomial": {"power": 2.0},
+    "inverse_sqrt": {"timescale": 5}, "cosine_with_restarts": {"num_cycles": 3},
+    "cosine_with_min_lr": {"min_lr": 1e-4}, "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 7, "decay_type": "1-sqrt"},
+}  # fmt: skip
+
+
+def schedule_config(kind, **given):
+    return quiet_config("unused", **{"lr_scheduler_type": kind, "learning_rate": 0.002, "warmup_steps": 4, **given})
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_schedule_is_transformers_scheduler_step_by_step_in_any_order(kind):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.002)
+    theirs = transformers.get_scheduler(kind, optimizer, 4, 30, SCHEDULES[kind])
+    expected = []
+    for _ in range(30):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    rate = schedule(schedule_config(kind, lr_scheduler_kwargs=SCHEDULES[kind]), 30)
+    assert [rate(step) for step in range(30)] == expected
+    assert [rate(step) for step in reversed(range(30))] == expected[::-1]
+    assert len(set(expected)) > 1 or kind == "constant"
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_rate_of_zero_stays_zero(kind):
+    rate = schedule(schedule_config(kind, learning_rate=0, lr_scheduler_kwargs=SCHEDULES[kind]), 30)
+    assert {rate(step) for step in range(30)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("cosine", {"min_lr": 1e-5}, "min_lr is not known; allowed: num_cycles"),
+        ("constant", {"num_cycles": 2}, "num_cycles is not known; allowed: no arguments"),
+        ("warmup_stable_decay", None, r"num_decay_steps is missing; allowed: num_decay_steps \(required\), num_stable"),
+        ("cosine_with_min_lr", None, "allowed: num_cycles, min_lr, min_lr_rate"),
+        ("polynomial", {"lr_end": 1.0}, "lr_end .* must be smaller than initial lr"),
+        ("polynomial", {"power": "two"}, "power='two'|unsupported operand"),
+        ("linear", {"optimizer": 1}, "optimizer is not known"),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_take_are_refused_before_anything_is_written(
+    tmp_path, kind, arguments, message
+):
+    config = quiet_config(tmp_path / "run", lr_scheduler_type=kind, lr_scheduler_kwargs=arguments)
+    with pytest.raises(p3.TrainingError, match=message) as caught:
+        p3.train(adapted_model(), chat_dataset(), config)
+    assert "\n" not in str(caught.value) and f"lr_scheduler_type={kind!r}" in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 @given(total=st.integers(1, 1000), ratio=st.floats(0.001, 0.999))
@@ -58,10 +107,19 @@ def test_a_share_of_warmup_is_rounded_up_under_either_name(total, ratio):
     assert steps == warmup_steps(quiet_config("unused", warmup_steps=ratio), total) == math.ceil(total * ratio)
 
 
-def test_warmup_steps_take_precedence_over_the_ratio_and_the_default_is_none():
+def test_warmup_steps_take_precedence_over_the_ratio():
     assert warmup_steps(quiet_config("unused", warmup_steps=7, warmup_ratio=0.5), 100) == 7
     assert warmup_steps(quiet_config("unused", warmup_steps=0.1, warmup_ratio=0.5), 100) == 10
-    assert warmup_steps(quiet_config("unused"), 100) == 0
+    assert warmup_steps(quiet_config("unused", warmup_steps=7, lr_scheduler_type="constant"), 100) == 0
+
+
+def test_the_default_warmup_is_5_percent_and_spends_no_step_of_a_short_run():
+    assert [warmup_steps(quiet_config("unused"), total) for total in (1, 19, 20, 100, 999)] == [0, 0, 1, 5, 49]
+    for none in ({"warmup_steps": 0}, {"warmup_ratio": 0}, {"warmup_steps": 0, "warmup_ratio": 0.0}):
+        assert warmup_steps(quiet_config("unused", **none), 1000) == 0
+    changed = dataclasses.replace(quiet_config("unused"), warmup_steps=0)
+    assert warmup_steps(changed, 1000) == 0
+    assert warmup_steps(dataclasses.replace(changed, warmup_ratio=0.1), 1000) == 100
 
 
 class Biased(nn.Module):
@@ -244,8 +302,8 @@ def test_paged_moments_of_a_large_tensor_survive_a_checkpoint(tmp_path, optim):
 def test_lora_plus_is_an_optimizer_with_two_groups_made_by_hand_bit_for_bit(tmp_path, optim):
     dataset, trained = chat_dataset(16), adapted_model(lora_dropout=0.1)
     settings = {"optim": optim, "max_grad_norm": 0, "num_train_epochs": 2, "seed": 3, "weight_decay": 0.1}
-    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "learning_rate": 0.002}
-    config = quiet_config(tmp_path, lora_plus_lr_ratio=16.0, **settings, **schedule)
+    rates = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "learning_rate": 0.002}
+    config = quiet_config(tmp_path, lora_plus_lr_ratio=16.0, **settings, **rates)
     result = p3.train(trained, dataset, config)
 
     model = adapted_model(lora_dropout=0.1).train()
@@ -254,7 +312,7 @@ def test_lora_plus_is_an_optimizer_with_two_groups_made_by_hand_bit_for_bit(tmp_
     groups = [{"params": matrices["lora_A"], "lr": 0.002}, {"params": matrices["lora_B"], "lr": 0.032}]
     kind = {"sgd": torch.optim.SGD, "adamw_torch": torch.optim.AdamW}[optim]
     optimizer = kind(groups, weight_decay=0.1, fused=True)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, result.global_step)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 2, result.global_step)
     rates = []
     for epoch in range(2):
         for batch in p3.batches(dataset, batch_size=4, seed=3, epoch=epoch):
@@ -262,7 +320,7 @@ def test_lora_plus_is_an_optimizer_with_two_groups_made_by_hand_bit_for_bit(tmp_
             (loss_sum / count).backward()
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
-            schedule.step()
+            scheduler.step()
             optimizer.zero_grad()
     assert [line["learning_rate"] for line in result.history] == pytest.approx(rates)
     for name, value in adapters_of(model).items():

@@ -101,6 +101,7 @@ def test_a_float16_overflow_lowers_the_scale_is_no_nonfinite_step_and_updates_no
             seen.append((state.nonfinite_total, same_tensors(adapters_of(model), before)))
 
     settings = {"fp16": True, "max_steps": 12, "save_strategy": "steps", "save_steps": 1, "max_nonfinite_steps": 1}
+    settings["lr_scheduler_type"] = "linear"
     result = p3.train(model, chat_dataset(8), quiet_config(tmp_path, **settings), callbacks=[Watch()])
     scales = [scale_in(tmp_path / f"checkpoint-{step}") for step in range(1, 13)]
     overflows = sum(1 for old, new in zip([2.0**16, *scales], scales, strict=False) if new < old)
