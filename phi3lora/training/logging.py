@@ -19,7 +19,7 @@ from ..model.estimate import peak_flops
 from .checkpoint import TrainingState
 from .history import HistoryFile
 from .progress import Progress, open_progress
-from .trackers import Tracker, open_trackers
+from .trackers import Trackers
 
 T = TypeVar("T")
 
@@ -42,21 +42,21 @@ class Reporter:
         self.warns = is_main and config.log_level not in ("error", "critical")
         self.is_main = is_main
         self.lines = HistoryFile(Path(config.output_dir) / "metrics.jsonl", state)
-        self._trackers: list[Tracker] = []
+        self._trackers: Trackers | None = None
         self._progress = Progress(state, self.quiet)
         self.restart_clock()
 
     def __enter__(self) -> Reporter:
         if self.is_main:
+            self._trackers = Trackers(self.config, self.state.global_step)  # may fail, with nothing opened
             self.lines.start()
-            self._trackers = open_trackers(self.config)
         self._progress = open_progress(self.config, self.state, self.quiet, self.is_main).__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._progress.__exit__(*error)
-        for tracker in self._trackers:
-            tracker.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._progress.__exit__(kind, *error)
+        if self._trackers is not None:
+            self._trackers.close(failed=kind is not None)
         self.lines.close()
 
     def facts(self, facts: Mapping[str, Any]) -> None:
@@ -103,8 +103,8 @@ class Reporter:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.state.history.append(line)
         self.lines.append()
-        for tracker in self._trackers:
-            tracker.write(line)
+        if self._trackers is not None:
+            self._trackers.write(line)
         self._progress.log(line)
 
 
