@@ -7,6 +7,7 @@ holds others: a training run's folder also has optimizer state, generators and p
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from jinja2 import Template
 from safetensors import SafetensorError, safe_open
@@ -38,11 +39,21 @@ PUBLISHED = (
 )  # fmt: skip
 """Names of the files that are uploaded; a folder with others is refused."""
 
+_RESULTS = {
+    "loss": ("loss", "Loss"), "perplexity": ("perplexity", "Perplexity"),
+    "token_accuracy": ("accuracy", "Accuracy of the next token"), "rouge1": ("rouge", "ROUGE-1"),
+    "rouge2": ("rouge", "ROUGE-2"), "rougeL": ("rouge", "ROUGE-L"),
+}  # fmt: skip
+"""Metric of ``evaluate`` -> the hub's type of it, and its name in the card's front matter."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _NEVER_SENT = (".git/*", ".cache/huggingface/*")  # upload_folder leaves these out
-_LORA_ROWS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules")
+_LORA_ROWS = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
+    "rank_pattern", "alpha_pattern",
+)  # fmt: skip
 _TRAINING_ROWS = (
-    "learning_rate", "lora_plus_lr_ratio", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "optim", "weight_decay",
+    "learning_rate", "lora_plus_lr_ratio", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "warmup_ratio", "optim", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "max_steps", "packing", "max_length", "bf16", "fp16", "seed",
 )  # fmt: skip
@@ -132,6 +143,7 @@ def write_model_card(
         dataset: hub name or file of the data, or the dataset itself for its statistics.
         lora, training: tables of hyperparameters.
         metrics: name -> number, as ``evaluate`` and ``TrainingResult.metrics`` have them; other values are left out.
+            Those of an evaluation also go into the front matter as the hub's results, if ``dataset`` says on what.
         language: ISO 639 code, or several.
         license: the hub's identifier, such as ``"mit"``.
         merged: the folder is a whole model, not an adapter.
@@ -186,6 +198,7 @@ def model_card(
     files = _adapter_files(folder)
     own, for_peft = [name for name in files if name != TENSORS_NAME], TENSORS_NAME in files
     link, is_on_hub = _link(base_model), _is_hub_name(base_model)
+    results = _eval_results(dataset, metrics or {})
     front_matter = ModelCardData(
         model_name=None if tokenizer is None else model_name(tokenizer, str(base_model)),
         base_model=str(base_model) if is_on_hub else None,
@@ -195,6 +208,8 @@ def model_card(
         datasets=[dataset] if isinstance(dataset, str) and _is_hub_name(dataset) else None,
         language=[language] if isinstance(language, str) else list(language) if language else None,
         license=license,
+        model_name=title if results else None,  # the hub wants one beside results
+        eval_results=results,
     )
     data = None
     if dataset is not None:
@@ -231,6 +246,33 @@ def model_card(
         versions=", ".join(versions),
     )
     return text
+
+
+def _eval_results(dataset: Any, metrics: Mapping[str, Any]) -> list[EvalResult] | None:
+    """Return the metrics of an evaluation in the hub's form, which wants a dataset; None if there are none."""
+    if dataset is None:
+        return None
+    name = printable(Path(dataset).name) if isinstance(dataset, str) else "chats"
+    kind = "custom"
+    if _is_hub_name(dataset):
+        name = kind = dataset
+    found = []
+    for key, value in metrics.items():
+        plain = key.removeprefix("eval_")
+        is_own = key != plain and not plain.startswith("n_")  # a metric of compute_metrics
+        if (plain in _RESULTS or is_own) and type(value) in (int, float) and math.isfinite(value):
+            metric, label = _RESULTS.get(plain, (printable(plain), printable(plain)))
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=kind,
+                    dataset_name=name,
+                    metric_type=metric,
+                    metric_name=label,
+                    metric_value=value,
+                )
+            )
+    return found or None
 
 
 def push_to_hub(
@@ -369,5 +411,7 @@ def _rows(config: LoraConfig | TrainingConfig | None, names: Sequence[str]) -> l
     """Return the settings that are not None, and of ``max_steps`` and ``num_train_epochs`` the one that counts."""
     values = {} if config is None else config.to_dict()
     unused = "num_train_epochs" if values.get("max_steps", 0) > 0 else "max_steps"
-    rows = [(name, values[name]) for name in names if name != unused and values.get(name) is not None]
-    return [(name, _markdown(", ".join(value) if isinstance(value, list) else str(value))) for name, value in rows]
+    rows = [(name, values[name]) for name in names if name != unused and values.get(name) not in (None, {})]
+    return [
+        (name, _markdown(", ".join(map(str, value)) if isinstance(value, list) else str(value))) for name, value in rows
+    ]

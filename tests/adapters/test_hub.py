@@ -72,6 +72,27 @@ def test_the_front_matter_is_what_the_hub_reads(folder):
     assert "https://huggingface.co/datasets/you/chats" in text
 
 
+def test_the_front_matter_has_the_evaluation_in_the_hubs_form(folder):
+    from huggingface_hub import ModelCard
+
+    metrics = {
+        "train_loss": 2.0, "eval_loss": 1.25, "eval_token_accuracy": 0.5, "eval_rougeL": 0.75, "eval_n_tokens": 9,
+        "eval_exact": 0.25, "eval_perplexity": float("inf"), "tokens": 100,
+    }  # fmt: skip
+    for dataset, kind, name in (
+        ("owner/chats", "owner/chats", "owner/chats"),
+        ("/home/me/chats.jsonl", "custom", "chats.jsonl"),
+    ):
+        path = p3.write_model_card(folder, base_model="a/b", dataset=dataset, metrics=metrics)
+        results = ModelCard.load(path).data.eval_results
+        assert {(r.dataset_type, r.dataset_name, r.task_type) for r in results} == {(kind, name, "text-generation")}
+        assert [(r.metric_type, r.metric_value) for r in results] == [
+            ("loss", 1.25), ("accuracy", 0.5), ("rouge", 0.75), ("exact", 0.25)
+        ]  # fmt: skip
+    for without in ({"metrics": metrics}, {"dataset": "owner/chats", "metrics": {"train_loss": 1.0}}):
+        assert not ModelCard.load(p3.write_model_card(folder, base_model="a/b", **without)).data.eval_results
+
+
 def test_the_tables_have_the_settings_and_the_metrics(folder):
     lora = p3.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     training = p3.TrainingConfig(output_dir="/nowhere/secret", max_steps=500, learning_rate=2e-4, bf16=True)
