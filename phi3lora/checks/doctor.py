@@ -46,6 +46,7 @@ CHECKS: dict[str, Callable[[PlannedRun], Finding]] = {
     "scaling": settings.check_scaling,
     "learning rate": settings.check_learning_rate,
     "schedule": settings.check_schedule,
+    "amount": settings.check_amount,
     "saving": settings.check_saving,
     "output": settings.check_output,
     "disk": settings.check_disk,
@@ -64,6 +65,7 @@ def doctor(
     eval_dataset: ChatDataset | None = None,
     device_memory_gib: float | None = None,
     try_steps: bool = True,
+    compute_metrics: Any = None,
 ) -> DoctorReport:
     """Check a run before it starts: targets, masks, lengths, memory, disk, time, and whether gradients arrive.
 
@@ -82,6 +84,7 @@ def doctor(
         device_memory_gib: memory of a card, in GiB, to compare the prediction with; None: that of the model's GPU.
         try_steps: run two optimizer steps on copies of the adapters (seconds; they also give the predicted time). Not
             done for a model that was loaded split over several processes.
+        compute_metrics: the function for ``train``; it is not called.
 
     Returns:
         A report. ``print`` shows it, ``.ok`` is False if a finding is an error, ``.findings`` has each line's name,
@@ -100,7 +103,8 @@ def doctor(
         raise TrainingError(f"device_memory_gib={device_memory_gib!r}; allowed: None, or a number > 0 (GiB)")
     if rank_and_size()[0] > 0:
         return DoctorReport(())
-    planned = PlannedRun(model, tokenizer, dataset, config or TrainingConfig(), eval_dataset, device_memory_gib)
+    run = (model, tokenizer, dataset, config or TrainingConfig(), eval_dataset)
+    planned = PlannedRun(*run, device_memory_gib, compute_metrics=compute_metrics)
     with _restored(model):
         findings = [_run_check(name, check, planned) for name, check in CHECKS.items()]
         findings += _run_trial_checks(planned, try_steps, can_run=findings[0].status == "ok")

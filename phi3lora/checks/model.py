@@ -19,7 +19,8 @@ from .report import Finding, error, first_of, ok, warning
 
 
 def check_run_is_accepted(planned: PlannedRun) -> Finding:
-    check_run(planned.model, planned.train_dataset, planned.eval_dataset, planned.config)
+    datasets = planned.train_dataset, planned.eval_dataset
+    check_run(planned.model, *datasets, planned.config, planned.tokenizer, planned.compute_metrics)
     limits = "" if planned.train_dataset.known_length else "; only the stream's first window was checked"
     return ok(f"train() accepts this model, data and configuration{limits}")
 
@@ -48,7 +49,9 @@ def check_targets(planned: PlannedRun) -> Finding:
             f"{text}. In Phi-3, Llama's target names match only these two; "
             f"inject_lora(target_modules='all-linear') adapts all"
         )
-    if names & set(missing):
+    lora: Any = getattr(model, "lora_config", None)
+    asked_for = lora is not None and (lora.layers_to_transform is not None or lora.exclude_modules is not None)
+    if names & set(missing) and not asked_for:
         return warning(f"{text}: adapted in some layers of the stack, not in others ({first_of(not_adapted, 2)})")
     return ok(text)
 

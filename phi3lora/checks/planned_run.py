@@ -29,6 +29,7 @@ class PlannedRun:
             checked.
         device_memory_gib: memory of the card that the run is planned for; None: the card that the model is on.
         resolved: the resolved settings, if the caller has them already.
+        compute_metrics: the argument of ``train``.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class PlannedRun:
         eval_dataset: ChatDataset | None = None,
         device_memory_gib: float | None = None,
         resolved: Resolved | None = None,
+        compute_metrics: Any = None,
     ) -> None:
         self.model: Any = model
         self.tokenizer, self.config = tokenizer, config
         self.train_dataset, self.dataset = dataset, dataset.first_window
         self.eval_dataset, self.device_memory_gib = eval_dataset, device_memory_gib
-        self._resolved = resolved
+        self._resolved, self.compute_metrics = resolved, compute_metrics
 
     @cached_property
     def resolved(self) -> Resolved:

@@ -11,6 +11,7 @@ from ..lora.base_weight import base_format, reason_against_fp8
 from ..lora.inject import lora_layers
 from ..model.estimate import GIB, MemoryPlan, flops_per_token, mean_context_tokens
 from ..model.load import model_device
+from ..training.learning import reach, too_small
 from ..training.optim import optimizer_bytes, warmup_steps
 from ..training.output_folder import check_output_dir
 from .planned_run import PlannedRun
@@ -48,11 +49,21 @@ def check_learning_rate(planned: PlannedRun) -> Finding:
 
 def check_schedule(planned: PlannedRun) -> Finding:
     config, total = planned.config, planned.steps.total
-    warmup = 0 if config.lr_scheduler_type == "constant" else warmup_steps(config, total)
+    warmup = warmup_steps(config, total)
     text = f"{config.lr_scheduler_type}, {warmup:,} warm-up steps of {total:,}"
     if warmup and warmup >= total:
         return warning(f"{text}: the run ends before the learning rate reaches {config.learning_rate:g}")
     return ok(text)
+
+
+def check_amount(planned: PlannedRun) -> Finding:
+    """Check that the run is long enough, at its learning rate, to change what the layers compute."""
+    config, total = planned.config, planned.steps.total
+    problem = too_small(planned.model, config, total) if config.learning_rate > 0 else None
+    if problem is not None:
+        return warning(problem)
+    share = reach(planned.model, config, total)
+    return ok(f"{total:,} steps" + (f" can change an adapted layer's output by {100 * share:.2g} %" if share else ""))
 
 
 def check_saving(planned: PlannedRun) -> Finding:

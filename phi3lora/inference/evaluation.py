@@ -1,7 +1,7 @@
 r"""Evaluation on held-out chats: ``evaluate`` (loss, accuracy, ROUGE) and ``sample_answers`` (answers to read).
 
-Loss and accuracy come from teacher forcing. ROUGE and the samples come from the model's own answers to each chat
-without its last trained turn. A dataset holds token ids, so a document's labels give the prompt and the reference:
+Loss and accuracy come from teacher forcing. ROUGE, ``compute_metrics`` and the samples take the model's own answers to
+each chat without its last trained turn. A dataset holds token ids, so a document's labels give prompt and reference:
 
     ids        <|user|> \n Hi <|end|> \n <|assistant|> \n Hello ! <|end|> \n <|endoftext|>
     trained        -    -  -   -      -       -        -   x   x    x     -       -
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import regex
 from torch import nn
 
 from ..config import IGNORE_INDEX
@@ -37,7 +40,12 @@ from .generation import generate_answers
 METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
 """Metrics that :func:`evaluate` always returns."""
 _SHOWN = 200  # characters of a text in the printed form of answers
-_ROUGE = ("rouge1", "rouge2", "rougeL")
+ROUGE = ("rouge1", "rouge2", "rougeL")
+"""Metrics of the model's own answers that :func:`evaluate` returns with ``rouge=True``."""
+
+
+ComputeMetrics = Callable[["Answers"], Mapping[str, float]]
+"""A function of one's own: the model's answers beside their references -> name -> number."""
 
 
 def evaluate(
@@ -49,12 +57,13 @@ def evaluate(
     packing: bool = True,
     fused: bool = True,
     rouge: bool = False,
+    compute_metrics: ComputeMetrics | None = None,
     tokenizer: Any = None,
     max_samples: int | None = 100,
     max_new_tokens: int = 256,
     world: Any = None,
 ) -> dict[str, float]:
-    """Return the mean loss over the dataset's supervised tokens; with ``rouge``, also score the model's own answers.
+    """Return the mean loss over the dataset's supervised tokens; if asked to, also score the model's own answers.
 
     Args:
         model: a Phi-3 causal LM, adapted or not; its modes and weights are left as they are.
@@ -64,8 +73,9 @@ def evaluate(
         packing: put several documents in a row; the results do not depend on it.
         fused: use the fused kernels where they are supported; False: always transformers' own layers.
         rouge: also let the model answer, greedily, and compare each answer with the chat's last trained turn
-            (package ``rouge-score``, extra ``eval``; its words are ASCII letters and digits).
-        tokenizer: the dataset's, for ``rouge``.
+            (package ``rouge-score``, extra ``eval``). Words count; in scripts without spaces, characters do.
+        compute_metrics: also let the model answer, and call this with the :class:`Answers`; it returns name -> number.
+        tokenizer: the dataset's, for ``rouge`` and ``compute_metrics``.
         max_samples: the number of chats to answer, from the first; None: all.
         max_new_tokens: the longest answer, in tokens.
         world: the processes that evaluate together, from ``train``; None: this process alone, whatever started it.
@@ -73,12 +83,12 @@ def evaluate(
     Returns:
         ``loss`` (nats per token, the mean over all supervised tokens), ``perplexity`` (its exponential),
         ``token_accuracy`` (share of tokens whose argmax is right), ``n_tokens`` (their number). With ``rouge`` also
-        ``rouge1``, ``rouge2``, ``rougeL`` (F-measures in [0, 1], means over the answers) and ``n_answers``.
-        :func:`phi3lora.sample_answers` shows such answers.
+        ``rouge1``, ``rouge2``, ``rougeL`` (F-measures in [0, 1], means over the answers); with ``compute_metrics`` also
+        what it returns; with either also ``n_answers``. :func:`phi3lora.sample_answers` shows such answers.
 
     Raises:
-        DataError: an empty dataset, documents that do not fit the model, as in ``train``; ``rouge`` without tokenizer
-            or with no chat that can be answered.
+        DataError: an empty dataset, documents that do not fit the model, as in ``train``; answers asked for without
+            tokenizer or with no chat that can be answered; ``compute_metrics`` returns something else than numbers.
         Phi3LoRAError: ``rouge`` without the package.
 
     Example:
@@ -88,12 +98,12 @@ def evaluate(
     _check_number("batch_size", batch_size, 2**63)
     if max_length is not None:
         _check_number("max_length", max_length, 2**24 + 1)
-    if rouge:
-        if not dataset.known_length:
-            raise DataError("rouge=True needs a ChatDataset, not a stream; pass stream.take(100), for example")
-        scorer = _rouge_scorer()
-        if tokenizer is None:
-            raise DataError("rouge=True needs the tokenizer that the dataset was loaded with: tokenizer=...")
+    asked_by = "rouge=True" if rouge else "compute_metrics" if compute_metrics is not None else None
+    if asked_by and not dataset.known_length:
+        raise DataError(f"{asked_by} needs a ChatDataset, not a stream; pass stream.take(100), for example")
+    scorer = rouge_scorer() if rouge else None
+    if asked_by and tokenizer is None:
+        raise DataError(f"{asked_by} needs the tokenizer that the dataset was loaded with: tokenizer=...")
     model = unwrap(model)
     require_causal_lm(model)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "packing": packing}
@@ -116,15 +126,33 @@ def evaluate(
     loss = loss_sum / count
     perplexity = math.exp(loss) if loss < 700 else math.inf
     metrics = {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / count, "n_tokens": int(count)}
-    if rouge:
-        samples = dataset.first_window
-        answers = sample_answers(
-            model, tokenizer, samples, count=max_samples, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
-        scores = [scorer.score(a.reference, a.answer) for a in answers]
-        metrics |= {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in _ROUGE}
-        metrics["n_answers"] = len(scores)
+    if asked_by:
+        pairs = _answerable(dataset.first_window, max_samples)
+        answers = _answers_together(model, tokenizer, pairs, max_new_tokens, batch_size, world)
+        if scorer is not None:
+            scores = [scorer.score(a.reference, a.answer) for a in answers]
+            metrics |= {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
+        if compute_metrics is not None:
+            own_metrics = partial(_own_metrics, compute_metrics, answers, tuple(metrics))
+            metrics |= own_metrics() if world is None else world.from_main(own_metrics)
+        metrics["n_answers"] = len(answers)
     return metrics
+
+
+def _own_metrics(compute_metrics: ComputeMetrics, answers: Answers, taken: Collection[str]) -> dict[str, float]:
+    """Return what the caller's function makes of the answers, as plain numbers."""
+    found = compute_metrics(answers)
+    if not isinstance(found, Mapping):
+        raise DataError(f"compute_metrics returned {short_repr(found)}; allowed: a dict of names to numbers")
+    numbers = {name: value.item() if hasattr(value, "item") else value for name, value in found.items()}
+    for name, value in numbers.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DataError(f"compute_metrics returned {short_repr({name: value})}; allowed: names to numbers")
+        if name in (*taken, "n_answers"):
+            raise DataError(
+                f"compute_metrics returned {name!r}, a metric that evaluate has already; choose another name"
+            )
+    return numbers
 
 
 def _batches(model: Any, dataset: ChatDataset | ChatStream, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -226,12 +254,36 @@ def sample_answers(
     """
     if count is not None and not (isinstance(count, int) and count >= 1):
         raise DataError(f"count={count!r}; allowed: a whole number >= 1, or None for all")
+    return _answers(model, tokenizer, _answerable(dataset, count), max_new_tokens, batch_size)
+
+
+Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its reference."""
+
+
+def _answerable(dataset: ChatDataset, count: int | None) -> list[Pair]:
+    """Return the first chats that can be answered, at least one."""
     pairs = list(itertools.islice(_prompts_and_references(dataset), count))
     if not pairs:
         raise DataError(
             f"none of the {len(dataset)} documents can be answered: each has no prompt before its last trained turn "
             f"(train_on='all') or was cut within it (max_length={dataset.max_length})"
         )
+    return pairs
+
+
+def _answers_together(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], max_new_tokens: int, batch_size: int, world: Any
+) -> Answers:
+    """Return all answers on every process, each of which makes its share; a split base computes only together."""
+    if world is None or sharded_base(model) is not None:
+        return _answers(model, tokenizer, pairs, max_new_tokens, batch_size)
+    share = _answers(model, tokenizer, pairs[world.rank :: world.size], max_new_tokens, batch_size)
+    shares = world.gather(list(share))
+    return Answers(shares[i % world.size][i // world.size] for i in range(len(pairs)))
+
+
+def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], max_new_tokens: int, batch_size: int) -> Answers:
     prompts = [prompt for prompt, _ in pairs]
     encoder = ChatEncoder(tokenizer)
     answers = generate_answers(model, encoder, prompts, max_new_tokens, batch_size)
@@ -241,7 +293,7 @@ def sample_answers(
     )
 
 
-def _prompts_and_references(dataset: ChatDataset) -> Iterator[tuple[list[int], list[int]]]:
+def _prompts_and_references(dataset: ChatDataset) -> Iterator[Pair]:
     """Yield the token ids of prompt and reference of each document that holds both completely."""
     rows: set[tuple[str, int]] = set()
     for i in range(len(dataset)):
@@ -256,10 +308,34 @@ def _prompts_and_references(dataset: ChatDataset) -> Iterator[tuple[list[int], l
             yield ids[:start].tolist(), ids[start:end].tolist()
 
 
-def _rouge_scorer() -> Any:
-    """Return a scorer of ROUGE-1, -2 and -L (Lin 2004)."""
+def rouge_scorer() -> Any:
+    """Return a scorer of ROUGE-1, -2 and -L (Lin 2004) for texts of all scripts."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise Phi3LoRAError(f"rouge=True needs a package ({error}): {install_hint('eval')}") from error
-    return RougeScorer(list(_ROUGE))
+    return RougeScorer(list(ROUGE), tokenizer=RougeTokenizer())
+
+
+class RougeTokenizer:
+    """A tokenizer for rouge-score, whose own knows ASCII words only, so that a right answer in Russian scores 0.
+
+    A token is a word in lower case; in scripts without spaces (Chinese, Japanese, Thai and others) a character with its
+    marks; or a symbol beyond ASCII, such as an emoji. On ASCII text the tokens are rouge-score's own.
+    """
+
+    _SPACELESS = "".join(
+        rf"\p{{Script={script}}}"
+        for script in "Han Hiragana Katakana Bopomofo Yi Thai Lao Khmer Myanmar Tai_Le New_Tai_Lue Tai_Tham Javanese "
+        "Balinese Tibetan".split()
+    )
+    _TOKEN = regex.compile(
+        rf"[[\p{{L}}\p{{N}}]&&[{_SPACELESS}]]\p{{M}}*"
+        rf"|[[\p{{L}}\p{{N}}]--[{_SPACELESS}]][[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}]]*"
+        r"|[\p{S}--[\x00-\x7f]]",
+        regex.V1,
+    )
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of a text."""
+        return list(self._TOKEN.findall(unicodedata.normalize("NFC", text.lower())))

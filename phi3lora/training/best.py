@@ -15,8 +15,9 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
-from ..errors import CheckpointError, short_repr
+from ..errors import CheckpointError, TrainingError, short_repr
 from ..files import fsync
+from ..inference.evaluation import ROUGE
 from ..lora.base_weight import sample_base
 from .checkpoint import TrainingState, damage
 
@@ -26,6 +27,11 @@ logger = logging.getLogger("phi3lora")
 def metric_name(config: TrainingConfig) -> str:
     """Return ``metric_for_best_model`` as :func:`phi3lora.evaluate` calls it."""
     return (config.metric_for_best_model or "loss").removeprefix("eval_")
+
+
+def scores_rouge(config: TrainingConfig) -> bool:
+    """Return whether the evaluations of a run let the model answer and score the answers by ROUGE."""
+    return config.predict_with_generate or metric_name(config) in ROUGE
 
 
 def measured_on(config: TrainingConfig, eval_dataset: ChatDataset | None, model: nn.Module) -> dict[str, Any]:
@@ -45,11 +51,21 @@ class BestModel:
     def __init__(self, config: TrainingConfig, state: TrainingState) -> None:
         self.config, self.state = config, state
         greater = config.greater_is_better
-        self.greater_is_better = metric_name(config) not in ("loss", "perplexity") if greater is None else greater
+        self.greater_is_better = (
+            not metric_name(config).endswith(("loss", "perplexity")) if greater is None else greater
+        )
 
     def metric(self, evaluation: Mapping[str, float]) -> float:
-        """Return the metric of an evaluation's ``eval_*``."""
-        return evaluation["eval_" + metric_name(self.config)]
+        """Return the metric of an evaluation's ``eval_*``.
+
+        Raises:
+            TrainingError: ``compute_metrics`` did not return it.
+        """
+        name = metric_name(self.config)
+        if "eval_" + name not in evaluation:
+            found = ", ".join(key.removeprefix("eval_") for key in evaluation)
+            raise TrainingError(f"metric_for_best_model={name!r} is not among the metrics of the evaluation: {found}")
+        return evaluation["eval_" + name]
 
     def beats(self, metric: float, best: float | None, by_more_than: float = 0.0) -> bool:
         """Return whether ``metric`` is better than ``best`` (None: than nothing). NaN and infinity never are."""

@@ -57,10 +57,11 @@ _UNEXPECTED = (OSError, LookupError, TypeError, AttributeError, ValueError, Arit
 _MAY_CHANGE = frozenset(
     """
     activation_checkpointing compile continue_on_save_error disable_tqdm early_stopping_patience
-    early_stopping_threshold eval_on_start eval_steps eval_strategy gradient_checkpointing load_best_model_at_end
-    log_level logging_first_step logging_steps logging_strategy max_nonfinite_steps max_steps num_train_epochs
-    output_dir overwrite_output_dir parallel per_device_eval_batch_size report_to resume_from_checkpoint
-    resume_with_changes run_name save_steps save_strategy save_total_limit
+    early_stopping_threshold eval_max_new_tokens eval_max_samples eval_on_start eval_steps eval_strategy
+    gradient_checkpointing load_best_model_at_end log_level logging_first_step logging_steps logging_strategy
+    max_nonfinite_steps max_steps num_train_epochs output_dir overwrite_output_dir parallel
+    per_device_eval_batch_size predict_with_generate project report_to resume_from_checkpoint resume_with_changes
+    run_name save_steps save_strategy save_total_limit
     """.split()
 )
 _COMPARED_APART = ("optim", "gradient_accumulation_steps")
@@ -97,6 +98,8 @@ class TrainingState:
     """Sum of token losses over the whole run, skipped steps excluded."""
     run_loss_count: int = 0
     """Supervised tokens in ``run_loss_sum``."""
+    first_loss: float | None = None
+    """Mean loss of the first step, before any update; None if it was skipped, and in checkpoints of version 0.1.0."""
     nonfinite_in_a_row: int = 0
     """Non-finite steps in a row up to the latest one, float16 overflows that the scaler handles excluded."""
     nonfinite_total: int = 0

@@ -29,15 +29,16 @@ from torch import nn
 from ..adapters.adapter_file import load_adapter_state, read_adapter
 from ..checks.doctor import problems
 from ..checks.planned_run import PlannedRun
+from ..checks.report import Finding
 from ..config import TrainingConfig
 from ..data.batches import Cursor, Step
 from ..data.dataset import ChatDataset, ChatStream
 from ..errors import CheckpointError, TrainingError
-from ..inference.evaluation import evaluate
+from ..inference.evaluation import ComputeMetrics, evaluate
 from ..lora.wrappers import unwrap
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
-from .best import BestModel, adopt_best, measured_on
+from .best import BestModel, adopt_best, measured_on, scores_rouge
 from .checkpoint import (
     Resumable,
     TrainingState,
@@ -47,8 +48,9 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .distributed import Interrupts, World, digest, joined
+from .learning import learned_nothing
 from .logging import DeferredMetrics, Reporter
-from .optim import build_optimizer, learning_rate
+from .optim import build_optimizer, schedule
 from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
 from .picture import PICTURE, draw_run
 from .result import TrainingResult, closing_facts
@@ -93,6 +95,7 @@ def train(
     eval_dataset: ChatDataset | None = None,
     tokenizer: Any = None,
     callbacks: Sequence[Any] = (),
+    compute_metrics: ComputeMetrics | None = None,
 ) -> TrainingResult:
     """Train the adapters of ``model`` in place.
 
@@ -104,8 +107,11 @@ def train(
         train_dataset: tokenised documents, or a stream of them (which needs ``max_steps``).
         config: training settings; default ``TrainingConfig()``.
         eval_dataset: documents for the evaluations that ``eval_strategy`` asks for.
-        tokenizer: the dataset's tokenizer, for the checks before the run and to quote a document whose loss stays NaN.
+        tokenizer: the dataset's tokenizer, for the checks before the run, for answers in evaluations, and to quote a
+            document whose loss stays NaN.
         callbacks: objects with some of the hooks of :class:`phi3lora.Callback`.
+        compute_metrics: a function of the model's own answers to ``eval_dataset``, as in :func:`phi3lora.evaluate`;
+            what it returns is logged as ``eval_*`` and may be ``metric_for_best_model``.
 
     Returns:
         Steps done, final metrics, the history and the best checkpoint. The model keeps the last adapters, or the best
@@ -118,7 +124,7 @@ def train(
         CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
             a checkpoint belongs to another run or cannot be written.
     """
-    return run_training(model, train_dataset, config, eval_dataset, tokenizer, callbacks)
+    return run_training(model, train_dataset, config, eval_dataset, tokenizer, callbacks, compute_metrics)
 
 
 def run_training(
@@ -128,6 +134,7 @@ def run_training(
     eval_dataset: ChatDataset | None,
     tokenizer: Any,
     callbacks: Sequence[Any] = (),
+    compute_metrics: ComputeMetrics | None = None,
     tells_next: bool = True,
 ) -> TrainingResult:
     """Train as :func:`train` does; without ``tells_next`` the caller tells the user what to type next."""
@@ -135,10 +142,10 @@ def run_training(
     config.output_dir = os.path.abspath(config.output_dir)  # a callback may change the working directory
     with ExitStack() as stack:
         stack.enter_context(usual_torch())
-        check_run(model, train_dataset, eval_dataset, config)
+        check_run(model, train_dataset, eval_dataset, config, tokenizer, compute_metrics)
         world = stack.enter_context(joined(model_device(model), not train_dataset.known_length))
         output = world.on_main(lambda: stack.enter_context(locked(config.output_dir)))
-        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, output, world)
+        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, compute_metrics, output, world)
         state, resolved, report = run.state, run.resolved, run.report
         stack.enter_context(run.interrupts)
         stack.enter_context(explain_out_of_memory(model, config, resolved))
@@ -157,7 +164,7 @@ def run_training(
         batches = stack.enter_context(closing(run.batches()))
         started = time.perf_counter()
         for step, micro_batches in batches:
-            rate = learning_rate(config, state.global_step, state.total_steps)
+            rate = run.schedule(state.global_step)
             world.step = state.global_step + 1
             outcome = run.optimizer_step(micro_batches, rate, step.supervised_tokens, step.idle)
             run.advance(step, outcome, rate)
@@ -179,6 +186,9 @@ def run_training(
             draw_run(state.history, output.folder / PICTURE)
         run.agree_to_stop()
         result: TrainingResult = world.from_main(run.result)
+    problem = learned_nothing(model, config, state) if report.warns and not result.interrupted else None
+    if problem is not None:
+        report.findings([Finding("run", "warning", problem)])
     report.facts(closing_facts(model, result) if tells_next else result.facts())
     return result
 
@@ -225,12 +235,14 @@ class _Run:
         eval_dataset: ChatDataset | None,
         tokenizer: Any,
         callbacks: Sequence[Any],
+        compute_metrics: ComputeMetrics | None,
         output: OutputFolder | None,
         world: World,
     ) -> None:
         """Build the parts, and restore them from a checkpoint if the config says so. Rank 0 has the output folder."""
         self.model, self.config, self.eval_dataset = model, config, eval_dataset
         self.tokenizer, self.callbacks, self.output, self.world = tokenizer, callbacks, output, world
+        self.compute_metrics = compute_metrics
         self.interrupts, self.pending = Interrupts(), DeferredMetrics[_StepRecord]()
         self.stopped_by: int | None = None
         world.on_main(lambda: check_output_dir(config))
@@ -246,7 +258,7 @@ class _Run:
         self.state = load_checkpoint(resumed_from, self.resumable) if resumed_from else TrainingState()
         world.on_main(lambda: claim_output_dir(config, resuming=resumed_from is not None))
         world.on_main(lambda: set_aside_newer(config.output_dir, self.state.global_step))
-        self.state.total_steps = steps.total
+        self.state.total_steps, self.schedule = steps.total, schedule(config, steps.total)
         self.best = BestModel(config, self.state)
         context_tokens = mean_context_tokens(train_dataset.first_window.lengths)
         flops = flops_per_token(model, context_tokens) / world.size
@@ -259,7 +271,7 @@ class _Run:
 
     def _require_one_run(self) -> None:
         """Refuse processes that would train different runs, and give all the adapters of rank 0."""
-        of_process = ("disable_tqdm", "log_level", "report_to", "run_name")
+        of_process = ("disable_tqdm", "log_level", "project", "report_to", "run_name")
         facts = {name: value for name, value in self.config.to_dict().items() if name not in of_process}
         facts |= {f"{name} of the data": value for name, value in self.resumable.data.items()}
         facts |= {f"{name} of the evaluations": value for name, value in self.resumable.measured.items()}
@@ -344,6 +356,8 @@ class _Run:
         for (loss_sum, norm, skipped), record in self.pending.ready(wait):
             if not skipped:
                 state.nonfinite_in_a_row = 0
+                if record.number == 1:
+                    state.first_loss = loss_sum / record.supervised_tokens
                 state.loss_sum += loss_sum
                 state.loss_count += record.supervised_tokens
                 state.run_loss_sum += loss_sum
@@ -393,7 +407,15 @@ class _Run:
         self.log_ready(wait=True)
         with self.resolved.precision.autocast():
             found = evaluate(
-                self.model, self.eval_dataset, batch_size=config.per_device_eval_batch_size, world=self.world
+                self.model,
+                self.eval_dataset,
+                batch_size=config.per_device_eval_batch_size,
+                rouge=scores_rouge(config),
+                compute_metrics=self.compute_metrics,
+                tokenizer=self.tokenizer,
+                max_samples=config.eval_max_samples,
+                max_new_tokens=config.eval_max_new_tokens,
+                world=self.world,
             )
         self.evaluated_at, self.last_eval = state.global_step, {f"eval_{name}": x for name, x in found.items()}
         self.report.log({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})

@@ -17,7 +17,7 @@ from ..data.batches import BatchPlan, StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
 from ..display import shown_path
 from ..errors import TrainingError
-from ..inference.evaluation import METRICS, check_documents
+from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
 from ..lora.base_weight import base_format, count_parameters
 from ..lora.inject import lora_layers
 from ..model.activations import activation_checkpointing
@@ -27,10 +27,10 @@ from ..model.estimate import MemoryPlan, plan_memory
 from ..model.forward import require_causal_lm, train_mode
 from ..model.load import longrope_boundary, longrope_note, model_device
 from ..model.sharding import shardable_tensors, sharded, sharded_base
-from .best import metric_name
+from .best import metric_name, scores_rouge
 from .checkpoint import TrainingState
 from .distributed import World
-from .optim import optimizer_bytes, warmup_steps
+from .optim import optimizer_bytes, schedule, warmup_steps
 from .step import Precision, resolve_precision
 from .trackers import check_trackers
 
@@ -45,6 +45,8 @@ def check_run(
     train_dataset: ChatDataset | ChatStream,
     eval_dataset: ChatDataset | None,
     config: TrainingConfig,
+    tokenizer: Any = None,
+    compute_metrics: Any = None,
 ) -> None:
     """Raise if the run cannot succeed: nothing to train, something else trainable, data that does not fit the model.
 
@@ -87,8 +89,17 @@ def check_run(
         raise TrainingError("eval_dataset is a stream, whose length is not known; pass stream.take(1000)")
     if not train_dataset.known_length and config.max_steps <= 0:
         raise TrainingError("train_dataset is a stream, whose length is not known; set max_steps to a number > 0")
-    if metric_name(config) not in METRICS:
-        raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {', '.join(METRICS)}")
+    known = (*METRICS, *ROUGE)
+    if compute_metrics is None and metric_name(config) not in known:
+        allowed = f"{', '.join(known)}, or one that train(..., compute_metrics=...) returns"
+        raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {allowed}")
+    if scores_rouge(config):
+        rouge_scorer()  # raises if its package is missing
+    if scores_rouge(config) or compute_metrics is not None:
+        missing = "an eval_dataset" if eval_dataset is None else "a tokenizer" if tokenizer is None else None
+        if missing:
+            raise TrainingError(f"predict_with_generate, ROUGE and compute_metrics need {missing}")
+    schedule(config, max(config.max_steps, 1))  # raises for arguments that it does not take
     check_trackers(config)
     check_split(model, config)
     check_documents(model, train_dataset.first_window, "train_dataset", config.max_length)
@@ -235,7 +246,7 @@ def banner_facts(
     if resolved.world.size > 1:
         rows += f" in each of {resolved.world.size} processes"
     width = f"packed to {steps.plan.max_length} tokens" if steps.plan.packing else "one document each, padded"
-    warmup = warmup_steps(config, steps.total) if config.lr_scheduler_type != "constant" else 0
+    warmup = warmup_steps(config, steps.total)
     lora_plus = "" if config.lora_plus_lr_ratio is None else f" (LoRA+: B times {config.lora_plus_lr_ratio:g})"
     peaks = f"; predicted peak by mode: {memory}" if memory.available_gib is not None else ""
     defaults, off = config.not_given()

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+import unicodedata
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import adapted_model, chat_dataset, chat_rows, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import phi3lora as p3
 from phi3lora.errors import install_hint
+from phi3lora.inference.evaluation import RougeTokenizer, _answerable, _answers, _answers_together, rouge_scorer
 
 TOKENIZER = make_tokenizer()
 ROWS = chat_rows(9)
@@ -126,3 +132,96 @@ def test_rouge_names_the_missing_package_or_tokenizer(monkeypatch):
     pytest.importorskip("rouge_score")
     with pytest.raises(p3.DataError, match="needs the tokenizer"):
         p3.evaluate(model(), chat_dataset(4), rouge=True)
+
+
+ALPHABETS = {
+    "Russian": ("Заказ будет доставлен завтра.", "Заказ уже отменён."),
+    "Greek": ("παραγγελία έρχεται αύριο.", "πληρωμή απέτυχε."),
+    "Arabic": ("سيصل طلبك غدا", "تم إلغاء الحساب"),
+    "Hebrew": ("ההזמנה תגיע מחר", "החשבון בוטל"),
+    "Hindi": ("आपका ऑर्डर कल पहुँचेगा।", "खाता बंद है।"),
+    "Bengali": ("আপনার অর্ডার কাল পৌঁছাবে", "অ্যাকাউন্ট বন্ধ"),
+    "Chinese": ("您的订单明天到达。", "账户已经关闭。"),
+    "Japanese": ("ご注文は明日届きます。", "アカウントを閉じました。"),
+    "Korean": ("주문은 내일 도착합니다.", "계정이 닫혔습니다."),
+    "Thai": ("คำสั่งซื้อจะมาถึงพรุ่งนี้", "ปิดบัญชีแล้ว"),
+    "Khmer": ("ការបញ្ជាទិញនឹងមកដល់ថ្ងៃស្អែក", "គណនីត្រូវបានបិទ"),
+    "Georgian": ("შეკვეთა ხვალ ჩამოვა", "ანგარიში დახურულია"),
+    "Amharic": ("ትዕዛዝዎ ነገ ይደርሳል", "መለያው ተዘግቷል"),
+    "French": ("Ça arrivera demain, bien sûr à l'heure.", "Le compte est fermé."),
+    "emoji": ("👍", "❤️"),
+    "symbols": ("✓ √ ∑", "→"),
+}
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_a_right_answer_scores_one_in_every_alphabet_and_another_one_less(alphabet):
+    pytest.importorskip("rouge_score")
+    right, wrong = ALPHABETS[alphabet]
+    for text, low, high in ((right, 1.0, 1.0), (unicodedata.normalize("NFD", right), 1.0, 1.0), (wrong, 0.0, 0.7)):
+        scores = rouge_scorer().score(right, text)
+        assert low <= scores["rougeL"].fmeasure <= high
+        assert low <= scores["rouge1"].fmeasure <= high
+
+
+def test_words_count_where_there_are_spaces_and_characters_where_there_are_none():
+    tokens = RougeTokenizer().tokenize
+    assert tokens("Заказ №5, отменён!") == ["заказ", "№", "5", "отменён"]
+    assert tokens("订单5号 OK") == ["订", "单", "5", "号", "ok"]
+    assert tokens("หมู่") == ["ห", "มู่"], "marks stay with their character"
+    assert tokens("हिन्दी में") == ["हिन्दी", "में"]
+    assert tokens("❤️👍") == ["❤", "👍"]
+
+
+@given(text=st.text(st.characters(max_codepoint=127)))
+@settings(max_examples=300, deadline=None)
+def test_ascii_text_has_rouge_score_s_own_tokens(text):
+    package = pytest.importorskip("rouge_score.tokenizers")
+    assert RougeTokenizer().tokenize(text) == package.DefaultTokenizer().tokenize(text)
+
+
+# --- compute_metrics
+
+
+def test_compute_metrics_gets_the_answers_and_its_numbers_are_returned():
+    net, data, seen = model(), load(), []
+
+    def exact(answers):
+        seen.append(answers)
+        return {"exact": sum(a.answer == a.reference for a in answers) / len(answers), "count": np.float32(2.5)}
+
+    found = p3.evaluate(net, data, compute_metrics=exact, tokenizer=TOKENIZER, max_samples=4, max_new_tokens=8)
+    assert found == {**p3.evaluate(net, data), "exact": 0.0, "count": 2.5, "n_answers": 4}
+    assert seen == [p3.sample_answers(net, TOKENIZER, data, count=4, max_new_tokens=8)]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (0.5, "returned 0.5; allowed: a dict"),
+        ({"exact": "high"}, "'exact': 'high'.*names to numbers"),
+        ({"loss": 1.0}, "'loss', a metric that evaluate has already"),
+        ({"n_answers": 1}, "'n_answers'"),
+        ({1: 2}, "names to numbers"),
+    ],
+)
+def test_anything_but_new_names_and_numbers_is_refused(returned, message):
+    with pytest.raises(p3.DataError, match=message):
+        p3.evaluate(
+            model(), load(), compute_metrics=lambda _: returned, tokenizer=TOKENIZER, max_samples=1, max_new_tokens=1
+        )
+    with pytest.raises(p3.DataError, match="compute_metrics needs the tokenizer"):
+        p3.evaluate(model(), load(), compute_metrics=lambda _: returned)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 12])
+def test_processes_share_the_answers_and_have_all_of_them(size):
+    """Each process in turn, with the others' shares computed beforehand in place of the exchange."""
+    net, pairs = model(), _answerable(load(), 5)
+    alone = _answers_together(net, TOKENIZER, pairs, 4, 2, None)
+    shares = [list(_answers(net, TOKENIZER, pairs[rank::size], 4, 2)) for rank in range(size)]
+    for rank in range(size):
+        gathered = []
+        world = SimpleNamespace(rank=rank, size=size, gather=lambda own, to=gathered: to.append(own) or shares)
+        assert _answers_together(net, TOKENIZER, pairs, 4, 2, world) == alone
+        assert gathered == [shares[rank]]

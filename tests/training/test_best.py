@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
+from conftest import adapted_model, adapters_of, chat_dataset, make_tokenizer, quiet_config, same_tensors
 
 import phi3lora as p3
 from phi3lora.files import sha256_of
 from phi3lora.training import loop
+from phi3lora.training.best import BestModel
+from phi3lora.training.checkpoint import TrainingState
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -172,3 +174,73 @@ def test_a_checkpoint_without_the_new_facts_resumes_as_before(tmp_path):
     manifest["sha256"]["trainer_state.json"] = sha256_of(path / "trainer_state.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert train_on(other_base(1), tmp_path, max_steps=3, resume_from_checkpoint=True).global_step == 3
+
+
+# --- Metrics of the model's own answers
+
+ANSWERS = {"max_steps": 4, "eval_max_samples": 3, "eval_max_new_tokens": 4}
+
+
+def train_with_answers(folder, callbacks=(), **settings):
+    model = adapted_model(lora_dropout=0.1)
+    config = quiet_config(folder, **{**EVERY_STEP, **ANSWERS, **settings})
+    options = {"eval_dataset": chat_dataset(5), "tokenizer": make_tokenizer(), "callbacks": callbacks}
+    return p3.train(model, chat_dataset(), config, **options), model
+
+
+def lengths(answers):
+    return {"length": sum(len(a.answer) for a in answers) / len(answers)}
+
+
+def test_the_best_model_can_be_chosen_by_rouge(tmp_path):
+    pytest.importorskip("rouge_score")
+    result, model = train_with_answers(tmp_path, metric_for_best_model="rougeL", load_best_model_at_end=True)
+    scores = {line["step"]: line["eval_rougeL"] for line in result.history if "eval_loss" in line}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert result.best_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    found = p3.evaluate(
+        model, chat_dataset(5), rouge=True, tokenizer=make_tokenizer(), max_samples=3, max_new_tokens=4, batch_size=8
+    )
+    assert found["rougeL"] == scores[best] and found["n_answers"] == 3
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_the_best_model_can_be_chosen_by_a_metric_of_ones_own(tmp_path, greater):
+    model, values = adapted_model(), iter([2.0, 5.0, 1.0, 3.0])
+    config = quiet_config(
+        tmp_path, **EVERY_STEP, **ANSWERS, metric_for_best_model="eval_mine", greater_is_better=greater
+    )
+    options = {"eval_dataset": chat_dataset(5), "tokenizer": make_tokenizer()}
+    result = p3.train(model, chat_dataset(), config, compute_metrics=lambda _: {"mine": next(values)}, **options)
+    assert [line["eval_mine"] for line in result.history if "eval_mine" in line] == [2.0, 5.0, 1.0, 3.0]
+    assert result.best_checkpoint == str(tmp_path / f"checkpoint-{2 if greater else 3}")
+    assert result.metrics["eval_n_answers"] == 3
+
+
+def test_a_metric_that_compute_metrics_does_not_return_is_named(tmp_path):
+    config = quiet_config(tmp_path, **EVERY_STEP, **ANSWERS, metric_for_best_model="mine")
+    options = {"eval_dataset": chat_dataset(5), "tokenizer": make_tokenizer()}
+    with pytest.raises(p3.TrainingError, match=r"'mine' is not among the metrics of the evaluation: loss, .*length"):
+        p3.train(adapted_model(), chat_dataset(), config, compute_metrics=lengths, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "greater"), [("loss", False), ("my_loss", False), ("perplexity", False), ("f1", True)]
+)
+def test_the_direction_follows_from_the_name(name, greater):
+    config = quiet_config("unused", metric_for_best_model=name)
+    assert BestModel(config, TrainingState()).greater_is_better is greater
+
+
+def test_answers_in_evaluations_do_not_change_the_run_or_its_resume(tmp_path):
+    pytest.importorskip("rouge_score")
+    plain, reference = train_with_answers(tmp_path / "plain", eval_strategy="no")
+    answered, model = train_with_answers(tmp_path / "answered", predict_with_generate=True)
+    assert same_tensors(adapters_of(model), adapters_of(reference))
+    losses = [[line["loss"] for line in result.history if "loss" in line] for result in (plain, answered)]
+    assert losses[0] == losses[1]
+    train_with_answers(tmp_path / "cut", stop_at(2), predict_with_generate=True)
+    resumed, model = train_with_answers(tmp_path / "cut", predict_with_generate=True, resume_from_checkpoint=True)
+    assert same_tensors(adapters_of(model), adapters_of(reference))
+    scores = [[line.get("eval_rougeL") for line in result.history] for result in (answered, resumed)]
+    assert scores[0] == scores[1]

@@ -69,6 +69,12 @@ BAD_RUNS = {
         {**STEPS, "metric_for_best_model": "rouge"}, chat_dataset, chat_dataset, p3.TrainingError,
         r"metric_for_best_model='rouge'; allowed: loss",
     ),
+    "answers without tokenizer": (
+        {**STEPS, "predict_with_generate": True}, chat_dataset, chat_dataset, p3.TrainingError, r"need a tokenizer",
+    ),
+    "ROUGE without eval set": (
+        {"metric_for_best_model": "rougeL"}, chat_dataset, None, p3.TrainingError, r"need an eval_dataset",
+    ),
 }  # fmt: skip
 
 
@@ -136,7 +142,7 @@ def test_the_banner_lists_what_was_resolved():
     assert facts["memory"] == "activation checkpointing none"
     assert facts["step"] == "4 x 2 rows, packed to 64 tokens"
     assert facts["steps"] == "11 (3 done)"
-    assert "adamw_torch, linear from 0.01, 6 warm-up steps, weight decay 0.25" in facts["optimizer"]
+    assert "adamw_torch, cosine from 0.01, 6 warm-up steps, weight decay 0.25" in facts["optimizer"]
     assert (facts["seed"], facts["output"]) == ("5 (data 6)", "there")
     assert "eval data" not in facts and "without effect" not in facts
     assert "from 0.01 (LoRA+: B times 16), 0 warm-up" in banner(lora_plus_lr_ratio=16)["optimizer"]
