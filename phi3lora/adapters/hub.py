@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from jinja2 import Template
@@ -200,7 +201,6 @@ def model_card(
     link, is_on_hub = _link(base_model), _is_hub_name(base_model)
     results = _eval_results(dataset, metrics or {})
     front_matter = ModelCardData(
-        model_name=None if tokenizer is None else model_name(tokenizer, str(base_model)),
         base_model=str(base_model) if is_on_hub else None,
         library_name="transformers" if merged else "peft" if for_peft else "phi3lora",
         tags=["lora", "phi3lora"],
@@ -208,9 +208,12 @@ def model_card(
         datasets=[dataset] if isinstance(dataset, str) and _is_hub_name(dataset) else None,
         language=[language] if isinstance(language, str) else list(language) if language else None,
         license=license,
-        model_name=title if results else None,  # the hub wants one beside results
+        model_name=title if results else None,  # of the results: to_yaml moves it beside them
         eval_results=results,
-    )
+    ).to_yaml()
+    if tokenizer is not None:
+        own_name = {"model_name": model_name(tokenizer, str(base_model))}
+        front_matter = yaml.safe_dump(own_name, allow_unicode=True, width=10**6) + front_matter
     data = None
     if dataset is not None:
         data = _link(dataset, "datasets/") if isinstance(dataset, str) else _markdown(dataset.describe())
@@ -230,7 +233,7 @@ def model_card(
         file = f'f"{{folder}}/{own[0]}"' if is_plain else f"folder + {json.dumps('/' + own[0])}"
         load = f"p3.load_adapter(model, {file})"
     text: str = Template(_CARD, keep_trailing_newline=True).render(
-        card_data=front_matter.to_yaml(),
+        card_data=front_matter,
         title=_markdown(title),
         note=note,
         kind=f"{link} with a LoRA adapter merged into its weights" if merged else f"a LoRA adapter for {link}",
