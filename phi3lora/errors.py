@@ -85,8 +85,13 @@ def error_line(error: BaseException) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a finite int or float; a bool is not a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value is a finite int or float; a bool is not a number, nor is an int beyond every float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_int(value: object, least: int, end: int = 2**63) -> bool:

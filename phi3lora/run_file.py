@@ -173,9 +173,9 @@ def _read_section(path: str, section: str, values: Any) -> dict[str, Any]:
     for given, raw in values.items():
         try:
             name = setting_in(section, str(given))
+            value = read_value(section, name, raw)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        value = read_value(section, name, raw)
         if name in found and found[name] != value:
             raise ConfigError(f"{path}: {section}: {name} is given twice, with two values")
         found[name] = value

@@ -179,6 +179,8 @@ def _read_pairs(name: str, raw: Any) -> Any:
         raw = raw.split(",")
     if isinstance(raw, Mapping):
         return {str(key): str(value) for key, value in raw.items()}
+    if not isinstance(raw, (list, type(None))):
+        raise ConfigError(f"{name}={short_repr(raw)}; allowed: names of ours and yours, {{prompt: question}}")
     found: dict[str, str] = {}
     for pair in raw or []:
         ours, _, yours = str(pair).partition("=")

@@ -131,6 +131,8 @@ def test_columns_are_texts_and_other_mappings_hold_numbers(write):
         ("data: {eval_share: 0.1, eval_source: x}", "exclude each other"),
         ("data: {eval_share: 0.1, streaming: true}", "a stream cannot be split"),
         ("data: {max_length: 1}", "data.max_length=1; allowed"),
+        ("data: {columns: !!float 1}", "columns=1.0; allowed: names of ours and yours"),
+        (f"training: {{weight_decay: {'1' * 400}}}", "weight_decay=111"),
         ("data: {source: {a: b}}", "data.source={'a': 'b'}; allowed"),
     ],
 )
