@@ -109,7 +109,7 @@ def find_sources(
         raise DataError(f"{what} cannot be read: {error}") from error
 
 
-def origin_of(source: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
+def origin_of(source: Any, **options: Any) -> dict[str, Any] | None:
     """Return arguments of ``ChatDataset.load`` that read the same again; None where a source is an object, not a name.
 
     Paths are made absolute.
