@@ -11,12 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ATTENTION_VARIANTS, lively_model, make_tokenizer, randomize_adapters, save_checkpoint, tiny_config
+from conftest import (
+    ATTENTION_VARIANTS,
+    lively_model,
+    make_tokenizer,
+    randomize_adapters,
+    require_four_bit,
+    save_checkpoint,
+    tiny_config,
+)
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import phi3lora as p3
 from phi3lora.errors import ModelError
+from phi3lora.lora import base_weight
+from phi3lora.model import load
 from phi3lora.model.load import longrope_boundary, model_device
 
 IDS = torch.arange(10, 30)[None]
@@ -223,3 +235,21 @@ def test_a_model_saved_with_adapters_inside_is_refused_with_a_way_that_keeps_the
     p3.inject_lora(again, config)
     again.load_state_dict(load_file(tmp_path / "whole/model.safetensors"), strict=False)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nf4-fp8"])
+def test_a_base_is_moved_and_quantised_layer_by_layer(monkeypatch, precision):
+    if precision != "fp8":
+        require_four_bit()
+    monkeypatch.setattr(base_weight, "reason_against_fp8", lambda device: None)  # the products are emulated
+    events = []
+    to, quantise = Phi3DecoderLayer.to, load.quantize_base
+    monkeypatch.setattr(Phi3DecoderLayer, "to", lambda layer, *a, **k: events.append("moved") or to(layer, *a, **k))
+    monkeypatch.setattr(load, "quantize_base", lambda layer, p: events.append("quantised") or quantise(layer, p))
+    model, _ = p3.load_model(p3.demo.BASE, dtype="float32", device="cpu", base_precision=precision)
+    assert base_weight.base_format(model.model) == precision and type(model.lm_head) is nn.Linear
+    assert events[: 2 * len(model.model.layers)] == ["moved", "quantised"] * len(model.model.layers)
+    p3.inject_lora(model, p3.LoraConfig(r=4))
+    logits = model(input_ids=torch.arange(5, 12)[None]).logits
+    exact = p3.load_model(p3.demo.BASE, dtype="float32", device="cpu")[0](input_ids=torch.arange(5, 12)[None]).logits
+    assert 0 < (logits - exact).norm() / exact.norm() < 0.5
