@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..model.backend import Backend
 from ..model.estimate import MemoryPlan
 from ..model.load import model_device
-from ..training.setup import Resolved, checkpointing_mode, plan_step_memory, resolve
+from ..training.setup import Resolved, answer_cache_tokens, checkpointing_mode, plan_step_memory, resolve
 from .spans import TrainedSpans, trained_spans
 
 
@@ -52,7 +52,14 @@ class PlannedRun:
     @cached_property
     def resolved(self) -> Resolved:
         """Precision, backend, steps, memory and checkpointing mode of the run on the model's own device."""
-        return self._resolved or resolve(self.model, self.train_dataset, self.config)
+        return self._resolved or resolve(
+            self.model, self.train_dataset, self.config, cache_tokens=self.answer_cache_tokens
+        )
+
+    @property
+    def answer_cache_tokens(self) -> int:
+        """Tokens that the answers of an evaluation hold keys and values of; 0: no answers."""
+        return answer_cache_tokens(self.config, self.eval_dataset, self.compute_metrics)
 
     @property
     def steps(self) -> StepSchedule:
@@ -87,7 +94,7 @@ class PlannedRun:
     def memory(self, base_precision: str | None = None) -> MemoryPlan:
         """Predict the peaks with the base as it is loaded, or in another ``base_precision``."""
         run = (self.model, self.train_dataset, self.config, self.memory_backend, self.resolved.precision)
-        plan = plan_step_memory(*run, base_precision)
+        plan = plan_step_memory(*run, base_precision, self.answer_cache_tokens)
         if self.device_memory_gib is not None:
             plan = dataclasses.replace(plan, available_gib=self.device_memory_gib)
         return plan

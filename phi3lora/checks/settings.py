@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..lora.base_weight import base_format, reason_against_fp8
 from ..lora.inject import lora_layers
-from ..model.estimate import GIB, MemoryPlan, flops_per_token, mean_context_tokens
+from ..model.estimate import GIB, MemoryPlan, cache_bytes_per_token, flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from ..training.learning import reach, too_small
 from ..training.optim import optimizer_bytes, warmup_steps
@@ -82,6 +82,9 @@ def check_memory(planned: PlannedRun) -> Finding:
         f"activation checkpointing {mode}, layers {planned.memory_backend.kind}: "
         f"{_format_gib(plan.peak_gib[mode])} GiB predicted"
     )
+    if planned.answer_cache_tokens:
+        cache = planned.answer_cache_tokens * cache_bytes_per_token(planned.model) / GIB
+        text += f" (an evaluation's answers: {_format_gib(cache)} GiB of keys and values)"
     if plan.available_gib is None:
         return ok(f"{text}; no GPU here to compare with (set device_memory_gib to ask about one)", table)
     text += f" of {plan.available_gib:.1f}"

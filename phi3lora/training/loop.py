@@ -55,7 +55,16 @@ from .output_folder import OutputFolder, check_output_dir, claim_output_dir, loc
 from .picture import PICTURE, draw_run
 from .result import TrainingResult, closing_facts
 from .run_record import write_record
-from .setup import banner_facts, base_parts, check_run, explain_out_of_memory, prepared, resolve, usual_torch
+from .setup import (
+    answer_cache_tokens,
+    banner_facts,
+    base_parts,
+    check_run,
+    explain_out_of_memory,
+    prepared,
+    resolve,
+    usual_torch,
+)
 from .step import OptimizerStep, StepOutcome
 
 logger = logging.getLogger("phi3lora")
@@ -248,7 +257,8 @@ class _Run:
         world.on_main(lambda: check_output_dir(config))
         resumed_from = world.from_main(lambda: find_checkpoint(config))
         torch.manual_seed(config.seed + world.rank)  # each process drops out other entries
-        self.resolved = resolve(model, train_dataset, config, world)
+        cache_tokens = answer_cache_tokens(config, eval_dataset, compute_metrics)
+        self.resolved = resolve(model, train_dataset, config, world, cache_tokens)
         steps, precision = self.resolved.steps, self.resolved.precision
         optimizer = build_optimizer(model, config)
         self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)

@@ -152,14 +152,24 @@ class Resolved:
 
 
 def resolve(
-    model: nn.Module, train_dataset: ChatDataset | ChatStream, config: TrainingConfig, world: World | None = None
+    model: nn.Module,
+    train_dataset: ChatDataset | ChatStream,
+    config: TrainingConfig,
+    world: World | None = None,
+    cache_tokens: int = 0,
 ) -> Resolved:
-    """Resolve every setting that the config leaves open; without a ``world``, for the one that torchrun describes."""
+    """Resolve every setting that the config leaves open.
+
+    Args:
+        model, train_dataset, config: those of ``train``.
+        world: the processes; None: those that torchrun describes.
+        cache_tokens: what :func:`answer_cache_tokens` returns.
+    """
     world = world or World.current()
     precision = resolve_precision(config, model, model_device(model))
     backend = resolve_backend(model, config, precision)
     steps = resolve_plans(model, train_dataset, config, backend, world)
-    memory = plan_step_memory(model, train_dataset, config, backend, precision)
+    memory = plan_step_memory(model, train_dataset, config, backend, precision, cache_tokens=cache_tokens)
     return Resolved(precision, backend, steps, memory, checkpointing_mode(config, memory, backend), world)
 
 
@@ -190,14 +200,29 @@ def plan_step_memory(
     backend: Backend,
     precision: Precision,
     base_precision: str | None = None,
+    cache_tokens: int = 0,
 ) -> MemoryPlan:
-    """Predict the peak memory of a run's largest micro-batch, with the base in another precision if one is given."""
+    """Predict the peak memory of a run, with the base in another precision if one is given.
+
+    It is that of the largest micro-batch, or that of an evaluation with ``cache_tokens``.
+    """
     limit = config.max_length or dataset.max_length
     width = limit if config.packing else min(limit, dataset.max_document_tokens)
     tokens = config.per_device_train_batch_size * width
     with precision.autocast():
         parts = base_parts(model, config)
-        return plan_memory(model, tokens, backend.kind, optimizer_bytes(config.optim), base_precision, parts)
+        optimizer = optimizer_bytes(config.optim)
+        return plan_memory(model, tokens, backend.kind, optimizer, base_precision, parts, cache_tokens)
+
+
+def answer_cache_tokens(config: TrainingConfig, eval_dataset: ChatDataset | None, compute_metrics: Any = None) -> int:
+    """Return the tokens, of all rows together, that the answers of an evaluation hold keys and values of; 0: none."""
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    if eval_dataset is None or not evaluates or not (scores_rouge(config) or compute_metrics is not None):
+        return 0
+    chats = min(len(eval_dataset), config.eval_max_samples or len(eval_dataset))
+    tokens: int = eval_dataset.max_document_tokens + config.eval_max_new_tokens
+    return min(config.per_device_eval_batch_size, chats) * tokens
 
 
 def checkpointing_mode(config: TrainingConfig, memory: MemoryPlan, backend: Backend) -> str:

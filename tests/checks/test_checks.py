@@ -26,6 +26,7 @@ from torch import nn
 import phi3lora as p3
 from phi3lora.checks import settings
 from phi3lora.checks.planned_run import PlannedRun
+from phi3lora.checks.settings import check_memory
 from phi3lora.checks.spans import trained_spans
 
 
@@ -229,6 +230,35 @@ def test_trained_spans_equal_those_of_a_plain_loop(monkeypatch):
 
 
 # --- Memory, disk, time
+
+
+def test_memory_counts_the_cache_of_answers_only_where_a_setting_asks_for_them(tmp_path):
+    model, chats = fresh_model(), chat_dataset(8)
+    settings = {"eval_strategy": "epoch", "eval_max_new_tokens": 2**20, "per_device_eval_batch_size": 4}
+
+    def planned(eval_dataset=chats, compute_metrics=None, **changes):
+        config = healthy_config(tmp_path, **{**settings, **changes})
+        return PlannedRun(model, None, chats, config, eval_dataset, compute_metrics=compute_metrics)
+
+    plain, rouge = planned(), planned(predict_with_generate=True)
+    assert rouge.answer_cache_tokens == 4 * (chats.max_document_tokens + 2**20)
+    assert (
+        planned(predict_with_generate=True, eval_max_samples=3).answer_cache_tokens * 4 == rouge.answer_cache_tokens * 3
+    )
+    asked = [planned(metric_for_best_model="rougeL"), planned(compute_metrics=len), rouge]
+    for run in asked:
+        assert "answers: " in check_memory(run).text
+        assert (
+            run.memory().peak_gib["none"] == run.resolved.memory.peak_gib["none"] > 2 * plain.memory().peak_gib["none"]
+        )
+    for run in (
+        plain,
+        planned(None, predict_with_generate=True),
+        planned(predict_with_generate=True, eval_strategy="no"),
+    ):
+        assert run.answer_cache_tokens == 0
+        assert "answers" not in check_memory(run).text
+        assert run.memory() == plain.memory()
 
 
 def test_memory_is_compared_with_the_card_that_is_asked_about(tmp_path):
