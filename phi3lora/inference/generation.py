@@ -45,6 +45,9 @@ def generate(
 ) -> Any:
     """Answer a question, or several. The model's own ``generation_config`` has no effect.
 
+    A Phi-3 on one device is computed by inference/decoding.py; ``decoding.unsupported_reason`` names what leaves it to
+    transformers' own loop (another architecture, a split base, hooks on the model), which gives the same answers.
+
     Args:
         model, tokenizer: the result of ``load_model``; the model's modes are restored.
         prompt: a question; a chat (a list of ``{"role", "content"}``, a user's or a tool's turn last); or a list of
@@ -59,7 +62,8 @@ def generate(
             (https://arxiv.org/abs/1909.05858).
         seed: the seed of the sampling; None: a number of torch's global generator. Each prompt of a list draws from a
             generator of its own, by its place in the list.
-        batch_size: prompts that run together; the answers do not depend on it except for rounding.
+        batch_size: prompts that run together: when an answer ends, the next prompt takes its place. The answers do not
+            depend on it except for rounding.
         stream: print the answer while it is generated (one prompt only).
 
     Returns:
