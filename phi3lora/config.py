@@ -269,7 +269,7 @@ class _Config:
     def not_given(self) -> tuple[str, str]:
         """Return the settings that were not given: those that are on with their values, and the names of the others."""
         values = [(name, value) for name, value, _ in self._values() if name not in self.given]
-        off = [name for name, value in values if value is None or value is False or value == []]
+        off = [name for name, value in values if value is None or value is False or value in ([], {})]
         on = [f"{name}={value}" for name, value in values if name not in off]
         return ", ".join(on), ", ".join(off)
 

@@ -530,6 +530,7 @@ class _Run:
             interrupted=self.stopped_by is not None,
             interrupted_by=self.stopped_by,
             output_dir=self.config.output_dir,
+            first_loss=self.state.first_loss,
             checkpoint=str(saved) if saved is not None and saved.is_dir() else None,
         )
 

@@ -56,6 +56,8 @@ class TrainingResult:
     """Number of that signal: 2 for Ctrl-C, 15 for SIGTERM."""
     output_dir: str = ""
     """Folder of the run."""
+    first_loss: float | None = None
+    """Loss of the first step, before the adapters had changed."""
     checkpoint: str | None = None
     """Checkpoint with the adapters that the model has now; None if they were not saved."""
 
@@ -87,6 +89,8 @@ class TrainingResult:
         figures = {}
         for name, key in (("loss", "loss"), ("held out", "eval_loss")):
             points = curve(self.history, key)
+            if key == "loss" and self.first_loss is not None and points and points[0][0] > 1:
+                points.insert(0, (1, self.first_loss))
             if len(points) > 1:
                 (first, before), (last, after) = points[0], points[-1]
                 figures[name] = f"{before:.4g} -> {after:.4g} (steps {first:,} and {last:,})"

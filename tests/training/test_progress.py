@@ -161,6 +161,8 @@ def test_the_last_lines_have_the_losses_the_adapter_and_the_next_command(tmp_pat
     model.origin = {"name_or_path": "owner/a name"}
     train("run", save_strategy="steps", overwrite_output_dir=True, model=model)
     assert facts_of(last_lines(capsys))["next"].endswith(" chat --model 'owner/a name' --adapter run/checkpoint-4")
+    last = train("other", logging_steps=4).history[-2]["loss"]
+    assert facts_of(last_lines(capsys))["loss"] == f"{before:.4g} -> {last:.4g} (steps 1 and 4)"
     train("other")
     assert facts_of(last_lines(capsys))["adapter"] == "in the model only"
     assert (result.checkpoint, result.output_dir) == (str(tmp_path / "run/checkpoint-4"), str(tmp_path / "run"))
