@@ -97,8 +97,8 @@ def decode(
 
     def run(requests: Sequence[Request]) -> None:
         for run, length in _runs(requests):
-            steps = make_steps(model, min(slots, len(run)), length)
-            Stream(steps, run, frozenset(stops), choice, answers, put).run()
+            # No name for the steps: one run's cache is freed before the next is allocated.
+            Stream(make_steps(model, min(slots, len(run)), length), run, frozenset(stops), choice, answers, put).run()
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if boundary is None:
