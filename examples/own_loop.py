@@ -5,7 +5,7 @@ import torch
 import phi3lora as p3
 
 model, tokenizer, train_set, eval_set = p3.demo.load()
-p3.inject_lora(model, p3.LoraConfig(r=8, lora_alpha=16))
+p3.inject_lora(model, p3.LoraConfig(r=8))
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
 model.train()
 for batch in p3.batches(train_set, batch_size=4, seed=0):

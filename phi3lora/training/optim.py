@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import TrainingConfig
+from ..display import quiet_libraries
 from ..errors import TrainingError, install_hint, short_repr
 from ..lora.inject import lora_layers
 from ..lora.layers import Embedding
@@ -188,7 +189,8 @@ def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
     kind, peak, given = config.lr_scheduler_type, config.learning_rate, dict(config.lr_scheduler_kwargs or {})
     if peak == 0:
         return lambda step: 0.0
-    optimization = _transformers_optimization()
+    with quiet_libraries():  # it imports bitsandbytes, where that is installed
+        from transformers import optimization
     parameters = inspect.signature(optimization.TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
     own = [name for name in parameters if name not in _SET_BY_US]
     required = [name for name in own if parameters[name].default is inspect.Parameter.empty]
@@ -208,15 +210,3 @@ def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
             f"{', '.join(name + ' (required)' * (name in required) for name in own) or 'no arguments'}"
         ) from error
     return lambda step: peak * factor(step)
-
-
-def _transformers_optimization() -> Any:
-    """Import transformers' schedulers; that imports bitsandbytes, which warns of kernels that no schedule needs."""
-    theirs = logging.getLogger("bitsandbytes")
-    level = theirs.level
-    theirs.setLevel(logging.ERROR)
-    try:
-        from transformers import optimization
-    finally:
-        theirs.setLevel(level)
-    return optimization
