@@ -191,7 +191,8 @@ def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
         return lambda step: 0.0
     with quiet_libraries():  # it imports bitsandbytes, where that is installed
         from transformers import optimization
-    parameters = inspect.signature(optimization.TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    functions: dict[Any, Any] = optimization.TYPE_TO_SCHEDULER_FUNCTION
+    parameters = inspect.signature(functions[kind]).parameters
     own = [name for name in parameters if name not in _SET_BY_US]
     required = [name for name in own if parameters[name].default is inspect.Parameter.empty]
     # It reads the peak from the optimizer, for a smallest rate that is not a share of it.
