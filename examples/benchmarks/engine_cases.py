@@ -35,7 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "partial-rotary": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5},
     "longrope": LONGROPE,
-    "window of 32": {"sliding_window": 32},
+    "window-32": {"sliding_window": 32},
 }
 """Name -> changes to the config of :func:`save_base`."""
 AS_LLAMA = ("grouped-query", "multi-head", "tied")

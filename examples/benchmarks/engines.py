@@ -265,7 +265,7 @@ def llama_cpp_model(engine: LlamaCpp, name: str, adapters: list[str], work: Path
         if name == "longrope":
             printed = f"llama-server -m {work / 'exported' / 'model.gguf'}{F32_CACHE}"
             row((name, adapter, "  without -c"), partial(served, engine, printed, work, model))
-        if name == "window of 32":
+        if name == "window-32":
             printed = f"llama-server -m {work / 'exported' / 'model.gguf'}{F32_CACHE}"
             row((name, adapter, "  past the window"), partial(served, engine, printed, work, model, lengths=(40, 60)))
 
