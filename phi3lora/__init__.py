@@ -40,7 +40,8 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ below imports a 
     from .lora.layers import Conv2d, Embedding, Linear, MergedLinear
     from .model.forward import causal_lm_loss
     from .model.load import load_model
-    from .training.loop import Callback, train
+    from .training.callbacks import Callback
+    from .training.loop import train
     from .training.picture import plot
     from .training.result import TrainingResult
 
@@ -121,7 +122,8 @@ _HOMES = {
     ".lora.layers": "Conv2d Embedding Linear MergedLinear",
     ".model.forward": "causal_lm_loss",
     ".model.load": "load_model",
-    ".training.loop": "Callback train",
+    ".training.callbacks": "Callback",
+    ".training.loop": "train",
     ".training.picture": "plot",
     ".training.result": "TrainingResult",
 }

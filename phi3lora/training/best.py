@@ -55,6 +55,12 @@ class BestModel:
             not metric_name(config).endswith(("loss", "perplexity")) if greater is None else greater
         )
 
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the best checkpoint."""
+        best = self.state.best_checkpoint
+        return None if best is None else Path(self.config.output_dir) / best
+
     def metric(self, evaluation: Mapping[str, float]) -> float:
         """Return the metric of an evaluation's ``eval_*``.
 

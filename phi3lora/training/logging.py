@@ -1,11 +1,13 @@
-"""Output of a run: banner, log lines, ``metrics.jsonl``, trackers; and metrics read late."""
+"""Output of a run: banner, log lines, ``metrics.jsonl``, trackers; losses that arrive late; skipped steps."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,12 +16,16 @@ from torch import Tensor
 
 from ..checks.report import Finding
 from ..config import TrainingConfig
+from ..data.batches import Step
 from ..display import terminal_columns, text_facts, use_colour
+from ..errors import TrainingError
 from ..model.estimate import peak_flops
 from .checkpoint import TrainingState
 from .history import HistoryFile
 from .progress import Progress, open_progress
 from .trackers import Trackers
+
+logger = logging.getLogger("phi3lora")
 
 T = TypeVar("T")
 
@@ -143,3 +149,46 @@ class DeferredMetrics(Generic[T]):
             self._queue.popleft()
             found.append((host.tolist(), record))
         return found
+
+
+@dataclass
+class StepRecord:
+    """Facts about a step that are known before its loss arrives."""
+
+    step: Step
+    """Documents of the step."""
+    number: int
+    """Optimizer steps done, including this one."""
+    learning_rate: float
+    supervised_tokens: int
+    tokens_seen: int
+    """Tokens trained on in the whole run, including this step."""
+    log: bool
+    """True if a log line is due."""
+
+
+def report_skipped(
+    record: StepRecord, loss_sum: float, norm: float, config: TrainingConfig, state: TrainingState, tokenizer: Any
+) -> None:
+    """Warn of a step that was skipped because its loss or gradient was not finite.
+
+    Raises:
+        TrainingError: it is the last of ``max_nonfinite_steps`` in a row. The tokenizer, if any, quotes a document.
+    """
+    in_a_row, dataset = state.nonfinite_in_a_row, record.step.plan.dataset
+    documents = [i for micro in record.step.micro_batches for row in micro for i in row]
+    rows = dataset.row_names(documents)
+    listed = f"[{', '.join(rows[:16])}]{' ...' if len(rows) > 16 else ''}"
+    details = f"loss {loss_sum / record.supervised_tokens}, gradient norm {norm}; rows {listed} of the data"
+    logger.warning("step %d was skipped: %s", record.number, details)
+    if in_a_row < min(config.max_nonfinite_steps, state.total_steps):
+        return
+    text = ""
+    if tokenizer is not None:
+        text = f" First document: {tokenizer.decode(dataset[documents[0]]['input_ids'])[:200]!r}."
+    raise TrainingError(
+        f"the loss or gradient was NaN or infinite {in_a_row} steps in a row, the last at step {record.number} "
+        f"({details}).{text} These steps did not change the adapters. Lower learning_rate "
+        f"({config.learning_rate}), use bf16 instead of fp16, or check the base weights; "
+        f"max_nonfinite_steps={config.max_nonfinite_steps} in a row end the run"
+    )

@@ -19,7 +19,6 @@ import signal
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,13 @@ from ..checks.report import Finding
 from ..config import TrainingConfig
 from ..data.batches import Cursor, Step
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import CheckpointError, TrainingError
+from ..errors import CheckpointError
 from ..inference.evaluation import ComputeMetrics, evaluate
 from ..lora.wrappers import unwrap
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from .best import BestModel, adopt_best, measured_on, scores_rouge
+from .callbacks import Callback
 from .checkpoint import (
     Resumable,
     TrainingState,
@@ -49,11 +49,11 @@ from .checkpoint import (
 )
 from .distributed import Interrupts, World, digest, joined
 from .learning import learned_nothing
-from .logging import DeferredMetrics, Reporter
+from .logging import DeferredMetrics, Reporter, StepRecord, report_skipped
 from .optim import build_optimizer, schedule
 from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
 from .picture import PICTURE, draw_run
-from .result import TrainingResult, closing_facts
+from .result import TrainingResult, closing_facts, result_of
 from .run_record import write_record
 from .setup import (
     answer_cache_tokens,
@@ -70,32 +70,6 @@ from .step import OptimizerStep, StepOutcome
 logger = logging.getLogger("phi3lora")
 
 
-class Callback:
-    """Hooks into a run; override those you need. ``train(..., callbacks=[...])`` accepts any object with some of them.
-
-    Set ``state.should_stop = True`` in a hook to end the run after the step. Of several processes (torchrun) each
-    calls its own callbacks, and the run ends for all as soon as one asks for it.
-    """
-
-    def on_train_begin(self, state: TrainingState) -> None:
-        """Called before the first step, after a checkpoint has been loaded."""
-
-    def on_step_end(self, state: TrainingState) -> None:
-        """Called after each optimizer step, with its evaluation and checkpoint done."""
-
-    def on_log(self, state: TrainingState, line: dict[str, Any]) -> None:
-        """Called after a training line of ``metrics.jsonl``; on a GPU some steps after the step it describes."""
-
-    def on_evaluate(self, state: TrainingState, metrics: dict[str, float]) -> None:
-        """Called after an evaluation."""
-
-    def on_save(self, state: TrainingState, path: Path) -> None:
-        """Called after a checkpoint is on disk."""
-
-    def on_train_end(self, state: TrainingState) -> None:
-        """Called after the last step, also when the run was interrupted."""
-
-
 def train(
     model: nn.Module,
     train_dataset: ChatDataset | ChatStream,
@@ -103,7 +77,7 @@ def train(
     *,
     eval_dataset: ChatDataset | None = None,
     tokenizer: Any = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Callback | Any] = (),
     compute_metrics: ComputeMetrics | None = None,
 ) -> TrainingResult:
     """Train the adapters of ``model`` in place.
@@ -142,7 +116,7 @@ def run_training(
     config: TrainingConfig | None,
     eval_dataset: ChatDataset | None,
     tokenizer: Any,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Callback | Any] = (),
     compute_metrics: ComputeMetrics | None = None,
     tells_next: bool = True,
 ) -> TrainingResult:
@@ -217,22 +191,6 @@ def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) 
     return strategy == "steps" and state.global_step % interval == 0
 
 
-@dataclass
-class _StepRecord:
-    """Facts about a step that are known before its loss arrives."""
-
-    step: Step
-    """Documents of the step."""
-    number: int
-    """Optimizer steps done, including this one."""
-    learning_rate: float
-    supervised_tokens: int
-    tokens_seen: int
-    """Tokens trained on in the whole run, including this step."""
-    log: bool
-    """True if a log line is due."""
-
-
 class _Run:
     """The parts of a run, and what happens between two optimizer steps."""
 
@@ -243,7 +201,7 @@ class _Run:
         config: TrainingConfig,
         eval_dataset: ChatDataset | None,
         tokenizer: Any,
-        callbacks: Sequence[Any],
+        callbacks: Sequence[Callback | Any],
         compute_metrics: ComputeMetrics | None,
         output: OutputFolder | None,
         world: World,
@@ -252,7 +210,7 @@ class _Run:
         self.model, self.config, self.eval_dataset = model, config, eval_dataset
         self.tokenizer, self.callbacks, self.output, self.world = tokenizer, callbacks, output, world
         self.compute_metrics = compute_metrics
-        self.interrupts, self.pending = Interrupts(), DeferredMetrics[_StepRecord]()
+        self.interrupts, self.pending = Interrupts(), DeferredMetrics[StepRecord]()
         self.stopped_by: int | None = None
         world.on_main(lambda: check_output_dir(config))
         resumed_from = world.from_main(lambda: find_checkpoint(config))
@@ -357,7 +315,7 @@ class _Run:
         first = config.logging_first_step and state.global_step == 1
         last = config.logging_strategy != "no" and state.global_step == state.total_steps
         log = first or last or is_due(config.logging_strategy, config.logging_steps, state, step.ends_epoch)
-        record = _StepRecord(step, state.global_step, rate, outcome.count, state.tokens_seen, log)
+        record = StepRecord(step, state.global_step, rate, outcome.count, state.tokens_seen, log)
         self.pending.add(outcome.values, record)
 
     def log_ready(self, wait: bool = False) -> None:
@@ -375,7 +333,7 @@ class _Run:
             elif not (math.isfinite(loss_sum) and self.resolved.precision.can_scale_down()):
                 state.nonfinite_in_a_row += 1
                 state.nonfinite_total += 1
-                self._report_nonfinite(record, loss_sum, norm)
+                report_skipped(record, loss_sum, norm, self.config, state, self.tokenizer)
             if not record.log:
                 continue
             line: dict[str, Any] = {"step": record.number, "epoch": round(record.step.epoch_progress, 4)}
@@ -388,27 +346,6 @@ class _Run:
             state.loss_sum, state.loss_count = 0.0, 0
             self.report.log(line)
             self.call_hooks("on_log", line)
-
-    def _report_nonfinite(self, record: _StepRecord, loss_sum: float, norm: float) -> None:
-        """Warn of a skipped step; raise after ``max_nonfinite_steps`` in a row."""
-        config, in_a_row = self.config, self.state.nonfinite_in_a_row
-        dataset = record.step.plan.dataset
-        documents = [i for micro in record.step.micro_batches for row in micro for i in row]
-        rows = dataset.row_names(documents)
-        listed = f"[{', '.join(rows[:16])}]{' ...' if len(rows) > 16 else ''}"
-        details = f"loss {loss_sum / record.supervised_tokens}, gradient norm {norm}; rows {listed} of the data"
-        logger.warning("step %d was skipped: %s", record.number, details)
-        if in_a_row < min(config.max_nonfinite_steps, self.state.total_steps):
-            return
-        text = ""
-        if self.tokenizer is not None:
-            text = f" First document: {self.tokenizer.decode(dataset[documents[0]]['input_ids'])[:200]!r}."
-        raise TrainingError(
-            f"the loss or gradient was NaN or infinite {in_a_row} steps in a row, the last at step {record.number} "
-            f"({details}).{text} These steps did not change the adapters. Lower learning_rate "
-            f"({config.learning_rate}), use bf16 instead of fp16, or check the base weights; "
-            f"max_nonfinite_steps={config.max_nonfinite_steps} in a row end the run"
-        )
 
     def evaluate(self) -> None:
         """Evaluate, log the result, update the best metric, and stop early if it no longer improves."""
@@ -499,7 +436,7 @@ class _Run:
             unsaved = True  # a checkpoint of this step does not have the evaluation yet
         if unsaved and state.global_step > 0 and (config.save_strategy != "no" or not complete):
             self.save()
-        best = self.best_checkpoint()
+        best = self.best.folder
         if complete and config.load_best_model_at_end:
             if best is None:
                 self.report.print("no checkpoint has a finite metric: the adapters are those of the last step")
@@ -513,34 +450,6 @@ class _Run:
                 self.report.print(f"the best checkpoint {best} is gone: the adapters are those of the last step")
         self.call_hooks("on_train_end")
 
-    def best_checkpoint(self) -> Path | None:
-        """Return the best checkpoint's folder."""
-        best = self.state.best_checkpoint
-        return None if best is None else Path(self.config.output_dir) / best
-
     def result(self) -> TrainingResult:
         """Return what ``train`` returns."""
-        best, last = self.best_checkpoint(), Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
-        saved = best if self.config.load_best_model_at_end and self.stopped_by is None else last
-        return TrainingResult(
-            global_step=self.state.global_step,
-            metrics=self.metrics(),
-            history=list(self.state.history),
-            best_checkpoint=str(best) if best else None,
-            interrupted=self.stopped_by is not None,
-            interrupted_by=self.stopped_by,
-            output_dir=self.config.output_dir,
-            first_loss=self.state.first_loss,
-            checkpoint=str(saved) if saved is not None and saved.is_dir() else None,
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Return ``TrainingResult.metrics``."""
-        state = self.state
-        return {
-            "train_loss": state.run_loss_sum / state.run_loss_count if state.run_loss_count else math.nan,
-            "train_seconds": state.train_seconds,
-            "tokens": state.tokens_seen,
-            "tokens_per_s": state.tokens_seen / max(state.train_seconds, 1e-9),
-            **self.last_eval,
-        }
+        return result_of(self.state, self.config, self.last_eval, self.best.folder, self.stopped_by)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import TrainingConfig
 from ..display import (
     Html,
     command_line,
@@ -21,6 +23,7 @@ from ..display import (
     text_facts,
 )
 from ..run_settings import DEMO
+from .checkpoint import TrainingState
 
 History = Sequence[Mapping[str, Any]]
 """Lines of ``metrics.jsonl``."""
@@ -97,6 +100,36 @@ class TrainingResult:
             elif points:
                 figures[name] = f"{points[0][1]:.4g} (step {points[0][0]:,})"
         return figures
+
+
+def result_of(
+    state: TrainingState,
+    config: TrainingConfig,
+    last_eval: Mapping[str, float],
+    best: Path | None,
+    stopped_by: int | None,
+) -> TrainingResult:
+    """Return the result of a run from its last state, evaluation and best checkpoint, and the signal that ended it."""
+    last = Path(config.output_dir) / f"checkpoint-{state.global_step}"
+    saved = best if config.load_best_model_at_end and stopped_by is None else last
+    metrics = {
+        "train_loss": state.run_loss_sum / state.run_loss_count if state.run_loss_count else math.nan,
+        "train_seconds": state.train_seconds,
+        "tokens": state.tokens_seen,
+        "tokens_per_s": state.tokens_seen / max(state.train_seconds, 1e-9),
+        **last_eval,
+    }
+    return TrainingResult(
+        global_step=state.global_step,
+        metrics=metrics,
+        history=list(state.history),
+        best_checkpoint=str(best) if best else None,
+        interrupted=stopped_by is not None,
+        interrupted_by=stopped_by,
+        output_dir=config.output_dir,
+        first_loss=state.first_loss,
+        checkpoint=str(saved) if saved is not None and saved.is_dir() else None,
+    )
 
 
 def closing_facts(model: Any, result: TrainingResult) -> dict[str, str]:
