@@ -71,7 +71,6 @@ _NAMES = {
     "data.source": "data", "data.eval_source": "eval-data",
 }  # fmt: skip
 """Options that are not called like their field."""
-_HELD_OUT = ("eval_source", "eval_share", "eval_split", "split_seed", "streaming", "buffer_size")
 _HIDDEN = ("training.max_length", "training.gradient_checkpointing", "lora.modules_to_save")
 
 

@@ -15,7 +15,8 @@ import lzma
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Endings that may follow those of :data:`SUFFIXES`."""
 
+_OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _ROWS_IN_PYTHON = 100  # of those, made Python objects at a time
 _ROWS_AT_ONCE = 1000  # of a table
 _QUOTED_ERRORS = 3
@@ -158,14 +160,8 @@ def _open(path: Path) -> Any:
 
 def _open_binary(path: Path) -> Any:
     _, compression = file_kind(path)
-    if compression == ".gz":
-        return gzip.open(path, "rb")
-    if compression == ".bz2":
-        return bz2.open(path, "rb")
-    if compression == ".xz":
-        return lzma.open(path, "rb")
-    if not compression:
-        return open(path, "rb")
+    if compression in _OPENERS:
+        return _OPENERS[compression](path, "rb")
     import pyarrow  # comes with datasets
 
     if not pyarrow.Codec.is_available("zstd"):
@@ -389,19 +385,28 @@ def _frame_rows(frame: Any) -> Iterator[Mapping[str, Any]]:
 
 def _arrow_rows(table: Any, what: str = "the table") -> Iterator[Mapping[str, Any]]:
     """Yield the rows of anything that gives an Arrow stream: a table of pyarrow, polars or duckdb."""
-    from pyarrow import ArrowException, RecordBatchReader  # comes with datasets
+    from pyarrow import RecordBatchReader  # comes with datasets
 
-    try:
+    with _named_errors(what, "an Arrow table"):
         reader = table if isinstance(table, RecordBatchReader) else RecordBatchReader.from_stream(table)
         _check_unique(what, reader.schema.names)
         for batch in reader:
             batch.validate(full=True)  # offsets in a damaged file may point anywhere
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+
+
+@contextmanager
+def _named_errors(what: str, kind: str) -> Iterator[None]:
+    """Raise a ``DataError`` that names the table for any error of Arrow's readers."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
     except DataError:
         raise
     except (*_TABLE_ERRORS, ArrowException) as error:
-        raise DataError(f"{what!r} is not an Arrow table that can be read: {error_line(error)}") from None
+        raise DataError(f"{what!r} is not {kind} that can be read: {error_line(error)}") from None
 
 
 def _table_bytes(path: Path) -> Any:
@@ -416,29 +421,24 @@ def _table_bytes(path: Path) -> Any:
 
 def _arrow_file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Read both of Arrow's formats: the stream, which ``datasets`` writes, and the file."""
-    from pyarrow import ArrowException, RecordBatchReader, ipc
+    from pyarrow import RecordBatchReader, ipc
 
-    try:
-        with _table_bytes(path) as file:
-            is_stream = file.read(6) != b"ARROW1"
-            file.seek(0)
-            if is_stream:
-                table = ipc.open_stream(file)
-            else:
-                stored = ipc.open_file(file)
-                batches = (stored.get_batch(i) for i in range(stored.num_record_batches))
-                table = RecordBatchReader.from_batches(stored.schema, batches)
-            yield from _arrow_rows(table, str(path))
-    except DataError:
-        raise
-    except (*_TABLE_ERRORS, ArrowException) as error:
-        raise DataError(f"{str(path)!r} is not an Arrow table that can be read: {error_line(error)}") from None
+    with _named_errors(str(path), "an Arrow table"), _table_bytes(path) as file:
+        is_stream = file.read(6) != b"ARROW1"
+        file.seek(0)
+        if is_stream:
+            table = ipc.open_stream(file)
+        else:
+            stored = ipc.open_file(file)
+            batches = (stored.get_batch(i) for i in range(stored.num_record_batches))
+            table = RecordBatchReader.from_batches(stored.schema, batches)
+        yield from _arrow_rows(table, str(path))
 
 
 def _parquet_rows(path: Path, start: int) -> Iterator[Mapping[str, Any]]:
-    from pyarrow import ArrowException, parquet, types
+    from pyarrow import parquet, types
 
-    try:
+    with _named_errors(str(path), "a Parquet table"):
         source = _table_bytes(path)
         with parquet.ParquetFile(source) as file:
             schema = file.schema_arrow
@@ -454,7 +454,3 @@ def _parquet_rows(path: Path, start: int) -> Iterator[Mapping[str, Any]]:
                 for at in range(min(left_out, len(batch)), len(batch), _ROWS_IN_PYTHON):
                     yield from batch.slice(at, _ROWS_IN_PYTHON).to_pylist()
                 left_out = max(0, left_out - len(batch))
-    except DataError:
-        raise
-    except (*_TABLE_ERRORS, ArrowException) as error:
-        raise DataError(f"{str(path)!r} is not a Parquet table that can be read: {error_line(error)}") from None
