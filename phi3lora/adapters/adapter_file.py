@@ -25,9 +25,9 @@ from ..config import LoraConfig
 from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, short_repr
 from ..files import parse_json, parse_tensors, read_json, tensor_file, write_atomic
 from ..lora.base_values import base_values, changed_buffers, keep_base_values, put_base_values
-from ..lora.inject import inject_layers, lora_layers, remove_lora
+from ..lora.inject import inject_layers, lora_layers, remove_lora, restorer_of_requires_grad
 from ..lora.layers import MergedLinear
-from ..lora.targets import fused_segments
+from ..lora.targets import plainly_named_segments
 from ..lora.wrappers import plain_name, unwrap
 from .named import DEFAULT, LoadedAdapters, check_outside_blocks, list_adapters, loading_inactive
 from .peft_format import CONFIG_NAME, TENSORS_NAME
@@ -177,7 +177,7 @@ def install_adapter(
 
 def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, Any], source: str) -> None:
     """Inject the file's layers into a plain model and load them; on an error the model is plain again."""
-    fused = {plain_name(path): segments for path, segments in fused_segments(model).items()}
+    fused = plainly_named_segments(model)
     for layer, settings in metadata["layers"].items():
         widths = list(fused[layer].values()) if layer in fused else settings.get("segments")
         if settings.get("class") == "MergedLinear" and settings.get("segments") != widths:  # of perhaps the same shapes
@@ -191,7 +191,7 @@ def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[
         if is_int(r, 1) and r > max(lora_A.shape, default=0):  # a layer of that rank could take any amount of memory
             shape = tuple(lora_A.shape)
             raise AdapterError(f"{source!r}: {layer} has r={r} in the settings, and a lora_A of shape {shape}")
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    restore = restorer_of_requires_grad(model)
     actual = {plain_name(path): path for path, _ in model.named_modules()}
     layers = {actual.get(path, path): settings for path, settings in metadata["layers"].items()}
     try:
@@ -199,8 +199,7 @@ def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[
         _load_checked(model, state, metadata, source)
     except Phi3LoRAError:
         remove_lora(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = trainable[name]
+        restore()
         raise
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean
 from ..lora.base_values import put_base_values, take_base_values, with_base_values
-from ..lora.inject import lora_layers, remove_lora, swap_layers
+from ..lora.inject import lora_layers, remove_lora, restorer_of_requires_grad, swap_layers
 from ..lora.layer_state import replaced_methods
 from ..lora.wrappers import module_at, unwrap
 
@@ -163,7 +163,7 @@ def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
     """
     _check_methods(model)
     adapters = _adapters(model)
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    restore = restorer_of_requires_grad(model)
     active, kept = _detach_active(model), take_base_values(model)
     try:
         yield
@@ -171,8 +171,7 @@ def loading_inactive(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         _attach(model, active)
         put_base_values(model, kept)
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad = requires_grad
+        restore()
 
 
 def _adapters(model: Any) -> LoadedAdapters:

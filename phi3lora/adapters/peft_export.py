@@ -38,7 +38,7 @@ from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
 from ..lora.inject import lora_layers
 from ..lora.layers import Conv2d
-from ..lora.targets import fused_segments
+from ..lora.targets import plainly_named_segments
 from ..lora.wrappers import plain_name, unwrap
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite
@@ -221,7 +221,7 @@ def _check_exportable(model: nn.Module, path: Path, layout: str) -> None:
 
 def _named_segments(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return path -> {name: width} of the fused layers among ``layers``, to be split."""
-    fused = {plain_name(path): segments for path, segments in fused_segments(model).items()}
+    fused = plainly_named_segments(model)
     named = {path: fused[path] for path in layers if path in fused and not any(n.isdigit() for n in fused[path])}
     for path, settings in layers.items():
         if settings["class"] == "MergedLinear" and list(named.get(path, {}).values()) != settings["segments"]:

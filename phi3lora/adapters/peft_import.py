@@ -29,7 +29,7 @@ from ..errors import AdapterError, as_path, error_line
 from ..files import parse_json, read_tensors
 from ..lora.inject import InjectionReport, injection_report
 from ..lora.layers import Conv2d
-from ..lora.targets import fused_segments
+from ..lora.targets import plainly_named_segments
 from ..lora.wrappers import module_at, plain_name, unwrap
 from .adapter_file import HEADER_KEY, check_finite, install_adapter
 from .mlx_format import MLX_TENSORS_NAME, is_mlx_folder, read_mlx_folder
@@ -217,7 +217,7 @@ def _restore_layers(metadata: dict[str, Any], config: PeftConfig, pairs: Mapping
 
 
 def _convert(model: nn.Module, config: PeftConfig, pairs: Mapping[str, Pair]) -> Adapter:
-    fused = {plain_name(path): segments for path, segments in fused_segments(model).items()}
+    fused = plainly_named_segments(model)
     layers: dict[str, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
     for path, names in _find_layers(model, fused, pairs).items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -245,7 +245,7 @@ def inject_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], con
 
 def _build(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], config: LoraConfig) -> dict[str, AdaptedLayer]:
     """Return the adapted layers, outside the model; after an error it is unchanged."""
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    restore = restorer_of_requires_grad(model)
     adapted: dict[str, AdaptedLayer] = {}
     try:
         with torch.inference_mode(False):  # else A and B could never train
@@ -259,9 +259,7 @@ def _build(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], config: Lo
                     raise ModelError(f"{path!r} cannot be adapted: {error}") from error
                 adapted[path] = layer
     except BaseException:  # an error of memory too
-        for parameter, state in requires_grad.items():
-            if parameter.requires_grad != state:
-                parameter.requires_grad = state
+        restore()
         raise
     return adapted
 
@@ -358,6 +356,18 @@ def remove_lora(model: nn.Module) -> None:
     swap_layers(model, {path: layer.release_base() for path, layer in lora_layers(model).items()})
     if hasattr(model, "lora_config"):
         del model.lora_config
+
+
+def restorer_of_requires_grad(model: nn.Module) -> Callable[[], None]:
+    """Return a function that sets ``requires_grad`` of the model's present parameters to what it is now."""
+    states = {parameter: parameter.requires_grad for parameter in model.parameters()}
+
+    def restore() -> None:
+        for parameter, state in states.items():
+            if parameter.requires_grad != state:
+                parameter.requires_grad = state
+
+    return restore
 
 
 def freeze_all_but_lora(model: nn.Module, bias: str = "none") -> None:

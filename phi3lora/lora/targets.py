@@ -30,7 +30,7 @@ from ..config import LoraConfig
 from ..errors import ModelError, did_you_mean
 from .base_weight import count_parameters, plain_linear_classes, weight_shape
 from .layer_state import computed_weights
-from .wrappers import module_at
+from .wrappers import module_at, plain_name
 
 _PHI3 = "transformers.models.phi3.modeling_phi3"
 
@@ -72,6 +72,11 @@ def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[s
                 )
             fused[path] = named
     return fused
+
+
+def plainly_named_segments(model: nn.Module) -> dict[str, Segments]:
+    """Return :func:`fused_segments` by paths without the names of wrappers."""
+    return {plain_name(path): segments for path, segments in fused_segments(model).items()}
 
 
 class Limits:
