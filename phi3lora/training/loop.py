@@ -168,7 +168,9 @@ def run_training(
         if output is not None and output.is_held():
             draw_run(state.history, output.folder / PICTURE)
         run.agree_to_stop()
-        result: TrainingResult = world.from_main(run.result)
+        result: TrainingResult = world.from_main(
+            lambda: result_of(state, config, run.last_eval, run.best.folder, run.stopped_by)
+        )
     problem = learned_nothing(model, config, state) if report.warns and not result.interrupted else None
     if problem is not None:
         report.findings([Finding("run", "warning", problem)])
@@ -289,9 +291,8 @@ class _Run:
         numbers = self.world.largest([self.interrupts.signal or 0, self.state.should_stop])
         self.stopped_by, self.state.should_stop = int(numbers[0]) or None, bool(numbers[1])
         if self.stopped_by is not None and not self.interrupts.requested:
-            logger.warning(
-                "%s in another process: saving a checkpoint, then stopping", signal.Signals(self.stopped_by).name
-            )
+            name = signal.Signals(self.stopped_by).name
+            logger.warning("%s in another process: saving a checkpoint, then stopping", name)
             self.interrupts.signal = self.stopped_by
         return self.stopped_by is not None or self.state.should_stop
 
@@ -391,10 +392,8 @@ class _Run:
         state = self.state
         previous_best = state.best_checkpoint, state.best_checkpoint_metric
         if self._is_best():
-            state.best_checkpoint, state.best_checkpoint_metric = (
-                f"checkpoint-{state.global_step}",
-                self.best.metric(self.last_eval),
-            )
+            state.best_checkpoint = f"checkpoint-{state.global_step}"
+            state.best_checkpoint_metric = self.best.metric(self.last_eval)
         self._require_one_adapter()
         path, self.resumable.generators = None, self.world.gather(rng_state())
         try:
@@ -449,7 +448,3 @@ class _Run:
             else:
                 self.report.print(f"the best checkpoint {best} is gone: the adapters are those of the last step")
         self.call_hooks("on_train_end")
-
-    def result(self) -> TrainingResult:
-        """Return what ``train`` returns."""
-        return result_of(self.state, self.config, self.last_eval, self.best.folder, self.stopped_by)
