@@ -6,7 +6,14 @@ unsupported: accepted only at a value that changes nothing.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from .errors import ConfigError, did_you_mean, short_repr
+
+T = TypeVar("T")
 
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
@@ -110,3 +117,61 @@ INSTEAD = {
     "full_determinism": "call torch.use_deterministic_algorithms(True) before train",
 }
 """Unsupported argument -> the way to get what it asks for."""
+
+
+def field_names(cls: type[Any]) -> list[str]:
+    """Return the names of a dataclass's fields that its constructor takes."""
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def _translate_arguments(
+    cls: type[Any], given: Mapping[str, Any], ignored: frozenset[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return ``given`` under the names of ``cls``'s fields, and the names that have no effect here."""
+    fields = field_names(cls)
+    values: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    without_effect: list[str] = []
+    for name, value in given.items():
+        own = ALIASES.get(name, name)
+        if own in fields:
+            if own in values and values[own] != value:
+                raise ConfigError(
+                    f"{cls.__name__}: {given_as[own]}={short_repr(values[own])} and {name}={short_repr(value)} are "
+                    f"one setting with two values; give one of them"
+                )
+            values[own], given_as[own] = value, name
+        elif name in UNSUPPORTED:
+            if value not in UNSUPPORTED[name]:
+                allowed = " or ".join(map(repr, UNSUPPORTED[name]))
+                raise ConfigError(
+                    f"{cls.__name__}: {name}={short_repr(value)} is not supported; allowed: {allowed}. Leave it out"
+                    + (f"; {INSTEAD[name]}" if name in INSTEAD else "")
+                )
+            without_effect.append(name)
+        elif name in ignored:
+            without_effect.append(name)
+        else:
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r} (value {short_repr(value)})."
+                f"{did_you_mean(name, [*fields, *ALIASES])} Allowed: {', '.join(sorted(fields))}"
+            )
+    return values, tuple(sorted(without_effect))
+
+
+def accept_foreign_arguments(ignored: frozenset[str]) -> Callable[[type[T]], type[T]]:
+    """Decorate a dataclass so that its constructor accepts foreign names, too; ``.inert`` has those without effect."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        generated: Callable[..., None] = cls.__init__
+
+        @functools.wraps(generated)
+        def __init__(self: Any, /, *args: Any, **given: Any) -> None:
+            values, self.inert = _translate_arguments(cls, given, ignored)
+            self.given = frozenset([*field_names(cls)[: len(args)], *values])
+            generated(self, *args, **values)
+
+        cast(Any, cls).__init__ = __init__
+        return cls
+
+    return decorate

@@ -2,13 +2,11 @@
 
 Dicts written for those libraries work unchanged: ``LoraConfig(**peft_config)``, ``TrainingConfig(**training_config)``.
 An argument without effect here is accepted and listed in ``.inert``, which ``train`` prints. An unknown argument, a
-value out of range and an unsupported feature are a :class:`ConfigError` (compat.py has the tables).
+value out of range and an unsupported feature are a :class:`ConfigError` (compat.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import math
 import os
@@ -16,73 +14,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, INSTEAD, UNSUPPORTED
+from .compat import IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, accept_foreign_arguments, field_names
 from .display import html_facts, html_folded, one_line, text_facts
-from .errors import SEED_END, ConfigError, did_you_mean, is_int, is_number, is_path, short_repr
-
-T = TypeVar("T")
+from .errors import SEED_END, ConfigError, is_int, is_number, is_path, short_repr
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained, as in torch and transformers. Supervised tokens have any other label."""
-
-
-def _field_names(cls: type[Any]) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.init]
-
-
-def _translate_arguments(
-    cls: type[Any], given: Mapping[str, Any], ignored: frozenset[str]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return ``given`` under the names of ``cls``'s fields, and the names that have no effect here."""
-    fields = _field_names(cls)
-    values: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
-    without_effect: list[str] = []
-    for name, value in given.items():
-        own = ALIASES.get(name, name)
-        if own in fields:
-            if own in values and values[own] != value:
-                raise ConfigError(
-                    f"{cls.__name__}: {given_as[own]}={short_repr(values[own])} and {name}={short_repr(value)} are "
-                    f"one setting with two values; give one of them"
-                )
-            values[own], given_as[own] = value, name
-        elif name in UNSUPPORTED:
-            if value not in UNSUPPORTED[name]:
-                allowed = " or ".join(map(repr, UNSUPPORTED[name]))
-                raise ConfigError(
-                    f"{cls.__name__}: {name}={short_repr(value)} is not supported; allowed: {allowed}. Leave it out"
-                    + (f"; {INSTEAD[name]}" if name in INSTEAD else "")
-                )
-            without_effect.append(name)
-        elif name in ignored:
-            without_effect.append(name)
-        else:
-            raise ConfigError(
-                f"{cls.__name__} has no field {name!r} (value {short_repr(value)})."
-                f"{did_you_mean(name, [*fields, *ALIASES])} Allowed: {', '.join(sorted(fields))}"
-            )
-    return values, tuple(sorted(without_effect))
-
-
-def _accept_foreign_arguments(ignored: frozenset[str]) -> Callable[[type[T]], type[T]]:
-    """Decorate a dataclass so that its constructor also accepts the names in compat.py."""
-
-    def decorate(cls: type[T]) -> type[T]:
-        generated: Callable[..., None] = cls.__init__
-
-        @functools.wraps(generated)
-        def __init__(self: Any, /, *args: Any, **given: Any) -> None:
-            values, self.inert = _translate_arguments(cls, given, ignored)
-            self.given = frozenset([*_field_names(cls)[: len(args)], *values])
-            generated(self, *args, **values)
-
-        cast(Any, cls).__init__ = __init__
-        return cls
-
-    return decorate
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,11 +222,11 @@ class _Config:
     def _values(self) -> list[tuple[str, Any, Any]]:
         """Return the name, the value and the default of each field."""
         defaults = type(self)()
-        return [(name, getattr(self, name), getattr(defaults, name)) for name in _field_names(type(self))]
+        return [(name, getattr(self, name), getattr(defaults, name)) for name in field_names(type(self))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, in field order; ``type(config)(**config.to_dict())`` is an equal config."""
-        values = {name: getattr(self, name) for name in _field_names(type(self))}
+        values = {name: getattr(self, name) for name in field_names(type(self))}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=list))
         return plain
 
@@ -304,7 +243,7 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-@_accept_foreign_arguments(IGNORED_LORA_ARGUMENTS)
+@accept_foreign_arguments(IGNORED_LORA_ARGUMENTS)
 @dataclass(repr=False)
 class LoraConfig(_Config):
     """Layers to adapt, and how, under PEFT's names. ``LoraConfig(**peft_config)`` accepts a dict made for PEFT.
@@ -383,7 +322,7 @@ class LoraConfig(_Config):
         return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
 
 
-@_accept_foreign_arguments(IGNORED_TRAINING_ARGUMENTS)
+@accept_foreign_arguments(IGNORED_TRAINING_ARGUMENTS)
 @dataclass(repr=False)
 class TrainingConfig(_Config):
     """Training settings, under transformers' names. ``TrainingConfig(**training_config)`` accepts a dict made for it.
@@ -532,7 +471,7 @@ class TrainingConfig(_Config):
             self.warmup_ratio = 0.0 if self.warmup_ratio is None else self.warmup_ratio
         if "logging_steps" in self.given and "eval_steps" not in self.given:
             self.eval_steps = None
-        for name in _field_names(type(self)):
+        for name in field_names(type(self)):
             value = _plain(getattr(self, name))
             if name == "report_to":
                 value = [] if value is None else _names(value)
