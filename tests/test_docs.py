@@ -115,7 +115,10 @@ def test_contributing_names_every_file_of_the_package():
 @pytest.mark.parametrize("name", [n for n in p3.__all__ if inspect.getdoc(getattr(p3, n))])
 def test_examples_of_a_docstring_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    examples = doctest.DocTestFinder(recurse=True).find(getattr(p3, name), name, module=False, globs={})
+    item = getattr(p3, name)
+    bases = [base for base in getattr(item, "__mro__", ())[1:] if base.__module__.startswith("phi3lora")]
+    find = doctest.DocTestFinder(recurse=True).find
+    examples = [example for each in (item, *bases) for example in find(each, name, module=False, globs={})]
     if not any(example.examples for example in examples):
         return
     model, tokenizer, chats, _ = p3.demo.load()
