@@ -222,16 +222,6 @@ def model_card(
         for name, value in (metrics or {}).items()
         if type(value) in (int, float)
     ]
-    versions = [  # none for phi3lora in a clone that is not installed
-        f"{name} {package.version}"
-        for name in ("phi3lora", "torch", "transformers", "loralib")
-        for package in islice(distributions(name=name), 1)
-    ]
-    load = "p3.import_peft(model, folder)"
-    if own:
-        is_plain = re.fullmatch(r"[\w.-]+", own[0])
-        file = f'f"{{folder}}/{own[0]}"' if is_plain else f"folder + {json.dumps('/' + own[0])}"
-        load = f"p3.load_adapter(model, {file})"
     text: str = Template(_CARD, keep_trailing_newline=True).render(
         card_data=front_matter,
         title=_markdown(title),
@@ -244,11 +234,25 @@ def model_card(
         ],
         merged=merged,
         base=json.dumps(str(base_model) if is_on_hub else Path(base_model).name),
-        load=load,
+        load=_loading_line(own),
         for_peft=for_peft,
-        versions=", ".join(versions),
+        versions=_versions(),
     )
     return text
+
+
+def _loading_line(own: Sequence[str]) -> str:
+    """Return the line of Python that loads the first of our adapter files, or PEFT's if there is none."""
+    if not own:
+        return "p3.import_peft(model, folder)"
+    is_plain = re.fullmatch(r"[\w.-]+", own[0])
+    file = f'f"{{folder}}/{own[0]}"' if is_plain else f"folder + {json.dumps('/' + own[0])}"
+    return f"p3.load_adapter(model, {file})"
+
+
+def _versions() -> str:
+    names = ("phi3lora", "torch", "transformers", "loralib")  # phi3lora has none in a clone that is not installed
+    return ", ".join(f"{name} {p.version}" for name in names for p in islice(distributions(name=name), 1))
 
 
 def _eval_results(dataset: Any, metrics: Mapping[str, Any]) -> list[EvalResult] | None:

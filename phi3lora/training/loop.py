@@ -162,15 +162,10 @@ def run_training(
             if run.agree_to_stop():
                 break
             started = time.perf_counter()
-        if world.share is not None:
-            world.share.end()
         run.finish()
-        if output is not None and output.is_held():
-            draw_run(state.history, output.folder / PICTURE)
         run.agree_to_stop()
-        result: TrainingResult = world.from_main(
-            lambda: result_of(state, config, run.last_eval, run.best.folder, run.stopped_by)
-        )
+        outcome_of_run = state, config, run.last_eval, run.best.folder, run.stopped_by
+        result: TrainingResult = world.from_main(lambda: result_of(*outcome_of_run))
     problem = learned_nothing(model, config, state) if report.warns and not result.interrupted else None
     if problem is not None:
         report.findings([Finding("run", "warning", problem)])
@@ -424,8 +419,10 @@ class _Run:
             self.world.require_equal(facts, f"the adapters are no longer the same at step {self.state.global_step}")
 
     def finish(self) -> None:
-        """Log, evaluate and save the last step, and load the best adapters if the config says so."""
+        """Log, evaluate and save the last step, load the best adapters if the config says so, and draw the curves."""
         config, state = self.config, self.state
+        if self.world.share is not None:
+            self.world.share.end()
         self.log_ready(wait=True)
         self.agree_to_stop()
         complete = self.stopped_by is None
@@ -448,3 +445,5 @@ class _Run:
             else:
                 self.report.print(f"the best checkpoint {best} is gone: the adapters are those of the last step")
         self.call_hooks("on_train_end")
+        if self.output is not None and self.output.is_held():
+            draw_run(state.history, self.output.folder / PICTURE)
