@@ -43,7 +43,6 @@ _PREFILL_TOKENS = 16384
 _LENGTH_STEP = 64
 """Granularity of the cache's length."""
 
-
 _LOADED: set[object] = set()
 """Steps that ran once, which loads their kernels; only then a graph can record them."""
 
