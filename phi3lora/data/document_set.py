@@ -26,7 +26,7 @@ from .findings import Findings
 from .prefetch import Share
 from .sources import distinct_names
 
-Set = TypeVar("Set", bound="DocumentSet")
+Documents = TypeVar("Documents", bound="DocumentSet")
 
 
 class DocumentSet:
@@ -139,23 +139,23 @@ class DocumentSet:
         return [name.removeprefix("row ") for _, _, name in rows]
 
     def windows(
-        self: Set,
+        self: Documents,
         start: int = 0,
         *,
         endless: bool = True,
         wanted: Callable[[], bool] = lambda: True,
         share: Share | None = None,
-    ) -> Generator[tuple[int, Set]]:
+    ) -> Generator[tuple[int, Documents]]:
         """Yield ``(n, self)``, one an epoch, from ``n = start`` on; see ``ChatStream.windows``."""
         numbers = itertools.count(start) if endless else [start]
         return ((number, self) for number in takewhile(lambda _: wanted(), numbers))
 
     @property
-    def first_window(self: Set) -> Set:
+    def first_window(self: Documents) -> Documents:
         """The dataset itself."""
         return self
 
-    def split(self: Set, fraction: float, seed: int = 0) -> tuple[Set, Set]:
+    def split(self: Documents, fraction: float, seed: int = 0) -> tuple[Documents, Documents]:
         """Return ``(train, eval)``: a random ``fraction`` of the documents, at least one, becomes the second set.
 
         Documents made of one long row (``overflow="split"``), or of a row that a mix repeats, stay together, so no
@@ -174,7 +174,7 @@ class DocumentSet:
             part.origin = self.origin and {**self.origin, "eval_share": fraction, "split_seed": seed}
         return both
 
-    def select(self: Set, documents: Any) -> Set:
+    def select(self: Documents, documents: Any) -> Documents:
         """Return the set of the given documents (their numbers in this one, or a mask); it shares this one's memory."""
         chosen = np.asarray(documents)
         chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
@@ -255,7 +255,7 @@ class DocumentSet:
         return dataset_html(self)
 
 
-def joined(parts: Sequence[Set]) -> Set:
+def joined(parts: Sequence[Documents]) -> Documents:
     """Return the documents of several sets, one set after the other. Sources of the same path are one source."""
     if len(parts) == 1:
         return parts[0]

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..display import Html, html, one_line, terminal_columns, wrap
 from ..errors import DataError, is_int
-from .document_set import DocumentSet, Set, check_argument, joined
+from .document_set import Documents, DocumentSet, check_argument, joined
 from .documents import NoDocumentsError, RowTokenizer
 from .prefetch import NotWanted, Share
 from .rows import BadRows
@@ -36,27 +36,27 @@ Stream = TypeVar("Stream", bound="RowStream[Any]")
 
 
 @dataclass(frozen=True)
-class SourceReader(Generic[Set]):
+class SourceReader(Generic[Documents]):
     """One source, and how its rows become documents."""
 
     row_tokenizer: RowTokenizer
     format: str
     on_bad_row: str
-    set_class: type[Set]
+    set_class: type[Documents]
     """Class of the sets that it makes."""
 
     @property
     def source(self) -> Source:
         return self.row_tokenizer.source
 
-    def load(self, is_one_of_several: bool) -> Set:
+    def load(self, is_one_of_several: bool) -> Documents:
         """Return the documents of the whole source."""
         with naming(self.source.name, is_one_of_several):
             bad = BadRows(self.on_bad_row)
             rows = self.source.read(bad)
             return self.documents(self.row_tokenizer.tokenize(rows, self.format, bad, cache=True))
 
-    def documents(self, tokenized: dict[str, Any]) -> Set:
+    def documents(self, tokenized: dict[str, Any]) -> Documents:
         """Return the documents that the row tokenizer made of rows."""
         dataset = self.set_class(**tokenized)
         dataset.tokenizer = self.row_tokenizer.encoder.tokenizer
@@ -67,13 +67,13 @@ StreamRow = tuple[int, int, Mapping[str, Any]]
 """A row of a stream: the position of its part, its number there, and its columns."""
 
 
-class RowStream(Generic[Set]):
-    """Rows that are read and tokenised window by window; each window is a set of the class ``Set``."""
+class RowStream(Generic[Documents]):
+    """Rows that are read and tokenised window by window. A window is a set of the class that the readers make."""
 
     known_length = False
     origin: Mapping[str, Any] | None = None
 
-    def __init__(self, parts: Sequence[SourceReader[Set]], buffer_size: int, skipped_rows: int = 0) -> None:
+    def __init__(self, parts: Sequence[SourceReader[Documents]], buffer_size: int, skipped_rows: int = 0) -> None:
         for part in parts:
             if isinstance(part.source.rows, Iterator):
                 raise DataError(
@@ -86,7 +86,7 @@ class RowStream(Generic[Set]):
         self._first_pass: tuple[Iterator[StreamRow], list[BadRows]] | None = None
 
     @cached_property
-    def first_window(self) -> Set:
+    def first_window(self) -> Documents:
         """Window 0, which stands for the whole stream in all checks before a run."""
         rows, bads = self._open()
         window = list(islice(rows, self.buffer_size))
@@ -101,7 +101,7 @@ class RowStream(Generic[Set]):
         endless: bool = True,
         wanted: Callable[[], bool] = lambda: True,
         share: Share | None = None,
-    ) -> Generator[tuple[int, Set]]:
+    ) -> Generator[tuple[int, Documents]]:
         """Yield the number and the documents of each window. One without a usable row is skipped.
 
         Args:
@@ -149,7 +149,7 @@ class RowStream(Generic[Set]):
             number += max(0, start - number) // in_pass * in_pass  # whole passes before the start are not read
             (rows, bads), in_pass = self._open(), 0
 
-    def take(self, rows: int) -> Set:
+    def take(self, rows: int) -> Documents:
         """Return the documents of the first ``rows`` rows, in memory: to evaluate on."""
         check_argument(is_int(rows, 1), "rows", rows, "a whole number >= 1")
         stream, bads = self._open()
@@ -223,12 +223,12 @@ class RowStream(Generic[Set]):
                 for number, row in part.source.read(bad):
                     yield at, number, row
 
-    def _documents(self, window: list[StreamRow], bads: Sequence[BadRows], share: Share | None = None) -> Set:
+    def _documents(self, window: list[StreamRow], bads: Sequence[BadRows], share: Share | None = None) -> Documents:
         """Return the documents of rows in their order. The rows of each part are tokenised together."""
         rows_of: dict[int, list[int]] = {}
         for place, (at, _, _) in enumerate(window):
             rows_of.setdefault(at, []).append(place)
-        made: list[Set] = []
+        made: list[Documents] = []
         places: list[int] = []
         unusable: list[NoDocumentsError] = []
         for at, inside in (rows_of or {0: []}).items():
