@@ -12,6 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, line by line; read by Triton's import
+os.environ.pop("COLUMNS", None)  # set in pytest-xdist's workers; a pipe has no width, and lines stay whole
 from family import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, TEMPLATES, make_tokenizer  # noqa: F401
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
