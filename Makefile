@@ -9,7 +9,7 @@ PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
 demo: $(VENV)/installed
 	$(RUN) -m phi3lora demo
 
-# What guards a change: under 3 minutes on 2 cores after installation.
+# What guards a change: about 7 minutes on 2 cores after installation.
 test: $(VENV)/installed-for-tests lint
 	$(PYTEST) -m "not slow"
 

@@ -52,7 +52,7 @@ _PROGRAMS = ("vllm ", "python ", "llama-server ", "llama-cli ", "ollama ", "hf "
 
 
 class Exported:
-    """What was written, and the commands that use it; ``print`` shows both."""
+    """A written folder and the commands that use it; ``print`` shows both."""
 
     commands: dict[str, str]
 
@@ -77,7 +77,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class LlamaCppSettings:
-    """What llama.cpp and Ollama must be told about a model."""
+    """Settings of a model that llama.cpp and Ollama would guess wrongly."""
 
     model_name: str
     """Value of ``--model-name``, the ``general.name`` in the GGUF file."""

@@ -1,4 +1,4 @@
-"""What each command does. This file loads torch and the rest of the package."""
+"""A function for each command. This file loads torch and the rest of the package."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def plainly_named_segments(model: nn.Module) -> dict[str, Segments]:
 
 
 class Limits:
-    """What ``exclude_modules`` and ``layers_to_transform`` leave of the targets.
+    """The limits that ``exclude_modules`` and ``layers_to_transform`` set to the targets.
 
     Raises:
         ModelError: an excluded name that matches nothing, a layer number that the model does not have.

@@ -1,4 +1,4 @@
-"""What ``train`` returns, and the last lines that it prints; tables and curves of a run's history."""
+"""``TrainingResult``, the last lines that a run prints, and tables and curves of its history."""
 
 from __future__ import annotations
 
