@@ -195,16 +195,16 @@ def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
     parameters = inspect.signature(functions[kind]).parameters
     own = [name for name in parameters if name not in _SET_BY_US]
     required = [name for name in own if parameters[name].default is inspect.Parameter.empty]
+    warmup = warmup_steps(config, total_steps)
     # It reads the peak from the optimizer, for a smallest rate that is not a share of it.
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
     try:
         if wrong := [name for name in given if name not in own] or [name for name in required if name not in given]:
             raise ValueError(f"{wrong[0]} is {'not known' if wrong[0] in given else 'missing'}")
-        scheduler: Any = optimization.get_scheduler(
-            kind, stand_in, warmup_steps(config, total_steps), total_steps, given
-        )
+        scheduler: Any = optimization.get_scheduler(kind, stand_in, warmup, total_steps, given)
         factor = scheduler.lr_lambdas[0]
-        factor(0)
+        for step in (0, warmup, (warmup + total_steps) // 2, total_steps - 1):  # each part of the schedule fails alone
+            factor(step)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise TrainingError(
             f"lr_scheduler_type={kind!r} with lr_scheduler_kwargs={short_repr(given)}: {error}; allowed: "

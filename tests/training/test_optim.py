@@ -88,12 +88,18 @@ def test_a_rate_of_zero_stays_zero(kind):
         ("polynomial", {"lr_end": 1.0}, "lr_end .* must be smaller than initial lr"),
         ("polynomial", {"power": "two"}, "power='two'|unsupported operand"),
         ("linear", {"optimizer": 1}, "optimizer is not known"),
+        ("polynomial", {"power": None}, "unsupported operand"),
+        ("inverse_sqrt", {"timescale": 0}, "division by zero"),
+        ("inverse_sqrt", {"timescale": -5}, "allowed: timescale"),
+        ("cosine_with_restarts", {"num_cycles": None}, "NoneType"),
     ],
 )
+@pytest.mark.parametrize("warmup_steps", [0, 2])
 def test_arguments_that_a_schedule_does_not_take_are_refused_before_anything_is_written(
-    tmp_path, kind, arguments, message
+    tmp_path, kind, arguments, message, warmup_steps
 ):
-    config = quiet_config(tmp_path / "run", lr_scheduler_type=kind, lr_scheduler_kwargs=arguments)
+    settings = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": arguments, "warmup_steps": warmup_steps}
+    config = quiet_config(tmp_path / "run", max_steps=20, **settings)
     with pytest.raises(p3.TrainingError, match=message) as caught:
         p3.train(adapted_model(), chat_dataset(), config)
     assert "\n" not in str(caught.value) and f"lr_scheduler_type={kind!r}" in str(caught.value)
