@@ -76,7 +76,12 @@ _LORA_RULES: dict[str, Rule] = {
     "layers_to_transform": _optional(
         (lambda value: all(is_int(index, 0) for index in value), "the number of a layer, from 0, or a list of them")
     ),
-    "layers_pattern": _optional((lambda value: all(isinstance(name, str) for name in value), "a name or a list")),
+    "layers_pattern": _optional(
+        (
+            lambda value: all(name and _is_regex(name) for name in value),
+            "a name, a regular expression, or a list of them",
+        )
+    ),
     "rank_pattern": (lambda value: _is_pattern(value, lambda r: is_int(r, 1)), "a dict: regular expression -> rank"),
     "alpha_pattern": (
         lambda value: _is_pattern(value, lambda alpha: is_number(alpha) and alpha > 0),
@@ -162,7 +167,7 @@ def _are_targets(value: Any) -> bool:
 
 def _is_pattern(value: object, accepts: Callable[[Any], bool]) -> bool:
     """Return whether a value has the form of ``rank_pattern``: a dict with regular expressions as keys."""
-    return isinstance(value, Mapping) and all(_is_regex(key) and accepts(number) for key, number in value.items())
+    return isinstance(value, Mapping) and all(key and _is_regex(key) and accepts(n) for key, n in value.items())
 
 
 def _is_regex(value: object) -> bool:

@@ -307,8 +307,11 @@ LORA_BOUNDS = {
     "segments": ([None, {"qkv": [8, 4]}, {"qkv": {"q": 8, "k": 4}}], SEGMENTS_REFUSED),
     "exclude_modules": ([None, "lm_head", r".*\.layers\.\d+\.mlp\..*", ["k_proj"]], ["(", 5, ["o_proj", 3], [""]]),
     "layers_to_transform": ([None, [0], [3, 1]], [-1, [1.5], "0", [True], True]),
-    "layers_pattern": ([None], [5, [3]]),
-    "rank_pattern": ([{}, {"o_proj": 4, r"layers\.[01]\..*": 32}], [["o_proj"], {"o_proj": 0}, {"(": 4}, {3: 4}, "x"]),
+    "layers_pattern": ([None], [5, [3], "(", ["h", "*"], [""]]),
+    "rank_pattern": (
+        [{}, {"o_proj": 4, r"layers\.[01]\..*": 32}],
+        [["o_proj"], {"o_proj": 0}, {"(": 4}, {3: 4}, {"": 4}, "x"],
+    ),
     "alpha_pattern": ([{}, {"o_proj": 0.5}], [{"o_proj": 0}, {"o_proj": "8"}, {"*": 4}, 3]),
 }
 TABLES = {TrainingConfig: TRAINING_BOUNDS, LoraConfig: LORA_BOUNDS}
