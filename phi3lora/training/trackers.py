@@ -153,7 +153,7 @@ def _is_quiet(config: TrainingConfig) -> bool:
 def tracker_names(config: TrainingConfig) -> list[str]:
     """Return the trackers in ``report_to``; ``"all"`` stands for those that are installed."""
     if "all" not in config.report_to:
-        return list(config.report_to)
+        return list(dict.fromkeys(config.report_to))
     packages = {"torch.utils.tensorboard": "tensorboard"}
     return [name for name, (module, _) in _KINDS.items() if importlib.util.find_spec(packages.get(module, module))]
 
@@ -184,6 +184,7 @@ class Trackers:
 
     def __init__(self, config: TrainingConfig, done_steps: int = 0) -> None:
         self._open: dict[str, Tracker] = {}
+        self._given_up: set[str] = set()
         for name in tracker_names(config):
             try:
                 self._open[name] = _KINDS[name][1](config, done_steps)
@@ -195,11 +196,13 @@ class Trackers:
     def write(self, line: dict[str, Any]) -> None:
         """Record the numbers of a line of ``metrics.jsonl`` at its step."""
         figures = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
-        for name in list(self._open):
+        for name, tracker in self._open.items():
+            if name in self._given_up:
+                continue
             try:
-                self._open[name].write(figures, line["step"])
+                tracker.write(figures, line["step"])
             except Exception as error:
-                del self._open[name]
+                self._given_up.add(name)  # its run is closed at the end: the next run would go on in an open one
                 logger.warning(
                     "%s failed at step %s: %s; the run goes on without this tracker, and metrics.jsonl has every line",
                     *(name, line["step"], error_line(error)),
@@ -212,4 +215,5 @@ class Trackers:
             try:
                 tracker.close(failed)
             except Exception as error:
-                logger.warning("%s did not close: %s", name, error_line(error))
+                if name not in self._given_up:  # one warning for each
+                    logger.warning("%s did not close: %s", name, error_line(error))

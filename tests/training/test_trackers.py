@@ -96,6 +96,7 @@ class Library:
         self.ended.append(exit_code)
 
     def end_run(self, status):
+        self._call("finish")
         self.ended.append(int(status == "FAILED"))
 
 
@@ -130,11 +131,15 @@ def test_a_run_that_is_open_is_used_and_left_open(tmp_path, monkeypatch, name):
     assert (fake.run.ended, fake.ended, fake.settings) == ([], [], {})
 
 
+@pytest.mark.parametrize("fails_in", [("log",), ("log", "finish")])
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_tracker_that_fails_in_the_run_is_named_once_and_the_run_goes_on(tmp_path, monkeypatch, caplog, name):
-    library(monkeypatch, name, fails_in=("log",))
+def test_a_tracker_that_fails_in_the_run_is_named_once_closed_and_the_run_goes_on(
+    tmp_path, monkeypatch, caplog, name, fails_in
+):
+    fake = library(monkeypatch, name, fails_in=fails_in)
     result = train(tmp_path, report_to=["tensorboard", name])
     assert result.global_step == 3
+    assert fake.ended == ([] if "finish" in fails_in else [0])
     assert caplog.messages == [
         f"{name} failed at step 1: no server for log; the run goes on without this tracker, and metrics.jsonl has "
         f"every line"
@@ -173,7 +178,7 @@ def test_all_stands_for_the_trackers_that_are_installed(monkeypatch):
     installed = {"tensorboard", "trackio"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
     assert tracker_names(quiet_config("unused", report_to="all")) == ["tensorboard", "trackio"]
-    assert tracker_names(quiet_config("unused", report_to=["mlflow"])) == ["mlflow"]
+    assert tracker_names(quiet_config("unused", report_to=["mlflow", "mlflow"])) == ["mlflow"]
     assert tracker_names(quiet_config("unused", report_to="none")) == []
 
 
