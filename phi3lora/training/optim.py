@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -201,7 +202,9 @@ def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
     try:
         if wrong := [name for name in given if name not in own] or [name for name in required if name not in given]:
             raise ValueError(f"{wrong[0]} is {'not known' if wrong[0] in given else 'missing'}")
-        scheduler: Any = optimization.get_scheduler(kind, stand_in, warmup, total_steps, given)
+        with warnings.catch_warnings():  # about num_stable_steps, since get_scheduler passes the total on, too
+            warnings.simplefilter("ignore", UserWarning)
+            scheduler: Any = optimization.get_scheduler(kind, stand_in, warmup, total_steps, given)
         factor = scheduler.lr_lambdas[0]
         for step in (0, warmup, (warmup + total_steps) // 2, total_steps - 1):  # each part of the schedule fails alone
             factor(step)

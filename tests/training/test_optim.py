@@ -72,6 +72,12 @@ def test_a_schedule_is_transformers_scheduler_step_by_step_in_any_order(kind):
     assert len(set(expected)) > 1 or kind == "constant"
 
 
+def test_a_stable_phase_of_ones_own_length_gives_no_warning():
+    arguments = {"num_decay_steps": 5, "num_stable_steps": 3}
+    rate = schedule(schedule_config("warmup_stable_decay", lr_scheduler_kwargs=arguments), 30)
+    assert [rate(step) == 0.002 for step in range(30)] == [4 <= step <= 7 for step in range(30)]
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_rate_of_zero_stays_zero(kind):
     rate = schedule(schedule_config(kind, learning_rate=0, lr_scheduler_kwargs=SCHEDULES[kind]), 30)
