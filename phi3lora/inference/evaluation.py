@@ -28,7 +28,7 @@ from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
 from ..data.template import ChatEncoder
 from ..display import flat, html_table, one_line, text_facts
-from ..errors import DataError, Phi3LoRAError, install_hint, is_int, short_repr
+from ..errors import DataError, Phi3LoRAError, install_hint, is_int, is_number, short_repr
 from ..lora.wrappers import unwrap
 from ..model.backend import PLAIN, use_backend
 from ..model.forward import eval_mode, output_head, require_causal_lm, supervised_hidden_states
@@ -144,11 +144,16 @@ def _own_metrics(compute_metrics: ComputeMetrics, answers: Answers, taken: Colle
     found = compute_metrics(answers)
     if not isinstance(found, Mapping):
         raise DataError(f"compute_metrics returned {short_repr(found)}; allowed: a dict of names to numbers")
-    numbers = {name: value.item() if hasattr(value, "item") else value for name, value in found.items()}
-    for name, value in numbers.items():
-        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise DataError(f"compute_metrics returned {short_repr({name: value})}; allowed: names to numbers")
-        if name in (*taken, "n_answers"):
+    numbers: dict[str, float] = {}
+    for name, given in found.items():
+        try:
+            value: Any = given.item() if hasattr(given, "item") else given
+        except (ValueError, RuntimeError):  # an array of several numbers
+            value = None
+        if not isinstance(name, str) or not (is_number(value) or isinstance(value, float)):  # NaN is one, too
+            raise DataError(f"compute_metrics returned {short_repr({name: given})}; allowed: names to numbers")
+        numbers[name] = value
+        if name.removeprefix("eval_") in (*taken, "n_answers"):
             raise DataError(
                 f"compute_metrics returned {name!r}, a metric that evaluate has already; choose another name"
             )

@@ -360,7 +360,8 @@ class _Run:
                 max_new_tokens=config.eval_max_new_tokens,
                 world=self.world,
             )
-        self.evaluated_at, self.last_eval = state.global_step, {f"eval_{name}": x for name, x in found.items()}
+        self.evaluated_at = state.global_step
+        self.last_eval = {f"eval_{name.removeprefix('eval_')}": value for name, value in found.items()}
         self.report.log({"step": state.global_step, "epoch": round(state.epoch_progress, 4), **self.last_eval})
         state.measured = self.resumable.measured
         self.best.count(self.best.metric(self.last_eval))

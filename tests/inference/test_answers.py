@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import adapted_model, chat_dataset, chat_rows, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,6 +204,10 @@ def test_compute_metrics_gets_the_answers_and_its_numbers_are_returned():
         ({"loss": 1.0}, "'loss', a metric that evaluate has already"),
         ({"n_answers": 1}, "'n_answers'"),
         ({1: 2}, "names to numbers"),
+        ({"eval_loss": 1.0}, "'eval_loss', a metric that evaluate has already"),
+        ({"exact": np.ones(2)}, "'exact'.*names to numbers"),
+        ({"exact": torch.ones(2)}, "'exact'.*names to numbers"),
+        ({"exact": 10**400}, "'exact'.*names to numbers"),
     ],
 )
 def test_anything_but_new_names_and_numbers_is_refused(returned, message):

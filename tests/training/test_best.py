@@ -204,14 +204,14 @@ def test_the_best_model_can_be_chosen_by_rouge(tmp_path):
     assert found["rougeL"] == scores[best] and found["n_answers"] == 3
 
 
-@pytest.mark.parametrize("greater", [True, False])
-def test_the_best_model_can_be_chosen_by_a_metric_of_ones_own(tmp_path, greater):
+@pytest.mark.parametrize(("greater", "returned"), [(True, "mine"), (False, "mine"), (True, "eval_mine")])
+def test_the_best_model_can_be_chosen_by_a_metric_of_ones_own(tmp_path, greater, returned):
     model, values = adapted_model(), iter([2.0, 5.0, 1.0, 3.0])
     config = quiet_config(
         tmp_path, **EVERY_STEP, **ANSWERS, metric_for_best_model="eval_mine", greater_is_better=greater
     )
     options = {"eval_dataset": chat_dataset(5), "tokenizer": make_tokenizer()}
-    result = p3.train(model, chat_dataset(), config, compute_metrics=lambda _: {"mine": next(values)}, **options)
+    result = p3.train(model, chat_dataset(), config, compute_metrics=lambda _: {returned: next(values)}, **options)
     assert [line["eval_mine"] for line in result.history if "eval_mine" in line] == [2.0, 5.0, 1.0, 3.0]
     assert result.best_checkpoint == str(tmp_path / f"checkpoint-{2 if greater else 3}")
     assert result.metrics["eval_n_answers"] == 3
