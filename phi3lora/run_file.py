@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import LoraConfig, TrainingConfig
-from .errors import ConfigError, did_you_mean, is_int, is_number, short_repr
+from .errors import SEED_END, ConfigError, did_you_mean, is_int, is_number, short_repr
 from .run_settings import (
     DEMO,
     SECTIONS,
@@ -102,6 +102,8 @@ def _resolve(run: Run, where: str) -> None:
         ("data.eval_source", data.eval_source, _names_sources(data.eval_source), "a name, a path, or a list of them"),
         ("data.eval_share", data.eval_share, is_number(data.eval_share) and 0 <= data.eval_share < 1, "0 <= x < 1"),
         ("data.max_length", data.max_length, is_int(data.max_length, 2), "a whole number >= 2"),
+        ("data.split_seed", data.split_seed, is_int(data.split_seed, 0, SEED_END), "a whole number >= 0, below 2**63"),
+        ("data.streaming", data.streaming, isinstance(data.streaming, bool), "True, False"),
         ("out", run.out, run.out is None or isinstance(run.out, str), "a path"),
     ):
         if not is_allowed:
@@ -220,7 +222,12 @@ def _yaml(text: str) -> Any:
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         loader.flatten_mapping(node)
-        return _unique([tuple(loader.construct_object(n, deep=True) for n in pair) for pair in node.value])
+        pairs = [(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value]
+        for key, _ in pairs:
+            if isinstance(key, (dict, list)):
+                line = node.start_mark.line + 1
+                raise ValueError(f"line {line}: {key!r} is no name; a text with braces needs quotes")
+        return _unique(pairs)
 
     kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
     loader_class.yaml_implicit_resolvers = {

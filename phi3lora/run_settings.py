@@ -166,7 +166,7 @@ def read_value(section: str, name: str, raw: Any) -> Any:
         return _read_text(raw, known[name])
     if isinstance(raw, Mapping):
         return _plain_types(raw)
-    return [str(item) if isinstance(item, str) else item for item in raw] if isinstance(raw, list) else raw
+    return _read_list(raw, known[name]) if isinstance(raw, list) else raw
 
 
 def _holds_texts(setting: dataclasses.Field[Any]) -> bool:
@@ -199,7 +199,8 @@ def kinds_of(setting: dataclasses.Field[Any]) -> frozenset[str]:
 
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.I | re.ASCII)
+_NUMBER = re.compile(r"[-+]?(\d(_?\d)*(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.I | re.ASCII)
+_NAMES_WITH_COMMAS = re.compile(r"[\w./\s-]*(,[\w./\s-]*)+")  # a regular expression may hold a comma, too: \d{1,2}
 
 
 def _read_text(raw: str, setting: dataclasses.Field[Any]) -> Any:
@@ -218,9 +219,16 @@ def _read_text(raw: str, setting: dataclasses.Field[Any]) -> Any:
     if "Mapping" in kinds and "=" in text:
         pairs = [pair.partition("=") for pair in text.split(",")]
         return {name: _plain_types(value) for name, _, value in pairs}
-    if "Sequence" in kinds and "," in text and setting.metadata.get("commas", True):
-        return [part.strip() for part in text.split(",") if part.strip()]
+    if "Sequence" in kinds and setting.metadata.get("commas", True) and _NAMES_WITH_COMMAS.fullmatch(text):
+        return _read_list([part.strip() for part in text.split(",") if part.strip()], setting)
     return text
+
+
+def _read_list(items: list[Any], setting: dataclasses.Field[Any]) -> list[Any]:
+    """Return a list with its texts read as numbers where the field takes numbers."""
+    if "int" in kinds_of(setting):
+        return [_plain_types(item) for item in items]
+    return [str(item) if isinstance(item, str) else item for item in items]
 
 
 def _number(text: str, whole: bool = False) -> int | float:

@@ -96,6 +96,21 @@ def test_a_list_is_spelt_with_commas_or_as_a_list(write):
         assert read_run(write(f"lora:\n  target_modules: {text}\n")).lora.target_modules == ["q_proj", "v_proj"]
 
 
+def test_a_regular_expression_with_a_comma_is_one_target(write):
+    regex = r".*layers\.\d{1,2}\.(mlp|self_attn)\.o_proj"
+    for options in ([("target_modules", regex)], [("lora.target_modules", [regex])]):
+        assert read_run(None, options).lora.target_modules == regex
+    for text in (f"'{regex}'", regex):
+        assert read_run(write(f"lora:\n  target_modules: {text}\n")).lora.target_modules == regex
+
+
+def test_a_list_of_numbers_holds_numbers(write):
+    for raw in ("0,1", "0, 1", "[0, 1]", ["0", "1"]):
+        assert read_run(None, [("layers_to_transform", raw)]).lora.layers_to_transform == [0, 1]
+    for text in ("[0, 1]", "\n  - 0\n  - 1", "0,1"):
+        assert read_run(write(f"lora:\n  layers_to_transform: {text}\n")).lora.layers_to_transform == [0, 1]
+
+
 def test_columns_are_texts_and_other_mappings_hold_numbers(write):
     columns = {"prompt": "no", "completion": "2024"}
     assert read_run(write("data: {columns: {prompt: no, completion: 2024}}")).data.columns == columns
@@ -127,10 +142,15 @@ def test_columns_are_texts_and_other_mappings_hold_numbers(write):
         ("- a", "allowed: the sections"),
         ("training: {seed: 1", "cannot be read"),
         ("training: !!python/object:os.system {}", "cannot be read"),
+        ("training: {output_dir: {{ name }}}", "line 1: {'name': None} is no name; a text with braces needs quotes"),
+        ("training: {max_steps: 1__0}", "max_steps='1__0'; allowed"),
+        ("training: {lr_scheduler_kwargs: {min_lr: 1_}, max_steps: 1_}", "max_steps='1_'; allowed"),
         ("data: {eval_share: 2}", "data.eval_share=2; allowed"),
         ("data: {eval_share: 0.1, eval_source: x}", "exclude each other"),
         ("data: {eval_share: 0.1, streaming: true}", "a stream cannot be split"),
         ("data: {max_length: 1}", "data.max_length=1; allowed"),
+        ("data: {split_seed: -5}", "data.split_seed=-5; allowed"),
+        ("data: {streaming: ture}", "data.streaming='ture'; allowed: True, False"),
         ("data: {columns: !!float 1}", "columns=1.0; allowed: names of ours and yours"),
         (f"training: {{weight_decay: {'1' * 400}}}", "weight_decay=111"),
         ("data: {source: {a: b}}", "data.source={'a': 'b'}; allowed"),
@@ -206,7 +226,10 @@ def test_json_and_yaml_say_the_same(write):
 
 
 def test_a_written_file_reads_back_as_the_same_run(write, caplog):
-    lora = p3.LoraConfig(r=4, target_modules=["q_proj"], segments={"qkv": {"q": 64, "k": 16}})
+    lora = p3.LoraConfig(
+        r=4, target_modules=["q_proj"], segments={"qkv": {"q": 64, "k": 16}}, exclude_modules=r"layers\.\d{1,2}\.o",
+        layers_to_transform=[0, 2], rank_pattern={r"layers\.\d{1,2}\.down_proj": 8}, alpha_pattern={"o_proj": 1e-5},
+    )  # fmt: skip
     training = p3.TrainingConfig(
         output_dir="1e-4", learning_rate=1e-5, eval_strategy="no", run_name="no", report_to=["tensorboard"],
         warmup_ratio=1e-7, data_seed=7, activation_checkpointing="full",
