@@ -86,7 +86,7 @@ def plot(*runs: Any, out: str | os.PathLike[str] | None = None) -> RunsPlot:
         path = as_path(out, "out", TrainingError)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.figure.savefig(path, dpi=120)
+            drawn.figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")  # else matplotlib adds a suffix
         except (OSError, ValueError) as error:  # a ValueError: a format that matplotlib does not know
             raise TrainingError(f"plot: {str(path)!r} cannot be written: {error}") from error
     return drawn
