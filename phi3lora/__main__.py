@@ -22,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from .cli.commands import run_command  # loads torch
 
-        return run_command(options)
+        status = run_command(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is handled
+        return status
     except (Phi3LoRAError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # of `phi3lora ... | head`: nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
