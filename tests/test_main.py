@@ -362,6 +362,50 @@ def test_evaluate_measures_what_a_run_file_holds_out(tmp_path, monkeypatch, caps
     assert printed == pytest.approx(p3.evaluate(model, chats.split(0.05, seed=3)[1]))
 
 
+def test_evaluate_measures_the_data_of_its_option_in_the_place_of_what_a_run_file_holds_out(data, capsys):
+    (data / "run.yaml").write_text("model: demo\ndata: {source: demo, eval_share: 0.05}")
+    (data / "none.yaml").write_text("model: demo\ndata: {source: demo, eval_source: none.jsonl}")
+    columns = ["--columns", "prompt=question", "completion=reply"]
+    found = []
+    for words in (["run.yaml"], ["none.yaml"], ["--model", "demo"]):
+        assert main(["evaluate", *words, "--data", "a.jsonl", *columns]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("command", [["train", "--data", "demo"], ["import", "nowhere"]], ids=lambda words: words[0])
+def test_an_adapter_file_of_a_wrong_name_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("phi3lora.cli.commands.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert main([*command, "--model", "demo", "--out", "adapter.bin"]) == 1
+    assert "'adapter.bin'; allowed: *.safetensors, *.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_the_command_after_an_interruption_goes_through(tmp_path, monkeypatch, capsys, has_checkpoint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pt").write_bytes(b"")
+    where = str(tmp_path) if has_checkpoint else None
+    result = p3.TrainingResult(0, {}, [], None, interrupted=True, interrupted_by=2, checkpoint=where)
+    monkeypatch.setattr("phi3lora.cli.commands.run_training", lambda *_, **__: result)
+    words = ["train", "--model", "demo", "--data", "demo", "--set", "max_steps=1", "--out", "x.pt", "--overwrite"]
+    assert main(words) == 130
+    again = capsys.readouterr().err.splitlines()[-1]
+    assert again.endswith(f"resume_from_checkpoint={'true' if has_checkpoint else 'auto'} --out x.pt --overwrite")
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "phi3lora", "plot", str(tmp_path), "--out", str(tmp_path / "a")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    assert (tmp_path / "a").read_bytes().startswith(b"\x89PNG")  # the file that was named, not a.png
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

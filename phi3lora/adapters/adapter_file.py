@@ -91,7 +91,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         AdapterError: a model without adapters, another suffix, a path that cannot be written; trained biases inside
             ``disabled``, where the base's own are in their place.
     """
-    path, model = _adapter_path(path), unwrap(model)
+    path, model = adapter_path(path), unwrap(model)
     if not lora_layers(model):
         raise AdapterError("the model has no adapters to save; call inject_lora(model, config) first")
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
@@ -263,7 +263,7 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Return an adapter file's tensors, on the CPU, and its metadata if it has any. No code in the file is executed."""
-    path = _adapter_path(path)
+    path = adapter_path(path)
     if not path.is_file():
         raise AdapterError(f"there is no adapter file {str(path)!r}")
     try:
@@ -292,7 +292,8 @@ def _read_sidecar(path: Path, digest: str) -> Any:
     return {key: value for key, value in metadata.items() if key != _SHA256} or None
 
 
-def _adapter_path(value: object) -> Path:
+def adapter_path(value: object) -> Path:
+    """Return ``value`` as a path that an adapter file can have, or raise an AdapterError."""
     path = as_path(value, "an adapter file", AdapterError)
     if (path / CONFIG_NAME).is_file() or (path.name == TENSORS_NAME and path.with_name(CONFIG_NAME).is_file()):
         raise AdapterError(f"{str(path)!r} is in PEFT's format; load its folder with import_peft(model, folder)")

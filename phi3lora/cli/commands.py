@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter_file import save_adapter
+from ..adapters.adapter_file import adapter_path, save_adapter
 from ..adapters.gguf import export_gguf, find_converters
 from ..adapters.hub import push_to_hub
 from ..adapters.merge import save_merged
@@ -78,7 +78,7 @@ def _read(options: argparse.Namespace) -> Run:
 def _train(options: argparse.Namespace) -> int:
     run = _read(options)
     config, is_main = run.training, rank_and_size()[0] == 0
-    out = Path(run.out or Path(config.output_dir) / "adapter.safetensors")
+    out = adapter_path(run.out or Path(config.output_dir) / "adapter.safetensors")
     goes_on = bool(config.resume_from_checkpoint or config.overwrite_output_dir)
     if is_main:
         check_output_dir(config)
@@ -88,8 +88,10 @@ def _train(options: argparse.Namespace) -> int:
     model, tokenizer, chats, held_out = _load_run(run)
     result = run_training(model, chats, config, held_out, tokenizer, tells_next=False)
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
-        words = ["train", f"{config.output_dir}/{RECORD}", "--set", "resume_from_checkpoint=true"]
-        again = command_line(*words, *(["--out", run.out] if run.out else []))
+        start = "true" if result.checkpoint else "auto"  # before the first step there is no checkpoint yet
+        words = ["train", f"{config.output_dir}/{RECORD}", "--set", f"resume_from_checkpoint={start}"]
+        out_options = ["--out", run.out, *(["--overwrite"] if options.overwrite else [])] if run.out else []
+        again = command_line(*words, *out_options)
         line = f"phi3lora: interrupted after step {result.global_step}, before {out} was written. To continue:"
         print(f"{line}\n{again}", file=sys.stderr)
         return 128 + result.interrupted_by
@@ -111,6 +113,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     run = _read(options)
+    if any(name == "data.source" for name, _ in options.settings):  # in the place of what the file holds out
+        run.data.eval_source, run.data.eval_share = None, 0.0
     _check_data(run)
     adapter = _check_model(run)
     tokenizer = load_tokenizer(_model_path(run), revision=run.model.revision)
@@ -329,7 +333,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    run, out = _read(options), Path(options.out)
+    run, out = _read(options), adapter_path(options.out)
     _check_free(out, options.overwrite)
     model, _ = _load_model(run, None, device="cpu")
     print(import_peft(model, options.folder))
