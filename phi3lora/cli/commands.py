@@ -263,8 +263,13 @@ def _load_model(run: Run, adapter: Path | None, **options: Any) -> tuple[Any, An
 
 
 def _init(options: argparse.Namespace) -> int:
+    if not options.file.endswith((".yaml", ".yml")):
+        raise ConfigError(f"the run file {options.file!r} is to be YAML; allowed: *.yaml, *.yml")
     _check_free(Path(options.file), options.overwrite)
+    if options.device_memory_gib is not None and not options.device_memory_gib > 0:
+        raise ConfigError(f"--device-memory-gib {options.device_memory_gib:g}; allowed: a number > 0")
     run = read_run(None, options.settings)
+    Path(options.file).parent.mkdir(parents=True, exist_ok=True)
     write_starter(Path(options.file), run, _model_path(run), options.device_memory_gib)
     print(f"{options.file}: edit it, then {command_line('train', options.file)}")
     return 0

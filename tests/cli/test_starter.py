@@ -78,6 +78,29 @@ def test_init_overwrites_nothing_and_names_a_missing_model(tmp_path, capsys):
     assert path.read_text() == "mine" and "model_type 'llama'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run.txt"], "'run.txt' is to be YAML; allowed: *.yaml, *.yml"),
+        (["run.json"], "'run.json' is to be YAML"),  # `train` would read it as JSON
+        (["--device-memory-gib", "nan"], "--device-memory-gib nan; allowed: a number > 0"),
+        (["--device-memory-gib", "-5"], "--device-memory-gib -5; allowed"),
+    ],
+)
+def test_init_refuses_a_file_that_train_cannot_read_and_a_card_without_memory(
+    tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", *words, "--model", "demo"]) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_init_makes_the_folder_of_the_file(tmp_path):
+    path = tmp_path / "a b" / "ü.yaml"
+    assert main(["init", str(path), "--model", "demo"]) == 0
+    assert read_run(str(path)).model.name_or_path == "demo"
+
+
 def test_without_a_hub_the_message_is_one_line_and_has_no_chain_of_causes(monkeypatch, capsys):
     def unreachable(*arguments, **options):
         raise OSError("We couldn't connect to 'https://hub' to load the files\nand couldn't find them in the cache.")
