@@ -358,7 +358,8 @@ class PlainSteps(_Steps):
             self.cache = self._allocate(cache.layers[0].keys.dtype)
         at = torch.tensor(rows, device=self.device)
         for i, layer in enumerate(cache.layers):
-            self.cache[0, i, at, :, :width], self.cache[1, i, at, :, :width] = layer.keys, layer.values
+            for cached, new in zip(self.cache[:, i], (layer.keys, layer.values), strict=True):
+                cached[at, :, :width] = new.to(cached.dtype)  # autocast may give keys and values of two dtypes
         last = hidden[torch.arange(len(rows)), lengths - 1]  # (M, D)
         logits: Tensor = self.head(last)
         return logits
@@ -392,7 +393,7 @@ class PlainSteps(_Steps):
         """Store a token's keys and values (M, H_kv, 1, C) and return those of all tokens, as a Cache does."""
         assert self.cache is not None
         for cached, new in zip(self.cache[:, layer_idx], (key, value), strict=True):
-            cached[self._rows, :, self._positions] = new[:, :, 0]
+            cached[self._rows, :, self._positions] = new[:, :, 0].to(cached.dtype)
         keys, values = self.cache[:, layer_idx, : len(key), :, : self._longest]
         return keys, values
 

@@ -89,6 +89,15 @@ def test_an_adapter_that_changed_between_two_calls_is_seen():
     assert before != after == by_transformers(model, PROMPTS, 8)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_answers_equal_those_of_transformers_under_autocast(dtype, attention):
+    model = variant().to(dtype)
+    model.set_attn_implementation(attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert by_rows(model, PROMPTS, 4, 1) == by_transformers(model, PROMPTS, 4)
+
+
 def test_a_longrope_model_answers_on_both_sides_of_its_boundary_and_across_it():
     model = longrope_model(boundary=40, head_scale=30.0).eval()
     prompts = documents(5, 39, 40, 41, 60, 30, 33, 12)
