@@ -281,8 +281,8 @@ class Stream:
                     self.put(values[row])
                 if self._ends(number):
                     self.ended.add(number)
-                    if self.served.get(row) == number:
-                        self._free(row)
+                    for present in [r for r, served in self.served.items() if served == number]:  # it may have moved
+                        self._free(present)
 
     def _ends(self, number: int) -> bool:
         return self.answers[number][-1] in self.stops

@@ -8,7 +8,7 @@ from conftest import ATTENTION_VARIANTS, lively_model, longrope_model, make_toke
 from transformers import GenerationConfig
 
 import phi3lora as p3
-from phi3lora.inference.decoding import PlainSteps, decode
+from phi3lora.inference.decoding import KernelSteps, PlainSteps, Stream, decode
 from phi3lora.inference.sampling import Sampling
 from phi3lora.lora.base_weight import quantize_base
 from phi3lora.model.attention import use_packed_attention
@@ -114,6 +114,34 @@ def test_rows_are_filled_while_prompts_wait_and_few_steps_are_computed(monkeypat
     answers = by_rows(model, prompts, 40, 4)
     assert max(steps) == 4
     assert sum(steps) == sum(len(answer) - 1 for answer in answers)  # not one step too many
+
+
+def test_an_answer_that_ended_while_its_row_moved_takes_no_more_steps(monkeypatch):
+    """As on a GPU: the host reads a step late, and rows move in between when fewer of them are left."""
+    model, steps, count = variant(), [], 16
+    prompts = documents(*[5] * count)
+    expected = by_rows(model, prompts, 200, count)
+    read, real = Stream._issue, PlainSteps.decode
+
+    def issue(self, rows):
+        read(self, rows)
+        self.on_their_way[-1] = self.on_their_way[-1]._replace(tokens=self.tokens.clone())
+
+    monkeypatch.setattr(Stream, "_issue", issue)
+    monkeypatch.setattr(PlainSteps, "lag", 1)
+    monkeypatch.setattr(PlainSteps, "bucket", KernelSteps.bucket)
+    monkeypatch.setattr(PlainSteps, "decode", lambda self, *step: steps.append(1) or real(self, *step))
+    for stop in range(5, 5 + 40):
+        stops = [stop, *STOPS]
+        steps.clear()
+        with torch.no_grad():
+            answers = decode(model, prompts, max_new_tokens=200, slots=count, stops=stops)
+        assert answers == [cut(answer, stops) for answer in expected]
+        assert len(steps) <= max(map(len, answers)) + 1
+
+
+def cut(answer, stops):
+    return answer[: next((i for i, token in enumerate(answer, 1) if token in stops), None)]
 
 
 # --- On a GPU, through the kernels and CUDA graphs
