@@ -238,7 +238,7 @@ class _AdaptedLinear(AdaptedLayer):
         A, B = factors(self, x2)
         z = F.linear(_to(dropout(x2) if dropout.training else x2, A.dtype), A)  # (N, k*r)
         add_low_rank_(y, z, B, self.segments, self.enable_lora, self.scaling)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
         """Return ``scaling * B_i A_i`` in segment i's rows, zero elsewhere; float32, in the weight's own shape."""

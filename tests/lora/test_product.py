@@ -241,3 +241,13 @@ def test_evaluations_see_each_training_step():
         assert losses[-1] == pytest.approx(loss.item(), rel=1e-5)
         optimizer.step()
     assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (0, 5, 6), (5, 0, 6)])
+def test_an_input_of_any_shape_gives_the_same_without_gradients(shape):
+    layer, x = p3.MergedLinear(6, 12, r=2, enable_lora=[True, False, True]), torch.randn(shape)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    expected = layer(x)
+    with torch.no_grad(), keep_factors(layer):
+        torch.testing.assert_close(layer(x), expected.detach())
