@@ -41,7 +41,8 @@ def speed_shown(tokenizer: Any) -> Iterator[None]:
     started = time.perf_counter()
     with redirect_stdout(watched):
         yield
-    seconds, tokens = time.perf_counter() - started, len(tokenizer.encode(watched.text, add_special_tokens=False))
+    seconds, text = time.perf_counter() - started, watched.text.removesuffix("\n")  # print's own
+    tokens = len(tokenizer.encode(text, add_special_tokens=False))
     if tokens:
         first = watched.first_at - started
         line = f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.3g} tok/s), the first after {first:.2f} s"
