@@ -90,6 +90,7 @@ def decode(
         put: called with each token of each answer.
     """
     answers: list[list[int]] = [[] for _ in prompts]
+    slots = min(slots, len(prompts))
     device, boundary = model.get_input_embeddings().weight.device, longrope_boundary(model.config)
     make_steps = KernelSteps if _kernels_can_run(model) else PlainSteps
     choice = TokenChoice(sampling, repetition_penalty, slots)
@@ -257,7 +258,8 @@ class Stream:
         served = [(row, self.served[row]) for row in rows]
         tokens, ready = self.tokens, None
         if tokens.is_cuda:
-            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+            host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
+            tokens = host.copy_(tokens, non_blocking=True)
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         self.on_their_way.append(_Issued(served, tokens, ready))
@@ -349,7 +351,7 @@ class PlainSteps(_Steps):
 
     def prefill(self, rows: list[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Return the logits (M, V) after the prompts, padded on the right, whose keys and values go to these slots."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         width = int(lengths.max())
         input_ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
         cache: Any = DynamicCache()
@@ -360,7 +362,7 @@ class PlainSteps(_Steps):
         for i, layer in enumerate(cache.layers):
             for cached, new in zip(self.cache[:, i], (layer.keys, layer.values), strict=True):
                 cached[at, :, :width] = new.to(cached.dtype)  # autocast may give keys and values of two dtypes
-        last = hidden[torch.arange(len(rows)), lengths - 1]  # (M, D)
+        last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]  # (M, D)
         logits: Tensor = self.head(last)
         return logits
 
@@ -435,15 +437,17 @@ class KernelSteps(_Steps):
         """Return the logits (M, V) after the prompts, packed, whose keys and values go to these slots."""
         lengths = [len(prompt) for prompt in prompts]
         tokens = [token for prompt in prompts for token in prompt]
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        edges = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.cat([torch.arange(length, device="cpu") for length in lengths]).to(self.device)
+        edges = torch.tensor([0, *lengths], device="cpu").cumsum(0)
         batch = {
             "input_ids": torch.tensor([tokens], device=self.device),
             "position_ids": positions[None],
             "cu_seqlens": edges.to(self.device, torch.int32),
             "max_seqlen": max(lengths),
         }
-        slots = torch.repeat_interleave(torch.tensor(rows), torch.tensor(lengths)).to(self.device)  # (N,)
+        slots = torch.repeat_interleave(*(torch.tensor(n, device="cpu") for n in (rows, lengths))).to(
+            self.device
+        )  # (N,)
         return self.token_step.prefill(batch, slots, (edges[1:] - 1).to(self.device))
 
     def decode(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
