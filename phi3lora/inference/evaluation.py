@@ -98,6 +98,9 @@ def evaluate(
     _check_number("batch_size", batch_size, 2**63)
     if max_length is not None:
         _check_number("max_length", max_length, 2**24 + 1)
+    _check_number("max_new_tokens", max_new_tokens, 2**63)
+    if max_samples is not None:
+        _check_number("max_samples", max_samples, 2**63)
     asked_by = "rouge=True" if rouge else "compute_metrics" if compute_metrics is not None else None
     if asked_by and not dataset.known_length:
         raise DataError(f"{asked_by} needs a ChatDataset, not a stream; pass stream.take(100), for example")
@@ -257,6 +260,8 @@ def sample_answers(
         >>> len(answers), answers[0].reference.startswith("Thanks for asking!")
         (2, True)
     """
+    if not dataset.known_length:
+        raise DataError("sample_answers needs a ChatDataset, not a stream; pass stream.take(100), for example")
     if count is not None and not (isinstance(count, int) and count >= 1):
         raise DataError(f"count={count!r}; allowed: a whole number >= 1, or None for all")
     return _answers(model, tokenizer, _answerable(dataset, count), max_new_tokens, batch_size)

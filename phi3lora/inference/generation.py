@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from transformers import GenerationConfig, TextStreamer
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..data.turns import read_turns
-from ..errors import DataError, is_int
+from ..errors import DataError, is_int, short_repr
 from ..lora.wrappers import unwrap
-from ..model.forward import eval_mode
+from ..model.forward import eval_mode, require_causal_lm
 from ..model.load import longrope_boundary
 from .decoding import decode, unsupported_reason
 from .sampling import Draw as Draw
@@ -80,15 +81,12 @@ def generate(
     chats, is_list = _as_chats(prompt, system)
     if stream and len(chats) > 1:
         raise DataError(f"stream=True with {len(chats)} prompts; allowed: one")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not is_int(value, 1):
-            raise DataError(f"{name}={value!r}; allowed: a whole number >= 1")
-    _check_sampling(temperature, top_p, top_k, repetition_penalty)
+    _check_sampling(temperature, top_p, top_k, repetition_penalty, seed)
     encoder = ChatEncoder(tokenizer)
     prompts = [_prompt_ids(encoder, chat, tools, i) for i, chat in enumerate(chats, 1)]
     sampling = None
     if temperature > 0:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(int(seed))
         first_seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         sampling = Sampling(float(temperature), top_p, top_k, first_seed)
     answers = generate_answers(
@@ -119,7 +117,18 @@ def generate_answers(
     stream: bool = False,
 ) -> list[str]:
     """Return the answer to each prompt of token ids; ``stream`` also prints that of the only one."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not is_int(value, 1):
+            raise DataError(f"{name}={short_repr(value)}; allowed: a whole number >= 1")
     model = unwrap(model)
+    require_causal_lm(model)
+    largest = max(map(max, prompts), default=0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if largest >= vocabulary:
+        raise DataError(
+            f"a prompt has token id {largest}; the model's vocabulary has {vocabulary}. Use the model's own tokenizer; "
+            f"for tokens that you added, call model.resize_token_embeddings(len(tokenizer)) before inject_lora"
+        )
     streamer: Any = None
     if stream:
         tokenizer: Any = encoder  # of a tokenizer, a streamer uses decode alone
@@ -127,7 +136,7 @@ def generate_answers(
     with eval_mode(model):
         reason = unsupported_reason(model)
         if reason is None:
-            put = None if streamer is None else lambda token: streamer.put(torch.tensor([token]))
+            put = None if streamer is None else lambda token: streamer.put(torch.tensor([token], device="cpu"))
             ids = decode(
                 model, prompts, max_new_tokens=max_new_tokens, slots=batch_size, stops=_stop_token_ids(encoder),
                 sampling=sampling, repetition_penalty=repetition_penalty, put=put,
@@ -149,7 +158,7 @@ def _generate_by_transformers(
     """Return each prompt's new tokens from transformers' ``generate``, batch by batch."""
     model = _without_generation_config(model)
     answers: list[list[int]] = [[]] * len(prompts)
-    options: dict[str, Any] = {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
+    options: dict[str, Any] = {} if repetition_penalty == 1 else {"repetition_penalty": float(repetition_penalty)}
     if streamer is not None:
         streamer.skip_prompt = True
         options["streamer"] = streamer
@@ -207,10 +216,10 @@ def _generate_ids(
     width = max(map(len, prompts))
     stops, pad = _stop_token_ids(encoder), encoder.tokenizer.pad_token_id
     pad = stops[-1] if pad is None else pad
-    input_ids = torch.full((len(prompts), width), pad)
+    input_ids = torch.full((len(prompts), width), pad, device="cpu")
     attention_mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):
-        input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        input_ids[i, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
         attention_mask[i, width - len(prompt) :] = 1
     device = model.get_input_embeddings().weight.device
     output: Tensor = model.generate(
@@ -226,15 +235,17 @@ def _generate_ids(
     return output[:, width:]
 
 
-def _check_sampling(temperature: float, top_p: float, top_k: int, repetition_penalty: float) -> None:
-    for name, value, ok, allowed in (
-        ("temperature", temperature, temperature >= 0, "0 (the likeliest token) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "0 < p <= 1"),
-        ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "a whole number >= 0; 0: all tokens"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "a number > 0; 1: none"),
-    ):
-        if not ok:
-            raise DataError(f"{name}={value!r}; allowed: {allowed}")
+def _check_sampling(temperature: float, top_p: float, top_k: int, repetition_penalty: float, seed: int | None) -> None:
+    rules: tuple[tuple[str, Any, Any, Callable[[Any], bool], str], ...] = (
+        ("temperature", temperature, Real, lambda t: t >= 0, "0 (the likeliest token) or more"),
+        ("top_p", top_p, Real, lambda p: 0 < p <= 1, "0 < p <= 1"),
+        ("top_k", top_k, int, lambda k: k >= 0, "a whole number >= 0; 0: all tokens"),
+        ("repetition_penalty", repetition_penalty, Real, lambda f: f > 0, "a number > 0; 1: none"),
+        ("seed", 0 if seed is None else seed, Integral, lambda s: -(2**63) <= s < 2**63, "a 64-bit integer, or None"),
+    )
+    for name, value, kind, ok, allowed in rules:
+        if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
+            raise DataError(f"{name}={short_repr(value)}; allowed: {allowed}")
 
 
 def _as_chats(prompt: Any, system: str | None) -> tuple[list[list[dict[str, Any]]], bool]:

@@ -79,6 +79,27 @@ def test_chats_without_a_prompt_and_other_counts_are_errors(options, count, mess
         p3.sample_answers(model(), TOKENIZER, load(**options), count=count)
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_new_tokens": 0}, {"max_new_tokens": "3"}], ids=str)
+def test_sizes_of_another_range_are_errors(options):
+    (name,) = options
+    with pytest.raises(p3.DataError, match=f"^{name}=.*allowed: a whole number >= 1"):
+        p3.sample_answers(model(), TOKENIZER, load(), **options)
+    with pytest.raises(p3.DataError, match=f"^{name}=.*allowed: a whole number >= 1"):
+        p3.evaluate(model(), load(), compute_metrics=lambda _: {}, tokenizer=TOKENIZER, **options)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_max_samples_of_another_range_is_an_error(count):
+    with pytest.raises(p3.DataError, match=r"^max_samples=.*allowed: a whole number >= 1"):
+        p3.evaluate(model(), load(), compute_metrics=lambda _: {}, tokenizer=TOKENIZER, max_samples=count)
+
+
+def test_a_stream_has_no_samples():
+    stream = p3.ChatDataset.load(chat_rows(4), TOKENIZER, max_length=64, streaming=True)
+    with pytest.raises(p3.DataError, match=r"not a stream; pass stream\.take"):
+        p3.sample_answers(model(), TOKENIZER, stream)
+
+
 def test_printed_lines_are_shortened_away_from_the_answer():
     answers = p3.sample_answers(model(), TOKENIZER, load(), count=2, max_new_tokens=4)
     lines = str(answers).splitlines()

@@ -355,3 +355,37 @@ def test_a_wrapped_model_answers_as_the_model_inside(wrap):
     model = confident_model()
     expected = p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=4)
     assert p3.generate(wrap(model), TOKENIZER, PROMPTS, max_new_tokens=4) == expected
+
+
+# --- Odd arguments and surroundings
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": "1"}, {"temperature": None}, {"top_p": "x"}, {"top_k": True}, {"repetition_penalty": "2"},
+     {"seed": "x"}, {"seed": 2**70}, {"seed": 1.5}, {"max_new_tokens": 1.5}, {"batch_size": 0}],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_of_another_type_or_range_is_named(options):
+    (name,) = options
+    with pytest.raises(p3.DataError, match=f"^{name}=.*; allowed: "):
+        p3.generate(tiny_model(), TOKENIZER, "Hi", **options)
+
+
+def test_a_token_beyond_the_vocabulary_and_another_module_are_named():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(200)])
+    with pytest.raises(p3.DataError, match=r"token id \d+; the model's vocabulary has 512.*resize_token_embeddings"):
+        p3.generate(tiny_model(), tokenizer, "a <new199>")
+    with pytest.raises(p3.ModelError, match="a Linear is not a causal language model"):
+        p3.generate(torch.nn.Linear(2, 2), TOKENIZER, "Hi")
+
+
+def test_neither_torch_s_default_device_nor_a_huge_batch_size_matters(capsys):
+    model = confident_model(scale=3.0)
+    settings = {"max_new_tokens": 4, "repetition_penalty": 1.5}
+    expected = p3.generate(model, TOKENIZER, PROMPTS, **settings)
+    assert p3.generate(model, TOKENIZER, PROMPTS, **settings, batch_size=10**12) == expected
+    with torch.device("meta"):
+        assert p3.generate(model, TOKENIZER, PROMPTS, **settings) == expected
+        assert p3.generate(model, TOKENIZER, PROMPTS[0], **settings, stream=True) == expected[0]
