@@ -445,10 +445,10 @@ class KernelSteps(_Steps):
             "cu_seqlens": edges.to(self.device, torch.int32),
             "max_seqlen": max(lengths),
         }
-        slots = torch.repeat_interleave(*(torch.tensor(n, device="cpu") for n in (rows, lengths))).to(
-            self.device
-        )  # (N,)
-        return self.token_step.prefill(batch, slots, (edges[1:] - 1).to(self.device))
+        slots = torch.tensor(
+            [row for row, length in zip(rows, lengths, strict=True) for _ in range(length)], device="cpu"
+        )
+        return self.token_step.prefill(batch, slots.to(self.device), (edges[1:] - 1).to(self.device))
 
     def decode(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Return the logits (M, V) after tokens (M,) at positions (M,)."""

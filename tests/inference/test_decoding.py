@@ -57,6 +57,15 @@ def by_rows(model, prompts, count, slots, **options):
         return decode(model, prompts, max_new_tokens=count, slots=slots, stops=STOPS, **options)
 
 
+def recomputed(model, prompt, n):
+    """The likeliest tokens, each from a forward of the whole text without a cache."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "phi3lora", "eager"])
 @pytest.mark.parametrize("name", ATTENTION_VARIANTS)
 def test_answers_equal_those_of_transformers_whatever_the_number_of_rows(name, attention):
@@ -101,7 +110,9 @@ def test_answers_equal_those_of_transformers_under_autocast(dtype, attention):
 def test_a_longrope_model_answers_on_both_sides_of_its_boundary_and_across_it():
     model = longrope_model(boundary=40, head_scale=30.0).eval()
     prompts = documents(5, 39, 40, 41, 60, 30, 33, 12)
-    assert by_rows(model, prompts, 10, 4) == by_transformers(model, prompts, 10)
+    answers = by_rows(model, prompts, 10, 4)
+    for prompt, answer in zip(prompts, answers, strict=True):  # 5.17's generate keeps the short factors past it
+        assert answer and answer == recomputed(model, prompt, len(answer))
 
 
 def test_rows_are_filled_while_prompts_wait_and_few_steps_are_computed(monkeypatch):
