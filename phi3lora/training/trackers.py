@@ -17,7 +17,8 @@ import importlib.util
 import io
 import logging
 import os
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ..config import TrainingConfig
 from ..errors import TrainingError, error_line, install_hint
@@ -28,122 +29,90 @@ Scalars = dict[str, int | float]
 """Name of a figure -> its value."""
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """A receiver of a run's figures."""
 
-    def write(self, figures: Scalars, step: int) -> None:
-        """Record the figures of a step."""
+    write: Callable[[Scalars, int], object]
+    """Function that records the figures of a step."""
+    close: Callable[[bool], object]
+    """Function that flushes and closes; its argument says whether an error ended the run."""
 
-    def close(self, failed: bool) -> None:
-        """Flush and close; ``failed``: an error ended the run."""
 
+def _open_tensorboard(config: TrainingConfig, done_steps: int) -> Tracker:
+    """Write event files to ``output_dir/tensorboard``; a resumed run continues them."""
+    from torch.utils.tensorboard import SummaryWriter
 
-class TensorBoard:
-    """A tracker that writes event files to ``output_dir/tensorboard``; a resumed run continues them."""
+    purge_step = done_steps + 1 if done_steps else None
+    writer: Any = SummaryWriter(f"{config.output_dir}/tensorboard", purge_step=purge_step)
 
-    def __init__(self, config: TrainingConfig, done_steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = f"{config.output_dir}/tensorboard"
-        self._writer: Any = SummaryWriter(folder, purge_step=done_steps + 1 if done_steps else None)
-
-    def write(self, figures: Scalars, step: int) -> None:
+    def write(figures: Scalars, step: int) -> None:
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self, failed: bool) -> None:
-        self._writer.close()
+    return Tracker(write, lambda failed: writer.close())
 
 
-class WandB:
-    """A tracker that logs to a Weights & Biases run: the one that is open, or a new one in ``project``.
+def _open_wandb(config: TrainingConfig, done_steps: int) -> Tracker:
+    """Log to the Weights & Biases run that is open, or to a new one in ``project``.
 
     ``WANDB_MODE=offline``, ``WANDB_RUN_ID`` and its other variables work as usual.
     """
+    import wandb
 
-    def __init__(self, config: TrainingConfig, done_steps: int) -> None:
-        import wandb
-
-        self._is_ours = getattr(wandb, "run", None) is None
-        self._run: Any = getattr(wandb, "run", None) or wandb.init(
-            project=os.environ.get("WANDB_PROJECT", config.project),
-            name=config.run_name,
-            config=config.to_dict(),
-            dir=config.output_dir,
-            settings={"silent": True} if _is_quiet(config) else None,
-        )
-
-    def write(self, figures: Scalars, step: int) -> None:
-        self._run.log(figures, step=step)
-
-    def close(self, failed: bool) -> None:
-        if self._is_ours:
-            self._run.finish(exit_code=int(failed))
+    theirs = getattr(wandb, "run", None)
+    run = theirs or wandb.init(
+        project=os.environ.get("WANDB_PROJECT", config.project),
+        name=config.run_name,
+        config=config.to_dict(),
+        dir=config.output_dir,
+        settings={"silent": True} if _is_quiet(config) else None,
+    )
+    return Tracker(
+        lambda figures, step: run.log(figures, step=step),
+        lambda failed: None if theirs else run.finish(exit_code=int(failed)),
+    )
 
 
-class Trackio:
-    """A tracker that logs to a Trackio run in ``project``, on this machine unless ``TRACKIO_SPACE_ID`` is set."""
+def _open_trackio(config: TrainingConfig, done_steps: int) -> Tracker:
+    """Log to a Trackio run in ``project``, on this machine unless ``TRACKIO_SPACE_ID`` is set."""
+    import trackio
 
-    def __init__(self, config: TrainingConfig, done_steps: int) -> None:
-        import trackio
+    def without_messages(call: Callable[..., Any], **arguments: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) if _is_quiet(config) else contextlib.nullcontext():
+            return call(**arguments)
 
-        self._trackio: Any = trackio
-        self._is_quiet = _is_quiet(config)
-        with self._messages():
-            self._run: Any = trackio.init(project=config.project, name=config.run_name, config=config.to_dict())
-
-    def write(self, figures: Scalars, step: int) -> None:
-        self._run.log(figures, step=step)
-
-    def close(self, failed: bool) -> None:
-        with self._messages():
-            self._trackio.finish()
-
-    def _messages(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a block in which a quiet run swallows what Trackio prints."""
-        return contextlib.redirect_stdout(io.StringIO()) if self._is_quiet else contextlib.nullcontext()
+    run = without_messages(trackio.init, project=config.project, name=config.run_name, config=config.to_dict())
+    return Tracker(lambda figures, step: run.log(figures, step=step), lambda failed: without_messages(trackio.finish))
 
 
-class MLflow:
-    """A tracker that logs to an MLflow run: the one that is open, or a new one in the experiment ``project``.
+def _open_mlflow(config: TrainingConfig, done_steps: int) -> Tracker:
+    """Log to the MLflow run that is open, or to a new one in the experiment ``project``.
 
     ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME`` and ``MLFLOW_RUN_ID`` work as usual.
     """
+    import mlflow
 
-    def __init__(self, config: TrainingConfig, done_steps: int) -> None:
-        import mlflow
-
-        self._mlflow: Any = mlflow
-        active = mlflow.active_run()
-        self._is_ours = active is None
-        run = active or mlflow.start_run(run_name=config.run_name, experiment_id=self._experiment(config.project))
-        self._run_id = run.info.run_id
-        if self._is_ours and not done_steps:  # a parameter of a run that is continued cannot change
-            mlflow.log_params(config.to_dict())
-
-    def _experiment(self, name: str) -> str | None:
-        if any(
-            variable in os.environ for variable in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
-        ):
-            return None
-        known = self._mlflow.get_experiment_by_name(name)
-        return str(known.experiment_id if known else self._mlflow.create_experiment(name))
-
-    def write(self, figures: Scalars, step: int) -> None:
-        self._mlflow.log_metrics(figures, step=step, run_id=self._run_id)
-
-    def close(self, failed: bool) -> None:
-        if self._is_ours:
-            self._mlflow.end_run("FAILED" if failed else "FINISHED")
+    theirs, experiment = mlflow.active_run(), None
+    is_named = any(f"MLFLOW_{name}" in os.environ for name in ("EXPERIMENT_NAME", "EXPERIMENT_ID", "RUN_ID"))
+    if theirs is None and not is_named:
+        known = mlflow.get_experiment_by_name(config.project)
+        experiment = str(known.experiment_id if known else mlflow.create_experiment(config.project))
+    run_id = (theirs or mlflow.start_run(run_name=config.run_name, experiment_id=experiment)).info.run_id
+    if theirs is None and not done_steps:  # a parameter of a run that is continued cannot change
+        mlflow.log_params(config.to_dict())
+    return Tracker(
+        lambda figures, step: mlflow.log_metrics(figures, step=step, run_id=run_id),
+        lambda failed: None if theirs else mlflow.end_run("FAILED" if failed else "FINISHED"),
+    )
 
 
-_KINDS: dict[str, tuple[str, type[Any]]] = {
-    "tensorboard": ("torch.utils.tensorboard", TensorBoard),
-    "wandb": ("wandb", WandB),
-    "trackio": ("trackio", Trackio),
-    "mlflow": ("mlflow", MLflow),
+_KINDS: dict[str, tuple[str, Callable[[TrainingConfig, int], Tracker]]] = {
+    "tensorboard": ("torch.utils.tensorboard", _open_tensorboard),
+    "wandb": ("wandb", _open_wandb),
+    "trackio": ("trackio", _open_trackio),
+    "mlflow": ("mlflow", _open_mlflow),
 }
-"""Name in ``report_to`` -> the module that it needs, and its tracker."""
+"""Name in ``report_to`` -> the module that it needs, and the function that opens the tracker."""
 
 
 def _is_quiet(config: TrainingConfig) -> bool:
