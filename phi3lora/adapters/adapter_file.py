@@ -14,6 +14,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError, Phi3LoRAError, as_path, is_int, short_repr
+from ..errors import AdapterError, Phi3LoRAError, as_path, error_line, is_int, short_repr
 from ..files import parse_json, parse_tensors, read_json, tensor_file, write_atomic
 from ..lora.base_values import base_values, changed_buffers, keep_base_values, put_base_values
 from ..lora.inject import inject_layers, lora_layers, remove_lora, restorer_of_requires_grad
@@ -99,15 +101,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         check_outside_blocks(model, "save_adapter of trained biases")
     _warn_of_what_is_left_out(model, state, path)
     metadata = {HEADER_KEY: json.dumps(adapter_metadata(model))}
-    try:
+    with written(repr(str(path)), "file there"):
         path.parent.mkdir(parents=True, exist_ok=True)
         data = tensor_file(path.suffix, state, metadata)
         write_atomic(path, lambda file: file.write_bytes(data))
         if path.suffix == ".pt":
             _sidecar(path).unlink(missing_ok=True)  # an older version's, for the file that was here
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{str(path)!r} cannot be written: {error}; an earlier file there is unchanged") from error
     return path
+
+
+@contextmanager
+def written(what: str, kind: str = "one there") -> Iterator[None]:
+    """Raise an AdapterError that names ``what`` if the block cannot write it: an earlier one, a ``kind``, is intact."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise AdapterError(f"{what} cannot be written: {error_line(error)}; an earlier {kind} is unchanged") from error
 
 
 def _warn_of_what_is_left_out(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

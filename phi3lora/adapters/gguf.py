@@ -26,6 +26,7 @@ from ..errors import AdapterError, ModelError, as_path, error_line, install_hint
 from ..files import read_json, write_folder
 from ..inference.generation import stop_token_ids
 from ..model.load import load_tokenizer
+from .adapter_file import written
 from .peft_format import CONFIG_NAME, read_config
 from .serving import (
     SENTENCEPIECE,
@@ -147,11 +148,8 @@ def export_gguf(
         text = modelfile(shown, "./adapter.gguf" if is_adapter else None, template, context, stops)
         (target / "Modelfile").write_text(text, encoding="utf-8")
 
-    try:
+    with written(f"the export {str(path)!r}"):
         write_folder(path, write, marker="Modelfile")
-    except OSError as error:
-        what = f"the export {str(path)!r} cannot be written: {error_line(error)}"
-        raise AdapterError(f"{what}; an earlier one there is unchanged") from error
     files = ([model_file] if given is None else []) + (["adapter.gguf"] if is_adapter else [])
     commands = _commands(path, given or path / model_file, is_adapter, settings)
     return GgufExport(path, tuple(files), _notes(settings, template, stops), commands)

@@ -28,7 +28,7 @@ from ..data.dataset import ChatDataset, ChatStream
 from ..errors import AdapterError, printable
 from ..files import is_leftover, read_json, write_atomic
 from ..model.load import load_tokenizer
-from .adapter_file import HEADER_KEY
+from .adapter_file import HEADER_KEY, written
 from .peft_format import CONFIG_NAME, TENSORS_NAME
 from .serving import model_name
 
@@ -167,10 +167,8 @@ def write_model_card(
     title = folder.resolve().name
     text = model_card(folder, title, base_model, **facts, language=language, license=license, merged=merged)  # type: ignore[arg-type]
     card = folder / "README.md"
-    try:
+    with written(repr(str(card)), "card"):
         write_atomic(card, lambda file: file.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{str(card)!r} cannot be written: {error}; an earlier card is unchanged") from error
     return card
 
 

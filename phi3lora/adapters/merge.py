@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -40,7 +39,7 @@ from ..lora.wrappers import plain_name, unwrap
 from ..model.forward import eval_mode
 from ..model.load import load_model
 from ..model.sharding import sharded_base
-from .adapter_file import adapter_state_dict
+from .adapter_file import adapter_state_dict, written
 from .hub import model_card
 from .named import check_outside_blocks, switched_off
 from .peft_format import CONFIG_NAME
@@ -192,11 +191,8 @@ def save_merged(
             (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
 
-    try:
+    with written(f"the merged model {os.fspath(path)!r}"):
         write_folder(Path(path), write, marker="config.json", replaces=_WEIGHTS)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        what = f"the merged model {os.fspath(path)!r} cannot be written: {error_line(error)}"
-        raise AdapterError(f"{what}; an earlier one there is unchanged") from error
     return report
 
 

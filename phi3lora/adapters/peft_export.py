@@ -28,12 +28,11 @@ from pathlib import Path
 from statistics import mode
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
 from ..display import one_line
-from ..errors import AdapterError, error_line, printable
+from ..errors import AdapterError, printable
 from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
 from ..lora.inject import lora_layers
@@ -41,7 +40,7 @@ from ..lora.layers import Conv2d
 from ..lora.targets import plainly_named_segments
 from ..lora.wrappers import plain_name, unwrap
 from ..model.load import longrope_boundary, longrope_note
-from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite
+from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite, written
 from .hub import is_local, model_card
 from .peft_format import CONFIG_NAME, PREFIX, TENSORS_NAME, Pair, to_modules
 from .peft_import import is_plain_convolution
@@ -171,11 +170,8 @@ def export_peft(
             card = model_card(folder, path.resolve().name, base_model, lora=lora, note=pattern_note)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-    try:
+    with written(f"the export {str(path)!r}"):
         write_folder(path, write, marker=CONFIG_NAME)
-    except (OSError, SafetensorError) as error:
-        what = f"the export {str(path)!r} cannot be written: {error_line(error)}"
-        raise AdapterError(f"{what}; an earlier one there is unchanged") from error
     rank = max(len(module.pair.A) for module in modules.values())
     rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)  # not 2^n
     notes, commands = _use(model, tokenizer, path, layout, rank, base_model, stops, pattern_note is not None)
