@@ -132,9 +132,12 @@ def test_turns_in_a_cell_as_json_are_turns_and_a_text_about_json_is_a_text():
 
 def test_answers_inside_a_prompt_are_not_trained_and_those_of_alpaca_s_history_are():
     prompt = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "EARLIER"}, CHAT[0]]
-    assert trained({"prompt": prompt, "completion": [CHAT[1]]}) == f"{ANSWER}<|end|>"
+    row = {"prompt": prompt, "completion": [CHAT[1]]}
+    assert trained(row) == f"{ANSWER}<|end|>"
+    assert list(load([row], train_on="all")) == list(load([{"messages": [*prompt, CHAT[1]]}], train_on="all"))
     row = {"instruction": QUESTION, "input": "", "output": ANSWER, "history": [["Q1", "EARLIER"]]}
     assert trained(row) == f"EARLIER<|end|>{ANSWER}<|end|>"
+    assert to_chat({**row, "system": "Be brief."}, "alpaca", 1).messages == [SYSTEM, *prompt, CHAT[1]]
     assert trained({**row, "history": json.dumps(row["history"])}) == trained(row)
     for empty in ([], None, "", float("nan")):
         assert to_chat({**row, "history": empty}, "alpaca", 1).messages == CHAT

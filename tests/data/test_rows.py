@@ -255,6 +255,8 @@ SHIFTED = {
         "ends in a comma",
     ),
     "no last field": ("prompt,completion\nHi?,Hello.\nBye?\n", 2, "1 fields", "missing"),
+    "no last field at once": ("prompt,completion\nHi?\nBye?,See you.\n", 1, "1 fields", "missing"),
+    "alpaca": ("instruction,input,output\nTranslate,cat,Katze,\nGo on,dog,Hund,\n", 1, "4 fields", "ends in a comma"),
     "no field of three": ("instruction,input,output\nTranslate,Katze\nGo on,,Yes.\n", 1, "2 fields", "missing"),
     "one column": ("text\nHello, you\n<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n", 1, "2 fields", "unquoted"),
 }
@@ -301,7 +303,9 @@ def test_nan_and_its_kin_are_no_value_at_any_depth(value):
 
 def test_a_frame_with_missing_cells_is_read_as_the_rows_without_them(tmp_path):
     path = written(tmp_path / "a.csv", "instruction,input,output\nTranslate,Bonjour,Hello\nSay hi,,Hi\n")
-    expected = list(load(path))
+    chats = [("Translate\n\nBonjour", "Hello"), ("Say hi", "Hi")]
+    expected = list(load([{"prompt": question, "completion": answer} for question, answer in chats]))
+    assert list(load(path)) == expected
     for frame in (pandas.read_csv(path), pandas.read_csv(path, dtype_backend="numpy_nullable")):
         assert list(load(frame)) == list(load(frame.to_dict("records"))) == expected
         frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
@@ -375,8 +379,6 @@ def test_parquet_values_that_python_cannot_hold_are_refused_by_name(column, tmp_
         (iter(()), ["empty"]),
         ({"train": []}, ["empty"]),
         ([ROWS[0], "just text", ROWS[1]], ["row 2", "just text"]),
-        (None, ["allowed: a path"]),
-        (dict, ["allowed: a path"]),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -3,10 +3,11 @@
 from itertools import groupby
 
 import pytest
-from conftest import PHI3_TEMPLATE, chat_rows, make_tokenizer
+from conftest import PHI3_TEMPLATE, TEMPLATES, chat_rows, make_tokenizer
 from tokenizers import AddedToken, models
 from transformers import ByT5Tokenizer
 
+from phi3lora.data.dataset import ChatDataset
 from phi3lora.data.findings import Findings
 from phi3lora.data.formats import Chat
 from phi3lora.data.template import ChatEncoder
@@ -52,6 +53,32 @@ def test_an_added_token_that_is_no_marker_of_the_template_is_one_id_in_a_content
     assert findings.added_tokens == {"<|call|>": 2, "<loc>": 2}
     spelled = {"phi-3": ["<|end|>", "<s>"], "phi-4": [], "phi-4-mini": ["<|end|>"]}[name]
     assert findings.kept_as_text == dict.fromkeys(spelled, 1)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_user_s_own_token_is_one_id_in_questions_and_answers(name):
+    tokenizer, rows = make_tokenizer(name), [{"prompt": "Where is <loc>?", "completion": "At <loc>Ankara</loc>."}]
+    first, as_text = len(tokenizer), name != "phi-3-legacy"
+    tokenizer.add_tokens([token if as_text else AddedToken(token, normalized=False) for token in ("<loc>", "</loc>")])
+    dataset = ChatDataset.load(rows, tokenizer, max_length=64)
+    assert [i for i in dataset[0]["input_ids"] if i >= first] == [first, first, first + 1]
+    assert dataset.findings.added_tokens == {"<loc>": 2, "</loc>": 1}
+
+
+def test_a_token_that_the_table_spells_with_a_space_is_refused_with_the_way_out():
+    """Added as plain text, a token goes through tokenizer.json's normaliser, which puts a space into it."""
+    tokenizer = make_tokenizer("phi-3-legacy")
+    tokenizer.add_tokens(["<loc>", "</loc>"])
+    ids, trained = encoded(tokenizer, HELLO)
+    assert [decode(tokenizer, s) for s in trained_stretches(ids, trained)] == ["Hello!<|end|>"]
+    with pytest.raises(DataError, match=r"'<loc>'.*normalized=False"):
+        encoded(tokenizer, [HELLO[0], {"role": "assistant", "content": "At <loc>Ankara</loc>."}])
+
+
+def test_a_system_prompt_that_the_template_drops_is_refused_with_the_way_out():
+    row = {"system": "Answer in French.", "prompt": "Good day?", "completion": "Bonjour."}
+    with pytest.raises(DataError, match=r"row 1: message 1: .*'system'; .*message of the user"):
+        ChatDataset.load([row], make_tokenizer("phi-3-april"), max_length=64)
 
 
 def test_train_false_excludes_a_prompt_from_train_on_all():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from phi3lora.data.dataset import ChatDataset
 from phi3lora.data.formats import Chat
 from phi3lora.data.template import ChatEncoder
 from phi3lora.data.tools import ToolStyle, has_tools
@@ -294,6 +295,32 @@ def test_each_marker_is_one_token(special):
     ]
     counts = {"<|tool|>": 2, "<|/tool|>": 1, "<|tool_call|>": 1, "<|/tool_call|>": 1}
     assert {marker: list(ids).count(tokenizer.convert_tokens_to_ids(marker)) for marker in counts} == counts
+
+
+def test_tools_and_a_call_that_are_written_as_text_are_rendered_as_they_stand_with_markers_of_one_token():
+    tools = '[{"name":"stock","parameters":{"sku":{"type":"str"}}}]'
+    called = '<|tool_call|>[{"name":"stock","arguments":{"sku":"A7"}}]<|/tool_call|>'
+    messages = [{"role": "system", "content": "Use tools.", "tools": tools}, ASK, {**CALLED, "content": called}]
+    spans, text = trained("phi-4-mini", messages)
+    assert spans == [f"{called}<|end|>"]
+    assert text.startswith(f"<|system|>Use tools.<|tool|>{tools}<|/tool|><|end|><|user|>")
+    tokenizer = tokenizer_of("phi-4-mini")
+    (document,) = ChatDataset.load([{"messages": messages}], tokenizer, max_length=512)
+    assert document["input_ids"] == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert all(document["input_ids"].count(tokenizer.convert_tokens_to_ids(marker)) == 1 for marker in MARKERS[:4])
+
+
+@pytest.mark.parametrize("key", ["a column", "a system message's", "calls"])
+def test_a_row_whose_tools_the_template_does_not_render_is_refused_with_its_number(key):
+    row = {
+        "a column": {"messages": [ASK, SAID], "tools": [WRAPPED]},
+        "a system message's": {
+            "messages": [{"role": "system", "content": "x", "tools": json.dumps([STOCK])}, ASK, SAID]
+        },
+        "calls": {"messages": [ASK, {**CALLED, "content": None, "tool_calls": [A7]}]},
+    }[key]
+    with pytest.raises(DataError, match=r"row 2\b.*'tool(s|_calls)'.*\b(use|write|describe|allowed)\b"):
+        ChatDataset.load([{"messages": [ASK, SAID]}, row], make_tokenizer(), max_length=64)
 
 
 def test_calls_that_a_template_renders_are_trained_as_it_writes_them():

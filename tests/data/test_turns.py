@@ -157,7 +157,7 @@ def test_an_answer_with_weight_0_is_context_only():
     wrong, right = {**ANSWER, "content": "Quito", "weight": 0}, {**ANSWER, "content": "Lima.", "weight": 1}
     chats = ChatDataset.load([{"messages": [USER, wrong, USER, right]}], TOKENIZER, max_length=64)
     assert TOKENIZER.decode([label for label in chats[0]["labels"] if label >= 0]) == "Lima.<|end|>"
-    assert chats.statistics()["turns_switched_off"] == 1
+    assert chats.statistics()["turns_switched_off"] == 1 and "1 assistant turns switched off" in repr(chats)
 
 
 def test_other_keys_that_hold_something_are_passed_on():
