@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from phi3lora.errors import install_hint
 
 torch.set_num_threads(1)  # tests run in parallel processes; also makes float sums repeatable
 _STARTED_S = time.monotonic()
+LIMIT_S = 120.0  # for what takes moments; only what hangs takes so long, on a busy machine too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +53,21 @@ def require_four_bit() -> None:
         bitsandbytes.functional.dequantize_4bit(*bitsandbytes.functional.quantize_4bit(torch.ones(8, 8)))
     except Exception as error:
         pytest.skip(f"bitsandbytes has no 4-bit kernels here: {error}", allow_module_level=True)
+
+
+def until(condition: Callable[[], object]) -> bool:
+    """Wait for a condition; return whether it came true within ``LIMIT_S``."""
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def prefetch_threads() -> list[str]:
+    """Return the names of the threads that prefetch for training."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("phi3lora-prefetch")]
 
 
 def tiny_config(**changes) -> Phi3Config:

@@ -17,7 +17,7 @@ def in_processes(
     *arguments: Any,
     errors: bool = False,
     ranks: Sequence[int] | None = None,
-    limit_s: float = 60,
+    limit_s: float = 300,
 ) -> list[Any]:
     """Return ``work(*arguments)`` of ``count`` processes, by rank; or of some ``ranks``, without awaiting the others.
 

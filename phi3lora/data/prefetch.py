@@ -37,7 +37,7 @@ class Share(Protocol):
         ...
 
     def leave(self) -> None:
-        """Take a turn that ends the turns of all."""
+        """Take a turn that ends the turns of all, unless they have ended."""
         ...
 
     def part(self, items: Sequence[T]) -> Sequence[T]:

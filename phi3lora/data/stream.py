@@ -115,11 +115,20 @@ class RowStream(Generic[Documents]):
             DataError: anything that cannot be trained on, with the row's number.
         """
 
-        def is_left() -> bool:
-            if not wanted() and share is not None:
+        try:
+            yield from self._windows(start, endless, wanted, share)
+        except NotWanted:
+            return
+        except GeneratorExit:
+            if share is not None:
                 share.leave()
-            return not wanted()
+            raise
+        if share is not None:
+            share.leave()
 
+    def _windows(
+        self, start: int, endless: bool, wanted: Callable[[], bool], share: Share | None
+    ) -> Generator[tuple[int, Documents]]:
         first, number = self.first_window, 0
         (rows, bads), self._first_pass = self._first_pass or self._open(), None
         in_pass = 0
@@ -128,13 +137,11 @@ class RowStream(Generic[Documents]):
             rows, bads = self._open(in_pass * self.buffer_size)
         while True:
             while window := list(islice(takewhile(lambda _: wanted(), rows), self.buffer_size)):
-                if is_left():
+                if not wanted():
                     return
                 if number >= start:
                     try:
                         documents = self._documents(window, bads, share) if in_pass else first
-                    except NotWanted:
-                        return
                     except NoDocumentsError as why:
                         logger.warning("window %d of the stream is skipped: %s", number, why)
                     else:
@@ -142,7 +149,7 @@ class RowStream(Generic[Documents]):
                 number, in_pass = number + 1, in_pass + 1
                 for bad in bads:
                     bad.clear()
-            if is_left() or (not endless and number > start):
+            if not wanted() or (not endless and number > start):
                 return
             if not in_pass:
                 raise DataError("the stream has no more rows")

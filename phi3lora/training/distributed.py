@@ -361,11 +361,13 @@ class WindowShare:
         with self._world._together():
             dist.all_gather_object(found, value, group=self._group)
         if any(given is None for given in found):
+            with self._lock:
+                self._has_ended = True
             raise NotWanted
         return found
 
     def leave(self) -> None:
-        with suppress(NotWanted):
+        with suppress(NotWanted, TrainingError):  # if contact is lost, the main thread raises it
             self.exchange(None)
 
     def end(self) -> None:

@@ -8,20 +8,13 @@ from contextlib import closing, nullcontext
 
 import pytest
 import torch
-from conftest import adapted_model, chat_dataset, quiet_config
+from conftest import LIMIT_S, adapted_model, chat_dataset, prefetch_threads, quiet_config, until
 
 import phi3lora as p3
+from phi3lora.data import prefetch
 from phi3lora.data.batches import BatchPlan
 from phi3lora.data.prefetch import pinned, prefetched
 from phi3lora.errors import DataError
-
-
-def threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("phi3lora-prefetch")]
-
-
-def until(condition):
-    return any(condition() or time.sleep(0.005) for _ in range(400))
 
 
 def counted(made, count=99):
@@ -33,7 +26,7 @@ def counted(made, count=99):
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_the_items_are_the_same_in_the_same_order(count, ahead):
     assert list(prefetched(counted([], count), ahead)) == list(range(count))
-    assert threads() == []
+    assert prefetch_threads() == []
 
 
 @pytest.mark.parametrize("error", [DataError("row 3"), KeyboardInterrupt()], ids=repr)
@@ -49,7 +42,7 @@ def test_an_exception_is_raised_unchanged_in_its_turn(error, count):
             taken.append(item)  # not extend: what came before the error counts
     assert caught.value is error
     assert taken == list(range(count))
-    assert threads() == []
+    assert prefetch_threads() == []
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
@@ -71,28 +64,26 @@ def test_leaving_early_ends_the_thread():
     def endless(wanted):
         try:
             while wanted():
-                yield len(threads())
+                yield len(prefetch_threads())
         finally:
             closed.append(wanted())
 
     with closing(prefetched(endless, 2)) as items:
         assert [next(items) for _ in range(3)] == [1, 1, 1]
-    assert threads() == []
+    assert prefetch_threads() == []
     assert closed == [False], "the items are closed, and can see that no more are wanted"
 
 
-def test_a_wait_ends_when_wanted_is_false():
-    started = time.perf_counter()
+def test_a_wait_ends_when_wanted_is_false(monkeypatch):
+    monkeypatch.setattr(prefetch, "_JOIN_TIMEOUT_S", 0.1)
+    asked, over = [], threading.Event()
 
-    def slow(wanted):
-        while wanted():
-            time.sleep(0.01)
-        yield "too late"
+    def hanging(wanted):
+        yield "came" if over.wait(LIMIT_S) else "waited in vain"
 
-    items = prefetched(slow, 1, wanted=lambda: time.perf_counter() < started + 0.1)
-    assert list(items) in ([], ["too late"])
-    assert time.perf_counter() < started + 2
-    assert threads() == []
+    assert list(prefetched(hanging, 1, wanted=lambda: asked.append(1) or len(asked) < 3)) == []
+    over.set()
+    assert until(lambda: prefetch_threads() == [])
 
 
 @pytest.mark.parametrize("error", [None, MemoryError("crash")], ids=repr)
@@ -101,7 +92,7 @@ def test_a_run_that_ends_early_leaves_no_thread(tmp_path, error):
 
     class Break(p3.Callback):
         def on_step_end(self, state):
-            found.append(len(threads()))
+            found.append(len(prefetch_threads()))
             if state.global_step == 2:
                 state.should_stop = True
                 if error is not None:
@@ -111,14 +102,14 @@ def test_a_run_that_ends_early_leaves_no_thread(tmp_path, error):
     with expected:
         p3.train(adapted_model(), chat_dataset(24), quiet_config(tmp_path, max_steps=50), callbacks=[Break()])
     assert found == [1, 1]
-    assert threads() == []
+    assert prefetch_threads() == []
 
 
 def test_the_seconds_of_a_run_include_waiting_for_its_batches(tmp_path, monkeypatch):
     tensors = BatchPlan.tensors
-    monkeypatch.setattr(BatchPlan, "tensors", lambda plan, micro: time.sleep(0.2) or tensors(plan, micro))
-    result = p3.train(adapted_model(), chat_dataset(24), quiet_config(tmp_path, max_steps=3))
-    assert result.metrics["train_seconds"] >= 0.6
+    monkeypatch.setattr(BatchPlan, "tensors", lambda plan, micro: time.sleep(0.5) or tensors(plan, micro))
+    result = p3.train(adapted_model(), chat_dataset(24), quiet_config(tmp_path, max_steps=1))
+    assert result.metrics["train_seconds"] >= 0.5
 
 
 @pytest.mark.gpu

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
+from itertools import islice
 
 import datasets
 import pytest
 import torch
-from conftest import chat_rows, make_tokenizer, same_tensors
+from conftest import LIMIT_S, chat_rows, make_tokenizer, prefetch_threads, same_tensors, until
 from processes import in_processes
 from test_distributed import After, difference, plain_python, rank, run, stop  # noqa: F401
 
 import phi3lora as p3
+from phi3lora.data import prefetch
 from phi3lora.data.template import ChatEncoder
 from phi3lora.training import distributed
 
@@ -107,32 +108,56 @@ def test_a_run_on_a_stream_goes_from_2_processes_to_4_and_to_1(tmp_path):
     assert difference(adapters, expected) < 1e-6
 
 
-class Sluggish:
-    """Rows that arrive slowly in one of the processes, from some row on."""
+def test_a_process_that_leaves_its_windows_ends_those_of_the_others():
+    """A thread may be told to leave before it begins a turn that other threads wait in."""
 
-    def __init__(self, slow_from: int) -> None:
-        self.slow_from = slow_from
+    def work():
+        with distributed.joined(torch.device("cpu"), shares_windows=True) as world:
+            made = stream(buffer_size=4).windows(share=world.share)
+            taken = [number for number, _ in islice(made, 3)]
+            if rank() == 1:
+                made.close()
+            taken += [number for number, _ in made]
+            world.share.end()
+        return taken
+
+    assert in_processes(3, work) == [[0, 1, 2]] * 3
+
+
+class Late:
+    """Rows that one of the processes gets late, or while ``over`` is not set never, from row 10 on."""
+
+    def __init__(self, kind: str, over: threading.Event) -> None:
+        self.kind, self.over, self.read = kind, over, 0
 
     def __iter__(self):
         for i, row in enumerate(ROWS):
-            if i >= self.slow_from and rank() == 1:
-                time.sleep(0.5)
+            if i >= 9 and rank() == 1 and self.kind != "in time":
+                came_first = self.over.wait(0.5 if self.kind == "late" else LIMIT_S)
+                assert came_first or self.kind == "late", "the run waits for a row that it does not need"
+            self.read += 1
             yield row
 
 
 @pytest.mark.parametrize("steps", [{"max_steps": 2}, {"max_steps": 30, "callback": 2}], ids=["end", "stop"])
-@pytest.mark.parametrize("slow_from", [9, 12, 99])
-def test_processes_whose_threads_are_not_equally_far_end_together(tmp_path, slow_from, steps):
-    settings = dict(steps)
+@pytest.mark.parametrize("kind", ["in time", "late", "never"])
+def test_processes_whose_threads_are_not_equally_far_end_together(tmp_path, monkeypatch, kind, steps):
+    """No thread is left, and none waits for another process, except for the read that hangs."""
+    settings, over, warned = dict(steps), threading.Event(), []
     callback = After(settings.pop("callback"), stop) if "callback" in settings else None
+    monkeypatch.setattr(prefetch, "_JOIN_TIMEOUT_S", 0.2 if kind == "never" else LIMIT_S)
+    monkeypatch.setattr(prefetch.logger, "warning", lambda *text: warned.append(text))
 
     def work():
-        started = time.perf_counter()
-        adapters, result = run(tmp_path / "run", callback, data=stream(Sluggish(slow_from), 4), **settings)
-        threads = [t.name for t in threading.enumerate() if t.name.startswith("phi3lora-prefetch")]
-        return adapters, result.global_step, threads, time.perf_counter() - started
+        rows = Late(kind, over)
+        adapters, result = run(tmp_path / "run", callback, data=stream(rows, 4), **settings)
+        read = rows.read
+        over.set()
+        assert until(lambda: prefetch_threads() == [])
+        return adapters, result.global_step, read, warned
 
-    first, second, third = in_processes(3, work)
-    assert same_tensors(first[0], second[0]) and same_tensors(first[0], third[0])
-    for _, step, threads, seconds in (first, second, third):
-        assert step == 2 and threads == [] and seconds < 5
+    found = in_processes(3, work, limit_s=2 * LIMIT_S)
+    for adapters, step, _, warnings in found:
+        assert same_tensors(adapters, found[0][0])
+        assert step == 2 and (warnings == [] or kind == "never")
+    assert kind != "never" or found[1][2] <= 9

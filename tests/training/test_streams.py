@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config, same_tensors
+from conftest import (
+    LIMIT_S,
+    adapted_model,
+    adapters_of,
+    chat_dataset,
+    chat_rows,
+    make_tokenizer,
+    prefetch_threads,
+    quiet_config,
+    same_tensors,
+    until,
+)
 
 import phi3lora as p3
+from phi3lora.data import prefetch
 from phi3lora.model.backend import PLAIN
 from phi3lora.training.loop import Callback
 from phi3lora.training.setup import plan_step_memory
@@ -115,37 +126,57 @@ def test_resuming_is_refused_if_the_window_of_the_cursor_changed(tmp_path, caplo
     assert "window 1 of the stream is not what it was" in caplog.text
 
 
-class Sluggish:
-    """Rows of which the later ones take long to arrive."""
+class Late:
+    """Rows of which one calls ``arrive`` before it arrives."""
 
-    def __init__(self, quick: int, seconds: float) -> None:
-        self.quick, self.seconds = quick, seconds
+    def __init__(self, number: int, arrive) -> None:
+        self.number, self.arrive, self.read = number, arrive, 0
 
     def __iter__(self):
         for i, row in enumerate(ROWS):
-            if i >= self.quick:
-                time.sleep(self.seconds)
+            if i == self.number:
+                self.arrive()
+            self.read += 1
             yield row
 
 
-def test_ctrl_c_while_waiting_for_a_window_saves_and_ends(tmp_path):
-    class Later(Callback):
-        def on_step_end(self, state) -> None:
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+class Calls(Callback):
+    def __init__(self, act) -> None:
+        self.act = act
 
-    started = time.perf_counter()
-    config = quiet_config(tmp_path, max_steps=30, per_device_train_batch_size=8)
-    result = p3.train(adapted_model(), stream(6, Sluggish(9, 1.0)), config, callbacks=[Later()])
+    def on_step_end(self, state) -> None:
+        self.act()
+
+
+@pytest.mark.parametrize("comes", [True, False], ids=["a row comes", "no row comes"])
+def test_ctrl_c_while_waiting_for_a_window_saves_and_ends(tmp_path, caplog, monkeypatch, comes):
+    is_done, over = threading.Event(), threading.Event()
+    if not comes:
+        monkeypatch.setattr(prefetch, "_JOIN_TIMEOUT_S", 0.1)
+
+    def arrive():
+        assert is_done.wait(LIMIT_S)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert until(lambda: "SIGINT: saving a checkpoint" in caplog.text) and (comes or over.wait(LIMIT_S))
+
+    rows = Late(9, arrive)
+    config = quiet_config(tmp_path, max_steps=30, per_device_train_batch_size=8, log_level="warning")
+    result = p3.train(adapted_model(), stream(6, rows), config, callbacks=[Calls(is_done.set)])
     assert result.interrupted and result.global_step == 1
     assert (tmp_path / "checkpoint-1").is_dir()
-    assert time.perf_counter() - started < 6
-    assert not [t for t in threading.enumerate() if t.name.startswith("phi3lora-prefetch")]
+    assert rows.read == (10 if comes else 9)
+    over.set()
+    assert until(lambda: prefetch_threads() == [])
 
 
-def test_a_finished_run_does_not_wait_for_the_next_window(tmp_path):
-    started = time.perf_counter()
-    p3.train(adapted_model(), stream(6, Sluggish(6, 0.4)), quiet_config(tmp_path, max_steps=1))
-    assert time.perf_counter() - started < 2
+def test_a_finished_run_does_not_wait_for_the_next_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch, "_JOIN_TIMEOUT_S", 0.1)
+    over, came = threading.Event(), []
+    rows = Late(6, lambda: came.append(over.wait(LIMIT_S)))
+    p3.train(adapted_model(), stream(6, rows), quiet_config(tmp_path, max_steps=1))
+    assert rows.read == 6 and came == []
+    over.set()
+    assert until(lambda: prefetch_threads() == [])
 
 
 def test_memory_is_planned_for_the_longest_possible_document():
