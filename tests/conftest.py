@@ -44,6 +44,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("out of time")
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs draw no picture, which takes longer than the steps of a test. Tests of pictures override this."""
+    monkeypatch.setattr("phi3lora.training.loop.draw_run", lambda history, path: None)
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing wait for the disk: no test cuts the power of this machine. Tests of files override this."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def require_four_bit() -> None:
     """Skip the module where nf4 cannot run: no bitsandbytes, or none of its 4-bit kernels for this CPU."""
     reason = f"nf4 needs bitsandbytes: {install_hint('qlora')}"

@@ -28,6 +28,11 @@ from phi3lora.files import (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_fsync():
+    """Wait for the disk here."""
+
+
 def test_a_write_replaces_the_file_whole_or_leaves_it(tmp_path):
     path = tmp_path / "a"
     write_atomic(path, lambda file: file.write_bytes(b"abc"))

@@ -38,6 +38,11 @@ def execute(name: str, **settings) -> dict:
 
 
 @pytest.fixture(autouse=True)
+def no_picture():
+    """Draw the pictures here."""
+
+
+@pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

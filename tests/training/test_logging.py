@@ -18,6 +18,11 @@ from phi3lora.training.picture import draw_run
 DATA = chat_dataset(12)
 
 
+@pytest.fixture(autouse=True)
+def no_picture():
+    """Draw the pictures here."""
+
+
 def train(folder, callbacks=(), **settings):
     config = quiet_config(folder, **{"max_steps": 3, **settings})
     eval_dataset = DATA if config.eval_strategy != "no" else None
