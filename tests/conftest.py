@@ -15,6 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, line by line; read by Triton's import
 os.environ.pop("COLUMNS", None)  # set in pytest-xdist's workers; a pipe has no width, and lines stay whole
+import hypothesis
 from family import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, TEMPLATES, make_tokenizer  # noqa: F401
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
@@ -22,6 +23,10 @@ from phi3lora.data.dataset import ChatDataset
 from phi3lora.errors import install_hint
 
 torch.set_num_threads(1)  # tests run in parallel processes; also makes float sums repeatable
+hypothesis.settings.register_profile(  # no limit of time: a machine may be busy
+    "phi3lora", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("phi3lora")
 _STARTED_S = time.monotonic()
 LIMIT_S = 120.0  # for what takes moments; only what hangs takes so long, on a busy machine too
 

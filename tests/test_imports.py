@@ -198,7 +198,7 @@ def test_importing_phi3lora_has_no_side_effects(tmp_path):
     for name in ("XDG_CACHE_HOME", "HF_HOME"):
         environment.pop(name, None)
     command = [sys.executable, "-c", PROBE]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {
         "changed": [], "connected": [], "written": [], "started": [], "cuda": False, "root handlers": 0,

@@ -16,7 +16,7 @@ from phi3lora.config import IGNORE_INDEX
 from phi3lora.data.batches import START, BatchPlan, Cursor, StepSchedule, batches, collate, pack
 from phi3lora.errors import DataError
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=60, derandomize=True)
 LENGTHS = st.lists(st.integers(1, 24), min_size=1, max_size=40)
 SOME = [3, 9, 4, 8, 12, 5, 7, 2, 6, 11, 10, 3, 9, 4]
 DATA = chat_dataset(24)
@@ -232,7 +232,7 @@ def test_steps_and_batches_give_the_same_micro_batches(boundary):
         assert step.tokens == sum(DATA.lengths[i] for row in rows_of(step.micro_batches) for i in row)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     epochs=st.sampled_from([0.5, 1, 1.5, 2, 2.25]), max_steps=st.sampled_from([-1, 1, 5, 30]), data=st.data(),
     batch=st.integers(1, 7), accumulation=st.integers(1, 5), packing=st.booleans(),

@@ -19,7 +19,7 @@ from phi3lora.data.formats import Chat
 from phi3lora.data.template import ChatEncoder
 from phi3lora.errors import DataError
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=40, derandomize=True, database=None)
 # What no content can produce: role markers, the end of turn, and the tokens that begin, end and pad a text.
 PHI3_OWN = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<s>", "<|endoftext|>"]
 OWN = {

@@ -75,7 +75,7 @@ def test_other_spellings_of_a_format_are_known_and_unknown_ones_list_the_allowed
 TURNS = st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), min_size=1, max_size=4)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(TURNS, st.none() | st.text(min_size=1, max_size=20))
 def test_messages_and_sharegpt_keep_every_role_and_character_of_a_chat(turns, system):
     chat = [] if system is None else [{"role": "system", "content": system}]

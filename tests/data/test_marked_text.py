@@ -37,7 +37,7 @@ def trained(row, tokenizer) -> str:
 CONTENTS = st.text("ab \n\r\t<|>", max_size=12).filter(lambda text: not text.startswith(("\r", "\n")))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3), st.sampled_from(STYLES))
 def test_a_content_is_what_stands_between_its_markers_to_the_letter(turns, style):
     render, newline = style

@@ -16,7 +16,7 @@ import phi3lora as p3
 from phi3lora.data.mix import due_order, interleaved, weighted_sources
 
 TOKENIZER = make_tokenizer()
-PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=150, derandomize=True)
 STRATEGIES = ["first_exhausted", "all_exhausted"]
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 PAIRS = [{"prompt": f"What is item {i}?", "completion": f"It is {i}."} for i in range(40)]

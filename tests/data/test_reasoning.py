@@ -96,7 +96,7 @@ def test_a_thought_is_trained_and_its_markers_are_one_token_each(name, flags):
         assert ids.count(tokenizer.convert_tokens_to_ids(marker)) == 1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n", "42", "<|im_end|>"]), max_size=6).map(
         "".join

@@ -199,7 +199,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.dictionaries(st.text(max_size=8), JSON, max_size=3))
 def test_what_is_written_of_a_call_reads_back_as_the_call(arguments):
     text = rendered("phi-4-mini", [ASK, {**CALLED, "tool_calls": [{"name": "f", "arguments": json.dumps(arguments)}]}])

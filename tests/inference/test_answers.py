@@ -196,7 +196,7 @@ def test_words_count_where_there_are_spaces_and_characters_where_there_are_none(
 
 
 @given(text=st.text(st.characters(max_codepoint=127)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_ascii_text_has_rouge_score_s_own_tokens(text):
     package = pytest.importorskip("rouge_score.tokenizers")
     assert RougeTokenizer().tokenize(text) == package.DefaultTokenizer().tokenize(text)

@@ -209,7 +209,7 @@ PHI3_MEDIUM = SimpleNamespace(
 )
 
 
-@settings(deadline=None, max_examples=80, derandomize=True, database=None)
+@settings(max_examples=80, derandomize=True, database=None)
 @given(fused_layers)
 @example(PHI3_MEDIUM)
 def test_any_segments_match_separate_linears(case):

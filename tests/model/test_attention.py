@@ -64,7 +64,7 @@ def test_packed_equals_separate_in_bf16(implementation):
 # --- The mask
 
 
-@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@settings(max_examples=100, derandomize=True, database=None)
 @given(st.permutations([1, 2, 3, 6]), st.permutations([1, 4, 7]), st.none() | st.integers(1, 13))
 def test_the_mask_shows_each_query_its_own_document_up_to_itself(first, second, window):
     rows = [[(document, i) for document, n in enumerate(lengths) for i in range(n)] for lengths in (first, second)]

@@ -95,7 +95,7 @@ def test_checkpoints_are_ordered_by_step_and_other_names_are_ignored(tmp_path):
     assert checkpoints(tmp_path / "nowhere") == []
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), odd=st.booleans())
 def test_torch_numpy_and_python_continue_with_the_same_random_numbers(tmp_path_factory, seed, odd):
     torch.manual_seed(seed)
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_newest_good_one(
     assert name in warning or (name, how) == ("manifest.json", "bit flipped")  # the bit may be in any file's line
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_flipped_bit_of_any_file_is_noticed(folder, data):
     path = folder / "checkpoint-6" / data.draw(st.sampled_from([n for n in FILES if n != "manifest.json"]))

@@ -36,7 +36,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(total=st.integers(1, 300), warmup=st.integers(0, 320), peak=st.floats(1e-6, 1.0))
 def test_schedules_are_their_formulas(kind, total, warmup, peak):
     rate = schedule(quiet_config("unused", lr_scheduler_type=kind, learning_rate=peak, warmup_steps=warmup), total)
@@ -113,7 +113,7 @@ def test_arguments_that_a_schedule_does_not_take_are_refused_before_anything_is_
 
 
 @given(total=st.integers(1, 1000), ratio=st.floats(0.001, 0.999))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_share_of_warmup_is_rounded_up_under_either_name(total, ratio):
     steps = warmup_steps(quiet_config("unused", warmup_ratio=ratio), total)
     assert steps == warmup_steps(quiet_config("unused", warmup_steps=ratio), total) == math.ceil(total * ratio)

@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
 # --- Rotation
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     steps=st.sets(st.integers(1, 120), min_size=1, max_size=7),
     keep=st.one_of(st.none(), st.integers(1, 8)),

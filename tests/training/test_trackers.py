@@ -212,7 +212,7 @@ def train_offline(tmp_path, name, **environment):
         "HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", **environment,
     }  # fmt: skip
     command = [sys.executable, "-c", OFFLINE, name, str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     [line] = done.stdout.splitlines()  # the history; a quiet run's tracker prints nothing
     return json.loads(line)
