@@ -1,14 +1,21 @@
-"""Runs of several processes in one test: forks that see the environment that torchrun gives."""
+"""Runs of several processes in one test: forks that see the environment that torchrun gives, and torchrun itself."""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+TESTS = Path(__file__).parent
 
 
 def in_processes(
@@ -62,3 +69,40 @@ def _child(connection: Any, environment: dict[str, int], work: Callable[..., Any
         outcome = error, traceback.format_exc()
     connection.send_bytes(pickle.dumps(outcome))  # send() would share the memory of tensors
     connection.close()
+
+
+def torchrun(count: int, script: Path, restarts: int = 0, limit_s: float = 300) -> tuple[int, str]:
+    """Run a script under torchrun; return the exit status and what torchrun and the processes printed.
+
+    The script begins with ``from processes import say``: a process that has not ended ``limit_s`` after that prints
+    where it hangs, and ends.
+    """
+    paths = map(str, (TESTS.parent, TESTS, TESTS / "training", os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), _LIMIT: str(limit_s)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script)]
+    log = script.with_suffix(".log")
+    with log.open("w") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            status = job.wait((restarts + 1) * limit_s + 60)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"torchrun does not end:\n{log.read_text()}") from None
+        finally:
+            job.kill()
+            job.wait()
+    text = log.read_text()
+    assert "Timeout (" not in text, f"a process hangs:\n{text}"
+    return status, text
+
+
+def say(phase: str) -> None:
+    """Print what a process under torchrun does now, with the time."""
+    start, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    print(f"{time.strftime('%X')} start {start}, rank {rank}: {phase}", flush=True)
+
+
+_LIMIT = "PHI3LORA_TEST_LIMIT_S"
+if _LIMIT in os.environ:
+    faulthandler.dump_traceback_later(float(os.environ[_LIMIT]), exit=True)
+    say("begins")

@@ -3,7 +3,7 @@
 Every process runs the same script and the same loop, on its own share of each step's micro-batches. Few things cross:
 
     start            the settings, compared; the adapters, copied from rank 0
-    each step        one sum of all gradients and of the loss, on the device; a barrier and two flags, on the host
+    each step        one sum of all gradients and of the loss, on the device; two barriers and two flags, on the host
     evaluation       the sums of losses
     checkpoint       the random generators, to rank 0, which writes; hashes of the adapters, compared
     stream           each rank's part of the tokens of the next window, in a background thread
@@ -11,7 +11,9 @@ Every process runs the same script and the same loop, on its own share of each s
 Host values go through gloo and device tensors through NCCL, so that no message between hosts waits for a GPU. One
 process exchanges nothing: every method returns at once. Time-outs are torch's (30 minutes); for others, call
 ``torch.distributed.init_process_group(timeout=...)`` before ``train``, which then uses that group. The host's is a
-fifth shorter than NCCL's, whose watchdog would end the process before it can say which rank is missing.
+fifth shorter than NCCL's, so that a process says which rank is missing before NCCL's watchdog takes notice: that
+stops the process's exit for a minute, to write its own report, and then aborts it. For the same reason no host waits
+for its device before all hosts have begun the sums of the step: it would wait for ever, and say nothing.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ logger = logging.getLogger("phi3lora")
 
 T = TypeVar("T")
 
-_HOST_SHARE = 0.8  # of the device's time-out
-_ROLL_CALL_S = 3.0
+_HOST_SHARE, _ROLL_CALL_SHARE = 0.8, 0.1  # of the device's time-out
+_ROLL_CALL_S = 3.0  # or less, if the share is less
 _BUCKET_BYTES = 32 * 2**20  # smaller ones slow the matrix products beside them more than they hide on NVLink
 _WORLDS = itertools.count()  # the same number in every process, because they call train equally often
 
@@ -53,10 +55,19 @@ class World:
         rank, size: this process's number and the number of processes.
         host_group: the processes' group for host values; None: the default group.
         store: where a process notes why it ends, for the others' messages; None: nowhere.
+        roll_call_s: seconds to wait for the others' notes.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, host_group: Any = None, store: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        host_group: Any = None,
+        store: Any = None,
+        roll_call_s: float = _ROLL_CALL_S,
+    ) -> None:
         self.rank, self.size, self._host_group, self._store = rank, size, host_group, store
+        self._roll_call_s = roll_call_s
         self.share: WindowShare | None = None
         """Of a stream, the part of its windows that this process tokenises; None: all."""
         self._notes = f"phi3lora/ended/{next(_WORLDS)}" if store is not None else ""
@@ -191,7 +202,7 @@ class World:
         """Return what the other ranks' notes say. One that has left none after some seconds hangs, or was killed."""
         self.note_end("")
         causes, silent = [], [rank for rank in range(self.size) if rank != self.rank]
-        until = time.monotonic() + _ROLL_CALL_S
+        until = time.monotonic() + self._roll_call_s
         try:
             while silent and time.monotonic() < until:
                 for rank in [rank for rank in silent if self._store.check([f"{self._notes}/{rank}"])]:
@@ -225,9 +236,11 @@ def joined(device: torch.device, shares_windows: bool = False) -> Iterator[World
     with world._together():
         is_ours = join(device)
         store = dist.distributed_c10d._get_default_store()
+        timeout = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
         # A thread needs a group of its own: its messages must not meet those of another.
-        groups = [_new_host_group(device) for _ in range(1 + shares_windows)]
-        world = World(world.rank, world.size, groups[0], store)
+        groups = [dist.new_group(backend="gloo", timeout=_HOST_SHARE * timeout) for _ in range(1 + shares_windows)]
+        roll_call_s = min(_ROLL_CALL_S, _ROLL_CALL_SHARE * timeout.total_seconds())
+        world = World(world.rank, world.size, groups[0], store, roll_call_s)
         world.share = WindowShare(world, groups[1]) if shares_windows else None
     level = logger.level
     if not world.is_main:
@@ -241,12 +254,6 @@ def joined(device: torch.device, shares_windows: bool = False) -> Iterator[World
         logger.setLevel(level)
     for group in [None] if is_ours else groups:
         dist.destroy_process_group(group)
-
-
-def _new_host_group(device: torch.device) -> Any:
-    """Return a group for host values, whose exchanges time out before those of tensors on the device."""
-    timeout = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
-    return dist.new_group(backend="gloo", timeout=_HOST_SHARE * timeout)
 
 
 class GradientSum:
@@ -328,6 +335,7 @@ class GradientSum:
         while len(self._sent) < len(self._buckets) - 1:
             self._send()
         self._send(total.view(1))
+        self.world.meet()  # from here on a host may wait for its device: all have begun these sums
         self.world.wait(self._sent)
         self._awaited, self._sent = [], []
         for parameter, values in zip(itertools.chain(*self._buckets), self._sums, strict=True):
