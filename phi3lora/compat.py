@@ -120,8 +120,8 @@ INSTEAD = {
 
 
 def field_names(cls: type[Any]) -> list[str]:
-    """Return the names of a dataclass's fields that its constructor takes."""
-    return [f.name for f in dataclasses.fields(cls) if f.init]
+    """Return the names of a dataclass's fields."""
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 def _translate_arguments(

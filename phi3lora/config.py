@@ -18,14 +18,61 @@ from typing import Any
 
 from .compat import IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, accept_foreign_arguments, field_names
 from .display import html_facts, html_folded, one_line, text_facts
-from .errors import SEED_END, ConfigError, is_int, is_number, is_path, short_repr
+from .errors import SEED_END, ConfigError, is_int, is_number, is_path, require
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained, as in torch and transformers. Supervised tokens have any other label."""
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rules
+# --- Values
+
+
+def _plain(value: Any) -> Any:
+    """Return the text of an enum's member (transformers has enums for its choices), or any other value as it is."""
+    return str(value.value) if isinstance(value, Enum) and isinstance(value.value, str) else value
+
+
+def _names(value: Any) -> list[Any]:
+    """Return one name, or an iterable of names, as a list; anything else as ``[None]``, which no rule allows."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else [None]
+
+
+def _are_targets(value: Any) -> bool:
+    """Return whether a value is a string that may be a regular expression, or a list of names; neither is empty."""
+    if isinstance(value, str):
+        return _are_regexes([value])
+    return bool(value) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_pattern(value: object, accepts: Callable[[Any], bool]) -> bool:
+    """Return whether a value has the form of ``rank_pattern``: a dict with regular expressions as keys."""
+    return isinstance(value, Mapping) and _are_regexes(value) and all(map(accepts, value.values()))
+
+
+def _are_regexes(values: Iterable[Any]) -> bool:
+    """Return whether all values are regular expressions, and none is empty."""
+    try:
+        return all(isinstance(value, str) and value and re.compile(value) for value in values)
+    except re.error:
+        return False
+
+
+def _are_segments(value: object) -> bool:
+    """Return whether a value has the form of ``LoraConfig.segments``. Injection checks that the widths add up."""
+
+    def valid(suffix: Any, widths: Any) -> bool:
+        names, numbers = ([suffix, *widths], [*widths.values()]) if isinstance(widths, Mapping) else ([suffix], widths)
+        are_widths = isinstance(numbers, (list, tuple)) and numbers and all(is_int(number, 1) for number in numbers)
+        return all(isinstance(name, str) for name in names) and bool(are_widths)
+
+    return isinstance(value, Mapping) and all(valid(suffix, widths) for suffix, widths in value.items())
+
+
+# --- Rules
 
 Rule = tuple[Callable[[Any], bool], str]
 """Test of a value, and the allowed values in words."""
@@ -62,7 +109,7 @@ _LORA_RULES: dict[str, Rule] = {
     "lora_dropout": _SHARE,
     "bias": _choice("none", "all", "lora_only"),
     "target_modules": (
-        lambda value: _are_targets(value),
+        _are_targets,
         "'all-linear', a list of module-name suffixes that is not empty, or a regular expression",
     ),
     "modules_to_save": (
@@ -71,17 +118,12 @@ _LORA_RULES: dict[str, Rule] = {
     ),
     "use_rslora": _SWITCH,
     "task_type": _NAME,
-    "segments": _optional((lambda value: _are_segments(value), "a dict: suffix -> list of widths, or name -> width")),
-    "exclude_modules": _optional((lambda value: _are_targets(value), "a list of suffixes, or a regular expression")),
+    "segments": _optional((_are_segments, "a dict: suffix -> list of widths, or name -> width")),
+    "exclude_modules": _optional((_are_targets, "a list of suffixes, or a regular expression")),
     "layers_to_transform": _optional(
         (lambda value: all(is_int(index, 0) for index in value), "the number of a layer, from 0, or a list of them")
     ),
-    "layers_pattern": _optional(
-        (
-            lambda value: all(name and _is_regex(name) for name in value),
-            "a name, a regular expression, or a list of them",
-        )
-    ),
+    "layers_pattern": _optional((_are_regexes, "a name, a regular expression, or a list of them")),
     "rank_pattern": (lambda value: _is_pattern(value, lambda r: is_int(r, 1)), "a dict: regular expression -> rank"),
     "alpha_pattern": (
         lambda value: _is_pattern(value, lambda alpha: is_number(alpha) and alpha > 0),
@@ -137,69 +179,26 @@ _TRAINING_RULES: dict[str, Rule] = {
 """Field -> its rule; the other fields are switches."""
 
 
-def _check(config: Any, name: str, rule: Rule, value: Any) -> None:
-    """Raise unless ``value``, the normalised value of the field ``name``, is allowed."""
-    accepts, allowed = rule
-    if not accepts(value):
-        raise ConfigError(f"{type(config).__name__}: {name}={short_repr(getattr(config, name))}; allowed: {allowed}")
-
-
-def _plain(value: Any) -> Any:
-    """Return the text of an enum's member (transformers has enums for its choices), or any other value as it is."""
-    return str(value.value) if isinstance(value, Enum) and isinstance(value.value, str) else value
-
-
-def _names(value: Any) -> list[Any]:
-    """Return one name, or an iterable of names, as a list; anything else as ``[None]``, which no rule allows."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=str)
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else [None]
-
-
-def _are_targets(value: Any) -> bool:
-    """Return whether a value is a string that may be a regular expression, or a list of names; neither is empty."""
-    if isinstance(value, str):
-        return value != "" and _is_regex(value)
-    return bool(value) and all(isinstance(name, str) and name for name in value)
-
-
-def _is_pattern(value: object, accepts: Callable[[Any], bool]) -> bool:
-    """Return whether a value has the form of ``rank_pattern``: a dict with regular expressions as keys."""
-    return isinstance(value, Mapping) and all(key and _is_regex(key) and accepts(n) for key, n in value.items())
-
-
-def _is_regex(value: object) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
-        return False
-
-
-def _are_segments(value: object) -> bool:
-    """Return whether a value has the form of ``LoraConfig.segments``. Injection checks that the widths add up."""
-
-    def valid(suffix: Any, widths: Any) -> bool:
-        names = [suffix, *widths] if isinstance(widths, Mapping) else [suffix]
-        numbers = list(widths.values()) if isinstance(widths, Mapping) else widths
-        return (
-            all(isinstance(name, str) for name in names)
-            and isinstance(numbers, (list, tuple))
-            and bool(numbers)
-            and all(is_int(number, 1) for number in numbers)
-        )
-
-    return isinstance(value, Mapping) and all(valid(suffix, widths) for suffix, widths in value.items())
-
-
 class _Config:
     given: frozenset[str]
     """Names of the fields that were passed to the constructor; the others have their defaults, or follow from these."""
+    inert: tuple[str, ...]
+    """Arguments that were given and have no effect here."""
+
+    def _check(self, rules: Mapping[str, Rule]) -> None:
+        """Give each field its normalised value, or raise if its rule does not allow it; without one it is a switch."""
+        for name in field_names(type(self)):
+            value = self._normalised(name, _plain(getattr(self, name)))
+            accepts, allowed = rules.get(name, _SWITCH)
+            require(accepts(value), f"{type(self).__name__}: {name}", getattr(self, name), allowed, ConfigError)
+            setattr(self, name, value)
+
+    def _normalised(self, name: str, value: Any) -> Any:
+        raise NotImplementedError
 
     def __repr__(self) -> str:
-        changed = [f"{name}={value!r}" for name, value, default in self._values() if value != default]
-        return one_line(type(self).__name__, changed)
+        changed, _ = self._settings()
+        return one_line(type(self).__name__, [f"{name}={value!r}" for name, value in changed.items()])
 
     def __str__(self) -> str:
         changed, others = self._settings()
@@ -210,24 +209,21 @@ class _Config:
         changed, others = self._settings()
         return html_facts(type(self).__name__, changed) + html_folded("defaults", html_facts("", others))
 
-    def not_given(self) -> tuple[str, str]:
-        """Return the settings that were not given: those that are on with their values, and the names of the others."""
-        values = [(name, value) for name, value, _ in self._values() if name not in self.given]
-        off = [name for name, value in values if value is None or value is False or value in ([], {})]
-        on = [f"{name}={value}" for name, value in values if name not in off]
-        return ", ".join(on), ", ".join(off)
-
-    def _settings(self) -> tuple[dict[str, str], dict[str, str]]:
+    def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the settings that differ from the defaults, and the others."""
-        settings: tuple[dict[str, str], dict[str, str]] = {}, {}
-        for name, value, default in self._values():
-            settings[value == default][name] = str(value)
+        settings: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+        defaults = type(self)()
+        for name in field_names(type(self)):
+            value = getattr(self, name)
+            settings[value == getattr(defaults, name)][name] = value
         return settings
 
-    def _values(self) -> list[tuple[str, Any, Any]]:
-        """Return the name, the value and the default of each field."""
-        defaults = type(self)()
-        return [(name, getattr(self, name), getattr(defaults, name)) for name in field_names(type(self))]
+    def not_given(self) -> tuple[str, str]:
+        """Return the settings that were not given: those that are on with their values, and the names of the others."""
+        values = {name: getattr(self, name) for name in field_names(type(self)) if name not in self.given}
+        off = [name for name, value in values.items() if value is None or value is False or value in ([], {})]
+        on = [f"{name}={value}" for name, value in values.items() if name not in off]
+        return ", ".join(on), ", ".join(off)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, in field order; ``type(config)(**config.to_dict())`` is an equal config."""
@@ -236,8 +232,7 @@ class _Config:
         return plain
 
 
-# ----------------------------------------------------------------------------------------------------
-# The two configs
+# --- The two configs
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -291,14 +286,9 @@ class LoraConfig(_Config):
     ``"layers.0.mlp.down_proj"`` -> its rank. The first that matches counts; the other layers have ``r``."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """``lora_alpha`` of certain layers, in the same form; the others have ``lora_alpha``."""
-    inert: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
-    """Arguments that were given and have no effect here."""
 
     def __post_init__(self) -> None:
-        for name, rule in _LORA_RULES.items():
-            value = self._normalised(name)
-            _check(self, name, rule, value)
-            setattr(self, name, value)
+        self._check(_LORA_RULES)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"LoraConfig: layers_pattern={self.layers_pattern!r} needs layers_to_transform")
         if "lora_alpha" not in self.given:
@@ -309,9 +299,8 @@ class LoraConfig(_Config):
                 for suffix, widths in self.segments.items()
             }
 
-    def _normalised(self, name: str) -> Any:
+    def _normalised(self, name: str, value: Any) -> Any:
         """Return a field's value with several names as a list, no value as None, no pattern as an empty one."""
-        value = _plain(getattr(self, name))
         if name in ("rank_pattern", "alpha_pattern"):
             return {} if value is None else value
         if name in ("target_modules", "exclude_modules") and isinstance(value, str):
@@ -467,8 +456,6 @@ class TrainingConfig(_Config):
     resume_with_changes: bool = False
     """Permission to resume although the data, the settings or the versions of torch and transformers differ from the
     checkpoint's. The differences are reported, and the run is no longer bit for bit the one that was interrupted."""
-    inert: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
-    """Arguments that were given and have no effect here."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps is not None or self.warmup_ratio is not None:
@@ -476,18 +463,12 @@ class TrainingConfig(_Config):
             self.warmup_ratio = 0.0 if self.warmup_ratio is None else self.warmup_ratio
         if "logging_steps" in self.given and "eval_steps" not in self.given:
             self.eval_steps = None
-        for name in field_names(type(self)):
-            value = _plain(getattr(self, name))
-            if name == "report_to":
-                value = [] if value is None else _names(value)
-            elif isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            _check(self, name, _TRAINING_RULES.get(name, _SWITCH), value)
-            setattr(self, name, value)
+        self._check(_TRAINING_RULES)
         self.report_to = [name for name in self.report_to if name != "none"]
         if self.max_steps <= 0:
-            rule = (lambda epochs: epochs <= _MAX_EPOCHS), f"at most {_MAX_EPOCHS:,}; set max_steps for a longer run"
-            _check(self, "num_train_epochs", rule, self.num_train_epochs)
+            allowed = f"at most {_MAX_EPOCHS:,}; set max_steps for a longer run"
+            epochs = self.num_train_epochs
+            require(epochs <= _MAX_EPOCHS, "TrainingConfig: num_train_epochs", epochs, allowed, ConfigError)
         self._resolve_activation_checkpointing()
         if self.bf16 and self.fp16:
             raise ConfigError("TrainingConfig: bf16=True and fp16=True are mutually exclusive; set one to False")
@@ -497,11 +478,15 @@ class TrainingConfig(_Config):
                 "set eval_strategy to 'steps' or 'epoch'"
             )
 
+    def _normalised(self, name: str, value: Any) -> Any:
+        if name == "report_to":
+            return [] if value is None else _names(value)
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     def _resolve_activation_checkpointing(self) -> None:
         """Make ``activation_checkpointing`` and ``gradient_checkpointing``, two names of one setting, agree."""
-        modes: dict[Any, str | None] = {None: None, True: "full", False: "none"}
-        modes.update({mode: mode for mode in _CHECKPOINTING_MODES})
-        mode, other = modes[self.activation_checkpointing], modes[self.gradient_checkpointing]
+        switches: dict[Any, str] = {True: "full", False: "none"}
+        mode, other = (switches.get(v, v) for v in (self.activation_checkpointing, self.gradient_checkpointing))
         if mode is not None and other is not None and mode != other:
             raise ConfigError(
                 f"TrainingConfig: activation_checkpointing={self.activation_checkpointing!r} and "

@@ -77,6 +77,12 @@ def short_repr(value: object, most: int = _MAX_CHARACTERS) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def require(is_allowed: bool, name: str, value: object, allowed: str, error: type[Phi3LoRAError]) -> None:
+    """Raise an ``error`` with the name of a value, the value and the allowed ones, unless ``is_allowed``."""
+    if not is_allowed:
+        raise error(f"{name}={short_repr(value)}; allowed: {allowed}")
+
+
 def error_line(error: BaseException) -> str:
     """Return an error's first line, after its type if the text alone says little (``KeyError: 'state'``)."""
     text = ValueError.__str__(error) if isinstance(error, Phi3LoRAError) else str(error)

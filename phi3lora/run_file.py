@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import LoraConfig, TrainingConfig
-from .errors import SEED_END, ConfigError, did_you_mean, is_int, is_number, short_repr
+from .errors import SEED_END, ConfigError, did_you_mean, is_int, is_number, require, short_repr
 from .run_settings import (
     DEMO,
     SECTIONS,
@@ -106,8 +106,7 @@ def _resolve(run: Run, where: str) -> None:
         ("data.streaming", data.streaming, isinstance(data.streaming, bool), "True, False"),
         ("out", run.out, run.out is None or isinstance(run.out, str), "a path"),
     ):
-        if not is_allowed:
-            raise ConfigError(f"{where}{name}={short_repr(value)}; allowed: {allowed}")
+        require(is_allowed, f"{where}{name}", value, allowed, ConfigError)
     if data.eval_source and data.eval_share:
         raise ConfigError(f"{where}eval_source and eval_share={data.eval_share:g} exclude each other; give one of them")
     if data.streaming and data.eval_share:

@@ -100,7 +100,7 @@ _OF_THE_DATA = ("max_length", "max_seq_length", "max_seq_len")  # the rows of tr
 
 def field_names(section: str) -> list[str]:
     """Return the settings of a section, in order."""
-    return [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
+    return [f.name for f in dataclasses.fields(SECTIONS[section])]
 
 
 # --- Names

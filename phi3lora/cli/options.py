@@ -280,7 +280,7 @@ def _add_settings(
     texts = field_help(section)
     for setting in dataclasses.fields(SECTIONS[section]):
         path, name = f"{section}.{setting.name}", setting.name
-        if not setting.init or path in _HIDDEN or name in leave_out or (only and name not in only):
+        if path in _HIDDEN or name in leave_out or (only and name not in only):
             continue
         kinds = kinds_of(setting)
         if any(kind.startswith("Callable") for kind in kinds):

@@ -31,7 +31,7 @@ _SHOWN = {
     ),
 }  # fmt: skip
 """Settings that the file sets; the others follow as comments, with their defaults."""
-_NEVER = ("inert", "modules_to_save", "gradient_checkpointing", "adapter", "source", "task_type")
+_NEVER = ("modules_to_save", "gradient_checkpointing", "adapter", "source", "task_type")
 _WIDTH = 80
 
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..data.turns import read_turns
-from ..errors import DataError, is_int, short_repr
+from ..errors import DataError, is_int, require
 from ..lora.wrappers import unwrap
 from ..model.forward import eval_mode, require_causal_lm
 from ..model.load import longrope_boundary
@@ -118,8 +118,7 @@ def generate_answers(
 ) -> list[str]:
     """Return the answer to each prompt of token ids; ``stream`` also prints that of the only one."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not is_int(value, 1):
-            raise DataError(f"{name}={short_repr(value)}; allowed: a whole number >= 1")
+        require(is_int(value, 1), name, value, "a whole number >= 1", DataError)
     model = unwrap(model)
     require_causal_lm(model)
     largest = max(map(max, prompts), default=0)
@@ -244,8 +243,8 @@ def _check_sampling(temperature: float, top_p: float, top_k: int, repetition_pen
         ("seed", 0 if seed is None else seed, Integral, lambda s: -(2**63) <= s < 2**63, "a 64-bit integer, or None"),
     )
     for name, value, kind, ok, allowed in rules:
-        if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
-            raise DataError(f"{name}={short_repr(value)}; allowed: {allowed}")
+        is_allowed = isinstance(value, kind) and not isinstance(value, bool) and ok(value)
+        require(is_allowed, name, value, allowed, DataError)
 
 
 def _as_chats(prompt: Any, system: str | None) -> tuple[list[list[dict[str, Any]]], bool]:

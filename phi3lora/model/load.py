@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..display import quiet_libraries
-from ..errors import ModelError, error_line, is_int, is_number, is_path, short_repr
+from ..errors import ModelError, error_line, is_int, is_number, is_path, require, short_repr
 from ..lora.base_weight import PRECISIONS, keep_4bit_packing, quantize_base, require_bitsandbytes, usable_precision
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
@@ -131,9 +131,8 @@ def check_load_settings(**settings: Any) -> None:
         ModelError: the setting, its value, and what is allowed.
     """
     for name, value in settings.items():
-        if value not in _ALLOWED[name]:
-            allowed = ", ".join(map(repr, _ALLOWED[name]))
-            raise ModelError(f"load_model: {name}={short_repr(value)}; allowed: {allowed}")
+        allowed = ", ".join(map(repr, _ALLOWED[name]))
+        require(value in _ALLOWED[name], f"load_model: {name}", value, allowed, ModelError)
 
 
 def _split(model: Any, device: torch.device, base_precision: str | None) -> Any:
