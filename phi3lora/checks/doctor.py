@@ -16,9 +16,9 @@ from ..errors import Phi3LoRAError, TrainingError, require
 from ..model.sharding import sharded_base
 from ..processes import rank_and_size
 from ..training.checkpoint import rng_state, set_rng_state
+from ..training.setup import PlannedRun
 from . import documents, rows, settings
 from . import model as model_checks
-from .planned_run import PlannedRun
 from .report import DoctorReport, Finding, error, warning
 from .trial import Trial, check_gradient_flow
 
@@ -103,8 +103,8 @@ def doctor(
     require(is_allowed, "device_memory_gib", device_memory_gib, "None, or a number > 0 (GiB)", TrainingError)
     if rank_and_size()[0] > 0:
         return DoctorReport(())
-    run = (model, tokenizer, dataset, config or TrainingConfig(), eval_dataset)
-    planned = PlannedRun(*run, device_memory_gib, compute_metrics=compute_metrics)
+    run = (model, dataset, config or TrainingConfig(), eval_dataset, tokenizer, compute_metrics)
+    planned = PlannedRun(*run, device_memory_gib)
     with _restored(model):
         findings = [_run_check(name, check, planned) for name, check in CHECKS.items()]
         findings += _run_trial_checks(planned, try_steps, can_run=findings[0].status == "ok")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..data.document_text import divided_text
 from ..data.template import ChatEncoder
 from ..display import DIVIDER
 from ..model.load import longrope_boundary
-from .planned_run import PlannedRun, token_text
+from ..training.setup import PlannedRun
 from .report import Finding, error, first_of, ok, warning
 
 
@@ -37,7 +39,8 @@ def preview_first_document(planned: PlannedRun) -> Finding:
 
 
 def check_end_of_turn(planned: PlannedRun) -> Finding:
-    dataset, spans, name = planned.dataset, planned.spans, planned.end_of_turn
+    dataset, spans = planned.dataset, planned.spans
+    name = token_text(planned.tokenizer, dataset.end_of_turn_id)
     if planned.tokenizer is not None:
         expected = ChatEncoder(planned.tokenizer).end_of_turn_id
         if expected != dataset.end_of_turn_id:
@@ -71,12 +74,13 @@ def check_empty_answers(planned: PlannedRun) -> Finding:
 
 
 def check_padding(planned: PlannedRun) -> Finding:
-    tokenizer, pad = planned.tokenizer, planned.dataset.pad_token_id
+    tokenizer, pad, end_of_turn = planned.tokenizer, planned.dataset.pad_token_id, planned.dataset.end_of_turn_id
     if tokenizer is None:
         return ok(f"token {pad}; masks go by span, not by token")
     eos = tokenizer.eos_token_id
-    text = f"pad {token_text(tokenizer, pad)}, eos {token_text(tokenizer, eos)}, end of turn {planned.end_of_turn}"
-    if pad in (eos, planned.dataset.end_of_turn_id):
+    names = (token_text(tokenizer, token) for token in (pad, eos, end_of_turn))
+    text = "pad {}, eos {}, end of turn {}".format(*names)
+    if pad in (eos, end_of_turn):
         text += ": pad is one of the others, harmless here because masks go by span, not by token"
     return ok(text)
 
@@ -127,3 +131,10 @@ def check_longrope(planned: PlannedRun) -> Finding:
         )
     side, lengths = ("long", "over") if long else ("short", "up to")
     return ok(f"all documents are of {lengths} {boundary:,} tokens: the {side} rotary factors; use the adapter there")
+
+
+def token_text(tokenizer: Any, token_id: int | None) -> str:
+    """Return a token for messages: ``<|end|> (32007)``, or ``token 32007`` without a tokenizer."""
+    if token_id is None:
+        return "none"
+    return f"token {token_id}" if tokenizer is None else f"{tokenizer.convert_ids_to_tokens(token_id)} ({token_id})"

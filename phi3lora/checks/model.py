@@ -12,15 +12,13 @@ from ..lora.layers import MergedLinear
 from ..lora.targets import fused_segments, weight_readers
 from ..model.attention import attention_in_words
 from ..model.load import model_device
-from ..training.setup import check_run
+from ..training.setup import PlannedRun, check_run
 from ..training.step import has_instructions
-from .planned_run import PlannedRun
 from .report import Finding, error, first_of, ok, warning
 
 
 def check_run_is_accepted(planned: PlannedRun) -> Finding:
-    datasets = planned.train_dataset, planned.eval_dataset
-    check_run(planned.model, *datasets, planned.config, planned.tokenizer, planned.compute_metrics)
+    check_run(planned)
     limits = "" if planned.train_dataset.known_length else "; only the stream's first window was checked"
     return ok(f"train() accepts this model, data and configuration{limits}")
 
@@ -107,7 +105,7 @@ def check_weight_readers(planned: PlannedRun) -> Finding:
 
 
 def check_layers(planned: PlannedRun) -> Finding:
-    backend = planned.resolved.backend
+    backend = planned.backend
     device, config = model_device(planned.model), planned.config
     attention = attention_in_words(planned.model, backend.kind == "fused")
     text = f"{device}, attention {attention}, layers {backend}"
@@ -118,7 +116,7 @@ def check_layers(planned: PlannedRun) -> Finding:
 
 def check_precision(planned: PlannedRun) -> Finding:
     weight = planned.model.get_input_embeddings().weight
-    name, dtype = planned.resolved.precision.name, str(weight.dtype).removeprefix("torch.")
+    name, dtype = planned.precision.name, str(weight.dtype).removeprefix("torch.")
     base = base_format(planned.model)
     text = f"{name} forward, base weights {dtype}" + (f" and {base}" if base else "") + ", adapters and moments float32"
     if (name, dtype) == ("fp16", "bfloat16"):

@@ -10,7 +10,7 @@ import numpy as np
 from ..data.dataset import ChatDataset
 from ..errors import short_repr
 from ..lora.inject import lora_layers
-from .planned_run import PlannedRun
+from ..training.setup import PlannedRun
 from .report import Finding, first_of, ok, warning
 
 _CONTEXT = frozenset(

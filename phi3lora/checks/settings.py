@@ -14,7 +14,7 @@ from ..model.load import model_device
 from ..training.learning import reach, too_small
 from ..training.optim import optimizer_bytes, warmup_steps
 from ..training.output_folder import check_output_dir
-from .planned_run import PlannedRun
+from ..training.setup import PlannedRun
 from .report import Details, Finding, error, ok, warning
 from .trial import Trial
 
@@ -76,7 +76,7 @@ def check_saving(planned: PlannedRun) -> Finding:
 
 
 def check_memory(planned: PlannedRun) -> Finding:
-    plan, mode = planned.memory(), planned.checkpointing
+    plan, mode = planned.memory, planned.checkpointing
     table = _memory_table(planned, plan)
     text = (
         f"activation checkpointing {mode}, layers {planned.memory_backend.kind}: "
@@ -102,7 +102,7 @@ def _memory_table(planned: PlannedRun, as_loaded: MemoryPlan) -> Details:
     device = model_device(planned.model)
     formats = ["fp8", "nf4"] if device.type != "cuda" or reason_against_fp8(device) is None else ["nf4"]
     loaded = base_format(planned.model) or "as loaded"
-    plans = {loaded: as_loaded, **{name: planned.memory(name) for name in formats if name != loaded}}
+    plans = {loaded: as_loaded, **{name: planned.predict_memory(name) for name in formats if name != loaded}}
     modes = list(as_loaded.peak_gib)
     widths = [max(len(mode), 5) + 1 for mode in modes]
     lines = ["GiB".ljust(10) + "".join(f"{mode:>{n}} " for mode, n in zip(modes, widths, strict=True)).rstrip()]
@@ -185,7 +185,7 @@ def estimate_time(planned: PlannedRun, trial: Trial | None) -> Finding:
     text = f"{steps.total:,} steps, {tokens:,.0f} tokens, {flops:.2g} operations"
     if trial is None:
         return ok(f"{text}; time unknown: no step was measured")
-    processes = planned.resolved.world.size
+    processes = planned.world.size
     duration = _format_seconds(trial.seconds * flops / trial.flops / processes)
     text += f" in {processes} processes" if processes > 1 else ""
     return ok(f"about {duration} for {text}, at the speed of one step of {trial.tokens:,} tokens")

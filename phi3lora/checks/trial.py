@@ -22,9 +22,8 @@ from ..lora.layers import Embedding, MergedLinear
 from ..model.backend import PLAIN
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
-from ..training.setup import prepared
+from ..training.setup import PlannedRun, prepared
 from ..training.step import OptimizerStep, resolve_precision
-from .planned_run import PlannedRun
 from .report import Finding, error, first_of, ok, warning
 
 _MAX_FLOPS = {"cpu": 1e11, "cuda": 3e14}  # of a step: it takes seconds on either device
@@ -81,10 +80,9 @@ def run_trial(planned: PlannedRun) -> Trial:
     with _copied_adapters(model) as trained, torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
         step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm)
-        resolved = planned.resolved.backend
-        backend = PLAIN if resolved.kind == "compiled" else resolved  # compiling takes longer than two steps
+        is_slow = planned.backend.kind == "compiled"  # compiling takes longer than two steps
         before = {name: part.detach().clone() for name, part, _ in _adapter_parts(model)}
-        with prepared(model, planned.checkpointing, backend):
+        with prepared(model, planned.checkpointing, PLAIN if is_slow else planned.backend):
             for _ in range(_MAX_ATTEMPTS):
                 started = time.perf_counter()
                 outcome = step([batch], _LEARNING_RATE)

@@ -44,6 +44,7 @@ from ..training.loop import run_training
 from ..training.output_folder import check_output_dir
 from ..training.picture import plot
 from ..training.run_record import NAME as RECORD
+from ..training.setup import PlannedRun
 from ..training.trackers import check_trackers
 from .adapters import find_adapter, load_found
 from .starter import write_starter
@@ -86,7 +87,7 @@ def _train(options: argparse.Namespace) -> int:
     if not (goes_on and run.out is None):  # else the file is the run's own
         _check_free(out, options.overwrite)
     model, tokenizer, chats, held_out = _load_run(run)
-    result = run_training(model, chats, config, held_out, tokenizer, tells_next=False)
+    result = run_training(PlannedRun(model, chats, config, held_out, tokenizer), tells_next=False)
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
         start = "true" if result.checkpoint else "auto"  # before the first step there is no checkpoint yet
         words = ["train", f"{config.output_dir}/{RECORD}", "--set", f"resume_from_checkpoint={start}"]

@@ -19,6 +19,7 @@ from ..display import text_facts, text_table
 from ..inference.generation import generate
 from ..lora.inject import inject_lora
 from ..training.loop import run_training
+from ..training.setup import PlannedRun
 from . import FOLDER, load
 
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -93,7 +94,7 @@ def _tune(
     extra: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 10} if full else {"log_level": "warning"}
     print(f"{report}\n" if full else f"\nseed {seed}")
     config = TrainingConfig(output_dir=folder, seed=seed, **TRAINING, **extra)
-    run_training(model, train_set, config, eval_set, tokenizer, tells_next=False)
+    run_training(PlannedRun(model, train_set, config, eval_set, tokenizer), tells_next=False)
     after = score(model, tokenizer, rows)
     with disabled(model):
         off = score(model, tokenizer, rows)

@@ -27,7 +27,6 @@ from torch import nn
 
 from ..adapters.adapter_file import load_adapter_state, read_adapter
 from ..checks.doctor import problems
-from ..checks.planned_run import PlannedRun
 from ..checks.report import Finding
 from ..config import TrainingConfig
 from ..data.batches import Cursor, Step
@@ -47,7 +46,7 @@ from .checkpoint import (
     rng_state,
     save_checkpoint,
 )
-from .distributed import Interrupts, World, digest, joined
+from .distributed import Interrupts, digest, joined
 from .learning import learned_nothing
 from .logging import DeferredMetrics, Reporter, StepRecord, report_skipped
 from .optim import build_optimizer, schedule
@@ -55,16 +54,7 @@ from .output_folder import OutputFolder, check_output_dir, claim_output_dir, loc
 from .picture import PICTURE, draw_run
 from .result import TrainingResult, closing_facts, result_of
 from .run_record import write_record
-from .setup import (
-    answer_cache_tokens,
-    banner_facts,
-    base_parts,
-    check_run,
-    explain_out_of_memory,
-    prepared,
-    resolve,
-    usual_torch,
-)
+from .setup import PlannedRun, banner_facts, check_run, explain_out_of_memory, prepared, usual_torch
 from .step import OptimizerStep, StepOutcome
 
 logger = logging.getLogger("phi3lora")
@@ -107,39 +97,35 @@ def train(
         CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
             a checkpoint belongs to another run or cannot be written.
     """
-    return run_training(model, train_dataset, config, eval_dataset, tokenizer, callbacks, compute_metrics)
+    settings = config or TrainingConfig()
+    planned = PlannedRun(unwrap(model), train_dataset, settings, eval_dataset, tokenizer, compute_metrics)
+    return run_training(planned, callbacks)
 
 
 def run_training(
-    model: nn.Module,
-    train_dataset: ChatDataset | ChatStream,
-    config: TrainingConfig | None,
-    eval_dataset: ChatDataset | None,
-    tokenizer: Any,
-    callbacks: Sequence[Callback | Any] = (),
-    compute_metrics: ComputeMetrics | None = None,
-    tells_next: bool = True,
+    planned: PlannedRun, callbacks: Sequence[Callback | Any] = (), tells_next: bool = True
 ) -> TrainingResult:
     """Train as :func:`train` does; without ``tells_next`` the caller tells the user what to type next."""
-    config, model = copy.copy(config or TrainingConfig()), unwrap(model)
+    model, config = planned.model, copy.copy(planned.config)
+    planned.config = config
     config.output_dir = os.path.abspath(config.output_dir)  # a callback may change the working directory
     with ExitStack() as stack:
         stack.enter_context(usual_torch())
-        check_run(model, train_dataset, eval_dataset, config, tokenizer, compute_metrics)
-        world = stack.enter_context(joined(model_device(model), not train_dataset.known_length))
+        check_run(planned)
+        is_stream = not planned.train_dataset.known_length
+        world = planned.world = stack.enter_context(joined(model_device(model), is_stream))
         output = world.on_main(lambda: stack.enter_context(locked(config.output_dir)))
-        run = _Run(model, train_dataset, config, eval_dataset, tokenizer, callbacks, compute_metrics, output, world)
-        state, resolved, report = run.state, run.resolved, run.report
+        run = _Run(planned, callbacks, output)
+        state, report = run.state, run.report
         stack.enter_context(run.interrupts)
-        stack.enter_context(explain_out_of_memory(model, config, resolved))
+        stack.enter_context(explain_out_of_memory(planned))
         stack.enter_context(run.optimizer_step.gradients.overlapped())
-        stack.enter_context(prepared(model, resolved.checkpointing, resolved.backend, base_parts(model, config)))
-        report.facts(banner_facts(model, config, resolved, state, eval_dataset))
+        stack.enter_context(prepared(model, planned.checkpointing, planned.backend, planned.parts))
+        report.facts(banner_facts(planned, state))
         if report.warns:
-            planned = PlannedRun(model, tokenizer, train_dataset, config, eval_dataset, resolved=resolved)
             report.findings(problems(planned))
         stack.enter_context(report)  # opens the progress bar: print would write into it from here on
-        world.on_main(lambda: write_record(model, train_dataset, eval_dataset, config, resumed=run.saved_at >= 0))
+        world.on_main(lambda: write_record(planned, resumed=run.saved_at >= 0))
         run.call_hooks("on_train_begin")
         if config.eval_on_start and state.global_step == 0:
             run.evaluate()
@@ -191,33 +177,21 @@ def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) 
 class _Run:
     """The parts of a run, and what happens between two optimizer steps."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train_dataset: ChatDataset | ChatStream,
-        config: TrainingConfig,
-        eval_dataset: ChatDataset | None,
-        tokenizer: Any,
-        callbacks: Sequence[Callback | Any],
-        compute_metrics: ComputeMetrics | None,
-        output: OutputFolder | None,
-        world: World,
-    ) -> None:
+    def __init__(self, planned: PlannedRun, callbacks: Sequence[Callback | Any], output: OutputFolder | None) -> None:
         """Build the parts, and restore them from a checkpoint if the config says so. Rank 0 has the output folder."""
-        self.model, self.config, self.eval_dataset = model, config, eval_dataset
-        self.tokenizer, self.callbacks, self.output, self.world = tokenizer, callbacks, output, world
-        self.compute_metrics = compute_metrics
+        model, config, world = planned.model, planned.config, planned.world
+        self.model: nn.Module = model
+        self.planned, self.config, self.world = planned, config, world
+        self.callbacks, self.output = callbacks, output
         self.interrupts, self.pending = Interrupts(), DeferredMetrics[StepRecord]()
         self.stopped_by: int | None = None
         world.on_main(lambda: check_output_dir(config))
         resumed_from = world.from_main(lambda: find_checkpoint(config))
         torch.manual_seed(config.seed + world.rank)  # each process drops out other entries
-        cache_tokens = answer_cache_tokens(config, eval_dataset, compute_metrics)
-        self.resolved = resolve(model, train_dataset, config, world, cache_tokens)
-        steps, precision = self.resolved.steps, self.resolved.precision
+        precision, steps, _ = planned.precision, planned.steps, planned.memory  # before the optimizer takes of it
         optimizer = build_optimizer(model, config)
         self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)
-        facts = steps.data_facts(), measured_on(config, eval_dataset, model)
+        facts = steps.data_facts(), measured_on(config, planned.eval_dataset, model)
         self.resumable = Resumable(model, optimizer, precision.scaler, config, *facts, world.rank, world.size)
         self._require_one_run()
         self.state = load_checkpoint(resumed_from, self.resumable) if resumed_from else TrainingState()
@@ -225,7 +199,7 @@ class _Run:
         world.on_main(lambda: set_aside_newer(config.output_dir, self.state.global_step))
         self.state.total_steps, self.schedule = steps.total, schedule(config, steps.total)
         self.best = BestModel(config, self.state)
-        context_tokens = mean_context_tokens(train_dataset.first_window.lengths)
+        context_tokens = mean_context_tokens(planned.dataset.lengths)
         flops = flops_per_token(model, context_tokens) / world.size
         self.report = Reporter(config, self.state, flops, world.is_main)
         self.resumable.lines = self.report.lines
@@ -240,7 +214,7 @@ class _Run:
         facts = {name: value for name, value in self.config.to_dict().items() if name not in of_process}
         facts |= {f"{name} of the data": value for name, value in self.resumable.data.items()}
         facts |= {f"{name} of the evaluations": value for name, value in self.resumable.measured.items()}
-        facts["precision"], facts["device"] = self.resolved.precision.name, model_device(self.model).type
+        facts["precision"], facts["device"] = self.planned.precision.name, model_device(self.model).type
         facts["trainable parameters"] = [(name, tuple(p.shape)) for name, p in self._trained().items()]
         self.world.require_equal(facts, "the processes do not train the same run")
         self.world.copy_from_main_(list(self._trained().values()))
@@ -275,7 +249,7 @@ class _Run:
             return
         cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
         device = model_device(self.model)
-        yield from self.resolved.steps.batches(state.global_step, cursor, device, self._is_wanted)
+        yield from self.planned.steps.batches(state.global_step, cursor, device, self._is_wanted)
 
     def _is_wanted(self) -> bool:
         """Return whether to go on waiting for data. Of several processes none leaves alone: they agree after a step."""
@@ -326,10 +300,10 @@ class _Run:
                 state.loss_count += record.supervised_tokens
                 state.run_loss_sum += loss_sum
                 state.run_loss_count += record.supervised_tokens
-            elif not (math.isfinite(loss_sum) and self.resolved.precision.can_scale_down()):
+            elif not (math.isfinite(loss_sum) and self.planned.precision.can_scale_down()):
                 state.nonfinite_in_a_row += 1
                 state.nonfinite_total += 1
-                report_skipped(record, loss_sum, norm, self.config, state, self.tokenizer)
+                report_skipped(record, loss_sum, norm, self.config, state, self.planned.tokenizer)
             if not record.log:
                 continue
             line: dict[str, Any] = {"step": record.number, "epoch": round(record.step.epoch_progress, 4)}
@@ -345,17 +319,17 @@ class _Run:
 
     def evaluate(self) -> None:
         """Evaluate, log the result, update the best metric, and stop early if it no longer improves."""
-        assert self.eval_dataset is not None
-        config, state = self.config, self.state
+        planned, config, state = self.planned, self.config, self.state
+        assert planned.eval_dataset is not None
         self.log_ready(wait=True)
-        with self.resolved.precision.autocast():
+        with planned.precision.autocast():
             found = evaluate(
                 self.model,
-                self.eval_dataset,
+                planned.eval_dataset,
                 batch_size=config.per_device_eval_batch_size,
                 rouge=scores_rouge(config),
-                compute_metrics=self.compute_metrics,
-                tokenizer=self.tokenizer,
+                compute_metrics=planned.compute_metrics,
+                tokenizer=planned.tokenizer,
                 max_samples=config.eval_max_samples,
                 max_new_tokens=config.eval_max_new_tokens,
                 world=self.world,

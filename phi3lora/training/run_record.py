@@ -7,31 +7,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import LoraConfig, TrainingConfig
+from ..config import LoraConfig
 from ..files import write_atomic
 from ..lora.inject import lora_layers
 from ..run_file import run_text
 from ..run_settings import field_names
+from .setup import PlannedRun
 
 logger = logging.getLogger("phi3lora")
 
 NAME = "run.yaml"
 
 
-def write_record(model: Any, train_dataset: Any, eval_dataset: Any, config: TrainingConfig, resumed: bool) -> None:
+def write_record(run: PlannedRun, resumed: bool) -> None:
     """Write what is known of a run into its output folder, and say in the file what is not known.
 
     ``load_model`` and ``ChatDataset.load`` leave what they were given in ``origin``. Models and rows that were made in
     Python have none; then a resumed run leaves the file of its start as it is.
     """
-    path = Path(config.output_dir, NAME)
+    model, config, path = run.model, run.config, Path(run.config.output_dir, NAME)
     unknown: list[str] = []
     source = getattr(model, "origin", None)
     if source is None:
         unknown.append("model: not known, as it was made in Python. Fill in name_or_path.")
     elif not (resumed or source.get("adapter")) and any(layer.lora_B.any() for layer in lora_layers(model).values()):
         unknown.append("adapter: not known; the run went on from adapters that were trained before. Fill in adapter.")
-    data = _data_section(train_dataset.origin, eval_dataset, unknown)
+    data = _data_section(run.train_dataset.origin, run.eval_dataset, unknown)
     if unknown and resumed and path.exists():
         return
     lora = getattr(model, "lora_config", None) or LoraConfig()

@@ -1,22 +1,23 @@
-"""Set-up before the first step: validate the run, resolve its settings."""
+"""Set-up before the first step: ``PlannedRun`` resolves a run's settings, ``check_run`` validates it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checks.spans import TrainedSpans, trained_spans
 from ..config import TrainingConfig
 from ..data.batches import BatchPlan, StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
 from ..display import shown_path
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
 from ..lora.base_weight import base_format, count_parameters
 from ..lora.inject import lora_layers
@@ -37,23 +38,148 @@ from .trackers import check_trackers
 logger = logging.getLogger("phi3lora")
 
 
+class PlannedRun:
+    """A run before it starts: the arguments of ``train``, and what follows from them together, resolved on first use.
+
+    A property that cannot be resolved raises the ``Phi3LoRAError`` that ``train`` would.
+
+    Args:
+        model, train_dataset, config, eval_dataset, tokenizer, compute_metrics: the arguments of ``train``.
+        device_memory_gib: memory of the card that memory is predicted for; None: the card that the model is on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: ChatDataset | ChatStream,
+        config: TrainingConfig,
+        eval_dataset: ChatDataset | None = None,
+        tokenizer: Any = None,
+        compute_metrics: Any = None,
+        device_memory_gib: float | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.train_dataset, self.dataset = train_dataset, train_dataset.first_window
+        self.config, self.eval_dataset, self.tokenizer = config, eval_dataset, tokenizer
+        self.compute_metrics, self.device_memory_gib = compute_metrics, device_memory_gib
+        self.world = World.current()
+        """The processes that train together."""
+
+    @cached_property
+    def precision(self) -> Precision:
+        """Dtype of the forward."""
+        return resolve_precision(self.config, self.model, model_device(self.model))
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Way in which the decoder layers are computed, and why."""
+        offload = self.config.activation_checkpointing == "offload"
+        with self.precision.autocast():
+            return choose_backend(self.model, compile=self.config.compile, offload=offload, training=True)
+
+    @cached_property
+    def steps(self) -> StepSchedule:
+        """Order of documents, rows, batches and steps, and the share of one process among several."""
+        self._require_documents()
+        config, world = self.config, self.world
+        plan = BatchPlan(
+            self.dataset,
+            batch_size=config.per_device_train_batch_size,
+            max_length=config.max_length or self.train_dataset.max_length,
+            packing=config.packing,
+            seed=config.seed if config.data_seed is None else config.data_seed,
+            boundary=longrope_boundary(self.model.config),
+            fixed_shape=config.packing and self.backend.kind == "compiled",
+        )
+        check = partial(check_documents, self.model, name="train_dataset", row_length=config.max_length)
+        return StepSchedule(plan, config, self.train_dataset, check, world.rank, world.size, world.share)
+
+    @property
+    def parts(self) -> int:
+        """Number of processes over which the frozen weights are split; 1: each has them all."""
+        split = sharded_base(self.model)
+        if split is not None:
+            return split.size
+        return self.world.size if self.config.parallel == "fsdp" else 1
+
+    @property
+    def has_answers(self) -> bool:
+        """True if the evaluations let the model answer."""
+        return scores_rouge(self.config) or self.compute_metrics is not None
+
+    @property
+    def answer_cache_tokens(self) -> int:
+        """Tokens, of all rows together, that the answers of an evaluation hold keys and values of; 0: no answers."""
+        config, chats = self.config, self.eval_dataset
+        evaluates = config.eval_strategy != "no" or config.eval_on_start
+        if chats is None or not evaluates or not self.has_answers:
+            return 0
+        count = min(len(chats), config.eval_max_samples or len(chats))
+        tokens: int = chats.max_document_tokens + config.eval_max_new_tokens
+        return min(config.per_device_eval_batch_size, count) * tokens
+
+    @cached_property
+    def memory_backend(self) -> Backend:
+        """Backend of the decoder layers on the card that memory is predicted for."""
+        elsewhere = self.device_memory_gib is not None and model_device(self.model).type != "cuda"
+        if elsewhere and self.config.compile is None and self.precision.name != "fp32":
+            return Backend("fused")
+        return self.backend
+
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """Predicted peak memory by activation checkpointing mode."""
+        return self.predict_memory()
+
+    def predict_memory(self, base_precision: str | None = None) -> MemoryPlan:
+        """Predict the peaks of the largest micro-batch and of an evaluation, with the base in another precision."""
+        config, dataset = self.config, self.train_dataset
+        limit = config.max_length or dataset.max_length
+        width = limit if config.packing else min(limit, dataset.max_document_tokens)
+        tokens, optimizer = config.per_device_train_batch_size * width, optimizer_bytes(config.optim)
+        sizes = tokens, self.memory_backend.kind, optimizer, base_precision, self.parts, self.answer_cache_tokens
+        with self.precision.autocast():
+            plan = plan_memory(self.model, *sizes)
+        return plan if self.device_memory_gib is None else replace(plan, available_gib=self.device_memory_gib)
+
+    @cached_property
+    def checkpointing(self) -> str:
+        """Activation checkpointing mode; ``"auto"`` is resolved to the fastest one that fits."""
+        mode = str(self.config.activation_checkpointing)
+        if mode == "auto":
+            mode = self.memory.fastest_that_fits()
+            if mode == "offload" and self.memory_backend.kind == "compiled":
+                mode = "full"
+        return mode
+
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """Statistics of the dataset; of a stream, of its first window."""
+        self._require_documents()
+        return self.dataset.statistics()
+
+    @cached_property
+    def spans(self) -> TrainedSpans:
+        """Spans of trained tokens."""
+        self._require_documents()
+        return trained_spans(self.dataset)
+
+    def _require_documents(self) -> None:
+        if len(self.dataset) == 0:
+            raise DataError("the dataset is empty: it has no documents")
+
+
 # --- Validation
 
 
-def check_run(
-    model: nn.Module,
-    train_dataset: ChatDataset | ChatStream,
-    eval_dataset: ChatDataset | None,
-    config: TrainingConfig,
-    tokenizer: Any = None,
-    compute_metrics: Any = None,
-) -> None:
+def check_run(run: PlannedRun) -> None:
     """Raise if the run cannot succeed: nothing to train, something else trainable, data that does not fit the model.
 
     Raises:
         TrainingError: the model, the settings or the environment.
         DataError: the datasets.
     """
+    model, config, eval_dataset = run.model, run.config, run.eval_dataset
     layers = lora_layers(model)
     if not layers:
         raise TrainingError("the model has no adapters to train; call inject_lora(model, LoraConfig(...)) first")
@@ -87,90 +213,41 @@ def check_run(
         raise TrainingError(f"{setting} needs an eval_dataset")
     if eval_dataset is not None and not eval_dataset.known_length:
         raise TrainingError("eval_dataset is a stream, whose length is not known; pass stream.take(1000)")
-    if not train_dataset.known_length and config.max_steps <= 0:
+    if not run.train_dataset.known_length and config.max_steps <= 0:
         raise TrainingError("train_dataset is a stream, whose length is not known; set max_steps to a number > 0")
     known = (*METRICS, *ROUGE)
-    if compute_metrics is None and metric_name(config) not in known:
+    if run.compute_metrics is None and metric_name(config) not in known:
         allowed = f"{', '.join(known)}, or one that train(..., compute_metrics=...) returns"
         raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {allowed}")
     if scores_rouge(config):
         rouge_scorer()  # raises if its package is missing
-    if scores_rouge(config) or compute_metrics is not None:
-        missing = "an eval_dataset" if eval_dataset is None else "a tokenizer" if tokenizer is None else None
+    if run.has_answers:
+        missing = "an eval_dataset" if eval_dataset is None else "a tokenizer" if run.tokenizer is None else None
         if missing:
             raise TrainingError(f"predict_with_generate, ROUGE and compute_metrics need {missing}")
     schedule(config, max(config.max_steps, 1))  # raises for arguments that it does not take
     check_trackers(config)
-    check_split(model, config)
-    check_documents(model, train_dataset.first_window, "train_dataset", config.max_length)
+    _check_split(run)
+    check_documents(model, run.dataset, "train_dataset", config.max_length)
     if eval_dataset is not None:
         check_documents(model, eval_dataset, "eval_dataset", None)
 
 
-def check_split(model: Any, config: TrainingConfig) -> None:
+def _check_split(run: PlannedRun) -> None:
     """Raise if the frozen weights cannot be split over the processes, where they are to be."""
-    if config.parallel == "ddp" and sharded_base(model) is not None:
+    is_split = sharded_base(run.model) is not None
+    if run.config.parallel == "ddp" and is_split:
         raise TrainingError(
             "parallel='ddp', but the model was loaded with parallel='fsdp'; allowed: 'fsdp', 'auto', or another load"
         )
-    if base_parts(model, config) == 1:
-        return
-    if config.compile:
+    if run.parts > 1 and run.config.compile:
         raise TrainingError("compile=True with parallel='fsdp'; allowed: None, False (gathering cannot be compiled)")
-    if sharded_base(model) is None:
-        for layer in model.get_decoder().layers:
+    if run.parts > 1 and not is_split:
+        for layer in run.model.get_decoder().layers:
             shardable_tensors(layer)
 
 
-def base_parts(model: Any, config: TrainingConfig) -> int:
-    """Return the number of processes over which a run splits the frozen weights; 1: each has them all."""
-    split = sharded_base(model)
-    if split is not None:
-        return split.size
-    return World.current().size if config.parallel == "fsdp" else 1
-
-
-# --- Resolved settings
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Settings of a run that follow from model, data and config together."""
-
-    precision: Precision
-    """Dtype of the forward."""
-    backend: Backend
-    """How the decoder layers are computed, and why."""
-    steps: StepSchedule
-    """Order of documents, rows, batches and steps."""
-    memory: MemoryPlan
-    """Predicted peak memory by activation checkpointing mode."""
-    checkpointing: str
-    """Activation checkpointing mode, ``"auto"`` resolved."""
-    world: World
-    """The processes that train together."""
-
-
-def resolve(
-    model: nn.Module,
-    train_dataset: ChatDataset | ChatStream,
-    config: TrainingConfig,
-    world: World | None = None,
-    cache_tokens: int = 0,
-) -> Resolved:
-    """Resolve every setting that the config leaves open.
-
-    Args:
-        model, train_dataset, config: those of ``train``.
-        world: the processes; None: those that torchrun describes.
-        cache_tokens: what :func:`answer_cache_tokens` returns.
-    """
-    world = world or World.current()
-    precision = resolve_precision(config, model, model_device(model))
-    backend = resolve_backend(model, config, precision)
-    steps = resolve_plans(model, train_dataset, config, backend, world)
-    memory = plan_step_memory(model, train_dataset, config, backend, precision, cache_tokens=cache_tokens)
-    return Resolved(precision, backend, steps, memory, checkpointing_mode(config, memory, backend), world)
+# --- The model of a run
 
 
 @contextmanager
@@ -186,90 +263,19 @@ def prepared(model: nn.Module, checkpointing: str, backend: Backend, parts: int 
         yield
 
 
-def resolve_backend(model: nn.Module, config: TrainingConfig, precision: Precision) -> Backend:
-    """Choose how the decoder layers of a run are computed."""
-    with precision.autocast():
-        offload = config.activation_checkpointing == "offload"
-        return choose_backend(model, compile=config.compile, offload=offload, training=True)
+# --- The banner
 
 
-def plan_step_memory(
-    model: nn.Module,
-    dataset: ChatDataset | ChatStream,
-    config: TrainingConfig,
-    backend: Backend,
-    precision: Precision,
-    base_precision: str | None = None,
-    cache_tokens: int = 0,
-) -> MemoryPlan:
-    """Predict the peak memory of a run, with the base in another precision if one is given.
-
-    It is that of the largest micro-batch, or that of an evaluation with ``cache_tokens``.
-    """
-    limit = config.max_length or dataset.max_length
-    width = limit if config.packing else min(limit, dataset.max_document_tokens)
-    tokens = config.per_device_train_batch_size * width
-    with precision.autocast():
-        parts = base_parts(model, config)
-        optimizer = optimizer_bytes(config.optim)
-        return plan_memory(model, tokens, backend.kind, optimizer, base_precision, parts, cache_tokens)
-
-
-def answer_cache_tokens(config: TrainingConfig, eval_dataset: ChatDataset | None, compute_metrics: Any = None) -> int:
-    """Return the tokens, of all rows together, that the answers of an evaluation hold keys and values of; 0: none."""
-    evaluates = config.eval_strategy != "no" or config.eval_on_start
-    if eval_dataset is None or not evaluates or not (scores_rouge(config) or compute_metrics is not None):
-        return 0
-    chats = min(len(eval_dataset), config.eval_max_samples or len(eval_dataset))
-    tokens: int = eval_dataset.max_document_tokens + config.eval_max_new_tokens
-    return min(config.per_device_eval_batch_size, chats) * tokens
-
-
-def checkpointing_mode(config: TrainingConfig, memory: MemoryPlan, backend: Backend) -> str:
-    """Return the configured activation checkpointing mode; ``"auto"`` becomes the fastest one that fits."""
-    mode = str(config.activation_checkpointing)
-    if mode == "auto":
-        mode = memory.fastest_that_fits()
-        if mode == "offload" and backend.kind == "compiled":
-            mode = "full"
-    return mode
-
-
-def resolve_plans(
-    model: nn.Module,
-    train_dataset: ChatDataset | ChatStream,
-    config: TrainingConfig,
-    backend: Backend,
-    world: World | None = None,
-) -> StepSchedule:
-    """Return the order of documents, rows, batches and steps, and the share of one process among several."""
-    world = world or World()
-    plan = BatchPlan(
-        train_dataset.first_window,
-        batch_size=config.per_device_train_batch_size,
-        max_length=config.max_length or train_dataset.max_length,
-        packing=config.packing,
-        seed=config.seed if config.data_seed is None else config.data_seed,
-        boundary=longrope_boundary(model.config),
-        fixed_shape=config.packing and backend.kind == "compiled",
-    )
-    check = partial(check_documents, model, name="train_dataset", row_length=config.max_length)
-    return StepSchedule(plan, config, train_dataset, check, world.rank, world.size, world.share)
-
-
-def banner_facts(
-    model: nn.Module, config: TrainingConfig, resolved: Resolved, state: TrainingState, eval_dataset: ChatDataset | None
-) -> dict[str, Any]:
+def banner_facts(run: PlannedRun, state: TrainingState) -> dict[str, Any]:
     """Return the lines of the banner: name -> every value that was resolved or inherited."""
+    model, config, steps, memory = run.model, run.config, run.steps, run.memory
     use_packed_attention(model)
-    steps, memory = resolved.steps, resolved.memory
-    model_config: Any = model.config
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base, parts = base_format(model), base_parts(model, config)
-    split = f", base split over {parts} processes" if parts > 1 else ""
+    base = base_format(model)
+    split = f", base split over {run.parts} processes" if run.parts > 1 else ""
     rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
-    if resolved.world.size > 1:
-        rows += f" in each of {resolved.world.size} processes"
+    if run.world.size > 1:
+        rows += f" in each of {run.world.size} processes"
     width = f"packed to {steps.plan.max_length} tokens" if steps.plan.packing else "one document each, padded"
     warmup = warmup_steps(config, steps.total)
     lora_plus = "" if config.lora_plus_lr_ratio is None else f" (LoRA+: B times {config.lora_plus_lr_ratio:g})"
@@ -279,11 +285,11 @@ def banner_facts(
     facts = {
         "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else "") + split,
-        "device": f"{model_device(model)}, {resolved.precision.name}, "
-        f"attention {attention_in_words(model, resolved.backend.kind == 'fused')}, layers {resolved.backend}",
-        "memory": f"activation checkpointing {resolved.checkpointing}{peaks}",
+        "device": f"{model_device(model)}, {run.precision.name}, "
+        f"attention {attention_in_words(model, run.backend.kind == 'fused')}, layers {run.backend}",
+        "memory": f"activation checkpointing {run.checkpointing}{peaks}",
         "train data": steps.dataset.summary(),
-        "eval data": None if eval_dataset is None else eval_dataset.summary(),
+        "eval data": None if run.eval_dataset is None else run.eval_dataset.summary(),
         "step": f"{rows}, {width}",
         "steps": f"{steps.total:,} ({state.global_step:,} done)",
         "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{lora_plus}, "
@@ -294,7 +300,7 @@ def banner_facts(
         "LoRA defaults": (lora_config.not_given()[0] or None) if lora_config is not None else None,
         "default: off": off or None,
         "without effect": ", ".join(config.inert) or None,
-        "longrope": longrope_note(model_config) if steps.plan.boundary else None,
+        "longrope": longrope_note(model.config) if steps.plan.boundary else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
@@ -321,15 +327,15 @@ def usual_torch() -> Iterator[None]:
 
 
 @contextmanager
-def explain_out_of_memory(model: nn.Module, config: TrainingConfig, resolved: Resolved) -> Iterator[None]:
+def explain_out_of_memory(run: PlannedRun) -> Iterator[None]:
     """Turn torch's out-of-memory error inside the block into a TrainingError that lists the settings to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        world = resolved.world
+        world, config = run.world, run.config
         request = f"rank {world.rank} of {world.size}: " if world.size > 1 else ""
         request += str(error).partition("\n")[0]
-        mode, rows = resolved.checkpointing, config.per_device_train_batch_size
+        mode, rows = run.checkpointing, config.per_device_train_batch_size
         ways = []
         if mode in ("none", "selective"):
             ways.append('activation_checkpointing="full" (or "auto")')
@@ -338,10 +344,10 @@ def explain_out_of_memory(model: nn.Module, config: TrainingConfig, resolved: Re
         if rows > 1:
             steps = config.gradient_accumulation_steps * rows // (rows // 2)
             ways.append(f"per_device_train_batch_size={rows // 2}, gradient_accumulation_steps={steps} (the same step)")
-        if world.size > 1 and base_parts(model, config) == 1:
+        if world.size > 1 and run.parts == 1:
             ways.append('parallel="fsdp"')
         ways += ["a shorter max_length", 'load_model(..., base_precision="nf4")']
         raise TrainingError(
-            f"{request} Predicted peak by mode: {resolved.memory}. This run has activation_checkpointing={mode!r} and "
+            f"{request} Predicted peak by mode: {run.memory}. This run has activation_checkpointing={mode!r} and "
             f"micro-batches of {rows} rows. Ways out: {'; '.join(ways)}"
         ) from error

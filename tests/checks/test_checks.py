@@ -25,9 +25,9 @@ from torch import nn
 
 import phi3lora as p3
 from phi3lora.checks import settings
-from phi3lora.checks.planned_run import PlannedRun
 from phi3lora.checks.settings import check_memory
 from phi3lora.checks.spans import trained_spans
+from phi3lora.training.setup import PlannedRun
 
 
 def relabelled(change, source=None):
@@ -238,7 +238,7 @@ def test_memory_counts_the_cache_of_answers_only_where_a_setting_asks_for_them(t
 
     def planned(eval_dataset=chats, compute_metrics=None, **changes):
         config = healthy_config(tmp_path, **{**settings, **changes})
-        return PlannedRun(model, None, chats, config, eval_dataset, compute_metrics=compute_metrics)
+        return PlannedRun(model, chats, config, eval_dataset, compute_metrics=compute_metrics)
 
     plain, rouge = planned(), planned(predict_with_generate=True)
     assert rouge.answer_cache_tokens == 4 * (chats.max_document_tokens + 2**20)
@@ -248,9 +248,7 @@ def test_memory_counts_the_cache_of_answers_only_where_a_setting_asks_for_them(t
     asked = [planned(metric_for_best_model="rougeL"), planned(compute_metrics=len), rouge]
     for run in asked:
         assert "answers: " in check_memory(run).text
-        assert (
-            run.memory().peak_gib["none"] == run.resolved.memory.peak_gib["none"] > 2 * plain.memory().peak_gib["none"]
-        )
+        assert run.memory.peak_gib["none"] > 2 * plain.memory.peak_gib["none"]
     for run in (
         plain,
         planned(None, predict_with_generate=True),
@@ -258,12 +256,12 @@ def test_memory_counts_the_cache_of_answers_only_where_a_setting_asks_for_them(t
     ):
         assert run.answer_cache_tokens == 0
         assert "answers" not in check_memory(run).text
-        assert run.memory() == plain.memory()
+        assert run.memory == plain.memory
 
 
 def test_memory_is_compared_with_the_card_that_is_asked_about(tmp_path):
     model = fresh_model()
-    plan = PlannedRun(model, None, chat_dataset(), healthy_config(tmp_path)).memory()
+    plan = PlannedRun(model, chat_dataset(), healthy_config(tmp_path)).memory
     none, full = plan.peak_gib["none"], plan.peak_gib["full"]
 
     def memory(gib, **changes):
@@ -287,10 +285,10 @@ def test_memory_is_compared_with_the_card_that_is_asked_about(tmp_path):
 def test_the_prediction_for_another_card_assumes_the_fused_kernels(tmp_path):
     model = dtype_model(torch.bfloat16)
     here, there = (
-        PlannedRun(model, None, chat_dataset(), healthy_config(tmp_path), device_memory_gib=gib) for gib in (None, 80)
+        PlannedRun(model, chat_dataset(), healthy_config(tmp_path), device_memory_gib=gib) for gib in (None, 80)
     )
     assert (here.memory_backend.kind, there.memory_backend.kind) == ("plain", "fused")
-    assert there.memory().peak_gib["none"] < here.memory().peak_gib["none"]
+    assert there.memory.peak_gib["none"] < here.memory.peak_gib["none"]
 
 
 def test_an_output_folder_that_cannot_be_used_is_reported_and_left_alone(tmp_path):
@@ -305,7 +303,7 @@ def test_an_output_folder_that_cannot_be_used_is_reported_and_left_alone(tmp_pat
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
-    each = settings.checkpoint_bytes(PlannedRun(fresh_model(), None, chat_dataset(), healthy_config(tmp_path)))
+    each = settings.checkpoint_bytes(PlannedRun(fresh_model(), chat_dataset(), healthy_config(tmp_path)))
     for share, status in ((0.5, "error"), (1.1, "warning"), (3, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=int(share * each): SimpleNamespace(free=free))
         assert examine(tmp_path)["disk"].status == status
@@ -324,7 +322,7 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 def test_the_checkpoints_take_the_predicted_space(tmp_path, changes):
     model, chats = fresh_model(r=16), chat_dataset()
     config = healthy_config(tmp_path, **{"max_steps": 7, "save_strategy": "steps", **changes})
-    planned = PlannedRun(model, None, chats, config)
+    planned = PlannedRun(model, chats, config)
     count, each = settings.checkpoints_at_once(planned), settings.checkpoint_bytes(planned)
     p3.train(model, chats, config)
     left = list(tmp_path.glob("checkpoint-*"))

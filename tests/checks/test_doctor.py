@@ -35,7 +35,7 @@ from faulty import (
 import phi3lora as p3
 from phi3lora.__main__ import main
 from phi3lora.checks.doctor import CHECKS, problems
-from phi3lora.checks.planned_run import PlannedRun
+from phi3lora.training.setup import PlannedRun
 
 
 def test_a_healthy_run_has_no_error_and_no_warning(tmp_path):
@@ -271,7 +271,7 @@ def test_the_checks_of_train_take_no_time_for_more_documents(tmp_path):
         calls = itertools.count()
         sys.setprofile(lambda frame, event, argument: event == "call" and next(calls))
         try:
-            assert problems(PlannedRun(model, tokenizer, dataset, healthy_config(tmp_path))) == []
+            assert problems(PlannedRun(model, dataset, healthy_config(tmp_path), tokenizer=tokenizer)) == []
         finally:
             sys.setprofile(None)
         return next(calls)

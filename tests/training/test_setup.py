@@ -10,18 +10,10 @@ import torch
 from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
 
 import phi3lora as p3
-from phi3lora.model.backend import PLAIN, Backend
+from phi3lora.model.backend import Backend
 from phi3lora.training import step as step_module
 from phi3lora.training.checkpoint import TrainingState
-from phi3lora.training.setup import (
-    banner_facts,
-    check_run,
-    plan_step_memory,
-    resolve,
-    resolve_backend,
-    resolve_plans,
-)
-from phi3lora.training.step import resolve_precision
+from phi3lora.training.setup import PlannedRun, banner_facts, check_run
 
 # --- Validation
 
@@ -105,7 +97,7 @@ def test_trainable_biases_are_allowed():
     model = adapted_model()
     o_proj = model.model.layers[0].self_attn.o_proj
     o_proj.bias = torch.nn.Parameter(torch.zeros(o_proj.out_features))
-    check_run(model, chat_dataset(), None, quiet_config("unused"))
+    check_run(PlannedRun(model, chat_dataset(), quiet_config("unused")))
 
 
 # --- Resolved settings
@@ -114,21 +106,18 @@ def test_trainable_biases_are_allowed():
 def test_the_memory_plan_counts_the_state_of_the_configured_optimizer():
     model = adapted_model()
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    precision = resolve_precision(quiet_config("unused"), model, torch.device("cpu"))
 
     def planned_bytes(optim):
-        config = quiet_config("unused", optim=optim)
-        return plan_step_memory(model, chat_dataset(), config, PLAIN, precision).peak_gib["full"] * 2**30
+        return PlannedRun(model, chat_dataset(), quiet_config("unused", optim=optim)).memory.peak_gib["full"] * 2**30
 
     for optim, each in {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2 + 8 / 256}.items():
         assert planned_bytes(optim) - planned_bytes("sgd") == pytest.approx(each * numbers)
 
 
 def banner(**settings):
-    model, config = adapted_model(), quiet_config("there", **settings)
-    resolved = resolve(model, chat_dataset(), config)
-    state = TrainingState(total_steps=resolved.steps.total, global_step=3)
-    return {name: str(value) for name, value in banner_facts(model, config, resolved, state, None).items()}
+    planned = PlannedRun(adapted_model(), chat_dataset(), quiet_config("there", **settings))
+    state = TrainingState(total_steps=planned.steps.total, global_step=3)
+    return {name: str(value) for name, value in banner_facts(planned, state).items()}
 
 
 def test_the_banner_lists_what_was_resolved():
@@ -158,15 +147,13 @@ def test_the_banner_lists_what_was_resolved():
     ],
 )
 def test_how_the_layers_are_computed_and_why(settings, backend):
-    model, config = adapted_model(), quiet_config("unused", **settings)
-    precision = resolve_precision(config, model, torch.device("cpu"))
-    assert resolve_backend(model, config, precision) == Backend(*backend)
+    planned = PlannedRun(adapted_model(), chat_dataset(), quiet_config("unused", **settings))
+    assert planned.backend == Backend(*backend)
 
 
 def test_the_order_of_documents_follows_data_seed_and_without_it_the_seed():
     def order(**seeds):
-        steps = resolve_plans(adapted_model(), chat_dataset(), quiet_config("unused", **seeds), PLAIN)
-        return steps.steps_of_epoch(0)
+        return PlannedRun(adapted_model(), chat_dataset(), quiet_config("unused", **seeds)).steps.steps_of_epoch(0)
 
     assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7)
     assert order(seed=7, data_seed=1) != order(seed=7)

@@ -23,10 +23,8 @@ from conftest import (
 
 import phi3lora as p3
 from phi3lora.data import prefetch
-from phi3lora.model.backend import PLAIN
 from phi3lora.training.loop import Callback
-from phi3lora.training.setup import plan_step_memory
-from phi3lora.training.step import resolve_precision
+from phi3lora.training.setup import PlannedRun
 
 ROWS = chat_rows(23)
 
@@ -181,8 +179,7 @@ def test_a_finished_run_does_not_wait_for_the_next_window(tmp_path, monkeypatch)
 
 def test_memory_is_planned_for_the_longest_possible_document():
     model, config = adapted_model(), quiet_config("unused", packing=False, max_steps=1)
-    precision = resolve_precision(config, model, torch.device("cpu"))
-    plans = [plan_step_memory(model, data, config, PLAIN, precision) for data in (stream(), stream().first_window)]
+    plans = [PlannedRun(model, data, config).memory for data in (stream(), stream().first_window)]
     assert plans[0].peak_gib["none"] > plans[1].peak_gib["none"]
 
 
