@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from ..files import parse_json, write_atomic
 
@@ -30,19 +30,13 @@ HISTORY = "history.jsonl"
 """The file's name in a checkpoint."""
 
 
-class HasHistory(Protocol):
-    """A run's state."""
-
-    history: list[dict[str, Any]]
-
-
 class HistoryFile:
-    """``metrics.jsonl``, which holds ``state.history``: lines are appended, and never change.
+    """``metrics.jsonl``, which holds the ``history`` of a run's state: lines are appended, and never change.
 
     A full disk ends the file, not the run: checkpoints then get their own copy of the lines.
     """
 
-    def __init__(self, path: Path, state: HasHistory) -> None:
+    def __init__(self, path: Path, state: Any) -> None:
         self.path, self.state = path, state
         self._file: BinaryIO | None = None
         self._lines, self._last = 0, list[dict[str, Any]]()  # that were written, and the last of them
@@ -89,13 +83,13 @@ class HistoryFile:
         if self._file is None:
             data = _encode(self.state.history)
             target.write_bytes(data)
-            return _facts(len(data), hashlib.sha256(data).hexdigest())
+            return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         try:
             os.link(self.path, target)
         except OSError:  # no links on this file system, or too many
             with open(self.path, "rb") as file:
                 target.write_bytes(file.read(self._bytes))
-        return _facts(self._bytes, self._sha256.hexdigest())
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
 
     def close(self) -> None:
         """Close the file."""
@@ -132,10 +126,6 @@ def read_history(folder: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise ValueError(f"{HISTORY} has changed since it was written")
     return [parse_json(line) for line in data.splitlines()]
-
-
-def _facts(size: int, sha256: str) -> dict[str, Any]:
-    return {"bytes": size, "sha256": sha256}
 
 
 def _encode(lines: Sequence[Mapping[str, Any]]) -> bytes:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +27,12 @@ from .trackers import Trackers
 
 logger = logging.getLogger("phi3lora")
 
-T = TypeVar("T")
-
 
 class Reporter:
     """The output of one run. ``metrics.jsonl`` always holds exactly ``state.history``, also after a resume.
 
-    Args:
-        config: the run's settings.
-        state: the run's state; log lines are appended to its history.
-        flops_per_token: floating-point operations of one token, for ``mfu`` (model FLOPs utilisation).
-        is_main: whether this process prints, shows a bar and writes; the others only keep the history.
+    ``flops_per_token`` is for ``mfu`` (model FLOPs utilisation). Processes that are not ``is_main`` only keep the
+    history: they print and write nothing.
     """
 
     def __init__(
@@ -117,40 +112,6 @@ class Reporter:
 # --- Numbers that a GPU is still computing
 
 
-class DeferredMetrics(Generic[T]):
-    """A queue of small tensors that are read once the GPU has computed them, so that no step waits for its own loss.
-
-    Each tensor carries a record of the step it belongs to. On the CPU every value is ready at once.
-    """
-
-    def __init__(self) -> None:
-        self._queue: deque[tuple[Tensor, Any, T]] = deque()
-
-    def add(self, values: Tensor, record: T) -> None:
-        """Start copying ``values`` (n,) to the host."""
-        if not values.is_cuda:
-            self._queue.append((values, None, record))
-            return
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-        self._queue.append((host, copied, record))
-
-    def ready(self, wait: bool = False) -> list[tuple[list[float], T]]:
-        """Remove and return the values that have been copied, in order; with ``wait`` all of them."""
-        found = []
-        while self._queue:
-            host, copied, record = self._queue[0]
-            if copied is not None and not copied.query():
-                if not wait:
-                    break
-                copied.synchronize()
-            self._queue.popleft()
-            found.append((host.tolist(), record))
-        return found
-
-
 @dataclass
 class StepRecord:
     """Facts about a step that are known before its loss arrives."""
@@ -165,6 +126,40 @@ class StepRecord:
     """Tokens trained on in the whole run, including this step."""
     log: bool
     """True if a log line is due."""
+
+
+class DeferredMetrics:
+    """A queue of small tensors that are read once the GPU has computed them, so that no step waits for its own loss.
+
+    Each tensor carries a record of the step it belongs to. On the CPU every value is ready at once.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Tensor, Any, StepRecord]] = deque()
+
+    def add(self, values: Tensor, record: StepRecord) -> None:
+        """Start copying ``values`` (n,) to the host."""
+        if not values.is_cuda:
+            self._queue.append((values, None, record))
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        self._queue.append((host, copied, record))
+
+    def ready(self, wait: bool = False) -> list[tuple[list[float], StepRecord]]:
+        """Remove and return the values that have been copied, in order; with ``wait`` all of them."""
+        found = []
+        while self._queue:
+            host, copied, record = self._queue[0]
+            if copied is not None and not copied.query():
+                if not wait:
+                    break
+                copied.synchronize()
+            self._queue.popleft()
+            found.append((host.tolist(), record))
+        return found
 
 
 def report_skipped(

@@ -162,11 +162,7 @@ def run_training(
 def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) -> bool:
     """Return whether a log line, an evaluation or a checkpoint belongs to the step just done.
 
-    Args:
-        strategy: ``"no"``, ``"steps"`` or ``"epoch"``.
-        every: steps between two of them; below 1, a share of all steps.
-        state: the state after the step.
-        ends_epoch: whether the step was the last of its epoch.
+    ``every`` counts steps; below 1, it is a share of all steps.
     """
     if strategy == "epoch":
         return ends_epoch
@@ -183,7 +179,7 @@ class _Run:
         self.model: nn.Module = model
         self.planned, self.config, self.world = planned, config, world
         self.callbacks, self.output = callbacks, output
-        self.interrupts, self.pending = Interrupts(), DeferredMetrics[StepRecord]()
+        self.interrupts, self.pending = Interrupts(), DeferredMetrics()
         self.stopped_by: int | None = None
         world.on_main(lambda: check_output_dir(config))
         resumed_from = world.from_main(lambda: find_checkpoint(config))

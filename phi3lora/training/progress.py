@@ -25,12 +25,7 @@ _REDRAW_S = 0.5  # between two drawings of a notebook's line of progress
 
 
 class Progress:
-    """Plain lines on stdout; the base of the other two.
-
-    Args:
-        state: the run's state, whose steps are counted.
-        quiet: print no lines.
-    """
+    """Plain lines on stdout, or none if ``quiet``; the base of the other two."""
 
     def __init__(self, state: TrainingState, quiet: bool) -> None:
         self.state, self.quiet = state, quiet

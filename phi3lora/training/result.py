@@ -31,14 +31,14 @@ History = Sequence[Mapping[str, Any]]
 _EMBEDDED = Path(__file__).parents[1] / "demo" / "base"
 _NAMES = 13  # columns of the names before the last lines of a run
 _COLUMNS = {
-    "step": "step",
-    "loss": "loss",
-    "eval_loss": "held-out loss",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_s": "tokens/s",
+    "step": ("step", ",.0f"),
+    "loss": ("loss", ".4g"),
+    "eval_loss": ("held-out loss", ".4g"),
+    "learning_rate": ("learning rate", ".2e"),
+    "grad_norm": ("gradient norm", ".4g"),
+    "tokens_per_s": ("tokens/s", ",.0f"),
 }
-"""Figures of a line -> head of their column."""
+"""Figure of a line -> head of its column, and its format."""
 
 
 @dataclass(frozen=True)
@@ -164,20 +164,12 @@ def history_rows(history: History, most: int = 100) -> list[list[str]]:
     by_step: dict[int, dict[str, Any]] = {}
     for line in history:
         by_step.setdefault(line.get("step", 0), {}).update({k: v for k, v in line.items() if v is not None})
-    keys = [key for key in _COLUMNS if any(key in line for line in by_step.values())]
+    columns = {key: column for key, column in _COLUMNS.items() if any(key in line for line in by_step.values())}
     lines = list(by_step.values())
     if len(lines) > most:
         lines = [lines[round(i * (len(lines) - 1) / (most - 1))] for i in range(most)]
-    return [[_COLUMNS[key] for key in keys], *([_in_words(key, line.get(key)) for key in keys] for line in lines)]
-
-
-def _in_words(key: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:,.0f}"
-        if key in ("step", "tokens_per_s")
-        else f"{value:.2e}"
-        if key == "learning_rate"
-        else f"{value:.4g}"
-    )
+    head = [name for name, _ in columns.values()]
+    return [
+        head,
+        *([format(line[key], form) if key in line else "" for key, (_, form) in columns.items()] for line in lines),
+    ]

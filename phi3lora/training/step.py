@@ -96,15 +96,7 @@ class StepOutcome:
 
 
 class OptimizerStep:
-    """Forward, backward and update of one optimizer step.
-
-    Args:
-        model: the model to train, in train mode.
-        optimizer: from :func:`.optim.build_optimizer`.
-        precision: dtype of the forward, with its scaler.
-        max_grad_norm: clip the gradient's 2-norm to this; 0 or less: no clipping.
-        world: the processes that take the step together.
-    """
+    """Forward, backward and update of one optimizer step, of all processes together; the model is in train mode."""
 
     def __init__(
         self,

@@ -128,11 +128,7 @@ def tracker_names(config: TrainingConfig) -> list[str]:
 
 
 def check_trackers(config: TrainingConfig) -> None:
-    """Raise a one-line error if a tracker in ``report_to`` is not installed.
-
-    Raises:
-        TrainingError: the tracker, and what to install.
-    """
+    """Raise a TrainingError that says what to install if a tracker in ``report_to`` is not installed."""
     for name in tracker_names(config):
         try:
             importlib.import_module(_KINDS[name][0])
@@ -141,11 +137,7 @@ def check_trackers(config: TrainingConfig) -> None:
 
 
 class Trackers:
-    """The open trackers of a run.
-
-    Args:
-        config: the run's settings.
-        done_steps: optimizer steps done before a resume.
+    """The open trackers of a run, of which ``done_steps`` were done before a resume.
 
     Raises:
         TrainingError: a tracker does not start (no login, no network); those opened before it are closed.
