@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..lora.base_weight import base_format, count_parameters, weight_shape
+from ..lora.base_weight import base_format, count_parameters, count_trainable, weight_shape
 from ..lora.inject import lora_layers
 from ..lora.layers import MergedLinear
 from ..lora.targets import fused_segments, weight_readers
@@ -33,7 +33,7 @@ def check_targets(planned: PlannedRun) -> Finding:
     not_adapted = [path for path in decoder if path not in adapted]
     weights = {path: weight_shape(model.get_submodule(path).weight).numel() for path in decoder}
     share = sum(weights[path] for path in decoder if path in adapted) / max(sum(weights.values()), 1)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = count_trainable(model)
     text = (
         f"{', '.join(_target_names(planned, adapted))} in {len(adapted)} layers, {100 * share:.0f} % of the decoder's "
         f"linear weights; {trainable:,} parameters train, {100 * trainable / count_parameters(model):.3f} %"

@@ -342,3 +342,8 @@ def sample_base(model: nn.Module, count: int = 64) -> str:
 def count_parameters(model: nn.Module) -> int:
     """Return the number of entries in all parameters; a packed weight counts as the matrix that it stands for."""
     return sum(weight_shape(parameter).numel() for parameter in model.parameters())
+
+
+def count_trainable(module: nn.Module) -> int:
+    """Return the number of entries in the parameters that require a gradient."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

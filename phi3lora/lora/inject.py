@@ -21,7 +21,7 @@ from ..config import LoraConfig
 from ..display import html, html_table, one_line, terminal_columns, text_table, wrap
 from ..errors import ModelError, is_int
 from .base_values import keep_base_values, restore_base_values, trained_biases_and_buffers
-from .base_weight import count_parameters, keep_4bit_packing, weight_shape
+from .base_weight import count_parameters, count_trainable, keep_4bit_packing, weight_shape
 from .layer_state import rebind_hooks
 from .layers import AdaptedLayer, Conv2d, Embedding, Linear, MergedLinear
 from .targets import (
@@ -396,8 +396,6 @@ def injection_report(model: nn.Module) -> InjectionReport:
             known = known if len(known) == len(layer.segments) else list(map(str, range(len(layer.segments))))
             names = tuple(known[segment.position] for segment in layer.adapted_segments)
         shape = tuple(weight_shape(layer.base_layer().weight))
-        trainable = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-        rows.append(LayerReport(path, type(layer).__name__, shape, names, trainable))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows.append(LayerReport(path, type(layer).__name__, shape, names, count_trainable(layer)))
     bypassed = weight_readers(model, [row.module for row in rows])
-    return InjectionReport(tuple(rows), trainable, count_parameters(model), bypassed=bypassed)
+    return InjectionReport(tuple(rows), count_trainable(model), count_parameters(model), bypassed=bypassed)

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora.base_weight import base_format, base_weight_of, base_weights, compute_dtype, weight_shape
+from ..lora.base_weight import base_format, base_weight_of, base_weights, compute_dtype, count_trainable, weight_shape
 from ..lora.inject import lora_layers
 from .loss import CHUNK_TOKENS
 from .sharding import sharded_base
@@ -107,8 +107,7 @@ def plan_memory(
         "full": D * size,
         "offload": 0,
     }
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = _bytes(model) + trainable * (4 + optimizer_bytes + size)
+    fixed = _bytes(model) + count_trainable(model) * (4 + optimizer_bytes + size)
     head = model.get_output_embeddings()  # type: ignore[operator]
     linear: list[Any] = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
 

@@ -19,7 +19,7 @@ from ..data.dataset import ChatDataset, ChatStream
 from ..display import shown_path
 from ..errors import DataError, TrainingError
 from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
-from ..lora.base_weight import base_format, count_parameters
+from ..lora.base_weight import base_format, count_parameters, count_trainable
 from ..lora.inject import lora_layers
 from ..model.activations import activation_checkpointing
 from ..model.attention import attention_in_words, use_packed_attention
@@ -270,7 +270,6 @@ def banner_facts(run: PlannedRun, state: TrainingState) -> dict[str, Any]:
     """Return the lines of the banner: name -> every value that was resolved or inherited."""
     model, config, steps, memory = run.model, run.config, run.steps, run.memory
     use_packed_attention(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = base_format(model)
     split = f", base split over {run.parts} processes" if run.parts > 1 else ""
     rows = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} rows"
@@ -283,7 +282,7 @@ def banner_facts(run: PlannedRun, state: TrainingState) -> dict[str, Any]:
     defaults, off = config.not_given()
     lora_config = getattr(model, "lora_config", None)
     facts = {
-        "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {trainable:,} trainable "
+        "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {count_trainable(model):,} trainable "
         f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else "") + split,
         "device": f"{model_device(model)}, {run.precision.name}, "
         f"attention {attention_in_words(model, run.backend.kind == 'fused')}, layers {run.backend}",
