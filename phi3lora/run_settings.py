@@ -20,7 +20,7 @@ from typing import Any
 
 from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED
 from .config import LoraConfig, TrainingConfig
-from .errors import ConfigError, did_you_mean, short_repr
+from .errors import ConfigError, did_you_mean, require, short_repr
 
 DEMO = "demo"
 """Name that stands for the embedded model, and for its data."""
@@ -88,7 +88,7 @@ SECTIONS: dict[str, type[Any]] = {
     "data": DataSettings,
 }
 """Section -> its settings, in the order in which a name without a section is looked up."""
-_IGNORED = {"lora": IGNORED_LORA_ARGUMENTS, "training": IGNORED_TRAINING_ARGUMENTS}
+_FOREIGN = {"lora": {*IGNORED_LORA_ARGUMENTS, *UNSUPPORTED}, "training": {*IGNORED_TRAINING_ARGUMENTS, *UNSUPPORTED}}
 _ALIASES = {
     "model": {"name": "name_or_path", "path": "name_or_path", "model": "name_or_path"},
     "data": {"path": "source", "data": "source", "eval_data": "eval_source", "max_seq_length": "max_length"},
@@ -116,11 +116,11 @@ def find_setting(given: str) -> tuple[str, str]:
     if dot and section in SECTIONS:
         return section, setting_in(section, name)
     candidates = ["data"] if given in _OF_THE_DATA else list(SECTIONS)
-    homes = [s for s in candidates if given in field_names(s)] or [s for s in candidates if _is_known(s, given)]
+    homes = [s for s in candidates if given in field_names(s)] or [s for s in candidates if given in _names_in(s)]
     if homes == ["model", "data"]:
         raise ConfigError(f"{given!r} is a setting of the model and of the data; write model.{given} or data.{given}")
     if not homes:
-        hint = did_you_mean(given, [name for section in SECTIONS for name in _known_names(section)])
+        hint = did_you_mean(given, [name for section in SECTIONS for name in _own_names(section)])
         raise ConfigError(
             f"there is no setting {short_repr(given)}.{hint} `phi3lora train --help-all` lists the settings"
         )
@@ -133,23 +133,23 @@ def setting_in(section: str, given: str) -> str:
     Raises:
         ConfigError: the section has no such setting.
     """
-    if _is_known(section, given):
-        return given if given in field_names(section) else _ALIASES[section].get(given, given)
+    if given in _names_in(section):
+        return _own_names(section).get(given, given)
     others = [other for other in SECTIONS if given in field_names(other)]
-    hint = f" It belongs into the section {others[0]!r}." if others else did_you_mean(given, _known_names(section))
+    hint = f" It belongs into the section {others[0]!r}." if others else did_you_mean(given, _own_names(section))
     allowed = ", ".join(field_names(section))
     raise ConfigError(f"the section {section!r} has no setting {short_repr(given)}.{hint} Allowed: {allowed}")
 
 
-def _known_names(section: str) -> list[str]:
+def _own_names(section: str) -> dict[str, str]:
+    """Return the names of a section's fields, and the aliases -> the field."""
     fields = field_names(section)
-    return [*fields, *(alias for alias, field in _ALIASES[section].items() if field in fields)]
+    return {**dict(zip(fields, fields, strict=True)), **{a: f for a, f in _ALIASES[section].items() if f in fields}}
 
 
-def _is_known(section: str, given: str) -> bool:
-    """Return whether the section has a field or an alias of this name, or its config knows the argument."""
-    foreign = {**dict.fromkeys(_IGNORED.get(section, ())), **(UNSUPPORTED if section in _IGNORED else {})}
-    return given in _known_names(section) or given in foreign
+def _names_in(section: str) -> set[str]:
+    """Return all names that a section takes: also arguments of other libraries, which its config knows."""
+    return {*_own_names(section), *_FOREIGN.get(section, ())}
 
 
 # --- Values by the type of their field
@@ -179,8 +179,8 @@ def _read_pairs(name: str, raw: Any) -> Any:
         raw = raw.split(",")
     if isinstance(raw, Mapping):
         return {str(key): str(value) for key, value in raw.items()}
-    if not isinstance(raw, (list, type(None))):
-        raise ConfigError(f"{name}={short_repr(raw)}; allowed: names of ours and yours, {{prompt: question}}")
+    is_list = isinstance(raw, (list, type(None)))
+    require(is_list, name, raw, "names of ours and yours, {prompt: question}", ConfigError)
     found: dict[str, str] = {}
     for pair in raw or []:
         ours, _, yours = str(pair).partition("=")
@@ -259,8 +259,8 @@ def _plain_types(value: Any) -> Any:
         return {str(key): _plain_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain_types(item) for item in value]
-    if not isinstance(value, str) or isinstance(value, Quoted):
-        return str(value) if isinstance(value, str) else value
+    if isinstance(value, Quoted) or not isinstance(value, str):
+        return str(value) if isinstance(value, Quoted) else value
     return _number(value) if _NUMBER.fullmatch(value) else _WORDS.get(value, value)
 
 

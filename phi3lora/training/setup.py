@@ -282,8 +282,8 @@ def banner_facts(run: PlannedRun, state: TrainingState) -> dict[str, Any]:
     defaults, off = config.not_given()
     lora_config = getattr(model, "lora_config", None)
     facts = {
-        "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {count_trainable(model):,} trainable "
-        f"in {len(lora_layers(model))} layers" + (f", base in {base}" if base else "") + split,
+        "model": f"{type(model).__name__}, {count_parameters(model):,} parameters, {count_trainable(model):,} "
+        f"trainable in {len(lora_layers(model))} layers" + (f", base in {base}" if base else "") + split,
         "device": f"{model_device(model)}, {run.precision.name}, "
         f"attention {attention_in_words(model, run.backend.kind == 'fused')}, layers {run.backend}",
         "memory": f"activation checkpointing {run.checkpointing}{peaks}",
