@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,6 @@ from .run_settings import (
     field_names,
     find_setting,
     read_value,
-    setting_in,
 )
 
 logger = logging.getLogger("phi3lora")
@@ -71,8 +70,9 @@ def read_run(path: str | None, options: Sequence[tuple[str, Any]] = (), out: str
         ConfigError: a file that cannot be read, an unknown name, two values for one setting, a value out of range.
     """
     where = "" if path is None else f"{path}{' and the options' * bool(options)}: "
-    sections, others = _read_sections(path)
-    for section, values in _read_options(options).items():
+    content = {} if path is None else _read_file(path)
+    sections = _read_settings(_settings_of(path, content), f"{path}: ")
+    for section, values in _read_settings((name, _joined(name, value)) for name, value in options).items():
         sections[section].update(values)
     lora, training, model, data = (sections[name] for name in SECTIONS)
     row_length = training.get("max_length")
@@ -84,9 +84,34 @@ def read_run(path: str | None, options: Sequence[tuple[str, Any]] = (), out: str
         run = Run(ModelSettings(**model), DataSettings(**data), LoraConfig(**lora), TrainingConfig(**training))
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
-    run.out, run.given, run.file = out or others.get("out"), sections, path
+    run.out, run.given, run.file = out or content.get("out"), sections, path
     _resolve(run, where)
     return run
+
+
+def _joined(given: str, value: Any) -> Any:
+    """Return the values of ``--target-modules q_proj v_proj`` as one text, as ``--set`` gives them."""
+    if isinstance(value, list) and find_setting(given)[1] not in ("source", "eval_source", "columns"):
+        return ",".join(value)
+    return value
+
+
+def _read_settings(given: Iterable[tuple[str, Any]], where: str = "") -> dict[str, dict[str, Any]]:
+    """Return section -> name -> value of settings, each read by the type of its field."""
+    found: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for shown, raw in given:
+        try:
+            section, name = find_setting(shown)
+            value = read_value(section, name, raw)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
+        if name in found[section] and found[section][name] != value:
+            values = short_repr(value), short_repr(found[section][name])
+            raise ConfigError(
+                f"{where}{shown}={values[0]} and {name}={values[1]} are two values of one setting; give one of them"
+            )
+        found[section][name] = value
+    return found
 
 
 def _resolve(run: Run, where: str) -> None:
@@ -114,73 +139,45 @@ def _resolve(run: Run, where: str) -> None:
 
 
 def _names_sources(value: Any) -> bool:
-    return value is None or all(isinstance(item, str) and item for item in _as_list(value))
+    return value is None or all(isinstance(item, str) and item for item in as_list(value))
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """Return a name, or a list of names, as a list."""
     return list(value) if isinstance(value, list) else [value]
-
-
-def _read_options(options: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return section -> name -> value of the command line's settings."""
-    found: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for given, raw in options:
-        section, name = find_setting(given)
-        if isinstance(raw, list) and name not in ("source", "eval_source", "columns"):
-            raw = ",".join(raw)  # --target-modules q_proj v_proj
-        value = read_value(section, name, raw)
-        if name in found[section] and found[section][name] != value:
-            raise ConfigError(
-                f"{given}={short_repr(value)} and {given}={short_repr(found[section][name])} are two values of one "
-                f"setting; give one of them"
-            )
-        found[section][name] = value
-    return found
 
 
 # --- Reading the file
 
 
-def _read_sections(path: str | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the sections of a file, section -> name -> value, and its other keys."""
-    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    if path is None:
-        return sections, {}
+def _read_file(path: str) -> Mapping[str, Any]:
+    """Return the sections of a file, and its other keys, as they stand in it."""
     content = _parse(path)
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: it holds {short_repr(content)}; allowed: the sections {', '.join(_KEYS)}")
-    for key, values in content.items():
+    for key in content:
         if key not in _KEYS:
             hint = did_you_mean(str(key), _KEYS)
             homes = [section for section in SECTIONS if key in field_names(section)]
             if homes and not hint:
                 hint = f" It belongs into the section {homes[0]!r}."
             raise ConfigError(f"{path}: there is no section {short_repr(key)}.{hint} Allowed: {', '.join(_KEYS)}")
-        if key in SECTIONS:
-            sections[key] = _read_section(path, key, values)
     _warn_of_versions(path, content.get("versions"))
-    return sections, {"out": content.get("out")}
+    return content
 
 
-def _read_section(path: str, section: str, values: Any) -> dict[str, Any]:
-    """Return the values of a section by their fields' types; a text or a list is its first field."""
-    if values is None:
-        return {}
-    if section in ("model", "data") and isinstance(values, (str, list)):
-        values = {field_names(section)[0]: values}
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: {section} is {short_repr(values)}; allowed: names and values")
-    found: dict[str, Any] = {}
-    for given, raw in values.items():
-        try:
-            name = setting_in(section, str(given))
-            value = read_value(section, name, raw)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        if name in found and found[name] != value:
-            raise ConfigError(f"{path}: {section}: {name} is given twice, with two values")
-        found[name] = value
-    return found
+def _settings_of(path: str | None, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the names, with their section, and the values of a file; a text or a list is a section's first field."""
+    for section in SECTIONS:
+        values = content.get(section)
+        if values is None:
+            continue
+        if section in ("model", "data") and isinstance(values, (str, list)):
+            values = {field_names(section)[0]: values}
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path}: {section} is {short_repr(values)}; allowed: names and values")
+        for name, value in values.items():
+            yield f"{section}.{name}", value
 
 
 def _parse(path: str) -> Any:

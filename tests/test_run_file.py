@@ -137,7 +137,7 @@ def test_columns_are_texts_and_other_mappings_hold_numbers(write):
         ("lora: {learning_rate: 8}", "It belongs into the section 'training'."),
         ("lora: {rnk: 8}", "Did you mean 'rank'?"),
         ("training: {seed: 1, seed: 2}", "'seed' is given twice"),
-        ("training: {eval_strategy: no, evaluation_strategy: steps}", "eval_strategy is given twice"),
+        ("training: {eval_strategy: no, evaluation_strategy: steps}", "eval_strategy='no' are two values of one"),
         ("training: [1, 2]", "training is ['1', '2']; allowed: names and values"),
         ("- a", "allowed: the sections"),
         ("training: {seed: 1", "cannot be read"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..display import (
@@ -65,19 +66,12 @@ class Finding:
         ]
 
 
-def ok(text: str, details: Details = ()) -> Finding:
-    """Return the still unnamed finding that nothing is wrong."""
-    return Finding("", "ok", text, details)
-
-
-def warning(text: str, details: Details = ()) -> Finding:
-    """Return the still unnamed finding that the run would work, but perhaps not as intended."""
-    return Finding("", "warning", text, details)
-
-
-def error(text: str, details: Details = ()) -> Finding:
-    """Return the still unnamed finding that the run would fail, or train something other than intended."""
-    return Finding("", "error", text, details)
+ok = partial(Finding, "", "ok")
+"""The still unnamed finding that nothing is wrong."""
+warning = partial(Finding, "", "warning")
+"""The still unnamed finding that the run would work, but perhaps not as intended."""
+error = partial(Finding, "", "error")
+"""The still unnamed finding that the run would fail, or train something other than intended."""
 
 
 @dataclass(frozen=True)

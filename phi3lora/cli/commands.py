@@ -37,7 +37,7 @@ from ..lora.base_weight import require_bitsandbytes
 from ..lora.inject import inject_lora
 from ..model.load import check_load_settings, load_model, load_tokenizer
 from ..processes import rank_and_size
-from ..run_file import Run, read_run
+from ..run_file import Run, as_list, read_run
 from ..run_settings import DEMO, DataSettings
 from ..training.checkpoint import find_checkpoint
 from ..training.loop import run_training
@@ -190,7 +190,7 @@ def _check_data(run: Run) -> None:
 def _paths(source: Any, is_held_out: bool = False) -> Any:
     """Return the source with the embedded chats in the place of ``demo``."""
     embedded = str(FOLDER / ("eval.jsonl" if is_held_out else "train.jsonl"))
-    paths = [embedded if name == DEMO else name for name in _as_list(source)]
+    paths = [embedded if name == DEMO else name for name in as_list(source)]
     return paths[0] if len(paths) == 1 else paths
 
 
@@ -204,31 +204,15 @@ def _load_both(run: Run, tokenizer: Any) -> tuple[ChatDataset, ChatDataset | Non
 
 
 def _load_data(data: DataSettings, source: Any, split: str, tokenizer: Any, is_held_out: bool = False) -> ChatDataset:
-    assert data.max_length is not None  # read_run has resolved it
-    chats = ChatDataset.load(
-        _paths(source, is_held_out),
-        tokenizer,
-        max_length=data.max_length,
-        split=split,
-        name=data.name,
-        format=data.format,
-        columns=data.columns,
-        overflow=data.overflow,
-        train_on=data.train_on,
-        revision=data.revision,
-        streaming=data.streaming and not is_held_out,
-        buffer_size=data.buffer_size,
-        on_bad_row=data.on_bad_row,
-    )
-    if chats.origin is not None and DEMO in _as_list(source):
-        read = _as_list(chats.origin["source"])
-        names = [DEMO if name == DEMO else path for name, path in zip(_as_list(source), read, strict=True)]
+    same = ("max_length", "name", "format", "columns", "overflow", "train_on", "revision", "buffer_size", "on_bad_row")
+    options: dict[str, Any] = {name: getattr(data, name) for name in same}
+    options["streaming"] = data.streaming and not is_held_out
+    chats = ChatDataset.load(_paths(source, is_held_out), tokenizer, split=split, **options)
+    if chats.origin is not None and DEMO in as_list(source):
+        read = as_list(chats.origin["source"])
+        names = [DEMO if name == DEMO else path for name, path in zip(as_list(source), read, strict=True)]
         chats.origin = {**chats.origin, "source": names if len(names) > 1 else names[0]}
     return chats
-
-
-def _as_list(source: Any) -> list[str]:
-    return [source] if isinstance(source, str) else list(source)
 
 
 def _model_path(run: Run) -> str:
