@@ -275,26 +275,17 @@ def run_text(
     lora: LoraConfig,
     training: TrainingConfig,
     *,
-    out: str | None = None,
     unknown: Sequence[str] = (),
 ) -> str:
-    """Return the text of a file that runs again with these settings.
+    """Return the text of a file that runs again with these settings; ``unknown`` says what has to be filled in.
 
     How the run was started (``resume_from_checkpoint``, ``overwrite_output_dir``) is left out: the file starts a run of
     its own, and deletes nothing. ``activation_checkpointing`` says what ``gradient_checkpointing`` does.
-
-    Args:
-        model, data: values of the two sections; in the file as they are.
-        lora, training: the configs.
-        out: the adapter file that the run writes.
-        unknown: sentences about what is not known and has to be filled in.
     """
     import yaml
 
     settings = {name: value for name, value in training.to_dict().items() if name not in _NOT_RECORDED}
     content: dict[str, Any] = {"model": dict(model), "data": dict(data), "lora": lora.to_dict(), "training": settings}
-    if out is not None:
-        content["out"] = out
     content["versions"] = versions()
     head = ["The settings of a run, as resolved. To run it again, in a new folder:"]
     head += ["phi3lora train run.yaml --set output_dir=NEW", *unknown]

@@ -107,11 +107,7 @@ def field_names(section: str) -> list[str]:
 
 
 def find_setting(given: str) -> tuple[str, str]:
-    """Return the section and the field of a name such as ``lora.r`` or ``r``.
-
-    Raises:
-        ConfigError: no setting has this name, or two have it.
-    """
+    """Return the section and the field of a name such as ``lora.r`` or ``r``, which only one setting may have."""
     section, dot, name = given.partition(".")
     if dot and section in SECTIONS:
         return section, setting_in(section, name)
@@ -128,11 +124,7 @@ def find_setting(given: str) -> tuple[str, str]:
 
 
 def setting_in(section: str, given: str) -> str:
-    """Return the field of a section that a name sets; an argument that has no effect here keeps its name.
-
-    Raises:
-        ConfigError: the section has no such setting.
-    """
+    """Return the field of a section that a name sets; an argument that has no effect here keeps its name."""
     if given in _names_in(section):
         return _own_names(section).get(given, given)
     others = [other for other in SECTIONS if given in field_names(other)]

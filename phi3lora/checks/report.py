@@ -9,6 +9,7 @@ from typing import Any
 
 from ..display import (
     Html,
+    Pieces,
     coloured,
     hanging,
     html,
@@ -20,9 +21,6 @@ from ..display import (
     terminal_columns,
     use_colour,
 )
-
-Details = tuple[tuple[str, bool], ...]
-"""Pieces of the text below a finding's line, each with a flag: highlighted or not."""
 
 _COLUMNS = 110  # of a report without a terminal
 
@@ -37,7 +35,7 @@ class Finding:
     """``"ok"``, ``"warning"`` or ``"error"``."""
     text: str
     """One line."""
-    details: Details = ()
+    details: Pieces = ()
     """A table or a document below the line: pieces of text, each with a flag: highlighted or not."""
 
     def __str__(self) -> str:

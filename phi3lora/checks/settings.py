@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..display import Pieces
 from ..lora.base_weight import base_format, reason_against_fp8
 from ..lora.inject import lora_layers
 from ..model.estimate import GIB, MemoryPlan, cache_bytes_per_token, flops_per_token, mean_context_tokens
@@ -15,7 +16,7 @@ from ..training.learning import reach, too_small
 from ..training.optim import optimizer_bytes, warmup_steps
 from ..training.output_folder import check_output_dir
 from ..training.setup import PlannedRun
-from .report import Details, Finding, error, ok, warning
+from .report import Finding, error, ok, warning
 from .trial import Trial
 
 _LONG_RUN_STEPS = 500  # transformers' default interval of checkpoints
@@ -97,7 +98,7 @@ def check_memory(planned: PlannedRun) -> Finding:
     return warning(f"{text}, very tight; {remedy}", table)
 
 
-def _memory_table(planned: PlannedRun, as_loaded: MemoryPlan) -> Details:
+def _memory_table(planned: PlannedRun, as_loaded: MemoryPlan) -> Pieces:
     """Return the predicted peaks in GiB, by base precision and mode; ``x`` marks what does not fit."""
     device = model_device(planned.model)
     formats = ["fp8", "nf4"] if device.type != "cuda" or reason_against_fp8(device) is None else ["nf4"]

@@ -36,13 +36,9 @@ _WIDTH = 80
 
 
 def write_starter(path: Path, run: Run, model_path: str, memory_gib: float | None) -> None:
-    """Write the file.
+    """Write a file for the model and the data of ``run``, and a card (None: the GPU that is here, if there is one).
 
-    Args:
-        path: the file to write.
-        run: the model and the data that were named.
-        model_path: the model's folder or hub name; only its ``config.json`` is read.
-        memory_gib: memory of the card; None: of the GPU that is here, if there is one.
+    Of the model at ``model_path``, a folder or a hub name, only ``config.json`` is read.
     """
     check_model(model_path, run.model.revision)
     config = AutoConfig.from_pretrained(model_path, revision=run.model.revision)

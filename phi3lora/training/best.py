@@ -62,11 +62,7 @@ class BestModel:
         return None if best is None else Path(self.config.output_dir) / best
 
     def metric(self, evaluation: Mapping[str, float]) -> float:
-        """Return the metric of an evaluation's ``eval_*``.
-
-        Raises:
-            TrainingError: ``compute_metrics`` did not return it.
-        """
+        """Return the metric of an evaluation's ``eval_*``, among which ``compute_metrics`` must have put it."""
         name = metric_name(self.config)
         if "eval_" + name not in evaluation:
             found = ", ".join(key.removeprefix("eval_") for key in evaluation)
@@ -108,9 +104,6 @@ def adopt_best(resumed_from: Path, output_dir: str | os.PathLike[str], state: Tr
     """Make sure that the best checkpoint is whole and in ``output_dir``; else the run looks for a best one anew.
 
     A run that goes on in another folder gets a copy.
-
-    Raises:
-        CheckpointError: it cannot be copied, or is not one.
     """
     if state.best_checkpoint is None:
         return

@@ -261,11 +261,7 @@ def newest_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """Return the checkpoint that ``resume_from_checkpoint`` selects, or None to start from scratch.
-
-    Raises:
-        CheckpointError: the selected checkpoint is missing or damaged.
-    """
+    """Return the checkpoint that ``resume_from_checkpoint`` selects, which must be whole, or None to start anew."""
     selected = config.resume_from_checkpoint
     if not selected:
         return None

@@ -80,9 +80,6 @@ class World:
         """Return the world of torch.distributed if it is initialised, else the one that torchrun describes.
 
         Nothing is exchanged: see :func:`joined`.
-
-        Raises:
-            TrainingError: ``WORLD_SIZE`` says that there are several processes, and other variables are missing.
         """
         return cls(*rank_and_size())
 
@@ -223,11 +220,8 @@ def joined(device: torch.device, shares_windows: bool = False) -> Iterator[World
     """Join the processes that torchrun started, and leave them after the block.
 
     A group that is already initialised is used, and stays. After an error the group is left as it is: processes that
-    wait for each other could not take leave, and torchrun ends them.
-
-    Args:
-        device: the device of this process's model.
-        shares_windows: whether the processes tokenise the windows of a stream together.
+    wait for each other could not take leave, and torchrun ends them. With ``shares_windows`` they tokenise the windows
+    of a stream together.
     """
     world = World.current()
     if world.size == 1:
@@ -266,11 +260,7 @@ class GradientSum:
 
     A bucket is sent when its gradients are there and the bucket before it has been sent. So all ranks send them in one
     order, whatever the order in which their gradients come. A parameter without a gradient counts as zero, and so does
-    all that a rank without a micro-batch sends. One process sends nothing.
-
-    Args:
-        parameters: what trains, in the order of the forward.
-        world: the processes.
+    all that a rank without a micro-batch sends. One process sends nothing. The parameters come in the forward's order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:

@@ -79,9 +79,6 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     ones (https://arxiv.org/abs/2305.14314, section 3: the driver moves moments to the host when the GPU is full) are
     bitsandbytes' own, and wait for the GPU in every step. Paging needs a CUDA GPU: elsewhere the 8-bit one is not
     paged, and ``paged_adamw_32bit`` is torch's AdamW, which computes the same.
-
-    Raises:
-        TrainingError: bitsandbytes is needed and not installed.
     """
     if config.lora_plus_lr_ratio is None:
         groups = parameter_groups(model, config.weight_decay)
@@ -128,11 +125,7 @@ def convert_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimi
 
 
 def check_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse moments that are missing or have another shape: the next step would fail, or write past their end.
-
-    Raises:
-        ValueError: a moment is missing or has another shape than its parameter.
-    """
+    """Refuse moments that are missing or have another shape: the next step would fail, or write past their end."""
     if isinstance(optimizer, torch.optim.SGD):
         return
     parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]

@@ -121,11 +121,7 @@ def _release_locks_in_forked_children() -> None:
 
 @contextmanager
 def locked(output_dir: str | os.PathLike[str]) -> Iterator[OutputFolder]:
-    """Create the output folder and hold a lock on it inside the block; an empty folder that was created is removed.
-
-    Raises:
-        CheckpointError: another run holds it, in this process or another; it cannot be written.
-    """
+    """Create the output folder and hold a lock on it inside the block; an empty folder that was created is removed."""
     output = OutputFolder(Path(output_dir))
     is_new = not output.folder.exists()
     output.acquire()
@@ -141,11 +137,7 @@ def locked(output_dir: str | os.PathLike[str]) -> Iterator[OutputFolder]:
 
 
 def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
-    """Make the folder this run's: refuse another run's checkpoints, or delete them if ``overwrite_output_dir`` says so.
-
-    Raises:
-        CheckpointError: there are some, or they cannot be deleted.
-    """
+    """Make the folder this run's: refuse another run's checkpoints, or delete them if the config says so."""
     folder = Path(config.output_dir)
     for leftover in folder.glob(".checkpoint-*.tmp"):  # of a run killed while saving
         try:
@@ -171,11 +163,7 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
 
 
 def check_output_dir(config: TrainingConfig) -> list[Path]:
-    """Return the checkpoints that this run would delete.
-
-    Raises:
-        CheckpointError: there are some, and ``overwrite_output_dir`` is not set.
-    """
+    """Return the checkpoints that this run would delete; refuse them unless ``overwrite_output_dir`` is set."""
     found = [] if _resumes_here(config) else checkpoints(config.output_dir)
     if found and not config.overwrite_output_dir:
         raise CheckpointError(
@@ -204,9 +192,6 @@ def rotate(
 
     The checkpoint that was just ``saved`` (None: the newest) and the one called ``best`` always stay; so does what they
     are links to. Checkpoints newer than ``saved`` are not this run's. Of a link, the link is deleted.
-
-    Raises:
-        CheckpointError: one cannot be deleted.
     """
     paths = checkpoints(output_dir)
     if keep is None or not paths:
@@ -233,9 +218,6 @@ def set_aside_newer(output_dir: str | os.PathLike[str], step: int) -> list[Path]
     """Rename the checkpoints after ``step``, from which a run goes on, and return the new paths.
 
     They are damaged, or belong to a branch that the run leaves. ``resume_from_checkpoint`` still accepts their paths.
-
-    Raises:
-        CheckpointError: one cannot be renamed.
     """
     renamed = []
     for path in checkpoints(output_dir):

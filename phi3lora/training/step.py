@@ -62,11 +62,7 @@ class Precision:
 
 
 def resolve_precision(config: TrainingConfig, model: nn.Module, device: torch.device) -> Precision:
-    """Return the configured precision, or with neither ``bf16`` nor ``fp16`` the one of the model's dtype.
-
-    Raises:
-        TrainingError: bf16 on a GPU without it.
-    """
+    """Return the configured precision, or with neither ``bf16`` nor ``fp16`` the one of the model's dtype."""
     if config.bf16 or config.fp16:
         name = "bf16" if config.bf16 else "fp16"
     else:
