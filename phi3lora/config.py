@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -48,9 +48,8 @@ def _are_targets(value: Any) -> bool:
     return bool(value) and all(isinstance(name, str) and name for name in value)
 
 
-def _is_pattern(value: object, accepts: Callable[[Any], bool]) -> bool:
-    """Return whether a value has the form of ``rank_pattern``: a dict with regular expressions as keys."""
-    return isinstance(value, Mapping) and _are_regexes(value) and all(map(accepts, value.values()))
+def _are_indices(values: Iterable[Any]) -> bool:
+    return all(is_int(value, 0) for value in values)
 
 
 def _are_regexes(values: Iterable[Any]) -> bool:
@@ -87,6 +86,15 @@ def _choice(*allowed: Any) -> Rule:
     return (lambda value: value in allowed), ", ".join(map(repr, allowed))
 
 
+def _pattern(rule: Rule, what: str) -> Rule:
+    """Return the rule of a dict with regular expressions as keys, whose values have a rule of their own."""
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, Mapping) and _are_regexes(value) and all(map(rule[0], value.values()))
+
+    return accepts, f"a dict: regular expression -> {what}"
+
+
 _COUNT: Rule = (lambda value: is_int(value, 1)), "a whole number >= 1"
 _POSITIVE: Rule = (lambda value: is_number(value) and value > 0), "a number > 0"
 _NOT_NEGATIVE: Rule = (lambda value: is_number(value) and value >= 0), "a number >= 0"
@@ -94,43 +102,27 @@ _SHARE: Rule = (lambda value: is_number(value) and 0 <= value < 1), "0 <= x < 1"
 _SEED: Rule = (lambda value: is_int(value, 0, SEED_END)), "a whole number >= 0, below 2**63"
 _NAME: Rule = _optional((lambda value: isinstance(value, str), "a name"))
 _SWITCH: Rule = (lambda value: isinstance(value, bool)), "True, False"
+_OPTIONAL_SWITCH: Rule = _choice(None, True, False)
 _INTERVAL: Rule = (
     lambda value: is_number(value) and value > 0 and (value < 1 or float(value).is_integer()),
     "a whole number >= 1, or a share of all steps in (0, 1)",
 )
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-"""Trackers that ``report_to`` may name."""
+_STRATEGY = _choice("no", "steps", "epoch")
+_TARGETS: Rule = (
+    _are_targets, "'all-linear', a list of module-name suffixes that is not empty, or a regular expression",
+)  # fmt: skip
+_NOTHING: Rule = (
+    lambda value: value is None,
+    "None (training whole modules is not supported; adapters on them are: target_modules)",
+)
+_SEGMENTS: Rule = _optional((_are_segments, "a dict: suffix -> list of widths, or name -> width"))
+_EXCLUDED: Rule = _optional((_are_targets, "a list of suffixes, or a regular expression"))
+_LAYERS: Rule = _optional((_are_indices, "the number of a layer, from 0, or a list of them"))
+_LAYER_LISTS: Rule = _optional((_are_regexes, "a name, a regular expression, or a list of them"))
+_RATIO: Rule = _optional((lambda value: is_number(value) and value >= 1, "a number >= 1"))
+_ARGUMENTS: Rule = _optional((lambda value: isinstance(value, Mapping), "a dict of the schedule's arguments"))
+_ROW_TOKENS: Rule = _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole"))
 _CHECKPOINTING_MODES = ("none", "selective", "full", "offload", "auto")
-_MAX_EPOCHS = 10_000
-
-_LORA_RULES: dict[str, Rule] = {
-    "r": _COUNT,
-    "lora_alpha": _POSITIVE,
-    "lora_dropout": _SHARE,
-    "bias": _choice("none", "all", "lora_only"),
-    "target_modules": (
-        _are_targets,
-        "'all-linear', a list of module-name suffixes that is not empty, or a regular expression",
-    ),
-    "modules_to_save": (
-        lambda value: value is None,
-        "None (training whole modules is not supported; adapters on them are: target_modules)",
-    ),
-    "use_rslora": _SWITCH,
-    "task_type": _NAME,
-    "segments": _optional((_are_segments, "a dict: suffix -> list of widths, or name -> width")),
-    "exclude_modules": _optional((_are_targets, "a list of suffixes, or a regular expression")),
-    "layers_to_transform": _optional(
-        (lambda value: all(is_int(index, 0) for index in value), "the number of a layer, from 0, or a list of them")
-    ),
-    "layers_pattern": _optional((_are_regexes, "a name, a regular expression, or a list of them")),
-    "rank_pattern": (lambda value: _is_pattern(value, lambda r: is_int(r, 1)), "a dict: regular expression -> rank"),
-    "alpha_pattern": (
-        lambda value: _is_pattern(value, lambda alpha: is_number(alpha) and alpha > 0),
-        "a dict: regular expression -> lora_alpha > 0",
-    ),
-}
-_BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
 )  # fmt: skip
@@ -138,45 +130,21 @@ _SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
-_TRAINING_RULES: dict[str, Rule] = {
-    **dict.fromkeys((*_BATCH_SIZES, "max_nonfinite_steps", "eval_max_new_tokens"), _COUNT),
-    **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_max_samples"), _optional(_COUNT)),
-    **dict.fromkeys(("num_train_epochs", "adam_epsilon"), _POSITIVE),
-    **dict.fromkeys(("learning_rate", "weight_decay", "early_stopping_threshold"), _NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
-    "warmup_steps": _optional(_NOT_NEGATIVE),
-    "warmup_ratio": _optional(_SHARE),
-    **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), _choice("no", "steps", "epoch")),
-    **dict.fromkeys(("logging_steps", "save_steps"), _INTERVAL),
-    "eval_steps": _optional(_INTERVAL),
-    **dict.fromkeys(("run_name", "metric_for_best_model"), _NAME),
-    **dict.fromkeys(
-        ("gradient_checkpointing", "compile", "disable_tqdm", "greater_is_better"), _choice(None, True, False)
-    ),
-    "output_dir": (is_path, "a path"),
-    "project": ((lambda value: isinstance(value, str) and value != ""), "a name"),
-    "max_steps": (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"),
-    "lora_plus_lr_ratio": _optional((lambda value: is_number(value) and value >= 1, "a number >= 1")),
-    "lr_scheduler_type": _choice(*_SCHEDULES),
-    "lr_scheduler_kwargs": _optional((lambda value: isinstance(value, Mapping), "a dict of the schedule's arguments")),
-    "optim": _choice(*_OPTIMIZERS),
-    "max_grad_norm": (is_number, "a number; 0 for no clipping"),
-    "seed": _SEED,
-    "data_seed": _optional(_SEED),
-    "max_length": _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole")),
-    "activation_checkpointing": _choice(*_CHECKPOINTING_MODES, None, True, False),
-    "parallel": _choice("auto", "ddp", "fsdp", None),
-    "log_level": _choice("passive", "detail", "debug", "info", "warning", "error", "critical"),
-    "report_to": (
-        lambda value: all(name in ("none", "all", *TRACKERS) for name in value),
-        f"'none', 'all', {', '.join(map(repr, TRACKERS))}, or a list of them",
-    ),
-    "resume_from_checkpoint": (
-        lambda value: value is None or isinstance(value, bool) or is_path(value),
-        "False, True, 'auto', a path",
-    ),
-}
-"""Field -> its rule; the other fields are switches."""
+_TRACKERS: Rule = (
+    lambda value: all(name in ("none", "all", "tensorboard", "wandb", "trackio", "mlflow") for name in value),
+    "'none', 'all', 'tensorboard', 'wandb', 'trackio', 'mlflow', or a list of them",
+)
+_START: Rule = (
+    lambda value: value is None or isinstance(value, bool) or is_path(value),
+    "False, True, 'auto', a path",
+)
+_MAX_EPOCHS = 10_000
+
+
+def _setting(default: Any, rule: Rule) -> Any:
+    """Return a field with a rule for its values; a field without one is a switch."""
+    how = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**how, metadata={"rule": rule})
 
 
 class _Config:
@@ -185,13 +153,14 @@ class _Config:
     inert: tuple[str, ...]
     """Arguments that were given and have no effect here."""
 
-    def _check(self, rules: Mapping[str, Rule]) -> None:
-        """Give each field its normalised value, or raise if its rule does not allow it; without one it is a switch."""
-        for name in field_names(type(self)):
-            value = self._normalised(name, _plain(getattr(self, name)))
-            accepts, allowed = rules.get(name, _SWITCH)
-            require(accepts(value), f"{type(self).__name__}: {name}", getattr(self, name), allowed, ConfigError)
-            setattr(self, name, value)
+    def _check(self) -> None:
+        """Give each field its normalised value, or raise if its rule does not allow it."""
+        for setting in fields(self):  # type: ignore[arg-type]
+            given = getattr(self, setting.name)
+            value = self._normalised(setting.name, _plain(given))
+            accepts, allowed = setting.metadata.get("rule", _SWITCH)
+            require(accepts(value), f"{type(self).__name__}: {setting.name}", given, allowed, ConfigError)
+            setattr(self, setting.name, value)
 
     def _normalised(self, name: str, value: Any) -> Any:
         raise NotImplementedError
@@ -252,43 +221,43 @@ class LoraConfig(_Config):
         ConfigError: an unknown name (the nearest one is suggested) or a value outside its range.
     """
 
-    r: int = 16
+    r: int = _setting(16, _COUNT)
     """Rank of each adapter, >= 1."""
-    lora_alpha: float = 32
+    lora_alpha: float = _setting(32, _POSITIVE)
     """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. Not
     given: ``2 * r``."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = _setting(0.0, _SHARE)
     """Probability of dropping an entry of the adapter's input, in [0, 1)."""
-    bias: str = "none"
+    bias: str = _setting("none", _choice("none", "all", "lora_only"))
     """Biases to train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers)."""
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: str | Sequence[str] = _setting("all-linear", _TARGETS)
     """Layers to adapt: ``"all-linear"`` (every linear layer but the output head), a list of module-name suffixes, or a
     string: one suffix, or a regular expression that a whole path matches. On Phi-3's fused projections ``q_proj,
     k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
-    task_type: str | None = "CAUSAL_LM"
+    task_type: str | None = _setting("CAUSAL_LM", _NAME)
     """PEFT's task type, recorded for other tools."""
-    modules_to_save: None = None
+    modules_to_save: None = _setting(None, _NOTHING)
     """Modules to train whole; only None, as this is not supported."""
     use_rslora: bool = False
     """Rank-stabilised scaling, https://arxiv.org/abs/2312.03732."""
-    segments: Mapping[str, Mapping[str, int] | Sequence[int]] | None = None
+    segments: Mapping[str, Mapping[str, int] | Sequence[int]] | None = _setting(None, _SEGMENTS)
     """Fused layers of your own model: suffix -> widths of its segments along the output, named
     (``{"qkv": {"q": 64, "k": 16, "v": 16}}``, each name then a valid target) or not (``{"qkv": (64, 16, 16)}``)."""
-    exclude_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = _setting(None, _EXCLUDED)
     """Layers and segments among the targets to leave out, named as in ``target_modules``."""
-    layers_to_transform: int | Sequence[int] | None = None
+    layers_to_transform: int | Sequence[int] | None = _setting(None, _LAYERS)
     """Numbers of the decoder layers to adapt, from 0; None: all."""
-    layers_pattern: str | Sequence[str] | None = None
+    layers_pattern: str | Sequence[str] | None = _setting(None, _LAYER_LISTS)
     """Names of the lists of layers that ``layers_to_transform`` counts in (``"layers"``); None: the first number in a
     path."""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = _setting(dict, _pattern(_COUNT, "rank"))
     """Ranks of certain layers: a regular expression that the end of a path matches, such as ``"o_proj"`` or
     ``"layers.0.mlp.down_proj"`` -> its rank. The first that matches counts; the other layers have ``r``."""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = _setting(dict, _pattern(_POSITIVE, "lora_alpha > 0"))
     """``lora_alpha`` of certain layers, in the same form; the others have ``lora_alpha``."""
 
     def __post_init__(self) -> None:
-        self._check(_LORA_RULES)
+        self._check()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"LoraConfig: layers_pattern={self.layers_pattern!r} needs layers_to_transform")
         if "lora_alpha" not in self.given:
@@ -328,129 +297,129 @@ class TrainingConfig(_Config):
         ConfigError: an unknown name (the nearest one is suggested), a value outside its range, a contradiction.
     """
 
-    output_dir: str = "phi3lora_output"
+    output_dir: str = _setting("phi3lora_output", (is_path, "a path"))
     """Folder for checkpoints, ``metrics.jsonl`` and ``training.png``."""
     overwrite_output_dir: bool = False
     """Permission to delete another run's checkpoints in ``output_dir`` and start afresh."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int = _setting(8, _COUNT)
     """Rows in a micro-batch: packed rows of ``max_length`` tokens, or documents with ``packing=False``."""
-    per_device_eval_batch_size: int = 8
+    per_device_eval_batch_size: int = _setting(8, _COUNT)
     """Rows in an evaluation micro-batch."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = _setting(1, _COUNT)
     """Micro-batches in one optimizer step; the loss is the mean over all their supervised tokens together."""
-    num_train_epochs: float = 3.0
+    num_train_epochs: float = _setting(3.0, _POSITIVE)
     """Passes over the data, unless ``max_steps`` > 0."""
-    max_steps: int = -1
+    max_steps: int = _setting(-1, (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"))
     """Optimizer steps of the run; > 0 overrides ``num_train_epochs``."""
-    learning_rate: float = 2e-4
+    learning_rate: float = _setting(2e-4, _NOT_NEGATIVE)
     """Peak learning rate."""
-    lora_plus_lr_ratio: float | None = None
+    lora_plus_lr_ratio: float | None = _setting(None, _RATIO)
     """Factor of the learning rate of every B (LoRA+, https://arxiv.org/abs/2402.12354; 16, say). None: A and B both
     learn at ``learning_rate``."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: str = _setting("cosine", _choice(*_SCHEDULES))
     """Schedule of the learning rate, by transformers' name and as it computes it: ``"linear"``, ``"cosine"``,
     ``"constant"`` (no warm-up), ``"constant_with_warmup"``, ``"cosine_with_restarts"``, ``"polynomial"``,
     ``"inverse_sqrt"``, ``"cosine_with_min_lr"``, ``"cosine_warmup_with_min_lr"``, ``"warmup_stable_decay"``."""
-    lr_scheduler_kwargs: Mapping[str, Any] | None = None
+    lr_scheduler_kwargs: Mapping[str, Any] | None = _setting(None, _ARGUMENTS)
     """Further arguments of the schedule, such as ``{"min_lr": 1e-5}`` for ``"cosine_with_min_lr"``."""
-    warmup_steps: float | None = None
+    warmup_steps: float | None = _setting(None, _optional(_NOT_NEGATIVE))
     """Steps of linear warm-up; a float in (0, 1) is a share of all steps. With neither this nor ``warmup_ratio``: 5 %
     of the steps, rounded down, so that a run of fewer than 20 steps has none."""
-    warmup_ratio: float | None = None
+    warmup_ratio: float | None = _setting(None, _optional(_SHARE))
     """Warm-up as a share of all steps, rounded up; ``warmup_steps`` > 0 takes precedence."""
-    optim: str = "adamw_torch"
+    optim: str = _setting("adamw_torch", _choice(*_OPTIMIZERS))
     """Optimizer: ``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch supports it), ``"sgd"``. With
     bitsandbytes (extra ``qlora``): ``"adamw_bnb_8bit"`` or ``"adamw_8bit"``, with moments of 8 bits;
     ``"paged_adamw_32bit"`` and ``"paged_adamw_8bit"``, with moments that move to host memory when the GPU is full."""
-    weight_decay: float = 0.0
+    weight_decay: float = _setting(0.0, _NOT_NEGATIVE)
     """Decoupled weight decay of the LoRA matrices; biases have none."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = _setting(0.9, _SHARE)
     """Decay of AdamW's running mean of the gradient."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = _setting(0.999, _SHARE)
     """Decay of AdamW's running mean of the squared gradient."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = _setting(1e-8, _POSITIVE)
     """Constant in AdamW's denominator."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = _setting(1.0, (is_number, "a number; 0 for no clipping"))
     """Largest global 2-norm of the gradient, clipped beyond it; 0 or less: no clipping."""
-    max_nonfinite_steps: int = 5
+    max_nonfinite_steps: int = _setting(5, _COUNT)
     """Steps in a row with a NaN or infinite loss or gradient that end the run; each is skipped."""
     bf16: bool = False
     """bfloat16 autocast. With neither ``bf16`` nor ``fp16`` the model's own dtype decides."""
     fp16: bool = False
     """float16 autocast with a gradient scaler."""
-    seed: int = 42
+    seed: int = _setting(42, _SEED)
     """Seed of dropout and, without ``data_seed``, of the order of the documents."""
-    data_seed: int | None = None
+    data_seed: int | None = _setting(None, _optional(_SEED))
     """Seed of the order of the documents; None: ``seed``."""
     packing: bool = True
     """Rows of ``max_length`` tokens filled with whole documents that do not see each other; False: one document a
     row."""
-    max_length: int | None = None
+    max_length: int | None = _setting(None, _ROW_TOKENS)
     """Tokens in a row; None: the dataset's ``max_length``."""
-    activation_checkpointing: str | bool | None = None
+    activation_checkpointing: str | bool | None = _setting(None, _choice(*_CHECKPOINTING_MODES, None, True, False))
     """Activations that the backward recomputes to save memory: ``"none"``, ``"selective"`` (the feed-forward parts),
     ``"full"`` (whole decoder layers), ``"offload"`` (whole layers, whose inputs wait in host memory), or ``"auto"``:
     the fastest of these that fits the GPU."""
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | None = _setting(None, _OPTIONAL_SWITCH)
     """transformers' switch for ``activation_checkpointing``: True means ``"full"``, False ``"none"``."""
-    compile: bool | None = None
+    compile: bool | None = _setting(None, _OPTIONAL_SWITCH)
     """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: on a GPU the
     fused kernels where they can compute the model, else transformers' layers as they are."""
-    parallel: str | None = "auto"
+    parallel: str | None = _setting("auto", _choice("auto", "ddp", "fsdp", None))
     """Use of several processes (torchrun): ``"ddp"``, each with the whole base, ``"fsdp"``, the base divided among
     them, or ``"auto"`` (also None): as the model was loaded. One process is the same with each."""
-    logging_strategy: str = "steps"
+    logging_strategy: str = _setting("steps", _STRATEGY)
     """Times of a log line: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    logging_steps: float = 10
+    logging_steps: float = _setting(10, _INTERVAL)
     """Steps between two log lines."""
     logging_first_step: bool = False
     """A log line after the first step, too."""
-    log_level: str = "passive"
+    log_level: str = _setting("passive", _choice("passive", "detail", "debug", "info", "warning", "error", "critical"))
     """Verbosity: ``"warning"`` silences the banner; ``"error"`` and ``"critical"`` also silence the findings of
     :func:`phi3lora.doctor` that a run starts with."""
-    disable_tqdm: bool | None = None
+    disable_tqdm: bool | None = _setting(None, _OPTIONAL_SWITCH)
     """No progress bar."""
-    report_to: str | Sequence[str] = "none"
+    report_to: str | Sequence[str] = _setting("none", _TRACKERS)
     """Trackers: ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"mlflow"``, a list of them, ``"all"`` (those that are
     installed) or ``"none"`` (extra ``tracking``)."""
-    run_name: str | None = None
+    run_name: str | None = _setting(None, _NAME)
     """Name of the run in the trackers; None: they choose one."""
-    project: str = "phi3lora"
+    project: str = _setting("phi3lora", ((lambda value: isinstance(value, str) and value != ""), "a name"))
     """Project of the run in wandb (unless ``WANDB_PROJECT`` is set) and Trackio, and its experiment in MLflow."""
-    eval_strategy: str = "no"
+    eval_strategy: str = _setting("no", _STRATEGY)
     """Times of an evaluation: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    eval_steps: float | None = 0.1
+    eval_steps: float | None = _setting(0.1, _optional(_INTERVAL))
     """Steps between two evaluations: by default a tenth of the run. None, or not given beside ``logging_steps``: as
     many as that."""
     predict_with_generate: bool = False
     """Answers of the model's own in each evaluation, scored by ROUGE (``eval_rouge1``, ``eval_rouge2``,
     ``eval_rougeL``). A ROUGE as ``metric_for_best_model`` and ``compute_metrics`` ask for answers, too."""
-    eval_max_samples: int | None = 100
+    eval_max_samples: int | None = _setting(100, _optional(_COUNT))
     """Chats that an evaluation answers, from the first; None: all."""
-    eval_max_new_tokens: int = 256
+    eval_max_new_tokens: int = _setting(256, _COUNT)
     """Longest such answer, in tokens."""
     eval_on_start: bool = False
     """An evaluation before the first step."""
-    save_strategy: str = "steps"
+    save_strategy: str = _setting("steps", _STRATEGY)
     """Times of a checkpoint: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    save_steps: float = 500
+    save_steps: float = _setting(500, _INTERVAL)
     """Steps between two checkpoints."""
-    save_total_limit: int | None = None
+    save_total_limit: int | None = _setting(None, _optional(_COUNT))
     """Checkpoints kept, the best one always among them; None: all."""
     load_best_model_at_end: bool = False
     """Best adapter restored at the end; until then each new best one is saved."""
-    metric_for_best_model: str | None = None
+    metric_for_best_model: str | None = _setting(None, _NAME)
     """Metric of the evaluation, with or without ``eval_``: ``loss``, ``perplexity``, ``token_accuracy``, ``rouge1``,
     ``rouge2``, ``rougeL``, or one that ``compute_metrics`` returns; None: ``loss``."""
-    greater_is_better: bool | None = None
+    greater_is_better: bool | None = _setting(None, _OPTIONAL_SWITCH)
     """Direction of the metric; None: False for ``perplexity`` and names that end in ``loss``, True for the others."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = _setting(None, _optional(_COUNT))
     """Evaluations in a row without a better metric that end the run; None: no early stopping."""
-    early_stopping_threshold: float = 0.0
+    early_stopping_threshold: float = _setting(0.0, _NOT_NEGATIVE)
     """Smallest improvement of the metric that counts as better."""
     continue_on_save_error: bool = False
     """Permission to go on when a checkpoint cannot be written (a full disk); False: the error ends the run."""
-    resume_from_checkpoint: bool | str | None = False
+    resume_from_checkpoint: bool | str | None = _setting(False, _START)
     """Start: False (a new run), a checkpoint's path, True (the newest good checkpoint, which must exist), ``"auto"``
     (the newest good one, or a new run)."""
     resume_with_changes: bool = False
@@ -463,7 +432,7 @@ class TrainingConfig(_Config):
             self.warmup_ratio = 0.0 if self.warmup_ratio is None else self.warmup_ratio
         if "logging_steps" in self.given and "eval_steps" not in self.given:
             self.eval_steps = None
-        self._check(_TRAINING_RULES)
+        self._check()
         self.report_to = [name for name in self.report_to if name != "none"]
         if self.max_steps <= 0:
             allowed = f"at most {_MAX_EPOCHS:,}; set max_steps for a longer run"
