@@ -280,9 +280,13 @@ _MOST_INSTRUCTIONS = 2**24  # bytes; 500 modules have 0.1 MB, and each byte can 
 _CONVERT = "to convert a file that you trust: torch.save(torch.load(path, weights_only=True), path)"
 _ALLOWED = "allowed: dense ones on the CPU, numbers, strings, and dicts, lists and tuples of them"
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_CONTAINERS: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MADE: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
+_TAKEN = {  # from the stack; 0: all since MARK
+    "TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "APPENDS": 0, "SETITEM": 2, "SETITEMS": 0,
+}  # fmt: skip
 _STORAGE_DTYPES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
@@ -344,8 +348,8 @@ class _Unpickler:
             "collections OrderedDict": lambda: OrderedDict(),
             "torch._utils _rebuild_parameter": lambda data, requires_grad, hooks: data,
             "torch._utils _rebuild_tensor_v2": _view,
-            "torch._utils _rebuild_tensor_v3": lambda storage, offset, size, stride, grad, hooks, dtype, *rest: _view(
-                storage.view(dtype), offset, size, stride, grad, hooks, *rest
+            "torch._utils _rebuild_tensor_v3": lambda storage, offset, size, stride, grad, hooks, dtype, *others: _view(
+                storage.view(dtype), offset, size, stride, grad, hooks, *others
             ),
         }
 
@@ -367,23 +371,18 @@ class _Unpickler:
                 stack.append(memo[argument])
             elif name in _LITERALS:
                 stack.append(argument)
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            elif name in _CONTAINERS:
-                stack.append(_CONTAINERS[name]())
-            elif name in _TUPLES:
-                count = _TUPLES[name]
-                stack[-count:] = [tuple(stack[-count:])]
-            elif name in ("TUPLE", "APPENDS", "SETITEMS"):
-                items, stack = stack, marked.pop()
-                if name == "TUPLE":
+            elif name in _MADE:
+                stack.append(_MADE[name]())
+            elif name in _TAKEN:
+                if count := _TAKEN[name]:
+                    items = stack[-count:]
+                    del stack[-count:]
+                else:
+                    items, stack = stack, marked.pop()
+                if name.startswith("TUPLE"):
                     stack.append(tuple(items))
                 else:
-                    _add(stack[-1], items, name == "APPENDS")
-            elif name in ("APPEND", "SETITEM"):
-                count = 1 if name == "APPEND" else 2
-                items, stack = stack[-count:], stack[:-count]
-                _add(stack[-1], items, name == "APPEND")
+                    _add(stack[-1], items, name.startswith("APPEND"))
             elif name == "GLOBAL":
                 stack.append(self._named(argument))
             elif name == "BINPERSID":
@@ -425,17 +424,12 @@ class _Unpickler:
         return flat
 
 
-def _view(
-    flat: Tensor,
-    offset: int,
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
-    requires_grad: bool = False,
-    hooks: object = None,
-    metadata: object = None,
-) -> Tensor:
-    """Return a tensor on a storage; ``as_strided`` refuses one that leaves it, and this one that repeats numbers."""
-    if metadata:
+def _view(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *others: Any) -> Tensor:
+    """Return a tensor on a storage; ``as_strided`` refuses one that leaves it, and this one that repeats numbers.
+
+    The others are ``requires_grad``, hooks and, of a view that is yet to be computed, metadata.
+    """
+    if any(others[2:]):
         raise UnpicklingError("it holds a tensor that is yet to be conjugated or negated; save its clone()")
     tensor = flat.as_strided(size, stride, offset)
     if tensor.numel() > flat.numel():
