@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import phi3lora as p3
 from phi3lora.__main__ import main
-from phi3lora.cli.adapters import find_adapter
+from phi3lora.cli.commands import find_adapter
 from phi3lora.cli.options import build_parser
 from phi3lora.run_file import read_run
 from phi3lora.run_settings import field_names

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter_file import adapter_path, save_adapter
+from ..adapters.adapter_file import adapter_path, load_adapter, save_adapter
 from ..adapters.gguf import export_gguf, find_converters
 from ..adapters.hub import push_to_hub
 from ..adapters.merge import save_merged
 from ..adapters.peft_export import export_peft
+from ..adapters.peft_format import CONFIG_NAME, TENSORS_NAME
 from ..adapters.peft_import import import_peft
 from ..checks.doctor import doctor
 from ..data.dataset import ChatDataset
@@ -29,7 +30,7 @@ from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
 from ..display import command_line, shown_path, text_facts
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, as_path
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
 from ..inference.speed import speed_shown
@@ -39,14 +40,12 @@ from ..model.load import check_load_settings, load_model, load_tokenizer
 from ..processes import rank_and_size
 from ..run_file import Run, as_list, read_run
 from ..run_settings import DEMO, DataSettings
-from ..training.checkpoint import find_checkpoint
+from ..training.checkpoint import find_checkpoint, newest_good_checkpoint
 from ..training.loop import run_training
-from ..training.output_folder import check_output_dir
+from ..training.output_folder import RECORD, check_output_dir
 from ..training.picture import plot
-from ..training.run_record import NAME as RECORD
 from ..training.setup import PlannedRun
 from ..training.trackers import check_trackers
-from .adapters import find_adapter, load_found
 from .starter import write_starter
 
 
@@ -230,6 +229,36 @@ def _check_model(run: Run) -> Path | None:
     return find_adapter(run.model.adapter)
 
 
+_ADAPTERS = "an adapter file, a checkpoint's folder, a run's folder, a PEFT folder"
+
+
+def find_adapter(name: str) -> Path:
+    """Return the adapter file, or the PEFT folder, that ``name`` is or holds.
+
+    A run's folder has the adapter that the run wrote at its end; if it has not ended, its newest good checkpoint's.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    path = as_path(name, "an adapter", AdapterError)
+    if path.is_file():
+        is_peft = path.name == TENSORS_NAME and path.with_name(CONFIG_NAME).is_file()
+        return path.parent if is_peft else path
+    if (path / CONFIG_NAME).is_file():
+        return path
+    for file in ("adapter.safetensors", "lora.safetensors"):
+        if (path / file).is_file():
+            return path / file
+    newest = newest_good_checkpoint(path)
+    if newest is not None:
+        return newest / "lora.safetensors"
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")]) if path.is_dir() else []
+    if len(files) == 1:
+        return files[0]
+    held = f"; it holds {', '.join(file.name for file in files)}: name one" if files else ""
+    raise AdapterError(f"there is no adapter file {name!r}{held}; allowed: {_ADAPTERS}")
+
+
 def _load_model(run: Run, adapter: Path | None, **options: Any) -> tuple[Any, Any]:
     """Return the model, with the adapter if there is one, and the tokenizer."""
     model, tokenizer = load_model(
@@ -242,7 +271,7 @@ def _load_model(run: Run, adapter: Path | None, **options: Any) -> tuple[Any, An
     )
     model.origin["name_or_path"] = DEMO if run.model.name_or_path == DEMO else model.origin["name_or_path"]
     if adapter is not None:
-        load_found(model, adapter)
+        (import_peft if adapter.is_dir() else load_adapter)(model, adapter)
         model.origin["adapter"] = os.path.abspath(adapter)
     return model, tokenizer
 

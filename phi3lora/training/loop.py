@@ -50,10 +50,17 @@ from .distributed import Interrupts, digest, joined
 from .learning import learned_nothing
 from .logging import DeferredMetrics, Reporter, StepRecord, report_skipped
 from .optim import build_optimizer, schedule
-from .output_folder import OutputFolder, check_output_dir, claim_output_dir, locked, rotate, set_aside_newer
+from .output_folder import (
+    OutputFolder,
+    check_output_dir,
+    claim_output_dir,
+    locked,
+    rotate,
+    set_aside_newer,
+    write_record,
+)
 from .picture import PICTURE, draw_run
 from .result import TrainingResult, closing_facts, result_of
-from .run_record import write_record
 from .setup import PlannedRun, banner_facts, check_run, explain_out_of_memory, prepared, usual_torch
 from .step import OptimizerStep, StepOutcome
 
