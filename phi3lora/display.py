@@ -7,6 +7,7 @@ Printed forms fit the terminal, and use colour only where there is one. HTML esc
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import math
 import os
@@ -120,6 +121,10 @@ def width_of(text: str) -> int:
     return len(shown) + sum(unicodedata.east_asian_width(c) in "WF" for c in shown if not c.isascii())
 
 
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - width_of(text))
+
+
 def wrap(text: str, columns: int | None, *, within_words: bool = False, longest: int | None = None) -> list[str]:
     """Break a text into lines of at most ``columns``; line breaks in it stay. None breaks nothing else.
 
@@ -201,10 +206,7 @@ def text_facts(facts: Mapping[str, Any], columns: int | None = None) -> str:
     """Return ``name  value`` lines with the values aligned; a long value continues in the next line."""
     width = max(map(width_of, facts), default=0)
     columns = columns or terminal_columns()
-    return "\n".join(
-        hanging(f"{name}{' ' * (width - width_of(name))}  ", plain(str(value)), columns)
-        for name, value in facts.items()
-    )
+    return "\n".join(hanging(f"{_padded(name, width)}  ", plain(str(value)), columns) for name, value in facts.items())
 
 
 def text_table(rows: Sequence[Sequence[Any]], columns: int | None = None, *, spaced: bool = False) -> str:
@@ -219,17 +221,9 @@ def text_table(rows: Sequence[Sequence[Any]], columns: int | None = None, *, spa
     widths = _fitting_widths(cells, columns or terminal_columns())
     blocks = []
     for row in cells:
-        wrapped = [wrap(cell, width, within_words=True) for cell, width in zip(row, widths, strict=True)]
-        height = max(map(len, wrapped))
-        padded = [lines + [""] * (height - len(lines)) for lines in wrapped]
-        blocks.append(
-            "\n".join(
-                "  ".join(
-                    text + " " * (width - width_of(text)) for text, width in zip(line, widths, strict=True)
-                ).rstrip()
-                for line in zip(*padded, strict=True)
-            )
-        )
+        wrapped = (wrap(cell, width, within_words=True) for cell, width in zip(row, widths, strict=True))
+        lines = itertools.zip_longest(*wrapped, fillvalue="")
+        blocks.append("\n".join("  ".join(map(_padded, line, widths)).rstrip() for line in lines))
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([blocks[0], rule, ("\n\n" if spaced else "\n").join(blocks[1:])])
 
@@ -344,10 +338,8 @@ def svg_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) 
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         if len(curve) <= 40:
-            dots = (
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in (place(*p) for p in curve)
-            )
-            parts += dots
+            spots = (place(*point) for point in curve)
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in spots]
         parts.append(f'<text x="{edge + 130 * i}" y="{edge - 8}" fill="{colour}">{html(name)}</text>')
     axis = 'fill="#757575"'
     parts += [
