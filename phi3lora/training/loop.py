@@ -217,7 +217,10 @@ class _Run:
         facts = {name: value for name, value in self.config.to_dict().items() if name not in of_process}
         facts |= {f"{name} of the data": value for name, value in self.resumable.data.items()}
         facts |= {f"{name} of the evaluations": value for name, value in self.resumable.measured.items()}
-        facts["precision"], facts["device"] = self.planned.precision.name, model_device(self.model).type
+        planned = self.planned
+        facts["precision"], facts["device"] = planned.precision.name, model_device(self.model).type
+        facts["eval_dataset"] = None if planned.eval_dataset is None else planned.eval_dataset.fingerprint()
+        facts["compute_metrics"] = "given" if planned.compute_metrics is not None else None
         facts["trainable parameters"] = [(name, tuple(p.shape)) for name, p in self._trained().items()]
         self.world.require_equal(facts, "the processes do not train the same run")
         self.world.copy_from_main_(list(self._trained().values()))

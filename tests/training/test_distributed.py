@@ -469,6 +469,22 @@ def test_processes_that_differ_or_come_apart_or_end_are_errors_of_all(tmp_path):
     assert (tmp_path / "ended" / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("what", ["eval_dataset", "compute_metrics"])
+def test_processes_that_would_evaluate_differently_are_refused(tmp_path, what):
+    """One that lets the model answer and one that does not would wait for each other; other data would be mixed."""
+
+    def work():
+        config = quiet_config(tmp_path, max_steps=1, eval_on_start=True)
+        given = {"eval_dataset": HELD_OUT, "compute_metrics": len, "tokenizer": make_tokenizer()}
+        if rank() == 1:
+            given[what] = {"eval_dataset": chat_dataset(5), "compute_metrics": None}[what]
+        return p3.train(adapted_model(), DATA, config, **given)
+
+    for error in in_processes(2, work, errors=True):
+        assert isinstance(error, p3.TrainingError)
+        assert f"the processes do not train the same run: {what} of rank 0 is" in str(error)
+
+
 def test_a_rank_that_hangs_is_named_with_the_step_by_those_that_wait(tmp_path, monkeypatch):
     """They wait for it, and then for each other's notes, a part of the device's time-out, which is NCCL's on GPUs."""
     assert distributed._HOST_SHARE + distributed._ROLL_CALL_SHARE < 1
