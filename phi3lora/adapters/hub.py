@@ -257,26 +257,18 @@ def _eval_results(dataset: Any, metrics: Mapping[str, Any]) -> list[EvalResult] 
     """Return the metrics of an evaluation in the hub's form, which wants a dataset; None if there are none."""
     if dataset is None:
         return None
-    name = printable(Path(dataset).name) if isinstance(dataset, str) else "chats"
     kind = "custom"
+    name = printable(Path(dataset).name) if isinstance(dataset, str) else "chats"
     if _is_hub_name(dataset):
-        name = kind = dataset
+        kind = name = dataset
+    about: dict[str, Any] = {"task_type": "text-generation", "dataset_type": kind, "dataset_name": name}
     found = []
     for key, value in metrics.items():
         plain = key.removeprefix("eval_")
         is_own = key != plain and not plain.startswith("n_")  # a metric of compute_metrics
         if (plain in _RESULTS or is_own) and type(value) in (int, float) and math.isfinite(value):
             metric, label = _RESULTS.get(plain, (printable(plain), printable(plain)))
-            found.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=kind,
-                    dataset_name=name,
-                    metric_type=metric,
-                    metric_name=label,
-                    metric_value=value,
-                )
-            )
+            found.append(EvalResult(**about, metric_type=metric, metric_name=label, metric_value=value))
     return found or None
 
 

@@ -40,7 +40,7 @@ from ..compat import IGNORED_LORA_ARGUMENTS, UNSUPPORTED
 from ..config import LoraConfig, lora_scaling
 from ..errors import short_repr
 from ..files import read_json
-from ..lora.product import Segment, adapted_segments, block_diagonal
+from ..lora.product import adapted_segments, block_diagonal
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -215,7 +215,7 @@ def from_modules(
         return A, torch.cat([pair.B for pair in parts])
     pair = pairs[path]
     if settings["class"] == "MergedLinear":
-        segments = _segments(settings)
+        segments = adapted_segments(settings["segments"], settings["enable_lora"], r)
         B = torch.cat([pair.B[segment.columns, segment.rows_of_A] for segment in segments])
         return pair.A[: segments[-1].rows_of_A.stop], B
     if settings["class"] == "Conv2d":
@@ -237,7 +237,3 @@ def _module_names(path: str, settings: Settings, split: Mapping[str, int]) -> di
     parent = path[: path.rfind(".") + 1]
     enabled = settings["enable_lora"] if settings["class"] == "MergedLinear" else [True] * len(split)
     return {parent + name: name for name, on in zip(split, enabled, strict=True) if on}
-
-
-def _segments(settings: Settings) -> tuple[Segment, ...]:
-    return adapted_segments(settings["segments"], settings["enable_lora"], settings["r"])

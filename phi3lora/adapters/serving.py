@@ -114,21 +114,19 @@ def llama_cpp_settings(config: Any, tokenizer: Any, base_model: str) -> LlamaCpp
             f"llama.cpp and Ollama use the long rotary factors if their context is past {boundary} tokens; -c and "
             f"num_ctx {boundary} keep the short ones, for an adapter that was trained on documents up to that length"
         )
-    name = re.split(r"[/\\]", base_model.rstrip("/\\"))[-1] or "model"
     overrides: dict[str, bool] = {}
     if tokenizer is not None:
-        name, overrides = _gguf_name(tokenizer, name), _overrides(tokenizer)
+        overrides = _overrides(tokenizer)
         if _strips(tokenizer) and not _can_strip(tokenizer):
             notes.append("llama.cpp keeps white space at the edges of a message; transformers strips it after a marker")
-    return LlamaCppSettings(name, boundary, overrides, tuple(notes))
+    return LlamaCppSettings(model_name(tokenizer, base_model), boundary, overrides, tuple(notes))
 
 
 def model_name(tokenizer: Any, base_model: str) -> str:
-    """Return the ``general.name`` with which llama.cpp tokenises as transformers does, after the base's name."""
-    return _gguf_name(tokenizer, re.split(r"[/\\]", base_model.rstrip("/\\"))[-1] or "model")
-
-
-def _gguf_name(tokenizer: Any, name: str) -> str:
+    """Return the ``general.name`` with which llama.cpp tokenises as transformers does: the base's, if it can be."""
+    name = re.split(r"[/\\]", base_model.rstrip("/\\"))[-1] or "model"
+    if tokenizer is None:
+        return name
     if _strips(tokenizer) and _can_strip(tokenizer):
         return name if _PHI3_NAME.search(name) else f"Phi-3 {name}"
     return _PHI3_NAME.sub("phi", name)
@@ -255,25 +253,18 @@ def adapter_commands(
         base_folder, option, first = base, "--base", []
     else:
         base_folder, option, first = "base", "--base-model-id", [f"hf download {quote(base)} --local-dir base"]
-    lines["llama.cpp"] = "\n".join(
-        [
-            *first,
-            convert_command(llama_cpp.model_name, base_folder, "base.gguf"),
-            f"python $LLAMA_CPP/convert_lora_to_gguf.py {option} {quote(base)} --outfile {quote(gguf)} {quote(folder)}",
-            f"llama-server -m base.gguf --lora {quote(gguf)}{llama_cpp.options}",
-        ]
-    )
+    of_model = f"--model-name {quote(llama_cpp.model_name)} --outfile base.gguf {quote(base_folder)}"
+    of_adapter = f"{option} {quote(base)} --outfile {quote(gguf)} {quote(folder)}"
+    lines["llama.cpp"] = "\n".join([
+        *first,
+        f"python $LLAMA_CPP/convert_hf_to_gguf.py {of_model}",
+        f"python $LLAMA_CPP/convert_lora_to_gguf.py {of_adapter}",
+        f"llama-server -m base.gguf --lora {quote(gguf)}{llama_cpp.options}",
+    ])  # fmt: skip
     if gguf.isprintable() and not llama_cpp.overrides:
         text = modelfile("./base.gguf", gguf, None, llama_cpp.context, stops)
         lines["Ollama"] = f"cat > Modelfile <<'END'\n{text}END\nollama create {quote(name)} -f Modelfile"
     return lines
-
-
-def convert_command(name: str, folder: str, outfile: str) -> str:
-    """Return the command that converts a model's folder to GGUF."""
-    return (
-        f"python $LLAMA_CPP/convert_hf_to_gguf.py --model-name {quote(name)} --outfile {quote(outfile)} {quote(folder)}"
-    )
 
 
 def modelfile(base: str, adapter: str | None, template: str | None, context: int | None, stops: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from ..demo.show import LORA, TRAINING
 from ..files import write_atomic
 from ..lora.inject import inject_lora
 from ..model.estimate import GIB, MemoryPlan, plan_memory
-from ..model.load import check_model
+from ..model.load import read_model_config
 from ..run_file import Run, scalar
 from ..run_settings import DEMO, SECTIONS, field_help, field_names
 
@@ -40,7 +40,7 @@ def write_starter(path: Path, run: Run, model_path: str, memory_gib: float | Non
 
     Of the model at ``model_path``, a folder or a hub name, only ``config.json`` is read.
     """
-    check_model(model_path, run.model.revision)
+    read_model_config(model_path, run.model.revision)
     config = AutoConfig.from_pretrained(model_path, revision=run.model.revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

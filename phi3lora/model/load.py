@@ -88,7 +88,7 @@ def load_model(
     torch_dtype = _DTYPES.get(dtype)  # None for "auto"
 
     name = os.fspath(name_or_path)
-    config = _read_config(name, revision)
+    config = read_model_config(name, revision)
     _check_no_adapter(name, revision)
     _check_sizes(Path(name), config)
     splits = parallel == "fsdp" and join_processes(device) > 1
@@ -151,22 +151,13 @@ def _split(model: Any, device: torch.device, base_precision: str | None) -> Any:
     return model.eval()
 
 
-def check_model(name: str, revision: str | None = None) -> None:
-    """Read a checkpoint's ``config.json`` alone, and refuse what ``load_model`` would refuse by it.
-
-    Raises:
-        ModelError: nothing there, or not a Phi-3 model's.
-    """
-    _read_config(name, revision)
-
-
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer that ``load_model`` returns, and no weights. It pads with eos if it has no padding token.
 
     Raises:
         ModelError: nothing loadable there, or not a Phi-3 model's.
     """
-    _read_config(name, revision)
+    read_model_config(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # half-written files, odd fields: transformers has an error for each
@@ -203,8 +194,12 @@ def _own_gpu() -> str:
     return f"cuda:{rank}"
 
 
-def _read_config(name: str, revision: str | None) -> dict[str, Any]:
-    """Return the checkpoint's ``config.json``; no other file is read."""
+def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Return a checkpoint's ``config.json``, by which ``load_model`` refuses it or not; no other file is read.
+
+    Raises:
+        ModelError: nothing there, or not a Phi-3 model's.
+    """
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
         model_type, layers = config.get("model_type"), config.get("num_hidden_layers", 32)

@@ -196,18 +196,15 @@ class ShardedBase:
             for tensor in layer.tensors:
                 tensor.data = tensor.data.clone()
                 del tensor.make_whole  # type: ignore[attr-defined]
-        self._remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._layers.clear()
 
     def abandon(self, why: str) -> None:
         """Give the weights up, where other ranks may be gone: from here on every forward raises ``why``."""
         self.lost = why
         for layer in self._layers:
             layer.gather = None
-
-    def _remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._layers.clear()
 
     @property
     def part_bytes(self) -> int:
