@@ -27,21 +27,28 @@ _MULTIPROCESSORS = 132  # of an H100; with fewer programs the columns are split
 
 
 @triton.jit
-def _row_product(
-    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
-):  # fmt: skip
+def _rows_of_matrix(w_ptr, A_ptr, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr):
+    """Return whether a program has rows of A or of W, which ones, which of them exist, and where they begin."""
     A_PROGRAMS: tl.constexpr = (Z + BN - 1) // BN
     program = tl.program_id(0)
     of_A = program < A_PROGRAMS
     n = tl.where(of_A, program, program - A_PROGRAMS) * BN + tl.arange(0, BN)
-    live_n = n < tl.where(of_A, Z, N)
+    live = n < tl.where(of_A, Z, N)
     if of_A:  # noqa: SIM108  # a Triton kernel
         matrix = A_ptr
     else:
         matrix = w_ptr
     # A choice between pointers hides that each is aligned.
-    w_at = tl.multiple_of(matrix, 16) + n.to(tl.int64)[:, None] * K
+    at = tl.multiple_of(matrix, 16) + n.to(tl.int64)[:, None] * K
+    return of_A, n, live, at
+
+
+@triton.jit
+def _row_product(
+    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    of_A, n, live_n, w_at = _rows_of_matrix(w_ptr, A_ptr, N, K, Z, BN)
     total = tl.zeros([BN, BK], tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
@@ -60,19 +67,10 @@ def _few_rows_product(
     x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, n_rows, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BM: tl.constexpr,
     SPLITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    A_PROGRAMS: tl.constexpr = (Z + BN - 1) // BN
     PART: tl.constexpr = (K + SPLITS - 1) // SPLITS
-    program, part = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, BM)
+    part, row = tl.program_id(1), tl.arange(0, BM)
     live_row = row < n_rows
-    of_A = program < A_PROGRAMS
-    n = tl.where(of_A, program, program - A_PROGRAMS) * BN + tl.arange(0, BN)
-    live_n = n < tl.where(of_A, Z, N)
-    if of_A:  # noqa: SIM108  # a Triton kernel
-        matrix = A_ptr
-    else:
-        matrix = w_ptr
-    w_at = tl.multiple_of(matrix, 16) + n.to(tl.int64)[:, None] * K
+    of_A, n, live_n, w_at = _rows_of_matrix(w_ptr, A_ptr, N, K, Z, BN)
     total = tl.zeros([BM, BN], tl.float32)
     last = tl.minimum((part + 1) * PART, K)
     for start in tl.range(part * PART, last, BK, num_stages=STAGES):
