@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from conftest import adapted_model, chat_dataset, quiet_config
+from conftest import adapted_model, chat_dataset, quiet_config, stop_at
 from damage import damage_json_file
 from damage_tensors import damage_pickle, damage_safetensors, never_executes
 
@@ -48,12 +48,7 @@ def _resume(folder: Path, **changes: Any) -> None:
 
 def prepare(good: Path) -> Callable[[], None]:
     """Write a run of two checkpoints that stopped before its end."""
-
-    class Stop(p3.Callback):
-        def on_step_end(self, state: Any) -> None:
-            state.should_stop = state.global_step == 2
-
-    _train(good / "run", [Stop()])
+    _train(good / "run", [stop_at(2)])
 
     def resume() -> None:
         for folder in (good / "run").glob("checkpoint-*"):

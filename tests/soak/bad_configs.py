@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from conftest import adapted_model, chat_dataset, quiet_config, tiny_model
+from conftest import adapted_model, chat_dataset, quiet_config, stop_at, tiny_model
 from damage import PLAIN_VALUES
 
 import phi3lora as p3
@@ -74,17 +74,12 @@ def _train_a_step(settings: dict[str, Any], folder: Path | None) -> None:
     assert p3.TrainingConfig(**config.to_dict()).to_dict() == config.to_dict(), "does not survive to_dict"
     if folder is None:
         return
-
-    class Stop(p3.Callback):
-        def on_step_end(self, state: Any) -> None:
-            state.should_stop = True
-
     settings = {**settings, "compile": False, "report_to": "none", "save_strategy": "no"}
     settings = {name: value for name, value in settings.items() if name not in ("output_dir", "torch_compile")}
     config = quiet_config(folder, **settings)
     sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps, (config.max_length or 0) / 64)
     if max(sizes) <= 64:  # more takes the time and memory that it asks for
-        p3.train(adapted_model(), chat_dataset(8), config, eval_dataset=chat_dataset(3), callbacks=[Stop()])
+        p3.train(adapted_model(), chat_dataset(8), config, eval_dataset=chat_dataset(3), callbacks=[stop_at(1)])
 
 
 KINDS = {"config lora": (prepare_lora, make_lora, 10), "config training": (prepare_training, make_training, 14)}

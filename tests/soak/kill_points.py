@@ -13,7 +13,6 @@ checked: no saved checkpoint may be lost, beyond those that rotation removes. La
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,16 +23,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from conftest import adapted_model, adapters_of, chat_dataset, chat_rows, make_tokenizer, quiet_config, tiny_model
+from soak_report import Report, main
 from transformers import AutoModelForCausalLM
 
 import phi3lora as p3
@@ -47,20 +46,6 @@ RUN = {
     "lr_scheduler_type": "cosine", "warmup_steps": 2, "resume_from_checkpoint": "auto",
 }  # fmt: skip
 _EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
-
-
-@dataclass
-class Report:
-    """Numbers of deaths tried by run, and descriptions of those after which something was lost."""
-
-    tried: Counter[str] = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        tried = ", ".join(f"{name} {count}" for name, count in self.tried.items())
-        lines = [f"kill points {sum(self.tried.values())} ({tried}), lost {len(self.lost)}, {self.seconds:.0f} s"]
-        return "\n".join(lines + self.lost[:5])
 
 
 class Points:
@@ -300,7 +285,7 @@ def try_job(job: Job, prepared: Path, expected: dict[str, str]) -> str | None:
 
 def run(most: int | None = None, randomly: int = 0, seed: int = 0, workers: int = 2) -> Report:
     """Try all points, or a seeded choice of ``most`` of them, and ``randomly`` many random moments."""
-    report, started, choose = Report(), time.perf_counter(), random.Random(seed)
+    report, started, choose = Report("kill points"), time.perf_counter(), random.Random(seed)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         whole, streamed = train(Path(place) / "run"), train(Path(place) / "stream", streamed=True)
@@ -369,17 +354,9 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--most", type=int, help="a seeded choice of so many points; default: all")
-    parser.add_argument("--random", type=int, default=100, help="kills at random moments")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args(arguments)
-    report = run(options.most, options.random, options.seed, options.workers)
-    print(report)
-    return 1 if report.lost else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    numbers = {
+        "most": (None, "a seeded choice of so many points; default: all"),
+        "random": (100, "kills at random moments"),
+    }
+    sys.exit(main(lambda random, **more: run(randomly=random, **more), __doc__, **numbers))

@@ -17,7 +17,6 @@ the old one or the new one, or not be there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -25,7 +24,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from conftest import adapted_model
 from kill_points import (
@@ -48,6 +45,7 @@ from kill_points import (
     rerun,
     whole_run,
 )
+from soak_report import Report, main
 
 import phi3lora as p3
 from phi3lora import files
@@ -231,23 +229,9 @@ def cut(name: str, most: int | None, seed: int) -> tuple[int, list[str]]:
     return tried, wrong
 
 
-@dataclass
-class Report:
-    """Numbers of states tried by kind, and descriptions of those in which something was lost."""
-
-    tried: Counter[str] = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        tried = ", ".join(f"{name} {count}" for name, count in self.tried.items())
-        lines = [f"power cuts {sum(self.tried.values())} ({tried}), lost {len(self.lost)}, {self.seconds:.0f} s"]
-        return "\n".join(lines + self.lost[:5])
-
-
 def run(most: int | None = None, seed: int = 0, workers: int = 2, kinds: Sequence[str] = tuple(KINDS)) -> Report:
     """Try all steps of each kind, or a seeded choice of ``most``, each kind in a child of its own."""
-    report, started = Report(), time.perf_counter()
+    report, started = Report("power cuts"), time.perf_counter()
     torch.set_num_threads(1)
 
     def work(name: str) -> tuple[int, list[str]]:
@@ -267,16 +251,5 @@ def run(most: int | None = None, seed: int = 0, workers: int = 2, kinds: Sequenc
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--most", type=int, help="a seeded choice of so many steps of each kind; default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args(arguments)
-    report = run(options.most, options.seed, options.workers)
-    print(report)
-    return 1 if report.lost else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, __doc__, most=(None, "a seeded choice of so many steps of each kind; default: all")))

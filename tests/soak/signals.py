@@ -9,7 +9,6 @@ An interrupted ``python -m phi3lora train`` ends with the status that a shell ex
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -18,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from soak_report import Report, main
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "phi3lora" / "demo"
@@ -31,20 +29,6 @@ SETTINGS = (
     "resume_from_checkpoint=auto"
 ).split()
 LIMIT_S = 300.0
-
-
-@dataclass
-class Report:
-    """Numbers of runs by how they ended, and descriptions of those after which something was wrong."""
-
-    tried: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        tried = ", ".join(f"{name} {count}" for name, count in sorted(self.tried.items()))
-        lines = [f"signals {sum(self.tried.values())} ({tried}), wrong {len(self.wrong)}, {self.seconds:.0f} s"]
-        return "\n".join(lines + self.wrong[:5])
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -94,16 +78,14 @@ def interrupt(number: signal.Signals, lines: int, delay_s: float, expected: str)
         again = start(folder)
         text, _ = again.communicate(timeout=LIMIT_S)
         if again.returncode or adapter(folder) != expected:
-            return (
-                ended,
-                f"{how}: run again, it ended with {again.returncode} and another adapter: {text.strip()[-300:]}",
-            )
+            wrong = f"{how}: run again, it ended with {again.returncode} and another adapter: {text.strip()[-300:]}"
+            return ended, wrong
         return ended, None
 
 
 def run(count: int, seed: int = 0, workers: int = 2) -> Report:
     """Interrupt ``count`` runs."""
-    report, begun, choose = Report(), time.perf_counter(), random.Random(seed)
+    report, begun, choose = Report("signals"), time.perf_counter(), random.Random(seed)
     with tempfile.TemporaryDirectory() as place:
         whole = start(Path(place) / "run")
         text, _ = whole.communicate(timeout=LIMIT_S)
@@ -118,21 +100,10 @@ def run(count: int, seed: int = 0, workers: int = 2) -> Report:
         for ended, wrong in pool.map(lambda job: interrupt(*job, expected), jobs):
             report.tried[ended] += 1
             if wrong:
-                report.wrong.append(wrong)
+                report.lost.append(wrong)
     report.seconds = time.perf_counter() - begun
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=5, help="runs that are interrupted")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args(arguments)
-    report = run(options.count, options.seed, options.workers)
-    print(report)
-    return 1 if report.wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, __doc__, count=(5, "runs that are interrupted")))
