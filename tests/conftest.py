@@ -19,6 +19,7 @@ import hypothesis
 from family import PHI3_TEMPLATE, PHI4_MINI_TEMPLATE, TEMPLATES, make_tokenizer  # noqa: F401
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
+import phi3lora as p3
 from phi3lora.data.dataset import ChatDataset
 from phi3lora.errors import install_hint
 
@@ -131,8 +132,6 @@ def rows() -> list[dict]:
 
 def adapted_model(seed: int = 0, dtype: torch.dtype = torch.float32, head_scale: float = 10.0, changes=None, **lora):
     """Return a tiny model with adapters of rank 4 whose lora_B is not zero; ``head_scale`` spreads the logits."""
-    import phi3lora as p3
-
     model = tiny_model(**(changes or {})).to(dtype)
     torch.manual_seed(seed)
     model.lm_head.weight.data.mul_(head_scale)
@@ -146,8 +145,6 @@ def adapted_model(seed: int = 0, dtype: torch.dtype = torch.float32, head_scale:
 @functools.cache
 def chat_dataset(count: int = 24, max_length: int = 64, **options):
     """Return :func:`chat_rows` as a dataset."""
-    import phi3lora as p3
-
     return p3.ChatDataset.load(chat_rows(count), make_tokenizer(), max_length=max_length, **options)
 
 
@@ -163,11 +160,36 @@ def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
 
 def quiet_config(folder, **settings):
     """Return a TrainingConfig that prints nothing, logs every step and, by default, saves nothing."""
-    import phi3lora as p3
-
     quiet = {"disable_tqdm": True, "log_level": "error", "logging_steps": 1, "save_strategy": "no"}
     sizes = {"per_device_train_batch_size": 4, "learning_rate": 1e-2}
     return p3.TrainingConfig(output_dir=folder, **{**quiet, **sizes, **settings})
+
+
+def on(act, step: int | None = None, hook: str = "on_step_end") -> p3.Callback:
+    """Return a callback that calls ``act(state, ...)`` in a hook, at one step or (None) at each."""
+    callback = p3.Callback()
+
+    def call(state, *details) -> None:
+        if step in (None, state.global_step):
+            act(state, *details)
+
+    setattr(callback, hook, call)
+    return callback
+
+
+def stop(state) -> None:
+    """Ask a run to end after the present step."""
+    state.should_stop = True
+
+
+def interrupt(*arguments, **options) -> None:
+    """End a run as Ctrl-C in a callback does."""
+    raise KeyboardInterrupt
+
+
+def stop_at(step: int) -> p3.Callback:
+    """Return a callback that ends a run after a step."""
+    return on(stop, step)
 
 
 def randomize_adapters(module: torch.nn.Module, seed: int = 0, std: float = 0.1) -> None:

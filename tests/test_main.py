@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import quiet_config
+from conftest import interrupt, on, quiet_config
 from safetensors.torch import load_file
 
 import phi3lora as p3
@@ -103,9 +103,6 @@ def test_a_folder_with_several_adapters_is_refused_with_their_names(checkpoint, 
 
 
 def test_ctrl_c_in_a_chat_ends_it_without_a_traceback(monkeypatch, capsys):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
     for target in ("builtins.input", "phi3lora.cli.commands.generate"):
         with monkeypatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO("Hello\n"))
@@ -266,14 +263,10 @@ def test_a_signal_during_train_is_the_exit_status_and_leaves_no_adapter(tmp_path
 def test_an_interrupt_ends_with_130_and_no_adapter(tmp_path, monkeypatch, capsys, how):
     real = run_training
 
-    class Interrupt(p3.Callback):
-        def on_step_end(self, state):
-            raise KeyboardInterrupt
-
     def train(*arguments, **options):
         if how == "before training":
             raise KeyboardInterrupt
-        return real(*arguments, callbacks=[Interrupt()], **options)
+        return real(*arguments, callbacks=[on(interrupt)], **options)
 
     monkeypatch.setattr("phi3lora.cli.commands.run_training", train)
     assert main([*TRAIN, f"output_dir={tmp_path}", "max_steps=4"]) == 130

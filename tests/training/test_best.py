@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import adapted_model, adapters_of, chat_dataset, make_tokenizer, quiet_config, same_tensors
+from conftest import adapted_model, adapters_of, chat_dataset, make_tokenizer, quiet_config, same_tensors, stop_at
 
 import phi3lora as p3
 from phi3lora.files import sha256_of
@@ -30,14 +30,6 @@ def run(folder, losses=None, monkeypatch=None, eval_dataset=None, callbacks=(), 
     config = quiet_config(folder, **{**EVERY_STEP, **settings})
     result = p3.train(model, chat_dataset(), config, eval_dataset=eval_dataset or chat_dataset(5), callbacks=callbacks)
     return result, adapters_of(model)
-
-
-def stop_at(step):
-    class Stop(p3.Callback):
-        def on_step_end(self, state):
-            state.should_stop = state.global_step == step
-
-    return [Stop()]
 
 
 # --- Early stopping
@@ -91,7 +83,7 @@ def test_without_a_finite_metric_there_is_no_best_and_patience_runs_out(tmp_path
 
 
 def test_another_evaluation_set_is_asked_for_and_its_best_is_found_anew(tmp_path, monkeypatch, caplog):
-    run(tmp_path, [1.0, 2.0], monkeypatch, max_steps=6, callbacks=stop_at(2))
+    run(tmp_path, [1.0, 2.0], monkeypatch, max_steps=6, callbacks=[stop_at(2)])
     settings = {"max_steps": 6, "resume_from_checkpoint": True, "eval_dataset": chat_dataset(7)}
     with pytest.raises(p3.CheckpointError, match=r"fingerprint of the evaluation data '\w+' then, '\w+' now"):
         run(tmp_path, [], monkeypatch, **settings)
@@ -102,9 +94,9 @@ def test_another_evaluation_set_is_asked_for_and_its_best_is_found_anew(tmp_path
 
 
 def test_a_run_may_go_on_without_evaluations_and_remembers_what_the_best_was_measured_on(tmp_path, monkeypatch):
-    run(tmp_path, [1.0, 2.0], monkeypatch, max_steps=6, callbacks=stop_at(2))
+    run(tmp_path, [1.0, 2.0], monkeypatch, max_steps=6, callbacks=[stop_at(2)])
     settings = {"max_steps": 6, "resume_from_checkpoint": True}
-    result, _ = run(tmp_path, eval_strategy="no", callbacks=stop_at(3), **settings)
+    result, _ = run(tmp_path, eval_strategy="no", callbacks=[stop_at(3)], **settings)
     assert result.best_checkpoint == str(tmp_path / "checkpoint-1")
     with pytest.raises(p3.CheckpointError, match="evaluation data"):
         run(tmp_path, [], monkeypatch, eval_dataset=chat_dataset(7), **settings)
@@ -116,9 +108,9 @@ def test_a_run_may_go_on_without_evaluations_and_remembers_what_the_best_was_mea
 
 def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_along(tmp_path, monkeypatch):
     old, new = tmp_path / "old", tmp_path / "new"
-    run(old, [3.0, 1.0, 2.0], monkeypatch, max_steps=6, callbacks=stop_at(3))
+    run(old, [3.0, 1.0, 2.0], monkeypatch, max_steps=6, callbacks=[stop_at(3)])
     settings = {"max_steps": 6, "load_best_model_at_end": True}
-    run(new, [3.0], monkeypatch, resume_from_checkpoint=old / "checkpoint-3", callbacks=stop_at(4), **settings)
+    run(new, [3.0], monkeypatch, resume_from_checkpoint=old / "checkpoint-3", callbacks=[stop_at(4)], **settings)
     shutil.rmtree(old)
     result, _ = run(new, [3.0, 3.0], monkeypatch, resume_from_checkpoint=True, save_total_limit=1, **settings)
     assert result.best_checkpoint == str(new / "checkpoint-2") and Path(result.best_checkpoint).is_dir()
@@ -126,7 +118,7 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_along(tmp_path, 
 
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_a_best_checkpoint_that_is_lost_is_replaced_by_the_best_of_the_later_ones(tmp_path, monkeypatch, caplog, how):
-    run(tmp_path, [1.0, 3.0], monkeypatch, max_steps=5, callbacks=stop_at(2))
+    run(tmp_path, [1.0, 3.0], monkeypatch, max_steps=5, callbacks=[stop_at(2)])
     best = tmp_path / "checkpoint-1"
     shutil.rmtree(best) if how == "gone" else (best / "lora.safetensors").write_bytes(b"")
     with caplog.at_level(logging.WARNING, logger="phi3lora"):
@@ -239,7 +231,7 @@ def test_answers_in_evaluations_do_not_change_the_run_or_its_resume(tmp_path):
     assert same_tensors(adapters_of(model), adapters_of(reference))
     losses = [[line["loss"] for line in result.history if "loss" in line] for result in (plain, answered)]
     assert losses[0] == losses[1]
-    train_with_answers(tmp_path / "cut", stop_at(2), predict_with_generate=True)
+    train_with_answers(tmp_path / "cut", [stop_at(2)], predict_with_generate=True)
     resumed, model = train_with_answers(tmp_path / "cut", predict_with_generate=True, resume_from_checkpoint=True)
     assert same_tensors(adapters_of(model), adapters_of(reference))
     scores = [[line.get("eval_rougeL") for line in result.history] for result in (answered, resumed)]

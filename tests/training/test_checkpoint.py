@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
+from conftest import adapted_model, adapters_of, chat_dataset, on, quiet_config, same_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -179,11 +179,7 @@ def test_training_resumes_from_the_newest_good_one_and_overwrites_the_damaged(fo
     flip_bit(folder / "checkpoint-6" / "optimizer.pt")
     model, steps = adapted_model(seed=1, lora_dropout=0.1), []
 
-    class Watch(p3.Callback):
-        def on_step_end(self, state):
-            steps.append(state.global_step)
-
-    run(folder, model, [Watch()], resume_from_checkpoint=True)
+    run(folder, model, [on(lambda state: steps.append(state.global_step))], resume_from_checkpoint=True)
     assert steps == [5, 6]
     assert same_tensors(adapters_of(model), finished[1])
     assert damage(folder / "checkpoint-6") is None
@@ -258,14 +254,10 @@ def test_a_write_that_fails_inside_torch_or_safetensors_is_reported_too(tmp_path
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    class Fill(p3.Callback):
-        def on_step_end(self, state):
-            if state.global_step == 3:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-
+    fill = on(lambda state: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1])), 3)
     try:
         with pytest.raises(p3.CheckpointError, match=r"checkpoint-4.*could not be written"):
-            run(tmp_path, callbacks=[Fill()])
+            run(tmp_path, callbacks=[fill])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert folders_in(tmp_path) == ["checkpoint-2"]

@@ -9,7 +9,7 @@ import os
 import shutil
 
 import pytest
-from conftest import adapted_model, chat_dataset, quiet_config
+from conftest import adapted_model, chat_dataset, quiet_config, stop_at
 
 import phi3lora as p3
 from phi3lora.training import checkpoint as module
@@ -30,14 +30,6 @@ def run(folder, callbacks=(), **settings):
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def stop_at(step):
-    class Stop(p3.Callback):
-        def on_step_end(self, state):
-            state.should_stop = state.global_step == step
-
-    return [Stop()]
 
 
 def steps(lines):
@@ -108,7 +100,7 @@ def test_checkpoints_keep_their_lines_whatever_happens_to_the_file_in_between(tm
 
 def test_damaged_lines_cost_the_lines_and_not_the_checkpoint(tmp_path, long, caplog):
     expected = run(tmp_path / "whole").metrics["train_loss"]
-    run(tmp_path / "cut", callbacks=stop_at(4))
+    run(tmp_path / "cut", callbacks=[stop_at(4)])
     shutil.copytree(tmp_path / "cut", tmp_path / "moved")
     path = tmp_path / "moved" / "checkpoint-4" / "history.jsonl"
     path.write_bytes(path.read_bytes().replace(b"1", b"2"))
@@ -120,7 +112,7 @@ def test_damaged_lines_cost_the_lines_and_not_the_checkpoint(tmp_path, long, cap
 
 
 def test_half_a_line_that_a_power_cut_left_is_gone_after_the_resume(tmp_path):
-    run(tmp_path, callbacks=stop_at(4))
+    run(tmp_path, callbacks=[stop_at(4)])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     run(tmp_path, resume_from_checkpoint=True)

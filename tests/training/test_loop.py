@@ -10,8 +10,10 @@ from conftest import (
     adapted_model,
     adapters_of,
     chat_dataset,
+    interrupt,
     longrope_model,
     make_tokenizer,
+    on,
     quiet_config,
     same_tensors,
 )
@@ -120,11 +122,8 @@ def test_a_logged_loss_is_the_mean_over_the_tokens_since_the_last_line(tmp_path)
     counts = []
     model = adapted_model()
 
-    class Count(p3.Callback):
-        def on_step_end(self, state):
-            counts.append(state.run_loss_count - sum(counts))
-
-    every = train(tmp_path / "a", model, max_steps=6, callbacks=[Count()])
+    count = on(lambda state: counts.append(state.run_loss_count - sum(counts)))
+    every = train(tmp_path / "a", model, max_steps=6, callbacks=[count])
     third = train(tmp_path / "b", max_steps=6, logging_steps=3)
     losses = [line["loss"] for line in every.history]
     expected = [
@@ -333,18 +332,17 @@ def test_the_model_is_left_in_the_modes_it_came_in(tmp_path, outcome, checkpoint
     model.config.use_cache = True
     before = facts_of(model)
 
-    class Look(p3.Callback):
-        def on_step_end(self, state):
-            assert all(module.training for module in model.modules())
-            if outcome == "error":
-                raise RuntimeError("stop")
+    def look(state):
+        assert all(module.training for module in model.modules())
+        if outcome == "error":
+            raise RuntimeError("stop")
 
     settings = {"gradient_checkpointing": checkpointing, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     if outcome == "error":
         with pytest.raises(RuntimeError, match="stop"):
-            train(tmp_path, model, callbacks=[Look()], eval_dataset=DATA, **settings)
+            train(tmp_path, model, callbacks=[on(look)], eval_dataset=DATA, **settings)
     else:
-        train(tmp_path, model, callbacks=[Look()], eval_dataset=DATA, **settings)
+        train(tmp_path, model, callbacks=[on(look)], eval_dataset=DATA, **settings)
     assert facts_of(model) == before
 
 
@@ -419,13 +417,8 @@ def test_a_second_run_continues_from_the_adapters_of_the_first(tmp_path):
 
 
 def test_an_interrupted_run_is_saved_even_with_save_strategy_no(tmp_path):
-    class Stop(p3.Callback):
-        def on_step_end(self, state):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     recorder = Recorder()
-    result = train(tmp_path, recorder=recorder, callbacks=[Stop()], max_steps=5)
+    result = train(tmp_path, recorder=recorder, callbacks=[on(interrupt, 2)], max_steps=5)
     assert (result.interrupted, result.global_step) == (True, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2"]
     assert recorder.calls[-1][:2] == ("end", 2)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors
+from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, stop_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -261,10 +261,6 @@ def test_a_run_of_bitsandbytes_resumes_with_its_moments(tmp_path, optim):
     pytest.importorskip("bitsandbytes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    class Stop(p3.Callback):
-        def on_step_end(self, state):
-            state.should_stop = state.global_step == 3
-
     def run(folder, seed=0, callbacks=(), **resume):
         model = adapted_model(seed=seed, r=128, lora_dropout=0.1).to(device)
         settings = {"optim": optim, "max_steps": 6, "save_strategy": "steps", "save_steps": 6, "weight_decay": 0.1}
@@ -273,7 +269,7 @@ def test_a_run_of_bitsandbytes_resumes_with_its_moments(tmp_path, optim):
         return adapters_of(model), losses
 
     expected, losses = run(tmp_path / "uncut")
-    run(tmp_path / "cut", callbacks=[Stop()])
+    run(tmp_path / "cut", callbacks=[stop_at(3)])
     found, resumed_losses = run(tmp_path / "cut", seed=1, resume_from_checkpoint=True)
     assert losses[-1] < losses[0]
     if device == "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
+from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, stop_at, tiny_model
 
 import phi3lora as p3
 from phi3lora.training.step import has_instructions, resolve_precision
@@ -113,16 +113,12 @@ def test_a_float16_overflow_lowers_the_scale_is_no_nonfinite_step_and_updates_no
 
 
 def test_the_scalers_state_survives_a_resume(tmp_path):
-    class Stop(p3.Callback):
-        def on_step_end(self, state):
-            state.should_stop = state.global_step == 4
-
     def settings(folder):
         return quiet_config(folder, fp16=True, max_steps=9, save_strategy="steps", resume_from_checkpoint="auto")
 
     straight, resumed = overflowing_model(), overflowing_model()
     p3.train(straight, chat_dataset(), settings(tmp_path / "a"))
-    p3.train(resumed, chat_dataset(), settings(tmp_path / "b"), callbacks=[Stop()])
+    p3.train(resumed, chat_dataset(), settings(tmp_path / "b"), callbacks=[stop_at(4)])
     assert scale_in(tmp_path / "b" / "checkpoint-4") < 2**16  # else the scale would say nothing
     again = overflowing_model()
     p3.train(again, chat_dataset(), settings(tmp_path / "b"))

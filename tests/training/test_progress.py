@@ -10,7 +10,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import adapted_model, chat_dataset, quiet_config
+from conftest import adapted_model, chat_dataset, interrupt, on, quiet_config
 
 import phi3lora as p3
 from phi3lora.display import width_of
@@ -32,10 +32,7 @@ class Screen(io.StringIO):
         return True
 
 
-class Warns(p3.Callback):
-    def on_step_end(self, state):
-        if state.global_step == 3:
-            logging.getLogger("phi3lora").warning("a warning in the middle")
+warns = on(lambda state: logging.getLogger("phi3lora").warning("a warning in the middle"), 3)
 
 
 # --- Where a run is shown
@@ -78,7 +75,7 @@ def test_a_terminal_has_a_bar_below_whole_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("sys.stderr", screen)
     root = logging.getLogger().handlers[:]
-    train(tmp_path, [Warns()])
+    train(tmp_path, [warns])
     text = screen.getvalue()
     assert "4/4 [" in text
     whole = [part for line in text.split("\n") for part in [line.rpartition("\r")[2]] if part.strip()]
@@ -169,11 +166,7 @@ def test_the_last_lines_have_the_losses_the_adapter_and_the_next_command(tmp_pat
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
-    class Interrupts(p3.Callback):
-        def on_step_end(self, state):
-            raise KeyboardInterrupt
-
-    train(tmp_path, [Interrupts()])
+    train(tmp_path, [on(interrupt)])
     facts = facts_of(last_lines(capsys))
     assert facts["interrupted"].startswith("1 steps") and "resume_from_checkpoint=True" in facts["next"]
 

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, make_tokenizer, quiet_config, same_tensors
+from conftest import (
+    adapted_model,
+    adapters_of,
+    chat_dataset,
+    interrupt,
+    make_tokenizer,
+    on,
+    quiet_config,
+    same_tensors,
+    stop,
+)
 
 import phi3lora as p3
 from phi3lora.training import checkpoint
@@ -89,10 +99,6 @@ def assert_equals_uncut(folder, result, adapters, flavour="float32"):
         assert result.metrics[name] == expected.metrics[name]
 
 
-def by_keyboard(state):
-    raise KeyboardInterrupt
-
-
 def by_sigint(state):
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -101,24 +107,8 @@ def by_sigterm(state):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def by_should_stop(state):
-    state.should_stop = True
-
-
 def by_crash(state):
     raise MemoryError("crash")
-
-
-class Cut(p3.Callback):
-    """Ends the run after step k."""
-
-    def __init__(self, k, how, hook="on_step_end"):
-        self.k, self.how = k, how
-        setattr(self, hook, self.hook)
-
-    def hook(self, state, *details):
-        if state.global_step == self.k:
-            self.how(state)
 
 
 def test_the_run_has_what_makes_resuming_hard():
@@ -130,7 +120,7 @@ def test_the_run_has_what_makes_resuming_hard():
     assert len({line["loss"] for line in result.history if "loss" in line}) == 12
 
 
-INTERRUPTS = {1: by_keyboard, 3: by_sigterm, 6: by_keyboard, 7: by_sigterm, 11: by_keyboard, 12: by_sigterm}
+INTERRUPTS = {1: interrupt, 3: by_sigterm, 6: interrupt, 7: by_sigterm, 11: interrupt, 12: by_sigterm}
 
 
 @pytest.mark.parametrize(
@@ -139,14 +129,14 @@ INTERRUPTS = {1: by_keyboard, 3: by_sigterm, 6: by_keyboard, 7: by_sigterm, 11: 
         *[("float32", k, how) for k, how in INTERRUPTS.items()],
         ("bf16", 6, by_sigterm),
         *[(name, 5, by_sigint) for name in FLAVOURS if name not in ("float32", "bf16")],
-        ("float32", 5, by_should_stop),
-        ("logged every 3", 4, by_should_stop),
+        ("float32", 5, stop),
+        ("logged every 3", 4, stop),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_run_interrupted_at_step_k_and_resumed_equals_the_uncut_run(tmp_path, flavour, k, how):
-    first, _ = train(tmp_path, flavour, [Cut(k, how)])
-    assert (first.interrupted, first.global_step) == (how is not by_should_stop, k)
+    first, _ = train(tmp_path, flavour, [on(how, k)])
+    assert (first.interrupted, first.global_step) == (how is not stop, k)
     assert (tmp_path / f"checkpoint-{k}").is_dir()
     result, adapters = resumed(tmp_path, flavour)
     assert_equals_uncut(tmp_path, result, adapters, flavour)
@@ -155,7 +145,7 @@ def test_a_run_interrupted_at_step_k_and_resumed_equals_the_uncut_run(tmp_path, 
 @pytest.mark.parametrize("hook", ["on_log", "on_evaluate", "on_save"])
 def test_an_interrupt_in_any_hook_loses_nothing(tmp_path, hook):
     k = {"on_log": 2, "on_evaluate": 5, "on_save": 4}[hook]
-    first, _ = train(tmp_path, callbacks=[Cut(k, by_keyboard, hook)])
+    first, _ = train(tmp_path, callbacks=[on(interrupt, k, hook)])
     assert (first.interrupted, first.global_step) == (True, k)
     result, adapters = resumed(tmp_path)
     assert_equals_uncut(tmp_path, result, adapters)
@@ -175,12 +165,11 @@ class Answering(p3.Callback):
         assert "rougeL" in self.seen[-1]
 
 
-@pytest.mark.parametrize("flavour", ["float32", "bf16"])
-@pytest.mark.parametrize("k", [None, 5, 10])
+@pytest.mark.parametrize(("flavour", "k"), [("float32", None), ("float32", 5), ("bf16", 10)])
 def test_answers_at_evaluations_change_no_bit_of_a_run_cut_or_not(tmp_path, k, flavour):
     pytest.importorskip("rouge_score")
     if k is not None:  # in the step of an evaluation
-        first, _ = train(tmp_path, flavour, [Answering, Cut(k, by_sigterm)])
+        first, _ = train(tmp_path, flavour, [Answering, on(by_sigterm, k)])
         assert first.interrupted
     result, adapters = (train if k is None else resumed)(tmp_path, flavour, callbacks=[Answering])
     assert_equals_uncut(tmp_path, result, adapters, flavour)
@@ -189,16 +178,16 @@ def test_answers_at_evaluations_change_no_bit_of_a_run_cut_or_not(tmp_path, k, f
 @pytest.mark.parametrize("k", [5, 8])
 def test_a_crash_between_checkpoints_repeats_the_lost_steps_exactly(tmp_path, k):
     with pytest.raises(MemoryError):
-        train(tmp_path, callbacks=[Cut(k, by_crash)])
+        train(tmp_path, callbacks=[on(by_crash, k)])
     assert len(metrics_file(tmp_path)) > 5
     result, adapters = resumed(tmp_path)
     assert_equals_uncut(tmp_path, result, adapters)
 
 
 def test_a_run_cut_again_and_again_equals_the_uncut_run(tmp_path):
-    train(tmp_path, callbacks=[Cut(1, by_keyboard)])
+    train(tmp_path, callbacks=[on(interrupt, 1)])
     for k in (2, 6, 7):
-        first, _ = train(tmp_path, callbacks=[Cut(k, by_keyboard)], seed=k, resume_from_checkpoint="auto")
+        first, _ = train(tmp_path, callbacks=[on(interrupt, k)], seed=k, resume_from_checkpoint="auto")
         assert first.global_step == k
     result, adapters = resumed(tmp_path)
     assert_equals_uncut(tmp_path, result, adapters)
@@ -247,18 +236,14 @@ def test_true_without_a_checkpoint_is_an_error_and_writes_nothing(tmp_path):
 def test_a_path_chooses_the_checkpoint_and_may_be_a_path_object(tmp_path):
     train(tmp_path)
     steps = []
-
-    class Watch(p3.Callback):
-        def on_step_end(self, state):
-            steps.append(state.global_step)
-
-    result, adapters = train(tmp_path, seed=1, callbacks=[Watch()], resume_from_checkpoint=tmp_path / "checkpoint-4")
+    watch = on(lambda state: steps.append(state.global_step))
+    result, adapters = train(tmp_path, seed=1, callbacks=[watch], resume_from_checkpoint=tmp_path / "checkpoint-4")
     assert steps == [5, 6, 7, 8, 9, 10, 11, 12]
     assert_equals_uncut(tmp_path, result, adapters)
 
 
 def test_a_moved_checkpoint_continues_in_another_output_dir(tmp_path):
-    train(tmp_path / "old", callbacks=[Cut(6, by_keyboard)])
+    train(tmp_path / "old", callbacks=[on(interrupt, 6)])
     shutil.move(tmp_path / "old" / "checkpoint-6", tmp_path / "moved")
     result, adapters = resumed(tmp_path / "new", resume_from_checkpoint=str(tmp_path / "moved"))
     assert_equals_uncut(tmp_path / "new", result, adapters)
@@ -266,7 +251,7 @@ def test_a_moved_checkpoint_continues_in_another_output_dir(tmp_path):
 
 def test_the_best_checkpoint_of_a_run_that_moved_is_still_found_at_the_end(tmp_path):
     settings = {"load_best_model_at_end": True, "learning_rate": 0.0, "save_steps": 5}  # so the first is the best
-    train(tmp_path / "old", callbacks=[Cut(6, by_keyboard)], **settings)
+    train(tmp_path / "old", callbacks=[on(interrupt, 6)], **settings)
     where = str(tmp_path / "old" / "checkpoint-6")
     result, adapters = resumed(tmp_path / "new", resume_from_checkpoint=where, **settings)
     assert Path(result.best_checkpoint).is_dir()
@@ -293,7 +278,7 @@ OTHER_RUNS = {
 @pytest.fixture(scope="module")
 def cut_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut")
-    train(folder, callbacks=[Cut(2, by_keyboard)])
+    train(folder, callbacks=[on(interrupt, 2)])
     return folder
 
 
@@ -349,7 +334,7 @@ def test_the_number_of_steps_may_change_and_a_longer_run_equals_one_that_was_lon
 
 
 def test_settings_of_evaluation_saving_and_logging_may_change(tmp_path):
-    train(tmp_path, callbacks=[Cut(4, by_keyboard)])
+    train(tmp_path, callbacks=[on(interrupt, 4)])
     changes = {"eval_strategy": "no", "save_strategy": "epoch", "logging_steps": 5, "report_to": "tensorboard"}
     result, adapters = resumed(tmp_path, **changes, activation_checkpointing="full")
     assert result.global_step == 12
@@ -360,7 +345,7 @@ def test_metrics_that_arrive_late_are_in_the_checkpoint_and_the_history(tmp_path
     real = DeferredMetrics.ready  # as on a busy GPU, where values are ready only when waited for
     monkeypatch.setattr(DeferredMetrics, "ready", lambda metrics, wait=False: real(metrics, wait) if wait else [])
     with pytest.raises(MemoryError):
-        train(tmp_path, callbacks=[Cut(7, by_crash)])
+        train(tmp_path, callbacks=[on(by_crash, 7)])
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["state"]
     assert [line["step"] for line in state["history"]] == [1, 2, 3, 4]
     result, adapters = resumed(tmp_path)

@@ -15,9 +15,11 @@ from conftest import (
     chat_dataset,
     chat_rows,
     make_tokenizer,
+    on,
     prefetch_threads,
     quiet_config,
     same_tensors,
+    stop_at,
     until,
 )
 
@@ -33,14 +35,6 @@ def stream(buffer_size: int = 9, rows=ROWS) -> p3.ChatStream:
     return p3.ChatDataset.load(rows, make_tokenizer(), max_length=64, streaming=True, buffer_size=buffer_size)
 
 
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, state) -> None:
-        state.should_stop = state.global_step == self.step
-
-
 def run(folder, data=None, callback: Callback | None = None, **settings):
     model = adapted_model(lora_dropout=0.1)
     settings = {"max_steps": 12, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **settings}
@@ -50,11 +44,11 @@ def run(folder, data=None, callback: Callback | None = None, **settings):
     return adapters_of(model), history, result
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 8])
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, stop_at):
+@pytest.mark.parametrize("step", [1, 3, 8])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, step):
     expected, history, _ = run(tmp_path / "uncut")
     settings = {"save_strategy": "steps", "save_steps": 1}
-    run(tmp_path / "cut", callback=StopAfter(stop_at), **settings)
+    run(tmp_path / "cut", callback=stop_at(step), **settings)
     found, again, result = run(tmp_path / "cut", resume_from_checkpoint=True, **settings)
     assert result.global_step == 12
     assert same_tensors(found, expected)
@@ -87,7 +81,7 @@ def test_every_window_is_trained_on_and_then_the_first_again(tmp_path):
 
 def test_resuming_with_other_data_or_another_buffer_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1}
-    run(tmp_path, callback=StopAfter(2), **settings)
+    run(tmp_path, callback=stop_at(2), **settings)
     for data, said in ((stream(8), "buffer_size of the data 9 then, 8 now"), (stream(rows=ROWS[1:]), "fingerprint")):
         with pytest.raises(p3.CheckpointError, match=said):
             run(tmp_path, data, resume_from_checkpoint=True, **settings)
@@ -104,7 +98,7 @@ def mixed(weight: float = 1, **options):
 def test_a_run_on_a_mix_resumes_bit_for_bit_and_with_other_weights_it_is_refused(tmp_path, options):
     expected, history, _ = run(tmp_path / "uncut", mixed(**options))
     settings = {"save_strategy": "steps", "save_steps": 1}
-    run(tmp_path / "cut", mixed(**options), StopAfter(7), **settings)
+    run(tmp_path / "cut", mixed(**options), stop_at(7), **settings)
     with pytest.raises(p3.CheckpointError, match=r"weights|fingerprint"):
         run(tmp_path / "cut", mixed(1.5, **options), resume_from_checkpoint=True, **settings)
     found, again, _ = run(tmp_path / "cut", mixed(**options), resume_from_checkpoint=True, **settings)
@@ -120,7 +114,7 @@ def test_resuming_is_refused_if_the_window_of_the_cursor_changed(tmp_path, caplo
     settings["resume_from_checkpoint"] = True
     with pytest.raises(p3.CheckpointError, match="window 1 of the stream is not what it was"):
         run(tmp_path, stream(4, rows), **settings)
-    run(tmp_path, stream(4, rows), StopAfter(len(cursors.seen) + 1), **settings, resume_with_changes=True)
+    run(tmp_path, stream(4, rows), stop_at(len(cursors.seen) + 1), **settings, resume_with_changes=True)
     assert "window 1 of the stream is not what it was" in caplog.text
 
 
@@ -138,14 +132,6 @@ class Late:
             yield row
 
 
-class Calls(Callback):
-    def __init__(self, act) -> None:
-        self.act = act
-
-    def on_step_end(self, state) -> None:
-        self.act()
-
-
 @pytest.mark.parametrize("comes", [True, False], ids=["a row comes", "no row comes"])
 def test_ctrl_c_while_waiting_for_a_window_saves_and_ends(tmp_path, caplog, monkeypatch, comes):
     is_done, over = threading.Event(), threading.Event()
@@ -159,7 +145,7 @@ def test_ctrl_c_while_waiting_for_a_window_saves_and_ends(tmp_path, caplog, monk
 
     rows = Late(9, arrive)
     config = quiet_config(tmp_path, max_steps=30, per_device_train_batch_size=8, log_level="warning")
-    result = p3.train(adapted_model(), stream(6, rows), config, callbacks=[Calls(is_done.set)])
+    result = p3.train(adapted_model(), stream(6, rows), config, callbacks=[on(lambda state: is_done.set())])
     assert result.interrupted and result.global_step == 1
     assert (tmp_path / "checkpoint-1").is_dir()
     assert rows.read == (10 if comes else 9)
