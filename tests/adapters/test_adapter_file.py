@@ -235,7 +235,7 @@ def test_settings_out_of_bounds_build_nothing(tmp_path, name, value):
     path = write(tmp_path / "adapter.safetensors", lora.lora_state_dict(model), metadata)
     for target, more in ((lively_model(), {}), (adapted(target_modules=["down_proj"]), {"name": "other"})):
         before, trainable = snapshot(target), [p.requires_grad for p in target.parameters()]
-        with pytest.raises(p3.Phi3LoRAError):
+        with pytest.raises(p3.Phi3LoRAError, match=r"and a lora_A of shape \(2, 32\)" if value == 2**40 else None):
             p3.load_adapter(target, path, **more)
         assert same_tensors(target.state_dict(), before)
         assert [p.requires_grad for p in target.parameters()] == trainable
@@ -283,14 +283,6 @@ def test_a_pt_file_of_something_else_is_refused_and_runs_nothing(tmp_path, conte
 def test_settings_that_are_not_ours_are_refused(tmp_path, suffix, text):
     path = write(tmp_path / f"adapter{suffix}", lora.lora_state_dict(adapted()), text)
     assert_refused(adapted(), path, "not a readable adapter file|the settings stored with the tensors")
-
-
-def test_a_rank_beyond_the_tensors_allocates_nothing(tmp_path):
-    model = adapted()
-    metadata = adapter_metadata(model)
-    metadata["layers"][OUT]["r"] = 2**40
-    path = write(tmp_path / "adapter.safetensors", lora.lora_state_dict(model), metadata)
-    assert_refused(lively_model(), path, r"r=1099511627776 in the settings, and a lora_A of shape \(2, 32\)")
 
 
 # --- Writes that fail

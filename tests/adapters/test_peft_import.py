@@ -34,7 +34,10 @@ THEIRS = {
     "rslora": {"target_modules": ["qkv_proj", "down_proj"], "use_rslora": True},
     "regex": {"target_modules": r".*\.(qkv_proj|down_proj)", "exclude_modules": None},
     "all-linear": {"target_modules": "all-linear"},
-    "one layer": {"target_modules": ["qkv_proj"], "layers_to_transform": [1]},
+    "one layer": {
+        "target_modules": ["qkv_proj", "o_proj"], "layers_to_transform": [1], "layers_pattern": "layers",
+        "exclude_modules": ["o_proj"],
+    },
     "patterns": {
         "target_modules": ["qkv_proj", "o_proj", "down_proj"], "use_rslora": True,
         "rank_pattern": {r"layers\.0\.self_attn\.qkv_proj": 7, "o_.*": 2}, "alpha_pattern": {"^model.*down_proj": 32},

@@ -10,13 +10,12 @@ import huggingface_hub.constants
 import pandas
 import pyarrow
 import pytest
-from conftest import chat_rows, make_tokenizer
+from conftest import chat_rows
+from test_rows import TOKENIZER, load, refusal
 
 from phi3lora.data import documents
 from phi3lora.data.dataset import ChatDataset
-from phi3lora.errors import DataError
 
-TOKENIZER = make_tokenizer()
 ROWS = chat_rows(12)
 PAIRS = [{"prompt": f"What is item {i}?", "completion": f"It is {i}."} for i in range(5)]
 
@@ -24,16 +23,6 @@ PAIRS = [{"prompt": f"What is item {i}?", "completion": f"It is {i}."} for i in 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "kept")
-
-
-def load(source, **options) -> ChatDataset:
-    return ChatDataset.load(source, TOKENIZER, max_length=256, **options)
-
-
-def refusal(source, **options) -> str:
-    with pytest.raises(DataError) as caught:
-        load(source, **options)
-    return str(caught.value)
 
 
 def written(path, rows=ROWS):

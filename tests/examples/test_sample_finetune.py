@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from offline import replace_downloads
+from test_config import PEFT_CONFIG, TRAINING_CONFIG
 
 import phi3lora as p3
 
@@ -27,18 +28,8 @@ def script(tmp_path, monkeypatch):
 
 
 def test_its_dicts_are_the_card_s(script):
-    assert script["training_config"] == {
-        "bf16": True, "do_eval": False, "learning_rate": 5.0e-06, "log_level": "info", "logging_steps": 20,
-        "logging_strategy": "steps", "lr_scheduler_type": "cosine", "num_train_epochs": 1, "max_steps": -1,
-        "output_dir": "./checkpoint_dir", "overwrite_output_dir": True, "per_device_eval_batch_size": 4,
-        "per_device_train_batch_size": 4, "remove_unused_columns": True, "save_steps": 100, "save_total_limit": 1,
-        "seed": 0, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "gradient_accumulation_steps": 1, "warmup_ratio": 0.2,
-    }  # fmt: skip
-    assert script["peft_config"] == {
-        "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
-        "target_modules": "all-linear", "modules_to_save": None,
-    }  # fmt: skip
+    assert script["training_config"] == TRAINING_CONFIG
+    assert script["peft_config"] == PEFT_CONFIG
 
 
 @pytest.mark.slow

@@ -11,9 +11,6 @@ import pytest
 import torch
 from conftest import (
     lively_model,
-    make_tokenizer,
-    packed_batch,
-    random_documents,
     randomize_adapters,
     require_four_bit,
     save_checkpoint,
@@ -131,15 +128,6 @@ def test_injecting_and_removing_leaves_the_packed_weights_and_the_function(targe
     assert torch.equal(model(IDS).logits, logits)
     assert {type(m) for m in model.model.modules() if isinstance(m, nn.Linear)} == {bnb.nn.Linear4bit}
     assert all(torch.equal(a, b) for a, b in zip(before, packed_tensors(model), strict=True))
-
-
-def test_the_packed_loss_and_generation_run():
-    model = nf4_model()
-    p3.inject_lora(model, p3.LoraConfig(r=4))
-    loss, count = p3.causal_lm_loss(model.train(), packed_batch([random_documents(9, 5)], 16))
-    (loss / count).backward()
-    assert model.model.layers[0].self_attn.qkv_proj.lora_B.grad.any()
-    assert isinstance(p3.generate(model.eval(), make_tokenizer(), "Hello.", max_new_tokens=3), str)
 
 
 def test_a_weight_that_bitsandbytes_repacked_is_packed_back():
