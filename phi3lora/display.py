@@ -171,11 +171,16 @@ def shown_path(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-def command_line(*words: str) -> str:
-    """Return a command of this program to paste into the shell: ``phi3lora chat ...``, or with Python's path."""
+def command_line(*words: str, launcher: Sequence[str] = ()) -> str:
+    """Return a command of this program to paste into the shell: ``phi3lora chat ...``, or with Python's path.
+
+    A ``launcher`` such as torchrun with its options comes before it.
+    """
     installed = shutil.which("phi3lora")
     own = Path(sys.executable).with_name("phi3lora")
-    if installed is not None and os.path.realpath(installed) == os.path.realpath(own):
+    if launcher:
+        program = [*launcher, "-m", "phi3lora"]
+    elif installed is not None and os.path.realpath(installed) == os.path.realpath(own):
         program = ["phi3lora"]
     else:
         program = [shown_path(sys.executable), "-m", "phi3lora"]

@@ -387,6 +387,27 @@ def test_the_command_after_an_interruption_goes_through(tmp_path, monkeypatch, c
     assert again.endswith(f"resume_from_checkpoint={'true' if has_checkpoint else 'auto'} --out x.pt --overwrite")
 
 
+@pytest.mark.parametrize(("of_node", "torchrun"), [("2", "torchrun"), ("1", "torchrun --nnodes 2")])
+def test_after_an_interruption_of_several_processes_one_names_the_command(
+    tmp_path, monkeypatch, capsys, of_node, torchrun
+):
+    """A checkpoint of two processes is refused by one."""
+    monkeypatch.chdir(tmp_path)
+    result = p3.TrainingResult(3, {}, [], None, interrupted=True, interrupted_by=15, checkpoint=str(tmp_path))
+    monkeypatch.setattr("phi3lora.cli.commands.run_training", lambda *_, **__: result)
+    monkeypatch.setattr("phi3lora.cli.commands.rank_and_size", lambda: (int(os.environ["RANK"]), 2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", of_node)
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--model", "demo", "--data", "demo", "--set", "output_dir=run", "max_steps=9"]) == 143
+        said.append(capsys.readouterr().err)
+    assert said[0].splitlines()[-1] == (
+        f"{torchrun} --nproc-per-node {of_node} -m phi3lora train run/run.yaml --set resume_from_checkpoint=true"
+    )
+    assert "interrupted" not in said[1]
+
+
 def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -88,18 +88,27 @@ def _train(options: argparse.Namespace) -> int:
     model, tokenizer, chats, held_out = _load_run(run)
     result = run_training(PlannedRun(model, chats, config, held_out, tokenizer), tells_next=False)
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
-        start = "true" if result.checkpoint else "auto"  # before the first step there is no checkpoint yet
-        words = ["train", f"{config.output_dir}/{RECORD}", "--set", f"resume_from_checkpoint={start}"]
-        out_options = ["--out", run.out, *(["--overwrite"] if options.overwrite else [])] if run.out else []
-        again = command_line(*words, *out_options)
-        line = f"phi3lora: interrupted after step {result.global_step}, before {out} was written. To continue:"
-        print(f"{line}\n{again}", file=sys.stderr)
+        if is_main:
+            start = "true" if result.checkpoint else "auto"  # before the first step there is no checkpoint yet
+            words = ["train", f"{config.output_dir}/{RECORD}", "--set", f"resume_from_checkpoint={start}"]
+            out_options = ["--out", run.out, *(["--overwrite"] if options.overwrite else [])] if run.out else []
+            again = command_line(*words, *out_options, launcher=_launcher())
+            line = f"phi3lora: interrupted after step {result.global_step}, before {out} was written. To continue:"
+            print(f"{line}\n{again}", file=sys.stderr)
         return 128 + result.interrupted_by
     if is_main:
         path = str(save_adapter(model, out))
         chat = command_line("chat", "--model", run.model.name_or_path, "--adapter", path)
         print(text_facts({"adapter": shown_path(path), "talk to it": chat}))
     return 0
+
+
+def _launcher() -> list[str]:
+    """Return the words of torchrun that start as many processes again; none for one process."""
+    size = rank_and_size()[1]
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nodes = ["--nnodes", str(size // of_node)] if of_node < size else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(of_node)] if size > 1 else []
 
 
 def _doctor(options: argparse.Namespace) -> int:
