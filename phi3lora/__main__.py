@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,33 +17,76 @@ from .errors import Phi3LoRAError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0 done, 1 an error in words, 130 Ctrl-C, 143 SIGTERM.
 
-    Wrong usage ends the process with 2, as argparse does.
+    Help, ``--version`` and wrong usage end the process with 0 or 2, as argparse does; output that nobody reads any
+    more (``phi3lora ... | head``) ends it with 141.
     """
-    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        status = _run(arguments)
+    except SystemExit:  # argparse's
+        if (lost := _flush()) is None:
+            raise
+        return _status_of(lost)
+    except BrokenPipeError as error:
+        _flush()
+        return _status_of(error)
+    lost = _flush()
+    return status if lost is None else _status_of(lost)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
         from .cli.commands import run_command  # loads torch
 
-        status = run_command(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a closed pipe is handled
-        return status
+        return run_command(options)
+    except BrokenPipeError:
+        raise
     except (Phi3LoRAError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # of `phi3lora ... | head`: nobody reads any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
-        print(_fitting(f"phi3lora: {error}"), file=sys.stderr)
+        _tell(str(error))
         return 1
     except KeyboardInterrupt:
-        print("phi3lora: interrupted", file=sys.stderr)
+        _tell("interrupted")
         return 128 + signal.SIGINT
 
 
-def _fitting(line: str) -> str:
-    """Return the line in pieces that fit the terminal; in a pipe or a file it stays one line."""
-    if not sys.stderr.isatty():
-        return line
-    width = max(40, shutil.get_terminal_size().columns)
-    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+def _flush() -> OSError | None:
+    """Write out what was printed, and return the error of a stream that cannot be written.
+
+    Such a stream goes to ``os.devnull`` from then on: Python flushes it again at exit, and would report it there.
+    """
+    lost = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # None: closed by `>&-`
+                stream.flush()
+        except OSError as error:
+            lost = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return lost
+
+
+def _status_of(lost: OSError) -> int:
+    """Return the exit status after output was lost: silently where nobody reads it, in words on a full disk."""
+    if isinstance(lost, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    _tell(f"the output cannot be written: {lost}")
+    _flush()
+    return 1
+
+
+def _tell(message: str) -> None:
+    """Print a message on the error stream: in lines that fit a terminal, as one line in a pipe or a file.
+
+    Where that stream takes nothing either, the exit status has to do.
+    """
+    if sys.stderr is None:
+        return
+    line = f"phi3lora: {message}"
+    if sys.stderr.isatty():
+        width = max(40, shutil.get_terminal_size().columns)
+        line = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

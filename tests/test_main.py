@@ -408,16 +408,48 @@ def test_after_an_interruption_of_several_processes_one_names_the_command(
     assert "interrupted" not in said[1]
 
 
-def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+def run_buffered(words, **streams):
+    """Run a command whose output waits in a buffer until its end, as in a pipe."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-m", "phi3lora", "plot", str(tmp_path), "--out", str(tmp_path / "a")]
+    return subprocess.run(
+        [sys.executable, "-m", "phi3lora", *words], env=environment, text=True, timeout=600, **streams
+    )
+
+
+def run_unread(words, stream):
+    """Run a command that writes ``stream`` into a pipe without a reader; return its status and its other stream."""
+    other = "stderr" if stream == "stdout" else "stdout"
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    try:
+        done = run_buffered(words, **{stream: writer, other: subprocess.PIPE})
+    finally:
+        os.close(writer)
+    return done.returncode, getattr(done, other)
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert run_unread(["plot", str(tmp_path), "--out", str(tmp_path / "a")], "stdout") == (128 + signal.SIGPIPE, "")
     assert (tmp_path / "a").read_bytes().startswith(b"\x89PNG")  # the file that was named, not a.png
+
+
+@pytest.mark.parametrize(
+    ("words", "stream"),
+    [(["--help"], "stdout"), (["--version"], "stdout"), ([], "stderr"), (["plot", "nowhere"], "stderr")],
+    ids=str,
+)
+def test_help_and_messages_that_nobody_reads_end_without_a_second_message(words, stream):
+    assert run_unread(words, stream) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' full device")
+def test_output_that_cannot_be_written_is_one_line_and_status_1():
+    with open("/dev/full", "w") as full:
+        done = run_buffered(["--version"], stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert done.stderr.startswith("phi3lora: the output cannot be written: ") and done.stderr.count("\n") == 1
+        assert run_buffered(["--version"], stdout=full, stderr=full).returncode == 1
 
 
 @pytest.mark.parametrize(
