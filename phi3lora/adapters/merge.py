@@ -176,6 +176,8 @@ def save_merged(
         )
     plain = _plain_model(model, base)
     plain.generation_config = _generation_config(model, tokenizer)
+    if plain.config.output_attentions:
+        plain.set_attn_implementation("eager")  # transformers saves the flag with no other; this choice is not saved
     report = _compare(model, plain, tokenizer, prompts)
 
     def write(folder: Path) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache, Phi3ForCausalLM, Phi3Model
 
-from ..model.attention import NAME
+from ..model.attention import NAME, PLAIN_OUTPUT
 from ..model.backend import choose_backend
 from ..model.load import longrope_boundary
 from ..model.sharding import sharded_base
@@ -355,7 +355,8 @@ class PlainSteps(_Steps):
         width = int(lengths.max())
         input_ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
         cache: Any = DynamicCache()
-        hidden = self.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        kwargs = {"past_key_values": cache, "use_cache": True, **PLAIN_OUTPUT}
+        hidden = self.decoder(input_ids=input_ids, **kwargs).last_hidden_state
         if self.cache is None:
             self.cache = self._allocate(cache.layers[0].keys.dtype)
         at = torch.tensor(rows, device=self.device)
@@ -372,7 +373,7 @@ class PlainSteps(_Steps):
         mask = self._mask(positions, longest)
         hidden = self.decoder(
             input_ids=tokens[:, None], position_ids=positions[:, None], attention_mask=mask, past_key_values=self,
-            use_cache=True,
+            use_cache=True, **PLAIN_OUTPUT,
         ).last_hidden_state  # fmt: skip
         logits: Tensor = self.head(hidden[:, 0])
         return logits

@@ -114,6 +114,10 @@ _FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SD
 _VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
+PLAIN_OUTPUT = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Arguments of a forward that returns what is used here and keeps nothing else, whatever ``model.config`` says."""
+
+
 def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return the keyword arguments with which transformers' decoder computes a packed batch.
 
@@ -133,7 +137,7 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
             f"{', '.join(_SUPPORTED)}. Load the model with attn_implementation='sdpa'."
         )
     position_ids = batch["position_ids"]
-    kwargs: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
+    kwargs: dict[str, Any] = {"position_ids": position_ids, "use_cache": False, **PLAIN_OUTPUT}
     varlen = position_ids.is_cuda and dtype in (torch.bfloat16, torch.float16)
     if implementation == NAME and varlen and not (model.training and config.attention_dropout):
         # transformers passes a 4-D mask on unchanged. Any attention but ours would raise an error at an empty one.

@@ -199,8 +199,17 @@ def train_mode(model: nn.Module) -> Iterator[None]:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode without gradients for the block; restore each module's mode afterwards.
 
-    Layers that are compiled for training run eagerly here: evaluation's shapes would compile them again and again.
+    Layers that are compiled for training run eagerly here: evaluation's shapes would compile them again and again. A
+    forward returns an object with names, also where ``model.config.return_dict`` is False.
     """
+    config: Any = getattr(model, "config", None)
+    return_dict = getattr(config, "return_dict", True)
     with train_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), keep_factors(model):
         model.eval()
-        yield
+        try:
+            if not return_dict:
+                config.return_dict = True
+            yield
+        finally:
+            if not return_dict:
+                config.return_dict = return_dict

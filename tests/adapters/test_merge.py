@@ -63,6 +63,21 @@ def test_a_merged_directory_is_the_adapted_model(tmp_path, variant, lora):
     assert same_tensors(weights(model), before)
 
 
+@pytest.mark.parametrize("flag", ["return_dict", "output_hidden_states", "output_attentions"])
+def test_a_model_whose_config_changes_what_a_forward_returns_is_merged_with_that_config(tmp_path, flag):
+    changes = {flag: flag != "return_dict"}
+    save_checkpoint(tiny_model(), tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, **changes}))
+    model, tokenizer = p3.load_model(tmp_path / "base", dtype="float32", device="cpu")
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    randomize_adapters(model)
+    assert p3.generate(model, tokenizer, "Hello", max_new_tokens=2) is not None
+    for base in (None, tmp_path / "base"):
+        assert p3.save_merged(model, tokenizer, tmp_path / "merged", base=base).greedy_agreement == 1
+        assert json.loads((tmp_path / "merged" / "config.json").read_text())[flag] is changes[flag]
+
+
 def test_the_tokenizer_the_stop_tokens_and_the_report_are_saved_too(tmp_path):
     tokenizer = make_tokenizer()
     report = p3.save_merged(adapted_model(), tokenizer, tmp_path)

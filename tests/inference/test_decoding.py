@@ -90,6 +90,14 @@ def test_any_subset_of_the_layers_may_be_adapted_and_adapters_may_be_off(targets
         assert by_rows(model, PROMPTS, 8, 3) == expected
 
 
+def test_flags_of_the_config_do_not_change_answers():
+    model = variant()
+    expected = by_transformers(model, PROMPTS, 8)
+    for flag in ("return_dict", "output_hidden_states", "_output_attentions"):
+        setattr(model.config, flag, not getattr(model.config, flag))
+    assert by_rows(model, PROMPTS, 8, 3) == expected
+
+
 def test_an_adapter_that_changed_between_two_calls_is_seen():
     model = variant()
     before = by_rows(model, PROMPTS, 8, 3)

@@ -173,6 +173,20 @@ def test_the_loss_of_another_architecture_is_its_own_with_scaled_and_capped_logi
     torch.testing.assert_close(got, adapter_gradients(model, separate_loss(model, DOCUMENTS)), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("architecture", ["Phi3", "Llama"])
+@pytest.mark.parametrize("flag", ["return_dict", "output_hidden_states", "_output_attentions"])
+def test_flags_of_the_config_change_neither_the_loss_nor_what_is_kept(architecture, flag):
+    model, batch = other_model(architecture), packed_batch(ROWS, 16)
+    want, _ = p3.causal_lm_loss(model, batch)
+    again = other_model(architecture)
+    setattr(again.config, flag, not getattr(again.config, flag))
+    kept = []
+    again.get_decoder().register_forward_hook(lambda module, given, output: kept.append(output))
+    assert torch.equal(p3.causal_lm_loss(again, batch, fused=False)[0], want)
+    assert kept[0].hidden_states is kept[0].attentions is None  # of the packed batch
+    assert getattr(again.config, flag) is not getattr(model.config, flag)
+
+
 def test_logits_that_another_architecture_computes_in_another_way_are_refused():
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, **inputs):
