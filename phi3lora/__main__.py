@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import textwrap
 from collections.abc import Sequence
 
 from .cli.options import parse
+from .display import is_terminal
 from .errors import Phi3LoRAError
 
 
@@ -20,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Help, ``--version`` and wrong usage end the process with 0 or 2, as argparse does; output that nobody reads any
     more (``phi3lora ... | head``) ends it with 141.
     """
+    _take_any_text()
     try:
         status = _run(arguments)
     except SystemExit:  # argparse's
@@ -31,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _status_of(error)
     lost = _flush()
     return status if lost is None else _status_of(lost)
+
+
+def _take_any_text() -> None:
+    """Spell out characters that the terminal's encoding lacks, and leave wrong bytes of its input to be refused."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -79,10 +89,10 @@ def _tell(message: str) -> None:
 
     Where that stream takes nothing either, the exit status has to do.
     """
-    if sys.stderr is None:
+    if sys.stderr is None:  # closed by `2>&-`; print would take it for standard output
         return
     line = f"phi3lora: {message}"
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         width = max(40, shutil.get_terminal_size().columns)
         line = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     with contextlib.suppress(OSError):

@@ -88,9 +88,14 @@ def in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; a process that was started with one closed has None in its place."""
+    return stream is not None and stream.isatty()
+
+
 def use_colour() -> bool:
     """Return whether stdout shows colours: a terminal, unless ``NO_COLOR`` is set."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def coloured(text: str, kind: str, colour: bool) -> str:

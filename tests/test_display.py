@@ -26,6 +26,7 @@ from phi3lora.display import (
     svg_curves,
     text_facts,
     text_table,
+    use_colour,
     width_of,
     wrap,
 )
@@ -286,3 +287,8 @@ def test_nothing_of_other_libraries_is_printed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr.partition("=== from here on\n")[2] == ""
     assert "Loading weights" not in done.stderr
+
+
+def test_a_process_without_standard_streams_shows_plain_text(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert use_colour() is False

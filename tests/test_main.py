@@ -111,6 +111,28 @@ def test_ctrl_c_in_a_chat_ends_it_without_a_traceback(monkeypatch, capsys):
             assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_a_chat_without_its_streams_is_refused_before_the_model_is_loaded(monkeypatch, capsys, name):
+    monkeypatch.delattr("phi3lora.cli.commands.load_model")
+    monkeypatch.setattr(sys, name, None)  # as after `<&-` and `>&-`
+    assert main(CHAT) == 1
+    assert f"{name} is closed" in capsys.readouterr().err
+
+
+def test_a_chat_in_another_encoding_spells_out_answers_and_refuses_wrong_bytes(monkeypatch, capsys):
+    monkeypatch.setattr("phi3lora.cli.commands.generate", lambda *_, **__: print("caf\u00e9") or "caf\u00e9")
+    for typed, status in ((b"Hi\n", 0), (b"caf\xe9\n", 1)):
+        if status:
+            monkeypatch.undo()
+        output = io.TextIOWrapper(io.BytesIO(), "ascii")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
+            patch.setattr(sys, "stdout", output)
+            assert main(CHAT) == status
+        assert (b"caf\\xe9" in output.buffer.getvalue()) is (status == 0)
+    assert "allowed: Unicode text" in capsys.readouterr().err
+
+
 def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
     model, tokenizer, _, _ = p3.demo.load()
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # where the command loads it

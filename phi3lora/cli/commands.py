@@ -302,6 +302,9 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
+    for name in ("stdin", "stdout"):
+        if getattr(sys, name) is None:
+            raise ConfigError(f"a chat reads lines from stdin and prints answers to stdout, and {name} is closed")
     run = _read(options)
     adapter = _check_model(run)
     model, tokenizer = _load_model(run, adapter)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
+from ..display import is_terminal
+
 
 class _WatchedText:
     """A text stream that passes everything on, and keeps the text and the time of its first part."""
@@ -34,7 +36,7 @@ def speed_shown(tokenizer: Any) -> Iterator[None]:
 
         23 tokens in 0.31 s (74 tok/s), the first after 0.05 s
     """
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+    if not (is_terminal(sys.stdout) and is_terminal(sys.stderr)):
         yield
         return
     watched = _WatchedText(sys.stdout)

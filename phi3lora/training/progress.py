@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..config import TrainingConfig
-from ..display import Html, html, html_table, in_notebook, terminal_columns, wrap
+from ..display import Html, html, html_table, in_notebook, is_terminal, terminal_columns, wrap
 from .checkpoint import TrainingState
 from .result import history_rows, loss_curves
 
@@ -130,7 +130,7 @@ def open_progress(config: TrainingConfig, state: TrainingState, quiet: bool, is_
         return Progress(state, quiet)
     if in_notebook():
         return Progress(state, quiet) if quiet else NotebookTable(state, quiet)
-    if config.disable_tqdm is None and not sys.stderr.isatty():
+    if config.disable_tqdm is None and not is_terminal(sys.stderr):
         return Progress(state, quiet)
     return TerminalBar(state, quiet)
 
