@@ -133,7 +133,7 @@ def test_a_chat_in_another_encoding_spells_out_answers_and_refuses_wrong_bytes(m
     assert "allowed: Unicode text" in capsys.readouterr().err
 
 
-def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
+def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys, caplog):
     model, tokenizer, _, _ = p3.demo.load()
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # where the command loads it
     sampled = []
@@ -143,6 +143,9 @@ def test_temperature_and_top_p_reach_the_sampling(monkeypatch, capsys):
         torch.manual_seed(seed)
         assert sampled[-1] == [*answers_to(model, tokenizer, QUESTIONS, temperature=3.0, top_p=0.9), ""]
     assert sampled[0] != sampled[1]
+    assert not caplog.records
+    chat(monkeypatch, capsys, [""], "--top-p", "0.9")
+    assert "--top-p 0.9 has no effect" in caplog.text
     likeliest = chat(monkeypatch, capsys, QUESTIONS, "--temperature", "3", "--top-p", "1e-6")
     assert likeliest == [*answers_to(model, tokenizer, QUESTIONS), ""]
 
@@ -386,6 +389,34 @@ def test_evaluate_measures_the_data_of_its_option_in_the_place_of_what_a_run_fil
         assert main(["evaluate", *words, "--data", "a.jsonl", *columns]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1] == found[2]
+
+
+def test_evaluate_says_that_a_run_file_holds_nothing_out(data, capsys, caplog):
+    (data / "run.yaml").write_text(
+        "model: demo\ndata: {source: a.jsonl, columns: {prompt: question, completion: reply}}"
+    )
+    assert main(["evaluate", "run.yaml"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert "run.yaml holds no data out" in caplog.text and "a.jsonl, its training data" in caplog.text
+    caplog.clear()
+    assert main(["evaluate", "run.yaml", "--data", "a.jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out) == measured and "holds no data" not in caplog.text
+
+
+def test_the_revision_of_a_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["chat"],
+        ["init"],
+        ["evaluate", "--data", "demo"],
+        ["train", "--data", "demo"],
+        ["import", "nowhere"],
+    ):
+        out = ["--out", "a.pt"] if words[0] == "import" else []
+        for name in ("demo", str(p3.demo.BASE)):
+            assert main([*words, *out, "--model", name, "--model-revision", "main"]) == 1
+            assert "revision='main' is for a model of the hub" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", [["train", "--data", "demo"], ["import", "nowhere"]], ids=lambda words: words[0])

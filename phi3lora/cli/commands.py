@@ -48,6 +48,8 @@ from ..training.setup import PlannedRun
 from ..training.trackers import check_trackers
 from .starter import write_starter
 
+logger = logging.getLogger("phi3lora")
+
 
 def run_command(options: argparse.Namespace) -> int:
     """Run the command that was parsed and return the exit status. Of several processes (torchrun) the first prints."""
@@ -124,6 +126,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     run = _read(options)
     if any(name == "data.source" for name, _ in options.settings):  # in the place of what the file holds out
         run.data.eval_source, run.data.eval_share = None, 0.0
+    elif not (run.data.eval_source or run.data.eval_share) and run.data.source not in (None, DEMO):
+        logger.warning(
+            "%s holds no data out (eval_source, eval_share): what is measured is %s, its training data. Name other "
+            "data with --data FILE", options.file, run.data.source,
+        )  # fmt: skip
     _check_data(run)
     adapter = _check_model(run)
     tokenizer = load_tokenizer(_model_path(run), revision=run.model.revision)
@@ -310,6 +317,8 @@ def _chat(options: argparse.Namespace) -> int:
     model, tokenizer = _load_model(run, adapter)
     names = ("max_new_tokens", "temperature", "top_p")
     settings = {name: getattr(options, name) for name in names}
+    if settings["top_p"] != 1 and settings["temperature"] == 0:
+        logger.warning("--top-p %g has no effect: at --temperature 0 the likeliest token is taken", options.top_p)
     start = [{"role": "system", "content": options.system}] if options.system else []
     chat = list(start)
     print("One line is one turn; /clear starts a new chat, an empty line ends it.", flush=True)

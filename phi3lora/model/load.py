@@ -59,7 +59,7 @@ def load_model(
             than one GPU can be loaded; ``"auto"``, ``"ddp"`` or None: each has the whole model.
         attn_implementation: ``"phi3lora"`` (packed rows, torch's fastest kernels), ``"sdpa"`` or ``"eager"``.
         use_cache: the config's default. Training never uses the cache, generation always does.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; a folder has none.
         trust_remote_code: run code from the repository; never needed for the supported models.
 
     Returns:
@@ -200,6 +200,11 @@ def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ModelError: nothing there, or not a Phi-3 model's.
     """
+    if revision is not None and os.path.isdir(name):
+        raise ModelError(
+            f"revision={short_repr(revision)} is for a model of the hub, and {short_repr(name)} is a folder; leave it "
+            f"out, or name a folder that holds that revision"
+        )
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
         model_type, layers = config.get("model_type"), config.get("num_hidden_layers", 32)

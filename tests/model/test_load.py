@@ -253,3 +253,9 @@ def test_a_base_is_moved_and_quantised_layer_by_layer(monkeypatch, precision):
     logits = model(input_ids=torch.arange(5, 12)[None]).logits
     exact = p3.load_model(p3.demo.BASE, dtype="float32", device="cpu")[0](input_ids=torch.arange(5, 12)[None]).logits
     assert 0 < (logits - exact).norm() / exact.norm() < 0.5
+
+
+def test_the_revision_of_a_folder_is_refused(checkpoint):
+    for load_it in (p3.load_model, load.load_tokenizer, load.read_model_config):
+        with pytest.raises(ModelError, match=r"revision=.v2. is for a model of the hub, and .* is a folder"):
+            load_it(str(checkpoint), revision="v2")
