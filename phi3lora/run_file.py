@@ -269,6 +269,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+_RECORD_HEAD = "# The settings of a run, as resolved."
+
+
+def is_record(path: Path) -> bool:
+    """Return whether a file is one that :func:`run_text` made, and not a user's."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_RECORD_HEAD)) == _RECORD_HEAD.encode()
+    except OSError:
+        return False
+
+
 def run_text(
     model: Mapping[str, Any],
     data: Mapping[str, Any],
@@ -287,7 +299,6 @@ def run_text(
     settings = {name: value for name, value in training.to_dict().items() if name not in _NOT_RECORDED}
     content: dict[str, Any] = {"model": dict(model), "data": dict(data), "lora": lora.to_dict(), "training": settings}
     content["versions"] = versions()
-    head = ["The settings of a run, as resolved. To run it again, in a new folder:"]
-    head += ["phi3lora train run.yaml --set output_dir=NEW", *unknown]
-    lines = "".join(f"# {line}\n" for line in head)
+    head = [f"{_RECORD_HEAD} To run it again, in a new folder:", "# phi3lora train run.yaml --set output_dir=NEW"]
+    lines = "".join(f"{line}\n" for line in (*head, *(f"# {sentence}" for sentence in unknown)))
     return lines + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))

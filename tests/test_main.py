@@ -355,6 +355,21 @@ def test_a_run_from_python_records_what_is_known_and_names_the_rest(tmp_path):
     assert main(["train", str(tmp_path / "b" / "run.yaml")]) == 1
 
 
+def test_a_run_file_in_the_output_folder_stays_and_the_record_goes_beside_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "one/run.yaml", "--model", "demo", "--data", "demo"]) == 0
+    own = (tmp_path / "one" / "run.yaml").read_bytes()
+    (tmp_path / "one" / "training.png").write_bytes(b"mine")
+    more = ["--set", "output_dir=one", *SHORT[SHORT.index("--max-steps") :]]
+    for _ in range(2):  # the record of the first run is replaced
+        assert main(["train", "one/run.yaml", *more, "--overwrite"]) == 0
+        assert (tmp_path / "one" / "run.yaml").read_bytes() == own
+    assert caplog.text.count("run.yaml is yours and stays as it is") == 2
+    assert read_run("one/run-1.yaml").training.output_dir == str(tmp_path / "one")
+    assert not (tmp_path / "one" / "run-2.yaml").exists()
+    assert (tmp_path / "one" / "training-1.png").read_bytes() == b"mine"
+
+
 def test_train_goes_on_from_an_adapter_and_writes_another_file(tmp_path, monkeypatch, capsys, checkpoint):
     monkeypatch.chdir(tmp_path)
     still = [*SHORT, "learning_rate=0", "--adapter", str(checkpoint)]
@@ -435,8 +450,11 @@ def test_the_command_after_an_interruption_goes_through(tmp_path, monkeypatch, c
     result = p3.TrainingResult(0, {}, [], None, interrupted=True, interrupted_by=2, checkpoint=where)
     monkeypatch.setattr("phi3lora.cli.commands.run_training", lambda *_, **__: result)
     words = ["train", "--model", "demo", "--data", "demo", "--set", "max_steps=1", "--out", "x.pt", "--overwrite"]
+    (tmp_path / "phi3lora_output").mkdir()
+    (tmp_path / "phi3lora_output" / "run.yaml").write_text("a user's")
     assert main(words) == 130
     again = capsys.readouterr().err.splitlines()[-1]
+    assert " phi3lora_output/run-1.yaml " in again
     assert again.endswith(f"resume_from_checkpoint={'true' if has_checkpoint else 'auto'} --out x.pt --overwrite")
 
 

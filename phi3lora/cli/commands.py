@@ -42,7 +42,7 @@ from ..run_file import Run, as_list, read_run
 from ..run_settings import DEMO, DataSettings
 from ..training.checkpoint import find_checkpoint, newest_good_checkpoint
 from ..training.loop import run_training
-from ..training.output_folder import RECORD, check_output_dir
+from ..training.output_folder import check_output_dir, record_path
 from ..training.picture import plot
 from ..training.setup import PlannedRun
 from ..training.trackers import check_trackers
@@ -92,7 +92,7 @@ def _train(options: argparse.Namespace) -> int:
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
         if is_main:
             start = "true" if result.checkpoint else "auto"  # before the first step there is no checkpoint yet
-            words = ["train", f"{config.output_dir}/{RECORD}", "--set", f"resume_from_checkpoint={start}"]
+            words = ["train", str(record_path(config.output_dir)), "--set", f"resume_from_checkpoint={start}"]
             out_options = ["--out", run.out, *(["--overwrite"] if options.overwrite else [])] if run.out else []
             again = command_line(*words, *out_options, launcher=_launcher())
             line = f"phi3lora: interrupted after step {result.global_step}, before {out} was written. To continue:"

@@ -21,9 +21,10 @@ from ..config import LoraConfig, TrainingConfig
 from ..errors import CheckpointError
 from ..files import fsync, remove, write_atomic
 from ..lora.inject import lora_layers
-from ..run_file import run_text
+from ..run_file import is_record, run_text
 from ..run_settings import field_names
 from .checkpoint import checkpoints
+from .picture import PICTURE
 from .setup import PlannedRun
 
 try:
@@ -35,6 +36,8 @@ logger = logging.getLogger("phi3lora")
 
 RECORD = "run.yaml"
 """Name of the file in the output folder that has the settings of the run, as resolved, and runs again."""
+_FILES = ("metrics.jsonl", PICTURE)
+"""Files of a run, beside its checkpoints and its record, that another run would write anew."""
 
 
 # --- The lock
@@ -152,17 +155,17 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
             remove(leftover)
         except OSError as error:
             logger.warning("%s, left by a killed run, cannot be deleted: %s", leftover, error)
-    found, metrics = check_output_dir(config), folder / "metrics.jsonl"
-    goes_on = resuming and _resumes_here(config)
+    found, goes_on = check_output_dir(config), resuming and _resumes_here(config)
+    files = [folder / name for name in _FILES]
     if found or (config.overwrite_output_dir and not goes_on):
-        found += [*folder.glob("checkpoint-*.set-aside*"), metrics]
+        found += [*folder.glob("checkpoint-*.set-aside*"), *files]
     try:
         for path in found:
             remove(path)
-        if metrics.is_file() and not goes_on:
-            kept = next(path for i in itertools.count(1) if not (path := folder / f"metrics-{i}.jsonl").exists())
-            metrics.rename(kept)
-            logger.warning("%s is of an earlier run: renamed to %s", metrics, kept.name)
+        for path in [] if goes_on else [path for path in files if path.is_file()]:
+            names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
+            kept = path.rename(next(name for name in names if not name.exists()))
+            logger.warning("%s is of an earlier run: renamed to %s", path, kept.name)
     except OSError as error:
         raise CheckpointError(
             f"output_dir={config.output_dir!r} holds an earlier run's files that cannot be removed: {error}; use "
@@ -249,13 +252,20 @@ def set_aside_newer(output_dir: str | os.PathLike[str], step: int) -> list[Path]
 # --- The settings of the run
 
 
+def record_path(output_dir: str | os.PathLike[str]) -> Path:
+    """Return the path of a run's record: ``run.yaml``, or ``run-1.yaml`` beside one that a user wrote."""
+    names = itertools.chain([RECORD], (f"run-{i}.yaml" for i in itertools.count(1)))
+    paths = (Path(output_dir, name) for name in names)
+    return next(path for path in paths if not os.path.lexists(path) or is_record(path))
+
+
 def write_record(run: PlannedRun, resumed: bool) -> None:
     """Write what is known of a run into its output folder, and say in the file what is not known.
 
     ``load_model`` and ``ChatDataset.load`` leave what they were given in ``origin``. Models and rows that were made in
     Python have none; then a resumed run leaves the file of its start as it is.
     """
-    model, config, path = run.model, run.config, Path(run.config.output_dir, RECORD)
+    model, config, path = run.model, run.config, record_path(run.config.output_dir)
     unknown: list[str] = []
     source = getattr(model, "origin", None)
     if source is None:
@@ -271,6 +281,9 @@ def write_record(run: PlannedRun, resumed: bool) -> None:
         write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
         logger.error("the settings of the run could not be written: %s", error)
+    else:
+        if path.name != RECORD:
+            logger.warning("%s is yours and stays as it is: the run's settings, as resolved, are in %s", RECORD, path)
 
 
 def _data_section(origin: Mapping[str, Any] | None, eval_dataset: Any, unknown: list[str]) -> dict[str, Any]:
