@@ -368,6 +368,12 @@ class WindowShare:
         with suppress(NotWanted, TrainingError):  # if contact is lost, the main thread raises it
             self.exchange(None)
 
+    def end_after_error(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Take no more turns after an error: the others do not know of it yet, and would be waited for."""
+        if kind is not None:
+            with self._lock:
+                self._has_ended = True
+
     def end(self) -> None:
         """End the turns on all ranks, whose main threads call this after the same step."""
         with self._lock:

@@ -138,6 +138,8 @@ def run_training(
             run.evaluate()
         run.agree_to_stop()
         batches = stack.enter_context(closing(run.batches()))
+        if world.share is not None:
+            stack.push(world.share.end_after_error)
         started = time.perf_counter()
         for step, micro_batches in batches:
             rate = run.schedule(state.global_step)

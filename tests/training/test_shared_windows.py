@@ -161,3 +161,18 @@ def test_processes_whose_threads_are_not_equally_far_end_together(tmp_path, monk
         assert same_tensors(adapters, found[0][0])
         assert step == 2 and (warnings == [] or kind == "never")
     assert kind != "never" or found[1][2] <= 9
+
+
+def test_an_error_in_one_process_does_not_wait_for_the_threads_of_the_others(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(prefetch, "_JOIN_TIMEOUT_S", 20.0)
+    monkeypatch.setattr(prefetch.logger, "warning", lambda *text: warned.append(text))
+
+    def work():
+        with pytest.raises((ZeroDivisionError, p3.TrainingError)) as error:
+            run(tmp_path / "run", After(3, lambda state: 1 / 0, on_rank=1), data=stream(buffer_size=4))
+        return error.type, warned
+
+    types, warnings = zip(*in_processes(3, work), strict=True)
+    assert types == (p3.TrainingError, ZeroDivisionError, p3.TrainingError)
+    assert warnings[1] == []
