@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import pytest
 from family import MEMBERS, full_tables, make_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_template import trained_stretches
 from tokenizers import AddedToken
 
 from phi3lora.data.dataset import ChatDataset
@@ -126,18 +126,12 @@ def ordinary(case: Case, character: st.SearchStrategy[str] | None = None) -> st.
     ).map(str.strip)
 
 
-def stretches(ids: list[int], trained: list[bool]) -> list[list[int]]:
-    """The runs of trained tokens."""
-    pairs = zip(ids, trained, strict=True)
-    return [[token for token, _ in run] for now, run in groupby(pairs, key=lambda pair: pair[1]) if now]
-
-
 def assert_exact(case: Case, messages: list[dict]) -> None:
     """Each answer and its end of turn is trained to the letter, nothing else, and no content changes the frame."""
     findings = Findings()
     ids, trained = case.encode(messages, findings=findings)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    runs, end = stretches(ids, trained), case.encoder().end_of_turn_id
+    runs, end = trained_stretches(ids, trained), case.encoder().end_of_turn_id
     assert [case.decode(run[:-1]) for run in runs] == answers
     assert {run[-1] for run in runs} == {end} == {case.id("<|im_end|>" if case.name == "phi-4" else "<|end|>")}
     frame = case.own_ids([{**m, "content": "x"} for m in messages])
@@ -183,7 +177,7 @@ def test_a_question_is_tokenised_as_an_answer_is(case, data):
     """But for white space at its ends, which markers may strip: so they do when a question is asked."""
     content = data.draw(case.contents).strip()
     ids, trained = case.encode(turns(content, content))
-    ((*answer, end),) = stretches(ids, trained)
+    ((*answer, end),) = trained_stretches(ids, trained)
     start = ids.index(case.id("<|im_sep|>" if case.name == "phi-4" else "<|user|>")) + 1
     assert ids[start : ids.index(end)] == answer
 
@@ -222,7 +216,7 @@ def test_last_trains_the_last_turn_and_all_every_token(case, data):
     assert case.encode(messages, "all") == (ids, [True] * len(ids))
     same, last = case.encode(messages, "last")
     assert same == ids
-    assert stretches(ids, last) == stretches(ids, each)[-1:]
+    assert trained_stretches(ids, last) == trained_stretches(ids, each)[-1:]
     assert last[max(i for i, now in enumerate(each) if now)]
 
 
@@ -242,7 +236,7 @@ def test_turns_switched_off_are_not_trained_and_the_tokens_stay(case, data):
         return
     ids, trained = case.encode(flagged)
     assert ids == case.encode(messages)[0]
-    assert [case.decode(run[:-1]) for run in stretches(ids, trained)] == answers
+    assert [case.decode(run[:-1]) for run in trained_stretches(ids, trained)] == answers
 
 
 @each_case
@@ -256,7 +250,7 @@ def test_a_template_that_puts_a_space_before_the_answer_trains_all_of_the_answer
         "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
     )
     (found,) = ChatEncoder(tokenizer).encode([Chat(turns("Hi", answer, "Bye", answer))], [1])
-    runs = stretches(list(found.input_ids), list(found.trained))
+    runs = trained_stretches(list(found.input_ids), list(found.trained))
     assert len(runs) == 2
     for run in runs:
         assert run[-1] == tokenizer.eos_token_id

@@ -4,6 +4,7 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_formats import trained
 
 from phi3lora.data.dataset import ChatDataset
 from phi3lora.data.formats import to_chat
@@ -27,11 +28,6 @@ STYLES = [(phi3, ""), (phi3, "\n"), (phi3, "\r\n"), (phi4, ""), (phi4, "\n")]
 
 def read(text):
     return to_chat({"text": text}, "text", 7).messages
-
-
-def trained(row, tokenizer) -> str:
-    document = ChatDataset.load([row], tokenizer, max_length=256)[0]
-    return tokenizer.decode([label for label in document["labels"] if label >= 0])
 
 
 CONTENTS = st.text("ab \n\r\t<|>", max_size=12).filter(lambda text: not text.startswith(("\r", "\n")))

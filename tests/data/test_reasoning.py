@@ -8,8 +8,6 @@ import functools
 
 import pytest
 from conftest import make_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 import phi3lora as p3
@@ -94,21 +92,6 @@ def test_a_thought_is_trained_and_its_markers_are_one_token_each(name, flags):
     assert text == THOUGHT + END.get(name, "<|im_end|>")
     for marker in ("<think>", "</think>"):
         assert ids.count(tokenizer.convert_tokens_to_ids(marker)) == 1
-
-
-@settings(max_examples=60, derandomize=True)
-@given(
-    st.lists(st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n", "42", "<|im_end|>"]), max_size=6).map(
-        "".join
-    )
-)
-@pytest.mark.parametrize("flags", FLAGS)
-def test_the_trained_tokens_are_the_answer_to_the_letter(flags, answer):
-    tokenizer = reasoning("replaced", **flags)
-    text, ids = trained(chat("6 x 7?", answer), tokenizer)
-    assert text == answer + "<|im_end|>"
-    assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == answer.count("<think>")
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
 @pytest.mark.parametrize("name", ["replaced", "ignored", "lost", "mini"])
