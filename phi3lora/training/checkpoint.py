@@ -224,9 +224,13 @@ def _free_space(folder: Path) -> str:
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoint folders, newest first."""
-    found = {path: _NAME.fullmatch(path.name) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()}
-    steps = {path: int(match.group(1)) for path, match in found.items() if match}
-    return sorted(steps, key=steps.__getitem__, reverse=True)
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def damage(path: Path) -> str | None:

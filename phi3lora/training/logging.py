@@ -23,7 +23,7 @@ from ..model.estimate import peak_flops
 from .checkpoint import TrainingState
 from .history import HistoryFile
 from .progress import Progress, open_progress
-from .trackers import Trackers
+from .trackers import Trackers, is_quiet
 
 logger = logging.getLogger("phi3lora")
 
@@ -39,7 +39,7 @@ class Reporter:
         self, config: TrainingConfig, state: TrainingState, flops_per_token: float = 0.0, is_main: bool = True
     ) -> None:
         self.config, self.state, self.flops_per_token = config, state, flops_per_token
-        self.quiet = not is_main or config.log_level in ("warning", "error", "critical")
+        self.quiet = not is_main or is_quiet(config)
         self.warns = is_main and config.log_level not in ("error", "critical")
         self.is_main = is_main
         self.lines = HistoryFile(Path(config.output_dir) / "metrics.jsonl", state)

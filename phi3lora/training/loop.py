@@ -150,7 +150,8 @@ def run_training(
             state.train_seconds += time.perf_counter() - started
             if is_due(config.eval_strategy, config.eval_steps or config.logging_steps, state, step.ends_epoch):
                 run.evaluate()
-            if is_due(config.save_strategy, config.save_steps, state, step.ends_epoch) or run.must_save_best():
+            must_save = config.load_best_model_at_end and run.is_best()
+            if must_save or is_due(config.save_strategy, config.save_steps, state, step.ends_epoch):
                 run.save()
             report.advance()
             run.call_hooks("on_step_end")
@@ -256,12 +257,11 @@ class _Run:
         if state.should_stop:
             return
         cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
-        device = model_device(self.model)
-        yield from self.planned.steps.batches(state.global_step, cursor, device, self._is_wanted)
-
-    def _is_wanted(self) -> bool:
-        """Return whether to go on waiting for data. Of several processes none leaves alone: they agree after a step."""
-        return self.world.size > 1 or not self.interrupts.requested
+        batches, device = self.planned.steps.batches, model_device(self.model)
+        # Of several processes none stops alone to wait for data: they agree after a step.
+        yield from batches(
+            state.global_step, cursor, device, lambda: self.world.size > 1 or not self.interrupts.requested
+        )
 
     def agree_to_stop(self) -> bool:
         """Return whether the run ends here: on every rank, if a signal or a callback says so on one."""
@@ -354,22 +354,18 @@ class _Run:
         self.call_hooks("on_evaluate", self.last_eval)
         self.report.restart_clock()
 
-    def _is_best(self) -> bool:
+    def is_best(self) -> bool:
         """Return whether the model has just been evaluated, and is better than every checkpoint."""
         if self.evaluated_at != self.state.global_step:
             return False
         return self.best.beats(self.best.metric(self.last_eval), self.state.best_checkpoint_metric)
-
-    def must_save_best(self) -> bool:
-        """Return whether the best model so far would be lost without a checkpoint now."""
-        return self.config.load_best_model_at_end and self._is_best()
 
     def save(self) -> None:
         """Write a checkpoint and delete old ones beyond ``save_total_limit``."""
         self.log_ready(wait=True)
         state = self.state
         previous_best = state.best_checkpoint, state.best_checkpoint_metric
-        if self._is_best():
+        if self.is_best():
             state.best_checkpoint = f"checkpoint-{state.global_step}"
             state.best_checkpoint_metric = self.best.metric(self.last_eval)
         self._require_one_adapter()

@@ -23,7 +23,7 @@ from ..files import fsync, remove, write_atomic
 from ..lora.inject import lora_layers
 from ..run_file import is_record, run_text
 from ..run_settings import field_names
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, step_of
 from .picture import PICTURE
 from .setup import PlannedRun
 
@@ -232,7 +232,7 @@ def set_aside_newer(output_dir: str | os.PathLike[str], step: int) -> list[Path]
     """
     renamed = []
     for path in checkpoints(output_dir):
-        if int(path.name.removeprefix("checkpoint-")) <= step:
+        if step_of(path) <= step:
             break
         names = (f"{path.name}.set-aside{f'-{i}' if i else ''}" for i in itertools.count())
         target = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))

@@ -65,7 +65,7 @@ def _open_wandb(config: TrainingConfig, done_steps: int) -> Tracker:
         name=config.run_name,
         config=config.to_dict(),
         dir=config.output_dir,
-        settings={"silent": True} if _is_quiet(config) else None,
+        settings={"silent": True} if is_quiet(config) else None,
     )
     return Tracker(
         lambda figures, step: run.log(figures, step=step),
@@ -78,7 +78,7 @@ def _open_trackio(config: TrainingConfig, done_steps: int) -> Tracker:
     import trackio
 
     def without_messages(call: Callable[..., Any], **arguments: Any) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()) if _is_quiet(config) else contextlib.nullcontext():
+        with contextlib.redirect_stdout(io.StringIO()) if is_quiet(config) else contextlib.nullcontext():
             return call(**arguments)
 
     run = without_messages(trackio.init, project=config.project, name=config.run_name, config=config.to_dict())
@@ -115,7 +115,8 @@ _KINDS: dict[str, tuple[str, Callable[[TrainingConfig, int], Tracker]]] = {
 """Name in ``report_to`` -> the module that it needs, and the function that opens the tracker."""
 
 
-def _is_quiet(config: TrainingConfig) -> bool:
+def is_quiet(config: TrainingConfig) -> bool:
+    """Return whether a run prints nothing but warnings."""
     return config.log_level in ("warning", "error", "critical")
 
 
