@@ -98,8 +98,8 @@ def _pattern(rule: Rule, what: str) -> Rule:
 _COUNT: Rule = (lambda value: is_int(value, 1)), "a whole number >= 1"
 _POSITIVE: Rule = (lambda value: is_number(value) and value > 0), "a number > 0"
 _NOT_NEGATIVE: Rule = (lambda value: is_number(value) and value >= 0), "a number >= 0"
-_SHARE: Rule = (lambda value: is_number(value) and 0 <= value < 1), "0 <= x < 1"
-_SEED: Rule = (lambda value: is_int(value, 0, SEED_END)), "a whole number >= 0, below 2**63"
+SHARE: Rule = (lambda value: is_number(value) and 0 <= value < 1), "0 <= x < 1"
+SEED: Rule = (lambda value: is_int(value, 0, SEED_END)), "a whole number >= 0, below 2**63"
 _NAME: Rule = _optional((lambda value: isinstance(value, str), "a name"))
 _SWITCH: Rule = (lambda value: isinstance(value, bool)), "True, False"
 _OPTIONAL_SWITCH: Rule = _choice(None, True, False)
@@ -141,10 +141,21 @@ _START: Rule = (
 _MAX_EPOCHS = 10_000
 
 
-def _setting(default: Any, rule: Rule) -> Any:
-    """Return a field with a rule for its values; a field without one is a switch."""
+def setting(default: Any, rule: Rule, **metadata: Any) -> Any:
+    """Return a field of a dataclass with a rule for its values; ``metadata`` are further notes on it."""
     how = {"default_factory": dict} if default is dict else {"default": default}
-    return field(**how, metadata={"rule": rule})
+    return field(**how, metadata={"rule": rule, **metadata})
+
+
+def check_fields(settings: Any, where: str, normalised: Callable[[str, Any], Any] = lambda name, value: value) -> None:
+    """Give each field of a dataclass its normalised value, or raise if its rule does not allow it."""
+    for item in fields(settings):
+        given = getattr(settings, item.name)
+        value = normalised(item.name, _plain(given))
+        rule = item.metadata.get("rule") or (_SWITCH if item.type == "bool" else None)
+        if rule is not None:
+            require(rule[0](value), f"{where}{item.name}", given, rule[1], ConfigError)
+        setattr(settings, item.name, value)
 
 
 class _Config:
@@ -152,18 +163,6 @@ class _Config:
     """Names of the fields that were passed to the constructor; the others have their defaults, or follow from these."""
     inert: tuple[str, ...]
     """Arguments that were given and have no effect here."""
-
-    def _check(self) -> None:
-        """Give each field its normalised value, or raise if its rule does not allow it."""
-        for setting in fields(self):  # type: ignore[arg-type]
-            given = getattr(self, setting.name)
-            value = self._normalised(setting.name, _plain(given))
-            accepts, allowed = setting.metadata.get("rule", _SWITCH)
-            require(accepts(value), f"{type(self).__name__}: {setting.name}", given, allowed, ConfigError)
-            setattr(self, setting.name, value)
-
-    def _normalised(self, name: str, value: Any) -> Any:
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         changed, _ = self._settings()
@@ -221,43 +220,43 @@ class LoraConfig(_Config):
         ConfigError: an unknown name (the nearest one is suggested) or a value outside its range.
     """
 
-    r: int = _setting(16, _COUNT)
+    r: int = setting(16, _COUNT)
     """Rank of each adapter, >= 1."""
-    lora_alpha: float = _setting(32, _POSITIVE)
+    lora_alpha: float = setting(32, _POSITIVE)
     """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. Not
     given: ``2 * r``."""
-    lora_dropout: float = _setting(0.0, _SHARE)
+    lora_dropout: float = setting(0.0, SHARE)
     """Probability of dropping an entry of the adapter's input, in [0, 1)."""
-    bias: str = _setting("none", _choice("none", "all", "lora_only"))
+    bias: str = setting("none", _choice("none", "all", "lora_only"))
     """Biases to train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers)."""
-    target_modules: str | Sequence[str] = _setting("all-linear", _TARGETS)
+    target_modules: str | Sequence[str] = setting("all-linear", _TARGETS)
     """Layers to adapt: ``"all-linear"`` (every linear layer but the output head), a list of module-name suffixes, or a
     string: one suffix, or a regular expression that a whole path matches. On Phi-3's fused projections ``q_proj,
     k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
-    task_type: str | None = _setting("CAUSAL_LM", _NAME)
+    task_type: str | None = setting("CAUSAL_LM", _NAME)
     """PEFT's task type, recorded for other tools."""
-    modules_to_save: None = _setting(None, _NOTHING)
+    modules_to_save: None = setting(None, _NOTHING)
     """Modules to train whole; only None, as this is not supported."""
     use_rslora: bool = False
     """Rank-stabilised scaling, https://arxiv.org/abs/2312.03732."""
-    segments: Mapping[str, Mapping[str, int] | Sequence[int]] | None = _setting(None, _SEGMENTS)
+    segments: Mapping[str, Mapping[str, int] | Sequence[int]] | None = setting(None, _SEGMENTS)
     """Fused layers of your own model: suffix -> widths of its segments along the output, named
     (``{"qkv": {"q": 64, "k": 16, "v": 16}}``, each name then a valid target) or not (``{"qkv": (64, 16, 16)}``)."""
-    exclude_modules: str | Sequence[str] | None = _setting(None, _EXCLUDED)
+    exclude_modules: str | Sequence[str] | None = setting(None, _EXCLUDED)
     """Layers and segments among the targets to leave out, named as in ``target_modules``."""
-    layers_to_transform: int | Sequence[int] | None = _setting(None, _LAYERS)
+    layers_to_transform: int | Sequence[int] | None = setting(None, _LAYERS)
     """Numbers of the decoder layers to adapt, from 0; None: all."""
-    layers_pattern: str | Sequence[str] | None = _setting(None, _LAYER_LISTS)
+    layers_pattern: str | Sequence[str] | None = setting(None, _LAYER_LISTS)
     """Names of the lists of layers that ``layers_to_transform`` counts in (``"layers"``); None: the first number in a
     path."""
-    rank_pattern: Mapping[str, int] = _setting(dict, _pattern(_COUNT, "rank"))
+    rank_pattern: Mapping[str, int] = setting(dict, _pattern(_COUNT, "rank"))
     """Ranks of certain layers: a regular expression that the end of a path matches, such as ``"o_proj"`` or
     ``"layers.0.mlp.down_proj"`` -> its rank. The first that matches counts; the other layers have ``r``."""
-    alpha_pattern: Mapping[str, float] = _setting(dict, _pattern(_POSITIVE, "lora_alpha > 0"))
+    alpha_pattern: Mapping[str, float] = setting(dict, _pattern(_POSITIVE, "lora_alpha > 0"))
     """``lora_alpha`` of certain layers, in the same form; the others have ``lora_alpha``."""
 
     def __post_init__(self) -> None:
-        self._check()
+        check_fields(self, "LoraConfig: ", self._normalised)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(f"LoraConfig: layers_pattern={self.layers_pattern!r} needs layers_to_transform")
         if "lora_alpha" not in self.given:
@@ -297,129 +296,129 @@ class TrainingConfig(_Config):
         ConfigError: an unknown name (the nearest one is suggested), a value outside its range, a contradiction.
     """
 
-    output_dir: str = _setting("phi3lora_output", (is_path, "a path"))
+    output_dir: str = setting("phi3lora_output", (is_path, "a path"))
     """Folder for checkpoints, ``metrics.jsonl`` and ``training.png``."""
     overwrite_output_dir: bool = False
     """Permission to delete another run's checkpoints in ``output_dir`` and start afresh."""
-    per_device_train_batch_size: int = _setting(8, _COUNT)
+    per_device_train_batch_size: int = setting(8, _COUNT)
     """Rows in a micro-batch: packed rows of ``max_length`` tokens, or documents with ``packing=False``."""
-    per_device_eval_batch_size: int = _setting(8, _COUNT)
+    per_device_eval_batch_size: int = setting(8, _COUNT)
     """Rows in an evaluation micro-batch."""
-    gradient_accumulation_steps: int = _setting(1, _COUNT)
+    gradient_accumulation_steps: int = setting(1, _COUNT)
     """Micro-batches in one optimizer step; the loss is the mean over all their supervised tokens together."""
-    num_train_epochs: float = _setting(3.0, _POSITIVE)
+    num_train_epochs: float = setting(3.0, _POSITIVE)
     """Passes over the data, unless ``max_steps`` > 0."""
-    max_steps: int = _setting(-1, (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"))
+    max_steps: int = setting(-1, (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"))
     """Optimizer steps of the run; > 0 overrides ``num_train_epochs``."""
-    learning_rate: float = _setting(2e-4, _NOT_NEGATIVE)
+    learning_rate: float = setting(2e-4, _NOT_NEGATIVE)
     """Peak learning rate."""
-    lora_plus_lr_ratio: float | None = _setting(None, _RATIO)
+    lora_plus_lr_ratio: float | None = setting(None, _RATIO)
     """Factor of the learning rate of every B (LoRA+, https://arxiv.org/abs/2402.12354; 16, say). None: A and B both
     learn at ``learning_rate``."""
-    lr_scheduler_type: str = _setting("cosine", _choice(*_SCHEDULES))
+    lr_scheduler_type: str = setting("cosine", _choice(*_SCHEDULES))
     """Schedule of the learning rate, by transformers' name and as it computes it: ``"linear"``, ``"cosine"``,
     ``"constant"`` (no warm-up), ``"constant_with_warmup"``, ``"cosine_with_restarts"``, ``"polynomial"``,
     ``"inverse_sqrt"``, ``"cosine_with_min_lr"``, ``"cosine_warmup_with_min_lr"``, ``"warmup_stable_decay"``."""
-    lr_scheduler_kwargs: Mapping[str, Any] | None = _setting(None, _ARGUMENTS)
+    lr_scheduler_kwargs: Mapping[str, Any] | None = setting(None, _ARGUMENTS)
     """Further arguments of the schedule, such as ``{"min_lr": 1e-5}`` for ``"cosine_with_min_lr"``."""
-    warmup_steps: float | None = _setting(None, _optional(_NOT_NEGATIVE))
+    warmup_steps: float | None = setting(None, _optional(_NOT_NEGATIVE))
     """Steps of linear warm-up; a float in (0, 1) is a share of all steps. With neither this nor ``warmup_ratio``: 5 %
     of the steps, rounded down, so that a run of fewer than 20 steps has none."""
-    warmup_ratio: float | None = _setting(None, _optional(_SHARE))
+    warmup_ratio: float | None = setting(None, _optional(SHARE))
     """Warm-up as a share of all steps, rounded up; ``warmup_steps`` > 0 takes precedence."""
-    optim: str = _setting("adamw_torch", _choice(*_OPTIMIZERS))
+    optim: str = setting("adamw_torch", _choice(*_OPTIMIZERS))
     """Optimizer: ``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch supports it), ``"sgd"``. With
     bitsandbytes (extra ``qlora``): ``"adamw_bnb_8bit"`` or ``"adamw_8bit"``, with moments of 8 bits;
     ``"paged_adamw_32bit"`` and ``"paged_adamw_8bit"``, with moments that move to host memory when the GPU is full."""
-    weight_decay: float = _setting(0.0, _NOT_NEGATIVE)
+    weight_decay: float = setting(0.0, _NOT_NEGATIVE)
     """Decoupled weight decay of the LoRA matrices; biases have none."""
-    adam_beta1: float = _setting(0.9, _SHARE)
+    adam_beta1: float = setting(0.9, SHARE)
     """Decay of AdamW's running mean of the gradient."""
-    adam_beta2: float = _setting(0.999, _SHARE)
+    adam_beta2: float = setting(0.999, SHARE)
     """Decay of AdamW's running mean of the squared gradient."""
-    adam_epsilon: float = _setting(1e-8, _POSITIVE)
+    adam_epsilon: float = setting(1e-8, _POSITIVE)
     """Constant in AdamW's denominator."""
-    max_grad_norm: float = _setting(1.0, (is_number, "a number; 0 for no clipping"))
+    max_grad_norm: float = setting(1.0, (is_number, "a number; 0 for no clipping"))
     """Largest global 2-norm of the gradient, clipped beyond it; 0 or less: no clipping."""
-    max_nonfinite_steps: int = _setting(5, _COUNT)
+    max_nonfinite_steps: int = setting(5, _COUNT)
     """Steps in a row with a NaN or infinite loss or gradient that end the run; each is skipped."""
     bf16: bool = False
     """bfloat16 autocast. With neither ``bf16`` nor ``fp16`` the model's own dtype decides."""
     fp16: bool = False
     """float16 autocast with a gradient scaler."""
-    seed: int = _setting(42, _SEED)
+    seed: int = setting(42, SEED)
     """Seed of dropout and, without ``data_seed``, of the order of the documents."""
-    data_seed: int | None = _setting(None, _optional(_SEED))
+    data_seed: int | None = setting(None, _optional(SEED))
     """Seed of the order of the documents; None: ``seed``."""
     packing: bool = True
     """Rows of ``max_length`` tokens filled with whole documents that do not see each other; False: one document a
     row."""
-    max_length: int | None = _setting(None, _ROW_TOKENS)
+    max_length: int | None = setting(None, _ROW_TOKENS)
     """Tokens in a row; None: the dataset's ``max_length``."""
-    activation_checkpointing: str | bool | None = _setting(None, _choice(*_CHECKPOINTING_MODES, None, True, False))
+    activation_checkpointing: str | bool | None = setting(None, _choice(*_CHECKPOINTING_MODES, None, True, False))
     """Activations that the backward recomputes to save memory: ``"none"``, ``"selective"`` (the feed-forward parts),
     ``"full"`` (whole decoder layers), ``"offload"`` (whole layers, whose inputs wait in host memory), or ``"auto"``:
     the fastest of these that fits the GPU."""
-    gradient_checkpointing: bool | None = _setting(None, _OPTIONAL_SWITCH)
+    gradient_checkpointing: bool | None = setting(None, _OPTIONAL_SWITCH)
     """transformers' switch for ``activation_checkpointing``: True means ``"full"``, False ``"none"``."""
-    compile: bool | None = _setting(None, _OPTIONAL_SWITCH)
+    compile: bool | None = setting(None, _OPTIONAL_SWITCH)
     """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: on a GPU the
     fused kernels where they can compute the model, else transformers' layers as they are."""
-    parallel: str | None = _setting("auto", _choice("auto", "ddp", "fsdp", None))
+    parallel: str | None = setting("auto", _choice("auto", "ddp", "fsdp", None))
     """Use of several processes (torchrun): ``"ddp"``, each with the whole base, ``"fsdp"``, the base divided among
     them, or ``"auto"`` (also None): as the model was loaded. One process is the same with each."""
-    logging_strategy: str = _setting("steps", _STRATEGY)
+    logging_strategy: str = setting("steps", _STRATEGY)
     """Times of a log line: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    logging_steps: float = _setting(10, _INTERVAL)
+    logging_steps: float = setting(10, _INTERVAL)
     """Steps between two log lines."""
     logging_first_step: bool = False
     """A log line after the first step, too."""
-    log_level: str = _setting("passive", _choice("passive", "detail", "debug", "info", "warning", "error", "critical"))
+    log_level: str = setting("passive", _choice("passive", "detail", "debug", "info", "warning", "error", "critical"))
     """Verbosity: ``"warning"`` silences the banner; ``"error"`` and ``"critical"`` also silence the findings of
     :func:`phi3lora.doctor` that a run starts with."""
-    disable_tqdm: bool | None = _setting(None, _OPTIONAL_SWITCH)
+    disable_tqdm: bool | None = setting(None, _OPTIONAL_SWITCH)
     """No progress bar."""
-    report_to: str | Sequence[str] = _setting("none", _TRACKERS)
+    report_to: str | Sequence[str] = setting("none", _TRACKERS)
     """Trackers: ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"mlflow"``, a list of them, ``"all"`` (those that are
     installed) or ``"none"`` (extra ``tracking``)."""
-    run_name: str | None = _setting(None, _NAME)
+    run_name: str | None = setting(None, _NAME)
     """Name of the run in the trackers; None: they choose one."""
-    project: str = _setting("phi3lora", ((lambda value: isinstance(value, str) and value != ""), "a name"))
+    project: str = setting("phi3lora", ((lambda value: isinstance(value, str) and value != ""), "a name"))
     """Project of the run in wandb (unless ``WANDB_PROJECT`` is set) and Trackio, and its experiment in MLflow."""
-    eval_strategy: str = _setting("no", _STRATEGY)
+    eval_strategy: str = setting("no", _STRATEGY)
     """Times of an evaluation: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    eval_steps: float | None = _setting(0.1, _optional(_INTERVAL))
+    eval_steps: float | None = setting(0.1, _optional(_INTERVAL))
     """Steps between two evaluations: by default a tenth of the run. None, or not given beside ``logging_steps``: as
     many as that."""
     predict_with_generate: bool = False
     """Answers of the model's own in each evaluation, scored by ROUGE (``eval_rouge1``, ``eval_rouge2``,
     ``eval_rougeL``). A ROUGE as ``metric_for_best_model`` and ``compute_metrics`` ask for answers, too."""
-    eval_max_samples: int | None = _setting(100, _optional(_COUNT))
+    eval_max_samples: int | None = setting(100, _optional(_COUNT))
     """Chats that an evaluation answers, from the first; None: all."""
-    eval_max_new_tokens: int = _setting(256, _COUNT)
+    eval_max_new_tokens: int = setting(256, _COUNT)
     """Longest such answer, in tokens."""
     eval_on_start: bool = False
     """An evaluation before the first step."""
-    save_strategy: str = _setting("steps", _STRATEGY)
+    save_strategy: str = setting("steps", _STRATEGY)
     """Times of a checkpoint: ``"no"``, every ``"steps"``, every ``"epoch"``."""
-    save_steps: float = _setting(500, _INTERVAL)
+    save_steps: float = setting(500, _INTERVAL)
     """Steps between two checkpoints."""
-    save_total_limit: int | None = _setting(None, _optional(_COUNT))
+    save_total_limit: int | None = setting(None, _optional(_COUNT))
     """Checkpoints kept, the best one always among them; None: all."""
     load_best_model_at_end: bool = False
     """Best adapter restored at the end; until then each new best one is saved."""
-    metric_for_best_model: str | None = _setting(None, _NAME)
+    metric_for_best_model: str | None = setting(None, _NAME)
     """Metric of the evaluation, with or without ``eval_``: ``loss``, ``perplexity``, ``token_accuracy``, ``rouge1``,
     ``rouge2``, ``rougeL``, or one that ``compute_metrics`` returns; None: ``loss``."""
-    greater_is_better: bool | None = _setting(None, _OPTIONAL_SWITCH)
+    greater_is_better: bool | None = setting(None, _OPTIONAL_SWITCH)
     """Direction of the metric; None: False for ``perplexity`` and names that end in ``loss``, True for the others."""
-    early_stopping_patience: int | None = _setting(None, _optional(_COUNT))
+    early_stopping_patience: int | None = setting(None, _optional(_COUNT))
     """Evaluations in a row without a better metric that end the run; None: no early stopping."""
-    early_stopping_threshold: float = _setting(0.0, _NOT_NEGATIVE)
+    early_stopping_threshold: float = setting(0.0, _NOT_NEGATIVE)
     """Smallest improvement of the metric that counts as better."""
     continue_on_save_error: bool = False
     """Permission to go on when a checkpoint cannot be written (a full disk); False: the error ends the run."""
-    resume_from_checkpoint: bool | str | None = _setting(False, _START)
+    resume_from_checkpoint: bool | str | None = setting(False, _START)
     """Start: False (a new run), a checkpoint's path, True (the newest good checkpoint, which must exist), ``"auto"``
     (the newest good one, or a new run)."""
     resume_with_changes: bool = False
@@ -432,7 +431,7 @@ class TrainingConfig(_Config):
             self.warmup_ratio = 0.0 if self.warmup_ratio is None else self.warmup_ratio
         if "logging_steps" in self.given and "eval_steps" not in self.given:
             self.eval_steps = None
-        self._check()
+        check_fields(self, "TrainingConfig: ", self._normalised)
         self.report_to = [name for name in self.report_to if name != "none"]
         if self.max_steps <= 0:
             allowed = f"at most {_MAX_EPOCHS:,}; set max_steps for a longer run"

@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config import LoraConfig, TrainingConfig
-from .errors import SEED_END, ConfigError, did_you_mean, is_int, is_number, require, short_repr
+from .config import LoraConfig, TrainingConfig, check_fields
+from .errors import ConfigError, did_you_mean, require, short_repr
 from .run_settings import (
     DEMO,
     SECTIONS,
@@ -118,33 +118,16 @@ def _resolve(run: Run, where: str) -> None:
     """Put values in the place of None, and check what the two dataclasses without rules hold."""
     is_demo = run.model.name_or_path == DEMO
     run.model.dtype = run.model.dtype or ("float32" if is_demo else "bfloat16")
-    if run.data.max_length is None:
-        run.data.max_length = _DEMO_MAX_LENGTH if is_demo else 2048
     data = run.data
-    for name, value, is_allowed, allowed in (
-        ("model.name_or_path", run.model.name_or_path, isinstance(run.model.name_or_path, str), "a name"),
-        ("data.source", data.source, _names_sources(data.source), "a name, a path, or a list of them"),
-        ("data.eval_source", data.eval_source, _names_sources(data.eval_source), "a name, a path, or a list of them"),
-        ("data.eval_share", data.eval_share, is_number(data.eval_share) and 0 <= data.eval_share < 1, "0 <= x < 1"),
-        ("data.max_length", data.max_length, is_int(data.max_length, 2), "a whole number >= 2"),
-        ("data.split_seed", data.split_seed, is_int(data.split_seed, 0, SEED_END), "a whole number >= 0, below 2**63"),
-        ("data.streaming", data.streaming, isinstance(data.streaming, bool), "True, False"),
-        ("out", run.out, run.out is None or isinstance(run.out, str), "a path"),
-    ):
-        require(is_allowed, f"{where}{name}", value, allowed, ConfigError)
+    if data.max_length is None:
+        data.max_length = _DEMO_MAX_LENGTH if is_demo else 2048
+    check_fields(run.model, f"{where}model.")
+    check_fields(data, f"{where}data.")
+    require(run.out is None or isinstance(run.out, str), f"{where}out", run.out, "a path", ConfigError)
     if data.eval_source and data.eval_share:
         raise ConfigError(f"{where}eval_source and eval_share={data.eval_share:g} exclude each other; give one of them")
     if data.streaming and data.eval_share:
         raise ConfigError(f"{where}a stream cannot be split: name held-out data (eval_source) in place of eval_share")
-
-
-def _names_sources(value: Any) -> bool:
-    return value is None or all(isinstance(item, str) and item for item in as_list(value))
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return a name, or a list of names, as a list."""
-    return list(value) if isinstance(value, list) else [value]
 
 
 # --- Reading the file

@@ -15,22 +15,32 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED
-from .config import LoraConfig, TrainingConfig
-from .errors import ConfigError, did_you_mean, require, short_repr
+from .config import SEED, SHARE, LoraConfig, Rule, TrainingConfig, setting
+from .errors import ConfigError, did_you_mean, is_int, require, short_repr
 
 DEMO = "demo"
 """Name that stands for the embedded model, and for its data."""
+_LENGTH: Rule = (lambda value: value is None or is_int(value, 2)), "a whole number >= 2"
+_SOURCES: Rule = (
+    lambda value: value is None or all(isinstance(item, str) and item for item in as_list(value)),
+    "a name, a path, or a list of them",
+)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a name, or a list of names, as a list."""
+    return list(value) if isinstance(value, list) else [value]
 
 
 @dataclass
 class ModelSettings:
     """The model of a run: arguments of ``load_model``, and the adapter to go on from."""
 
-    name_or_path: str = "microsoft/Phi-3-mini-4k-instruct"
+    name_or_path: str = setting("microsoft/Phi-3-mini-4k-instruct", (lambda value: isinstance(value, str), "a name"))
     """Hub name or folder of the model; ``demo``: the tiny model that comes with the package."""
     dtype: str | None = None
     """``bfloat16``, ``float16``, ``float32`` or ``auto``; None: ``bfloat16``, and ``float32`` for ``demo``."""
@@ -47,13 +57,13 @@ class ModelSettings:
 class DataSettings:
     """The data of a run: arguments of ``ChatDataset.load``, and what is held out."""
 
-    source: str | Sequence[str] | None = field(default=None, metadata={"commas": False})
+    source: str | Sequence[str] | None = setting(None, _SOURCES, commas=False)
     """Files, folders, patterns or hub datasets, which are joined; ``demo``: the embedded chats."""
-    eval_source: str | Sequence[str] | None = field(default=None, metadata={"commas": False})
+    eval_source: str | Sequence[str] | None = setting(None, _SOURCES, commas=False)
     """Held-out data of its own, like ``source``; evaluated every epoch unless ``eval_strategy`` says otherwise."""
-    eval_share: float = 0.0
+    eval_share: float = setting(0.0, SHARE)
     """Share of the rows to hold out, 0 to 1, where there is no ``eval_source``."""
-    split_seed: int = 0
+    split_seed: int = setting(0, SEED)
     """Seed of the choice of the rows that ``eval_share`` holds out."""
     split: str = "train"
     """Split of the source or part of one: ``train[:10%]``, ``train+test``."""
@@ -69,7 +79,7 @@ class DataSettings:
     """Our column names and yours: ``prompt=question``."""
     train_on: str = "assistant"
     """Tokens to train: ``assistant`` turns, the ``last`` one, or ``all``."""
-    max_length: int | None = None
+    max_length: int | None = setting(None, _LENGTH)
     """Tokens of the longest document and of a packed row; None: 2048, and 256 for ``demo``."""
     overflow: str = "truncate"
     """Handling of a longer document: ``truncate``, ``split`` or ``error``."""

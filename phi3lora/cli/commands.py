@@ -38,8 +38,8 @@ from ..lora.base_weight import require_bitsandbytes
 from ..lora.inject import inject_lora
 from ..model.load import check_load_settings, load_model, load_tokenizer
 from ..processes import rank_and_size
-from ..run_file import Run, as_list, read_run
-from ..run_settings import DEMO, DataSettings
+from ..run_file import Run, read_run
+from ..run_settings import DEMO, DataSettings, as_list
 from ..training.checkpoint import find_checkpoint, newest_good_checkpoint
 from ..training.loop import run_training
 from ..training.output_folder import check_output_dir, record_path
