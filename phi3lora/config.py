@@ -122,7 +122,7 @@ _LAYER_LISTS: Rule = _optional((_are_regexes, "a name, a regular expression, or 
 _RATIO: Rule = _optional((lambda value: is_number(value) and value >= 1, "a number >= 1"))
 _ARGUMENTS: Rule = _optional((lambda value: isinstance(value, Mapping), "a dict of the schedule's arguments"))
 _ROW_TOKENS: Rule = _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole"))
-_CHECKPOINTING_MODES = ("none", "selective", "full", "offload", "auto")
+_CHECKPOINTING = _choice("none", "selective", "full", "offload", "auto", None, True, False)
 _OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
 )  # fmt: skip
@@ -130,9 +130,10 @@ _SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
-_TRACKERS: Rule = (
-    lambda value: all(name in ("none", "all", "tensorboard", "wandb", "trackio", "mlflow") for name in value),
-    "'none', 'all', 'tensorboard', 'wandb', 'trackio', 'mlflow', or a list of them",
+_TRACKERS = ("none", "all", "tensorboard", "wandb", "trackio", "mlflow")
+_REPORT_TO: Rule = (
+    lambda value: all(name in _TRACKERS for name in value),
+    f"{', '.join(map(repr, _TRACKERS))}, or a list of them",
 )
 _START: Rule = (
     lambda value: value is None or isinstance(value, bool) or is_path(value),
@@ -355,7 +356,7 @@ class TrainingConfig(_Config):
     row."""
     max_length: int | None = setting(None, _ROW_TOKENS)
     """Tokens in a row; None: the dataset's ``max_length``."""
-    activation_checkpointing: str | bool | None = setting(None, _choice(*_CHECKPOINTING_MODES, None, True, False))
+    activation_checkpointing: str | bool | None = setting(None, _CHECKPOINTING)
     """Activations that the backward recomputes to save memory: ``"none"``, ``"selective"`` (the feed-forward parts),
     ``"full"`` (whole decoder layers), ``"offload"`` (whole layers, whose inputs wait in host memory), or ``"auto"``:
     the fastest of these that fits the GPU."""
@@ -378,7 +379,7 @@ class TrainingConfig(_Config):
     :func:`phi3lora.doctor` that a run starts with."""
     disable_tqdm: bool | None = setting(None, _OPTIONAL_SWITCH)
     """No progress bar."""
-    report_to: str | Sequence[str] = setting("none", _TRACKERS)
+    report_to: str | Sequence[str] = setting("none", _REPORT_TO)
     """Trackers: ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"mlflow"``, a list of them, ``"all"`` (those that are
     installed) or ``"none"`` (extra ``tracking``)."""
     run_name: str | None = setting(None, _NAME)
