@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ..display import Pieces
-from ..lora.base_weight import base_format, reason_against_fp8
+from ..lora.base_weight import base_format, count_trainable, reason_against_fp8
 from ..lora.inject import lora_layers
 from ..model.estimate import GIB, MemoryPlan, cache_bytes_per_token, flops_per_token, mean_context_tokens
 from ..model.load import model_device
@@ -148,10 +148,9 @@ def check_disk(planned: PlannedRun) -> Finding:
 
 def checkpoint_bytes(planned: PlannedRun) -> int:
     """Predict a checkpoint's size: adapters, optimizer state, names and headers of 1 or 2 KiB a tensor, generators."""
-    trained = [p for p in planned.model.parameters() if p.requires_grad]
-    numbers = sum(p.numel() for p in trained)
     state = optimizer_bytes(planned.config.optim)
-    return int(numbers * (4 + state) + (2048 if state else 512) * len(trained) + 32 * 1024)
+    each = 2048 if state else 512
+    return int(count_trainable(planned.model) * (4 + state) + each * len(planned.trained) + 32 * 1024)
 
 
 def checkpoints_at_once(planned: PlannedRun) -> int:

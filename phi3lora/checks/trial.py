@@ -77,7 +77,7 @@ def run_trial(planned: PlannedRun) -> Trial:
     unmoved: list[list[str]] = []
     seconds = math.inf
     precision = resolve_precision(planned.config, model, model_device(model))  # with its own gradient scaler
-    with _copied_adapters(model) as trained, torch.enable_grad():
+    with _copied_adapters(planned) as trained, torch.enable_grad():
         optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
         step = OptimizerStep(model, optimizer, precision, planned.config.max_grad_norm)
         is_slow = planned.backend.kind == "compiled"  # compiling takes longer than two steps
@@ -142,14 +142,13 @@ def _unmoved_parts(model: nn.Module, before: dict[str, Tensor], first_step: bool
 
 
 @contextmanager
-def _copied_adapters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+def _copied_adapters(planned: PlannedRun) -> Iterator[list[nn.Parameter]]:
     """Give what trains copies of its values inside the block; restore its own tensors and gradients afterwards."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    originals = [(p, p.data, p.grad) for p in trained]
+    originals = [(p, p.data, p.grad) for p in planned.trained.values()]
     try:
         for parameter, values, _ in originals:
             parameter.data, parameter.grad = values.clone(), None
-        yield trained
+        yield [parameter for parameter, _, _ in originals]
     finally:
         for parameter, values, gradient in originals:
             parameter.data, parameter.grad = values, gradient

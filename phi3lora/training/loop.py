@@ -224,12 +224,9 @@ class _Run:
         facts["precision"], facts["device"] = planned.precision.name, model_device(self.model).type
         facts["eval_dataset"] = None if planned.eval_dataset is None else planned.eval_dataset.fingerprint()
         facts["compute_metrics"] = "given" if planned.compute_metrics is not None else None
-        facts["trainable parameters"] = [(name, tuple(p.shape)) for name, p in self._trained().items()]
+        facts["trainable parameters"] = [(name, tuple(p.shape)) for name, p in self.planned.trained.items()]
         self.world.require_equal(facts, "the processes do not train the same run")
-        self.world.copy_from_main_(list(self._trained().values()))
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.world.copy_from_main_(list(self.planned.trained.values()))
 
     def _recall_evaluations(self, resumed_from: Path) -> None:
         """Restore the last evaluation and the best checkpoint, unless they were measured on something else."""
@@ -394,7 +391,7 @@ class _Run:
     def _require_one_adapter(self) -> None:
         """Refuse to save adapters that have come apart: a process would go on from what it had not trained."""
         if self.world.size > 1:
-            facts = {"SHA-256 of the adapters": digest(self._trained())}
+            facts = {"SHA-256 of the adapters": digest(self.planned.trained)}
             self.world.require_equal(facts, f"the adapters are no longer the same at step {self.state.global_step}")
 
     def finish(self) -> None:
@@ -418,7 +415,7 @@ class _Run:
             elif self.world.from_main(best.is_dir):
                 path = best / "lora.safetensors"
                 self.world.on_main(lambda: load_adapter_state(self.model, read_adapter(path)[0], str(path)))
-                self.world.copy_from_main_(list(self._trained().values()))
+                self.world.copy_from_main_(list(self.planned.trained.values()))
                 metric = f"{config.metric_for_best_model or 'loss'} {state.best_checkpoint_metric:.4g}"
                 self.report.print(f"loaded the adapters of {state.best_checkpoint} (best {metric})")
             else:

@@ -65,6 +65,11 @@ class PlannedRun:
         self.world = World.current()
         """The processes that train together."""
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Parameters that train, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
     @cached_property
     def precision(self) -> Precision:
         """Dtype of the forward."""
@@ -189,9 +194,8 @@ def check_run(run: PlannedRun) -> None:
         )
     require_causal_lm(model)
     adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    others = [name for name, p in trainable.items() if id(p) not in adapters and not name.endswith("bias")]
-    if others or not trainable:
+    others = [name for name, p in run.trained.items() if id(p) not in adapters and not name.endswith("bias")]
+    if others or not run.trained:
         raise TrainingError(
             f"only adapters may be trainable, but {', '.join(others[:3]) or 'nothing'} is; "
             f"inject_lora freezes the rest, or call mark_only_lora_as_trainable(model)"
@@ -202,7 +206,7 @@ def check_run(run: PlannedRun) -> None:
             f"{frozen_for_good} was made inside torch.inference_mode(), so that no gradient can pass through it; load "
             f"the model outside of it"
         )
-    for name, parameter in trainable.items():
+    for name, parameter in run.trained.items():
         if id(parameter) in adapters and parameter.dtype.itemsize < 4:
             raise TrainingError(
                 f"{name} is {parameter.dtype}; adapters train in float32. Cast the base model before inject_lora, "
