@@ -106,7 +106,7 @@ class _HostInput:
     def __init__(self, x: Tensor, stream: Any, previous: weakref.ref[_HostInput] | None) -> None:
         self.stream, self.device, self.previous = stream, x.device, previous
         self.copy: tuple[Tensor, Any] | None = None
-        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self.host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
         if not x.is_cuda:
             self.host.copy_(x)
             return

@@ -55,6 +55,13 @@ def test_recomputing_gives_the_same_loss_and_gradients(adapted, mode, mlps, qkvs
 # --- Inputs on the host
 
 
+def test_inputs_go_to_the_host_whatever_torch_s_default_device_is(adapted):
+    expected = one_step(adapted, "offload")[1]
+    with torch.device("meta"):
+        found = one_step(adapted, "offload")[1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def three_layers(through) -> tuple[torch.Tensor, nn.Linear]:
     torch.manual_seed(0)
     layer, h = nn.Linear(4, 4), torch.randn(3, 4)
