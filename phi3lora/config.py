@@ -13,23 +13,17 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from typing import Any
 
 from .compat import IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, accept_foreign_arguments, field_names
 from .display import html_facts, html_folded, one_line, text_facts
-from .errors import SEED_END, ConfigError, is_int, is_number, is_path, require
+from .errors import SEED_END, ConfigError, is_int, is_number, is_path, plain_value, require
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained, as in torch and transformers. Supervised tokens have any other label."""
 
 
 # --- Values
-
-
-def _plain(value: Any) -> Any:
-    """Return the text of an enum's member (transformers has enums for its choices), or any other value as it is."""
-    return str(value.value) if isinstance(value, Enum) and isinstance(value.value, str) else value
 
 
 def _names(value: Any) -> list[Any]:
@@ -152,7 +146,7 @@ def check_fields(settings: Any, where: str, normalised: Callable[[str, Any], Any
     """Give each field of a dataclass its normalised value, or raise if its rule does not allow it."""
     for item in fields(settings):
         given = getattr(settings, item.name)
-        value = normalised(item.name, _plain(given))
+        value = normalised(item.name, plain_value(given))
         rule = item.metadata.get("rule") or (_SWITCH if item.type == "bool" else None)
         if rule is not None:
             require(rule[0](value), f"{where}{item.name}", given, rule[1], ConfigError)

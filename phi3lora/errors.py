@@ -11,7 +11,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -90,6 +91,24 @@ def error_line(error: BaseException) -> str:
     return text if isinstance(error, (Phi3LoRAError, OSError)) else f"{type(error).__name__}: {text}"
 
 
+def plain_value(value: Any) -> Any:
+    """Return a value in Python's own types, inside lists and dicts too.
+
+    Numbers, arrays and tensors of NumPy and torch become numbers and lists, and a member of an enum its value::
+
+        np.int64(8) -> 8    torch.tensor(0.5) -> 0.5    np.arange(2) -> [0, 1]    SchedulerType.COSINE -> "cosine"
+    """
+    if isinstance(value, Enum):
+        return plain_value(value.value)
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {plain_value(key): plain_value(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain_value(item) for item in value)
+    return value
+
+
 def is_number(value: object) -> bool:
     """Return whether a value is a finite int or float; a bool is not a number, nor is an int beyond every float."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -111,11 +130,12 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def is_path(value: object) -> bool:
-    """Return whether a value is a path that a file system can look up."""
+    """Return whether a value is a path that a file system can look up; an empty text is none."""
     if not isinstance(value, (str, os.PathLike)):
         return False
     name = os.fspath(value)
-    return "\0" not in name and all(len(os.fsencode(part)) <= _MAX_NAME_BYTES for part in name.split("/"))
+    are_short = all(len(os.fsencode(part)) <= _MAX_NAME_BYTES for part in name.split("/"))
+    return name != "" and "\0" not in name and are_short
 
 
 def as_path(value: Any, what: str, error: type[Phi3LoRAError]) -> Path:

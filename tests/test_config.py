@@ -8,8 +8,11 @@ import dataclasses
 import enum
 import json
 import pathlib
+from types import MappingProxyType
 
+import numpy as np
 import pytest
+import torch
 import transformers
 
 from phi3lora.compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, INSTEAD, UNSUPPORTED
@@ -376,6 +379,53 @@ def test_enums_paths_and_sets_become_plain_values():
         assert TrainingConfig(report_to=no_tracker).report_to == []
     assert LoraConfig(target_modules={"v_proj", "k_proj", "q_proj"}).target_modules == ["k_proj", "q_proj", "v_proj"]
     assert LoraConfig(target_modules=("v_proj", "k_proj")).target_modules == ["v_proj", "k_proj"]
+
+
+class Kind(enum.Enum):
+    EIGHT = 8
+    HALF = 0.5
+
+
+PLAIN = [
+    (LoraConfig, "r", 8, [np.int64(8), np.uint8(8), np.array(8), torch.tensor(8), Kind.EIGHT]),
+    (LoraConfig, "lora_alpha", 8, [np.int64(8), np.float32(8), torch.tensor(8.0)]),
+    (LoraConfig, "lora_dropout", 0.5, [np.float64(0.5), np.float16(0.5), torch.tensor(0.5), Kind.HALF]),
+    (LoraConfig, "use_rslora", True, [np.bool_(True), torch.tensor(True)]),
+    (LoraConfig, "target_modules", ["o_proj"], [np.array(["o_proj"]), [np.str_("o_proj")]]),
+    (LoraConfig, "layers_to_transform", [0, 1], [np.arange(2), torch.arange(2), [np.int64(0), np.int64(1)], range(2)]),
+    (LoraConfig, "rank_pattern", {"o_proj": 8}, [{np.str_("o_proj"): np.int64(8)}, MappingProxyType({"o_proj": 8})]),
+    (LoraConfig, "segments", {"qkv": [8, 4]}, [{"qkv": np.array([8, 4])}, {"qkv": (np.int64(8), 4)}]),
+    (TrainingConfig, "learning_rate", 0.5, [np.float32(0.5), np.float64(0.5), torch.tensor(0.5)]),
+    (TrainingConfig, "max_steps", 8, [np.int64(8), torch.tensor(8)]),
+    (TrainingConfig, "seed", 8, [np.int64(8), np.uint64(8)]),
+    (TrainingConfig, "compile", False, [np.bool_(False), torch.tensor(False)]),
+    (TrainingConfig, "packing", False, [np.bool_(False)]),
+    (TrainingConfig, "output_dir", "a", [np.str_("a"), pathlib.Path("a")]),
+    (TrainingConfig, "lr_scheduler_kwargs", {"num_cycles": 0.5}, [{"num_cycles": np.float32(0.5)}]),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "plain", "others"), PLAIN, ids=[case[1] for case in PLAIN])
+def test_values_of_numpy_and_torch_are_the_numbers_that_they_hold(cls, name, plain, others):
+    expected = cls(**{name: plain})
+    for value in others:
+        config = cls(**{name: value})
+        assert config == expected, value
+        assert json.loads(json.dumps(config.to_dict())) == expected.to_dict()
+        assert type(getattr(config, name)) in (type(plain), float)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (LoraConfig, "r", np.float64(8.5)), (LoraConfig, "r", np.bool_(True)), (LoraConfig, "r", np.array([8, 8])),
+        (LoraConfig, "use_rslora", np.int64(1)), (LoraConfig, "lora_alpha", np.float32("nan")),
+        (TrainingConfig, "seed", np.int64(-1)), (TrainingConfig, "packing", torch.tensor(1)),
+        (TrainingConfig, "output_dir", ""), (TrainingConfig, "resume_from_checkpoint", ""),
+    ],
+)  # fmt: skip
+def test_a_value_of_numpy_or_torch_keeps_the_bounds_of_its_field(cls, name, value):
+    assert f"{name}=" in refusal(cls, **{name: value})
 
 
 def test_the_first_fields_may_be_given_by_position():

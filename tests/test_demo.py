@@ -65,3 +65,10 @@ def test_the_demo_ends_with_the_line_that_lets_one_talk_to_it(tmp_path, monkeypa
     assert words[-5:] == ["chat", "--model", "demo", "--adapter", "runs/d/seed-3/adapter.safetensors"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n"))
     assert main(words[-5:]) == 0
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**64)])
+def test_a_seed_that_is_none_is_refused_before_a_tuning_begins(monkeypatch, capsys, seed):
+    monkeypatch.setattr(show, "_tune", lambda *_, **__: pytest.fail("a tuning began"))
+    assert main(["demo", "--seeds", "0", seed]) == 1
+    assert f"seed={seed}; allowed: a whole number >= 0, below 2**63" in capsys.readouterr().err

@@ -39,8 +39,9 @@ import numpy as np
 import torch
 
 from ..config import IGNORE_INDEX, TrainingConfig
-from ..errors import CheckpointError, DataError
+from ..errors import SEED_END, CheckpointError, DataError, is_int, plain_value
 from .dataset import ChatDataset, ChatStream
+from .document_set import check_argument
 from .prefetch import Share, pinned, prefetched
 
 logger = logging.getLogger("phi3lora")
@@ -88,9 +89,11 @@ def batches(
     first = dataset.first_window
     if len(first) == 0:
         raise DataError("the dataset is empty: it has no documents")
-    if batch_size < 1:
-        raise DataError(f"batch_size={batch_size!r}; allowed: a whole number >= 1")
     row_length = dataset.max_length if max_length is None else max_length
+    batch_size, row_length, seed, epoch = plain_value((batch_size, row_length, seed, epoch))
+    for name, value, least in (("batch_size", batch_size, 1), ("max_length", row_length, 1), ("epoch", epoch, 0)):
+        check_argument(is_int(value, least), name, value, f"a whole number >= {least}")
+    check_argument(is_int(seed, 0, SEED_END), "seed", seed, "a whole number >= 0, below 2**63")
     plan = BatchPlan(first, batch_size, row_length, packing, shuffle, seed, boundary)
     plan.check_lengths()  # now, not when the first batch is asked for
     plans = ((dataclasses.replace(plan, dataset=window), n) for n, window in dataset.windows(endless=False))

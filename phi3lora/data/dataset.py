@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..errors import SEED_END, DataError, is_int
+from ..errors import SEED_END, DataError, is_int, plain_value
 from .document_set import DocumentSet, check_argument, joined
 from .documents import RowTokenizer
 from .formats import check_columns, known_format
@@ -97,6 +97,7 @@ class ChatDataset(DocumentSet):
             >>> len(chats), chats.format
             (1, 'prompt_completion')
         """
+        max_length, buffer_size = plain_value((max_length, buffer_size))
         check_argument(is_int(max_length, 2), "max_length", max_length, "a whole number >= 2")
         is_known = overflow in ("truncate", "split", "error")
         check_argument(is_known, "overflow", overflow, "'truncate', 'split', 'error'")
@@ -161,7 +162,8 @@ class ChatDataset(DocumentSet):
             DataError: a weight that is not positive, sources of different tokenizers, what :meth:`load` raises.
         """
         given, shares = weighted_sources(weights)
-        check_argument(is_int(seed, 0, SEED_END), "seed", seed, f"a whole number from 0 to {SEED_END - 1}")
+        seed = plain_value(seed)
+        check_argument(is_int(seed, 0, SEED_END), "seed", seed, "a whole number >= 0, below 2**63")
         is_known = stopping_strategy in STRATEGIES
         check_argument(is_known, "stopping_strategy", stopping_strategy, ", ".join(map(repr, STRATEGIES)))
         if tokenizer is None and not all(isinstance(source, (ChatDataset, ChatStream)) for source in given):

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..config import IGNORE_INDEX
 from ..display import terminal_columns, wrap
-from ..errors import DataError, short_repr
+from ..errors import SEED_END, DataError, is_int, plain_value, short_repr
 from .document_text import DocumentText, dataset_html, dataset_repr, dataset_summary, document_text
 from .findings import Findings
 from .prefetch import Share
@@ -161,6 +161,8 @@ class DocumentSet:
         Documents made of one long row (``overflow="split"``), or of a row that a mix repeats, stay together, so no
         row is in both sets. Rows of different sources are different rows, whatever their numbers.
         """
+        fraction, seed = plain_value((fraction, seed))
+        check_argument(is_int(seed, 0, SEED_END), "seed", seed, "a whole number >= 0, below 2**63")
         check_argument(isinstance(fraction, float) and 0 < fraction < 1, "fraction", fraction, "0 < fraction < 1")
         keys = (self._sources * 2**40 + self._rows)[self._index]  # one for each row of each source
         rows = np.unique(keys)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import DataError, is_number, short_repr
+from ..errors import DataError, is_number, plain_value, short_repr
 
 T = TypeVar("T")
 STRATEGIES = ("first_exhausted", "all_exhausted")
@@ -30,6 +30,7 @@ def weighted_sources(weights: Mapping[Any, float] | Iterable[tuple[Any, float]])
     pairs = list(weights.items() if isinstance(weights, Mapping) else weights) if _is_iterable(weights) else []
     if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise DataError(f"a mix of {short_repr(weights, 100)}; allowed: {{source: weight}} or (source, weight) pairs")
+    pairs = [(source, plain_value(weight)) for source, weight in pairs]
     for source, weight in pairs:
         if not is_number(weight) or weight <= 0:
             what = f"the weight of {short_repr(source, 100)} is {short_repr(weight, 60)}"

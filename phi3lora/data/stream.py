@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ..display import Html, html, one_line, terminal_columns, wrap
-from ..errors import DataError, is_int
+from ..errors import DataError, is_int, plain_value
 from .document_set import Documents, DocumentSet, check_argument, joined
 from .documents import NoDocumentsError, RowTokenizer
 from .prefetch import NotWanted, Share
@@ -158,12 +158,14 @@ class RowStream(Generic[Documents]):
 
     def take(self, rows: int) -> Documents:
         """Return the documents of the first ``rows`` rows, in memory: to evaluate on."""
+        rows = plain_value(rows)
         check_argument(is_int(rows, 1), "rows", rows, "a whole number >= 1")
         stream, bads = self._open()
         return self._documents(list(islice(stream, rows)), bads)
 
     def skip(self: Stream, rows: int) -> Stream:
         """Return the stream without its first ``rows`` rows."""
+        rows = plain_value(rows)
         check_argument(is_int(rows, 1), "rows", rows, "a whole number >= 1")
         rest = copy.copy(self)
         rest.origin = None
@@ -219,10 +221,12 @@ class RowStream(Generic[Documents]):
 
     def _rows(self, bads: Sequence[BadRows]) -> Iterator[StreamRow]:
         rows = self._all_rows(bads)
-        skipped = sum(1 for _ in islice(rows, self._skipped_rows))
-        if skipped < self._skipped_rows:
+        if not self._skipped_rows:
+            return rows
+        skipped, first = sum(1 for _ in islice(rows, self._skipped_rows)), list(islice(rows, 1))
+        if not first:
             raise DataError(f"skip({self._skipped_rows:,}) leaves nothing of a stream of {skipped:,} rows")
-        return rows
+        return itertools.chain(first, rows)
 
     def _all_rows(self, bads: Sequence[BadRows]) -> Iterator[StreamRow]:
         for at, (part, bad) in enumerate(zip(self._parts, bads, strict=True)):

@@ -28,7 +28,7 @@ from ..data.batches import batches
 from ..data.dataset import ChatDataset, ChatStream
 from ..data.template import ChatEncoder
 from ..display import flat, html_table, one_line, text_facts
-from ..errors import DataError, Phi3LoRAError, install_hint, is_int, is_number, short_repr
+from ..errors import DataError, Phi3LoRAError, install_hint, is_int, is_number, plain_value, short_repr
 from ..lora.wrappers import unwrap
 from ..model.backend import PLAIN, use_backend
 from ..model.forward import eval_mode, output_head, require_causal_lm, supervised_hidden_states
@@ -95,6 +95,9 @@ def evaluate(
         >>> sorted(p3.evaluate(model, chats))
         ['loss', 'n_tokens', 'perplexity', 'token_accuracy']
     """
+    batch_size, max_length, max_new_tokens, max_samples = plain_value(
+        (batch_size, max_length, max_new_tokens, max_samples)
+    )
     _check_number("batch_size", batch_size, 2**63)
     if max_length is not None:
         _check_number("max_length", max_length, 2**24 + 1)

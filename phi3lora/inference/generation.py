@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..data.turns import read_turns
-from ..errors import DataError, is_int, require
+from ..errors import DataError, is_int, plain_value, require
 from ..lora.wrappers import unwrap
 from ..model.forward import eval_mode, require_causal_lm
 from ..model.load import longrope_boundary
@@ -81,6 +81,9 @@ def generate(
     chats, is_list = _as_chats(prompt, system)
     if stream and len(chats) > 1:
         raise DataError(f"stream=True with {len(chats)} prompts; allowed: one")
+    temperature, top_p, top_k, repetition_penalty, seed = plain_value(
+        (temperature, top_p, top_k, repetition_penalty, seed)
+    )
     _check_sampling(temperature, top_p, top_k, repetition_penalty, seed)
     encoder = ChatEncoder(tokenizer)
     prompts = [_prompt_ids(encoder, chat, tools, i) for i, chat in enumerate(chats, 1)]
@@ -117,6 +120,7 @@ def generate_answers(
     stream: bool = False,
 ) -> list[str]:
     """Return the answer to each prompt of token ids; ``stream`` also prints that of the only one."""
+    max_new_tokens, batch_size = plain_value((max_new_tokens, batch_size))
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         require(is_int(value, 1), name, value, "a whole number >= 1", DataError)
     model = unwrap(model)

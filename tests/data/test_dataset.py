@@ -1,13 +1,16 @@
 """``ChatDataset``: what happens to long documents, and what the set says about itself."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import chat_rows, make_tokenizer, token_documents
+import torch
+from conftest import chat_dataset, chat_rows, make_tokenizer, token_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import phi3lora as p3
 from phi3lora.config import IGNORE_INDEX
 from phi3lora.data.dataset import ChatDataset
 from phi3lora.errors import DataError
@@ -256,3 +259,40 @@ def test_a_dataset_and_its_splits_know_the_special_tokens():
     held_out = ChatDataset.load(chat_rows(4), unpadded, max_length=99).split(0.5)[1]
     assert held_out.pad_token_id == unpadded.eos_token_id
     assert (held_out.max_length, held_out.end_of_turn_id) == (99, dataset.end_of_turn_id)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, None, True, 1.5, "1", np.int64(-1)], ids=repr)
+def test_a_seed_that_is_none_is_refused_by_name_everywhere(seed):
+    chats = chat_dataset()
+    uses = [
+        lambda: chats.split(0.5, seed=seed),
+        lambda: p3.batches(chats, seed=seed),
+        lambda: p3.ChatDataset.mix([(chats, 1), (chats, 1)], seed=seed),
+    ]
+    for use in uses:
+        with pytest.raises(DataError, match=r"seed=.*; allowed: a whole number >= 0, below 2\*\*63"):
+            use()
+
+
+def test_numbers_of_numpy_are_numbers():
+    chats = chat_dataset()
+    for seed in (3, 2**32, 2**63 - 1):
+        expected = [part.fingerprint() for part in chats.split(0.5, seed=seed)]
+        assert [part.fingerprint() for part in chats.split(np.float32(0.5), seed=np.int64(seed))] == expected
+    origin = chats.split(np.float64(0.5), seed=np.int64(3))[1].origin
+    assert origin is None or json.dumps(origin)
+    same = load(chat_rows(), np.int64(64))
+    assert same.fingerprint() == chats.fingerprint() and type(same.max_length) is int
+    first, second = (
+        next(p3.batches(chats, batch_size=kind(2), max_length=kind(80), seed=kind(1), epoch=kind(1)))
+        for kind in (int, np.int64)
+    )
+    assert torch.equal(first["input_ids"], second["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"batch_size": 1.5}, {"max_length": 0}, {"epoch": -1}, {"epoch": None}], ids=str
+)
+def test_a_wrong_argument_of_batches_is_refused_by_name(options):
+    with pytest.raises(DataError, match=f"{next(iter(options))}=.*; allowed: a whole number"):
+        p3.batches(chat_dataset(), **options)
