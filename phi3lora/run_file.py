@@ -29,6 +29,7 @@ from .run_settings import (
     Quoted,
     field_names,
     find_setting,
+    is_name,
     read_value,
 )
 
@@ -84,7 +85,7 @@ def read_run(path: str | None, options: Sequence[tuple[str, Any]] = (), out: str
         run = Run(ModelSettings(**model), DataSettings(**data), LoraConfig(**lora), TrainingConfig(**training))
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
-    run.out, run.given, run.file = out or content.get("out"), sections, path
+    run.out, run.given, run.file = content.get("out") if out is None else out, sections, path
     _resolve(run, where)
     return run
 
@@ -123,7 +124,7 @@ def _resolve(run: Run, where: str) -> None:
         data.max_length = _DEMO_MAX_LENGTH if is_demo else 2048
     check_fields(run.model, f"{where}model.")
     check_fields(data, f"{where}data.")
-    require(run.out is None or isinstance(run.out, str), f"{where}out", run.out, "a path", ConfigError)
+    require(run.out is None or is_name(run.out), f"{where}out", run.out, "a path", ConfigError)
     if data.eval_source and data.eval_share:
         raise ConfigError(f"{where}eval_source and eval_share={data.eval_share:g} exclude each other; give one of them")
     if data.streaming and data.eval_share:

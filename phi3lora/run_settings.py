@@ -26,9 +26,14 @@ DEMO = "demo"
 """Name that stands for the embedded model, and for its data."""
 _LENGTH: Rule = (lambda value: value is None or is_int(value, 2)), "a whole number >= 2"
 _SOURCES: Rule = (
-    lambda value: value is None or all(isinstance(item, str) and item for item in as_list(value)),
+    lambda value: value is None or all(map(is_name, as_list(value))),
     "a name, a path, or a list of them",
 )
+
+
+def is_name(value: Any) -> bool:
+    """Return whether a value is a text that is not empty."""
+    return isinstance(value, str) and value != ""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -40,7 +45,7 @@ def as_list(value: Any) -> list[Any]:
 class ModelSettings:
     """The model of a run: arguments of ``load_model``, and the adapter to go on from."""
 
-    name_or_path: str = setting("microsoft/Phi-3-mini-4k-instruct", (lambda value: isinstance(value, str), "a name"))
+    name_or_path: str = setting("microsoft/Phi-3-mini-4k-instruct", (is_name, "a name"))
     """Hub name or folder of the model; ``demo``: the tiny model that comes with the package."""
     dtype: str | None = None
     """``bfloat16``, ``float16``, ``float32`` or ``auto``; None: ``bfloat16``, and ``float32`` for ``demo``."""
@@ -49,7 +54,7 @@ class ModelSettings:
     ``dtype``."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    adapter: str | None = None
+    adapter: str | None = setting(None, (lambda value: value is None or is_name(value), "a path"))
     """Adapter to load, and for a run to go on from: a file, a checkpoint, a run's folder or a PEFT folder."""
 
 
@@ -202,11 +207,14 @@ def kinds_of(setting: dataclasses.Field[Any]) -> frozenset[str]:
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NUMBER = re.compile(r"[-+]?(\d(_?\d)*(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.I | re.ASCII)
+_PATHS = ("name_or_path", "adapter", "source", "eval_source", "output_dir", "resume_from_checkpoint")
 _NAMES_WITH_COMMAS = re.compile(r"[\w./\s-]*(,[\w./\s-]*)+")  # a regular expression may hold a comma, too: \d{1,2}
 
 
 def _read_text(raw: str, setting: dataclasses.Field[Any]) -> Any:
     kinds, text = kinds_of(setting), str(raw)
+    if text == "" and setting.name in _PATHS:
+        return text  # of an unset variable of the shell: for the field's own check to refuse
     if "None" in kinds and (text in ("", "~", "null", "None") or (text == "none" and "bool" not in kinds)):
         return None
     if "bool" in kinds:

@@ -523,6 +523,32 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1():
         assert run_buffered(["--version"], stdout=full, stderr=full).returncode == 1
 
 
+EMPTY = [
+    "train --model demo --data demo --set output_dir=", "train --model demo --data demo --output-dir=",
+    "train --model demo --data demo --adapter=", "train --model demo --data demo --set adapter=",
+    "train --model demo --data demo --resume-from-checkpoint=", "train --model demo --data=",
+    "train --model= --data demo", "train --model demo --data demo --eval-data=",
+    "train --model demo --data demo --out=",
+    "chat --model demo --adapter=", "chat --model=", "evaluate --model demo --data=", "demo --output-dir=",
+    "merge --model demo --adapter a --out=", "export --model demo --adapter a --out b --base-model=",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", EMPTY)
+def test_an_empty_path_is_refused_before_anything_is_loaded_or_written(tmp_path, monkeypatch, capsys, line):
+    """It is what an unset variable of the shell leaves: --adapter "$ADAPTER" is not a wish for no adapter."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("load_model", "run_demo"):
+        monkeypatch.delattr(f"phi3lora.cli.commands.{name}")
+    try:
+        assert main(line.split()) == 1
+    except SystemExit as ended:
+        assert ended.code == 2
+    message = capsys.readouterr().err
+    assert ("''" in message or "an empty text" in message) and "allowed: " in message
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

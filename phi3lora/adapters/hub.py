@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import LoraConfig, TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import AdapterError, printable
+from ..errors import AdapterError, as_path, printable
 from ..files import is_leftover, read_json, write_atomic
 from ..model.load import load_tokenizer
 from .adapter_file import HEADER_KEY, written
@@ -156,7 +156,7 @@ def write_model_card(
         AdapterError: the folder holds no adapter (with ``merged``: no model), or the card cannot be written.
         ModelError: a merged model's tokenizer cannot be loaded.
     """
-    folder = Path(path)
+    folder = as_path(path, "a folder", AdapterError)
     files = _adapter_files(folder)
     if merged and not _holds_model(folder):
         raise AdapterError(f"{str(folder)!r} holds no merged model (config.json and *.safetensors); see save_merged")
@@ -302,7 +302,7 @@ def push_to_hub(
     Example:
         >>> p3.push_to_hub("support-peft", "you/support")  # doctest: +SKIP
     """
-    folder = Path(path)
+    folder = as_path(path, "a folder", AdapterError)
     if not (_adapter_files(folder) or _holds_model(folder)):
         raise AdapterError(
             f"{str(folder)!r} holds neither an adapter nor a model; save_adapter, export_peft and save_merged write one"

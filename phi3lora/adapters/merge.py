@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 from ..data.formats import Chat
 from ..data.template import ChatEncoder
 from ..display import html_facts, one_line, quiet_libraries, terminal_columns, wrap
-from ..errors import AdapterError, ModelError, error_line
+from ..errors import AdapterError, ModelError, as_path, error_line
 from ..files import write_folder
 from ..inference.generation import stop_token_ids
 from ..lora.base_weight import base_weight_of, is_stored_from
@@ -169,6 +169,7 @@ def save_merged(
     _refuse_split(model)
     check_outside_blocks(model, "save_merged")
     _check_head(model)
+    as_path(path, "a merged model's folder", AdapterError)
     if Path(path, CONFIG_NAME).exists():
         raise AdapterError(
             f"{os.fspath(path)!r} holds a PEFT adapter ({CONFIG_NAME}), which would be applied to the merged model "

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..display import one_line
-from ..errors import AdapterError, printable
+from ..errors import AdapterError, as_path, printable
 from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
 from ..lora.inject import lora_layers
@@ -133,7 +133,7 @@ def export_peft(
         >>> print(exported.commands["vLLM"].partition("--max")[2])
         -lora-rank 64 --generation-config support-peft
     """
-    path, model = Path(path), unwrap(model)
+    path, model = as_path(path, "a PEFT folder", AdapterError), unwrap(model)
     _check_exportable(model, path, layout)
     metadata = adapter_metadata(model)
     layers = metadata["layers"]

@@ -126,11 +126,13 @@ def _version() -> str:
 def _demo(command: argparse.ArgumentParser, shows_all: bool) -> None:
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     command.add_argument("--random-init", action="store_true", help="the control: random base weights; should fail")
-    command.add_argument("--output-dir", default="runs/demo", metavar="DIR")
+    command.add_argument("--output-dir", type=_path, default="runs/demo", metavar="DIR")
 
 
 def _run(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("file", nargs="?", metavar="RUN.yaml", help="file of settings; options override it")
+    command.add_argument(
+        "file", nargs="?", type=_path, metavar="RUN.yaml", help="file of settings; options override it"
+    )
     _add_settings(command, "model")
     _add_settings(command, "data")
     _add_settings(command, "lora", shows_all)
@@ -153,7 +155,9 @@ def _train(command: argparse.ArgumentParser, shows_all: bool) -> None:
 
 
 def _init(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("file", nargs="?", default="run.yaml", metavar="RUN.yaml", help="the file to write")
+    command.add_argument(
+        "file", nargs="?", type=_path, default="run.yaml", metavar="RUN.yaml", help="the file to write"
+    )
     _add_settings(command, "model", only=("name_or_path", "base_precision", "revision"))
     _add_settings(command, "data", only=("source", "max_length"))
     command.add_argument("--device-memory-gib", type=float, metavar="GIB", help="memory of another card to plan for")
@@ -161,7 +165,9 @@ def _init(command: argparse.ArgumentParser, shows_all: bool) -> None:
 
 
 def _evaluate(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("file", nargs="?", metavar="RUN.yaml", help="a run's settings: its model and held-out data")
+    command.add_argument(
+        "file", nargs="?", type=_path, metavar="RUN.yaml", help="a run's settings: its model and held-out data"
+    )
     _add_settings(command, "model")
     _add_settings(
         command, "data", leave_out=("eval_source", "eval_share", "eval_split", "split_seed", "streaming", "buffer_size")
@@ -197,7 +203,9 @@ def _export(command: argparse.ArgumentParser, shows_all: bool) -> None:
         "--layout", choices=("uniform", "pattern", "split"), default="uniform",
         help="uniform (default): right in every tool; pattern: for PEFT and vLLM; split: for q_proj, k_proj, ...",
     )  # fmt: skip
-    command.add_argument("--base-model", metavar="NAME", help="base that the folder names; default: --model")
+    command.add_argument(
+        "--base-model", type=_path, metavar="NAME", help="base that the folder names; default: --model"
+    )
     _add_gguf(command, "the adapter and its base")
 
 
@@ -208,20 +216,20 @@ def _add_gguf(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def _import(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("folder", metavar="PEFT_FOLDER")
+    command.add_argument("folder", type=_path, metavar="PEFT_FOLDER")
     _add_settings(command, "model", leave_out=("dtype", "base_precision", "adapter"))
     _add_out(command, "adapter file to write, .safetensors or .pt")
 
 
 def _push(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("folder", metavar="FOLDER", help="an adapter's, a PEFT or a merged model's folder")
-    command.add_argument("repository", metavar="OWNER/NAME")
+    command.add_argument("folder", type=_path, metavar="FOLDER", help="an adapter's, a PEFT or a merged model's folder")
+    command.add_argument("repository", type=_path, metavar="OWNER/NAME")
     command.add_argument("--public", action="store_true", help="a repository that has to be created is public")
     command.add_argument("--message", metavar="TEXT", help="message of the commit")
 
 
 def _plot(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or its metrics.jsonl")
+    command.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="a run's folder or its metrics.jsonl")
     _add_out(command, "picture to write (.png, .svg, .pdf); default: runs.png", required=False)
 
 
@@ -233,8 +241,15 @@ _ARGUMENTS = {
 
 
 def _add_out(command: argparse.ArgumentParser, text: str, required: bool = True) -> None:
-    command.add_argument("--out", required=required, metavar="PATH", help=text)
+    command.add_argument("--out", required=required, type=_path, metavar="PATH", help=text)
     _add_overwrite(command)
+
+
+def _path(text: str) -> str:
+    """Return an option's text; an empty one, of an unset variable of the shell, is wrong usage."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text; allowed: a name or a path")
+    return text
 
 
 def _add_overwrite(command: argparse.ArgumentParser) -> None:
