@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from .errors import ConfigError, did_you_mean, short_repr
@@ -119,6 +119,65 @@ INSTEAD = {
 """Unsupported argument -> the way to get what it asks for."""
 
 
+_CALLED_HERE = {
+    "lora.r": "lora_r lora_rank rank",
+    "lora.lora_alpha": "alpha",
+    "lora.lora_dropout": "dropout",
+    "lora.target_modules": "lora_target_modules lora_target lora_attn_modules lora_target_linear target_linear",
+    "model.name_or_path": "base_model model_name_or_path model_name model_id pretrained_model_name_or_path",
+    "model.adapter": "lora_model_dir adapter_name_or_path",
+    "model.dtype": "torch_dtype compute_dtype precision mixed_precision",
+    "model.base_precision": "load_in_4bit load_in_8bit quantization_bit use_4bit quantization bnb_4bit_quant_type",
+    "data.source": "dataset datasets dataset_name dataset_path dataset_dir data_path data_files train_file train_data",
+    "data.eval_source": "eval_dataset validation_file val_data test_datasets",
+    "data.eval_share": "val_set_size val_size test_size",
+    "data.max_length": "sequence_len cutoff_len model_max_length block_size",
+    "data.train_on": "train_on_inputs train_on_input train_on_prompt train_on_responses_only mask_history",
+    "training.per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
+    "training.per_device_eval_batch_size": "eval_batch_size",
+    "training.num_train_epochs": "epochs n_epochs num_epochs",
+    "training.max_steps": "total_steps",
+    "training.learning_rate": "lr peak_lr",
+    "training.lr_scheduler_type": "lr_scheduler scheduler",
+    "training.lr_scheduler_kwargs": "cosine_min_lr_ratio",
+    "training.optim": "optimizer optimizer_type",
+    "training.max_grad_norm": "gradient_clipping grad_clip clip_grad clip_grad_norm",
+    "training.packing": "sample_packing packed pad_to_sequence_len",
+    "training.activation_checkpointing": "enable_activation_checkpointing enable_activation_offloading",
+    "training.logging_steps": "log_every_n_steps log_every",
+    "training.eval_steps": "eval_every evals_per_epoch",
+    "training.save_steps": "save_every saves_per_epoch",
+    "training.save_total_limit": "keep_last_n_checkpoints",
+    "training.project": "wandb_project project_name",
+    "training.run_name": "wandb_name wandb_run_id",
+    "training.report_to": "use_wandb",
+    "training.seed": "random_seed",
+    "training.resume_from_checkpoint": "auto_resume_from_checkpoints",
+}
+CALLED_HERE = {name: ours for ours, names in _CALLED_HERE.items() for name in names.split()}
+"""Name in axolotl, torchtune, LLaMA-Factory and others -> the section and the field that it is here, for messages."""
+_IN_PYTHON = {"lora": "LoraConfig", "training": "TrainingConfig", "model": "load_model", "data": "ChatDataset.load"}
+
+
+def hint_at_name(name: str, known: Iterable[str], section: str | None = None) -> str:
+    """Return a sentence about the setting that an unknown name may mean, or ``""``.
+
+    Args:
+        name: a name that is not in ``known``.
+        known: the allowed names.
+        section: the section that ``known`` is, of a config in Python; None: of a run's settings.
+    """
+    ours = CALLED_HERE.get(name)
+    if ours is None:
+        return did_you_mean(name, known)
+    home, _, field = ours.partition(".")
+    if section is None:
+        return f" Here it is called {ours}."
+    if home == section:
+        return f" Did you mean {field!r}?"
+    return f" Here it is called {field!r}, and is none of {_IN_PYTHON[section]}: see {_IN_PYTHON[home]}."
+
+
 def field_names(cls: type[Any]) -> list[str]:
     """Return the names of a dataclass's fields."""
     return [f.name for f in dataclasses.fields(cls)]
@@ -152,9 +211,11 @@ def _translate_arguments(
         elif name in ignored:
             without_effect.append(name)
         else:
+            known = [*fields, *(alias for alias, field in ALIASES.items() if field in fields)]
+            section = "lora" if "r" in fields else "training"
             raise ConfigError(
                 f"{cls.__name__} has no field {name!r} (value {short_repr(value)})."
-                f"{did_you_mean(name, [*fields, *ALIASES])} Allowed: {', '.join(sorted(fields))}"
+                f"{hint_at_name(name, known, section)} Allowed: {', '.join(sorted(fields))}"
             )
     return values, tuple(sorted(without_effect))
 

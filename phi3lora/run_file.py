@@ -19,8 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .compat import hint_at_name
 from .config import LoraConfig, TrainingConfig, check_fields
-from .errors import ConfigError, did_you_mean, require, short_repr
+from .errors import ConfigError, require, short_repr
 from .run_settings import (
     DEMO,
     SECTIONS,
@@ -141,7 +142,7 @@ def _read_file(path: str) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: it holds {short_repr(content)}; allowed: the sections {', '.join(_KEYS)}")
     for key in content:
         if key not in _KEYS:
-            hint = did_you_mean(str(key), _KEYS)
+            hint = hint_at_name(str(key), _KEYS)
             homes = [section for section in SECTIONS if key in field_names(section)]
             if homes and not hint:
                 hint = f" It belongs into the section {homes[0]!r}."

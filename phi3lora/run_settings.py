@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED
+from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED, hint_at_name
 from .config import SEED, SHARE, LoraConfig, Rule, TrainingConfig, setting
-from .errors import ConfigError, did_you_mean, is_int, require, short_repr
+from .errors import ConfigError, is_int, require, short_repr
 
 DEMO = "demo"
 """Name that stands for the embedded model, and for its data."""
@@ -106,7 +106,13 @@ SECTIONS: dict[str, type[Any]] = {
 _FOREIGN = {"lora": {*IGNORED_LORA_ARGUMENTS, *UNSUPPORTED}, "training": {*IGNORED_TRAINING_ARGUMENTS, *UNSUPPORTED}}
 _ALIASES = {
     "model": {"name": "name_or_path", "path": "name_or_path", "model": "name_or_path"},
-    "data": {"path": "source", "data": "source", "eval_data": "eval_source", "max_seq_length": "max_length"},
+    "data": {
+        "path": "source",
+        "data": "source",
+        "eval_data": "eval_source",
+        "max_seq_length": "max_length",
+        "max_seq_len": "max_length",
+    },
     "lora": {**ALIASES, "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
     "training": ALIASES,
 }
@@ -131,7 +137,7 @@ def find_setting(given: str) -> tuple[str, str]:
     if homes == ["model", "data"]:
         raise ConfigError(f"{given!r} is a setting of the model and of the data; write model.{given} or data.{given}")
     if not homes:
-        hint = did_you_mean(given, [name for section in SECTIONS for name in _own_names(section)])
+        hint = hint_at_name(given, [name for section in SECTIONS for name in _own_names(section)])
         raise ConfigError(
             f"there is no setting {short_repr(given)}.{hint} `phi3lora train --help-all` lists the settings"
         )
@@ -143,7 +149,7 @@ def setting_in(section: str, given: str) -> str:
     if given in _names_in(section):
         return _own_names(section).get(given, given)
     others = [other for other in SECTIONS if given in field_names(other)]
-    hint = f" It belongs into the section {others[0]!r}." if others else did_you_mean(given, _own_names(section))
+    hint = f" It belongs into the section {others[0]!r}." if others else hint_at_name(given, _own_names(section))
     allowed = ", ".join(field_names(section))
     raise ConfigError(f"the section {section!r} has no setting {short_repr(given)}.{hint} Allowed: {allowed}")
 

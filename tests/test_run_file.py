@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
 
 import phi3lora as p3
+from phi3lora.compat import CALLED_HERE
 from phi3lora.run_file import read_run, run_text
 from phi3lora.run_settings import SECTIONS, field_help, field_names
 
@@ -26,6 +28,37 @@ def write(tmp_path):
 def found_in(run, name):
     section, _, field = name.partition(".")
     return getattr(getattr(run, section), field)
+
+
+FOREIGN = {
+    "lora_rank": "lora.r", "lr": "training.learning_rate", "micro_batch_size": "training.per_device_train_batch_size",
+    "gradient_clipping": "training.max_grad_norm", "cutoff_len": "data.max_length", "base_model": "model.name_or_path",
+    "load_in_4bit": "model.base_precision", "val_set_size": "data.eval_share",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("theirs", "ours"), FOREIGN.items())
+def test_a_name_of_another_tool_is_refused_with_the_name_that_it_has_here(write, theirs, ours):
+    for path, options in ((None, [(theirs, "1")]), (write(f"{theirs}: 1"), []), (write(f"lora: {{{theirs}: 1}}"), [])):
+        with pytest.raises(p3.ConfigError, match=rf"Here it is called {re.escape(ours)}\."):
+            read_run(path, options)
+    section, _, field = ours.partition(".")
+    for home, config in (("lora", p3.LoraConfig), ("training", p3.TrainingConfig)):
+        said = f"Did you mean '{field}'" if home == section else f"'{field}', and is none of"
+        with pytest.raises(p3.ConfigError, match=said):
+            config(**{theirs: 1})
+
+
+def test_every_name_of_other_tools_is_no_name_of_ours_and_leads_to_one():
+    for theirs, ours in CALLED_HERE.items():
+        section, _, field = ours.partition(".")
+        assert field in field_names(section)
+        assert not any(theirs in field_names(each) for each in SECTIONS)
+
+
+def test_each_name_of_the_length_is_the_data_s():
+    for name in ("max_length", "max_seq_length", "max_seq_len"):
+        assert read_run(None, [(name, "64")]).data.max_length == 64
 
 
 VALUES = [
