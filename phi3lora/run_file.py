@@ -31,6 +31,7 @@ from .run_settings import (
     field_names,
     find_setting,
     is_name,
+    path_in,
     read_value,
 )
 
@@ -86,7 +87,8 @@ def read_run(path: str | None, options: Sequence[tuple[str, Any]] = (), out: str
         run = Run(ModelSettings(**model), DataSettings(**data), LoraConfig(**lora), TrainingConfig(**training))
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
-    run.out, run.given, run.file = content.get("out") if out is None else out, sections, path
+    run.out = path_in(content.get("out")) if out is None else out
+    run.given, run.file = sections, path
     _resolve(run, where)
     return run
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -218,7 +219,7 @@ _NAMES_WITH_COMMAS = re.compile(r"[\w./\s-]*(,[\w./\s-]*)+")  # a regular expres
 
 
 def _read_text(raw: str, setting: dataclasses.Field[Any]) -> Any:
-    kinds, text = kinds_of(setting), str(raw)
+    kinds, text = kinds_of(setting), path_in(raw) if setting.name in _PATHS else str(raw)
     if text == "" and setting.name in _PATHS:
         return text  # of an unset variable of the shell: for the field's own check to refuse
     if "None" in kinds and (text in ("", "~", "null", "None") or (text == "none" and "bool" not in kinds)):
@@ -244,7 +245,15 @@ def _read_list(items: list[Any], setting: dataclasses.Field[Any]) -> list[Any]:
     """Return a list with its texts read as numbers where the field takes numbers."""
     if "int" in kinds_of(setting):
         return [_plain_types(item) for item in items]
-    return [str(item) if isinstance(item, str) else item for item in items]
+    read = path_in if setting.name in _PATHS else str
+    return [read(item) if isinstance(item, str) else item for item in items]
+
+
+def path_in(text: Any) -> Any:
+    """Return a path with the home folder in the place of ``~/``, which shells leave in ``--set output_dir=~/runs``."""
+    if not isinstance(text, str):
+        return text
+    return os.path.expanduser(text) if text.startswith("~/") else str(text)
 
 
 def _number(text: str, whole: bool = False) -> int | float:

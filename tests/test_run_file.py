@@ -56,6 +56,15 @@ def test_every_name_of_other_tools_is_no_name_of_ours_and_leads_to_one():
         assert not any(theirs in field_names(each) for each in SECTIONS)
 
 
+def test_the_home_folder_may_be_written_as_a_shell_does(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "model: ~/phi\ndata: [~/a.jsonl, b~/c.jsonl]\ntraining: {output_dir: ~/runs}\nout: ~/a.pt"
+    run = read_run(write(text), [("eval_source", ["~/b.jsonl"]), ("adapter", "~/a.pt"), ("run_name", "~/x")])
+    assert (run.model.name_or_path, run.model.adapter, run.out) == ("/home/me/phi", "/home/me/a.pt", "/home/me/a.pt")
+    assert (run.data.source, run.data.eval_source) == (["/home/me/a.jsonl", "b~/c.jsonl"], ["/home/me/b.jsonl"])
+    assert (run.training.output_dir, run.training.run_name) == ("/home/me/runs", "~/x")
+
+
 def test_each_name_of_the_length_is_the_data_s():
     for name in ("max_length", "max_seq_length", "max_seq_len"):
         assert read_run(None, [(name, "64")]).data.max_length == 64
