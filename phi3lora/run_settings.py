@@ -174,17 +174,13 @@ def read_value(section: str, name: str, raw: Any) -> Any:
     known = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
     if name not in known:
         return _plain_types(raw)  # an argument of another library, or unknown: the config decides
-    if _holds_texts(known[name]):
+    if "Mapping[str, str]" in str(known[name].type):
         return _read_pairs(name, raw)
     if isinstance(raw, str):
         return _read_text(raw, known[name])
     if isinstance(raw, Mapping):
         return _plain_types(raw)
     return _read_list(raw, known[name]) if isinstance(raw, list) else raw
-
-
-def _holds_texts(setting: dataclasses.Field[Any]) -> bool:
-    return "Mapping[str, str]" in str(setting.type)
 
 
 def _read_pairs(name: str, raw: Any) -> Any:

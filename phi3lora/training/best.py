@@ -16,10 +16,10 @@ from torch import nn
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset
 from ..errors import CheckpointError, TrainingError, short_repr
-from ..files import fsync
+from ..files import write_folder
 from ..inference.evaluation import ROUGE
 from ..lora.base_weight import sample_base
-from .checkpoint import TrainingState, damage
+from .checkpoint import MANIFEST, TrainingState, damage
 
 logger = logging.getLogger("phi3lora")
 
@@ -118,13 +118,7 @@ def adopt_best(resumed_from: Path, output_dir: str | os.PathLike[str], state: Tr
         logger.warning("the best checkpoint %s cannot be used (%s): a later one will take its place", source, reason)
         state.best_checkpoint = state.best_checkpoint_metric = None
     elif not path.exists():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            shutil.copytree(source, temporary)
-            for file in (*temporary.iterdir(), temporary):
-                fsync(file)
-            temporary.rename(path)
+            write_folder(path, lambda copy: shutil.copytree(source, copy, dirs_exist_ok=True), marker=MANIFEST)
         except OSError as error:
             raise CheckpointError(f"the best checkpoint {str(source)!r} cannot be copied to {path}: {error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)

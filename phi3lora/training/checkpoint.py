@@ -45,7 +45,8 @@ from .optim import check_optimizer_state, convert_optimizer_state
 logger = logging.getLogger("phi3lora")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
+"""Name of the file with the checksums of a checkpoint's files, which is written last."""
 _LAST_LINES = 1000  # of the history, in trainer_state.json
 _REQUIRED = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 
@@ -170,7 +171,7 @@ def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
     folder = Path(run.config.output_dir)
     final = folder / f"checkpoint-{state.global_step}"
     try:
-        write_folder(final, lambda temporary: _write_files(run, state, temporary), marker=_MANIFEST, replaces=["*"])
+        write_folder(final, lambda temporary: _write_files(run, state, temporary), marker=MANIFEST, replaces=["*"])
     except (OSError, RuntimeError, AdapterError) as error:  # RuntimeError: torch.save on a full disk
         raise CheckpointError(
             f"checkpoint {str(final)!r} could not be written: {error}. {_free_space(folder)}; the earlier checkpoints "
@@ -205,7 +206,7 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
     for rank, generators in enumerate(run.generators or [rng_state()]):
         torch.save(generators, folder / f"rng_state_{rank}.pth")
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != HISTORY}
-    _write_json(folder / _MANIFEST, {"format": 1, "sha256": files})
+    _write_json(folder / MANIFEST, {"format": 1, "sha256": files})
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -236,7 +237,7 @@ def step_of(checkpoint: Path) -> int:
 def damage(path: Path) -> str | None:
     """Return why a checkpoint cannot be used, or None if every file matches the manifest."""
     try:
-        files = read_json(path / _MANIFEST)["sha256"]
+        files = read_json(path / MANIFEST)["sha256"]
         unlisted = [name for name in _REQUIRED if name not in files]
         if unlisted:
             return f"its manifest does not list {unlisted[0]}"
@@ -246,7 +247,7 @@ def damage(path: Path) -> str | None:
             if sha256_of(path / name) != expected:
                 return f"{printable(name)} has changed since it was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"no readable {_MANIFEST} ({error_line(error)})"
+        return f"no readable {MANIFEST} ({error_line(error)})"
     return None
 
 
