@@ -160,8 +160,7 @@ def run_training(
             started = time.perf_counter()
         run.finish()
         run.agree_to_stop()
-        outcome_of_run = state, config, run.last_eval, run.best.folder, run.stopped_by
-        result: TrainingResult = world.from_main(lambda: result_of(*outcome_of_run))
+        result = world.from_main(lambda: result_of(state, config, run.last_eval, run.best.folder, run.stopped_by))
     problem = learned_nothing(model, config, state) if report.warns and not result.interrupted else None
     if problem is not None:
         report.findings([Finding("run", "warning", problem)])
