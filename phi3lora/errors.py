@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -76,6 +76,12 @@ def short_repr(value: object, most: int = _MAX_CHARACTERS) -> str:
     """Return the ``repr`` of a value for a message, cut after ``most`` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def first_of(items: Sequence[object], most: int = 5) -> str:
+    """Return the first items in words: ``"3, 8, 9 and 4 more"``."""
+    text = ", ".join(map(str, items[:most]))
+    return text + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
 def require(is_allowed: bool, name: str, value: object, allowed: str, error: type[Phi3LoRAError]) -> None:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError, Phi3LoRAError, as_path, error_line, is_int, short_repr
+from ..errors import AdapterError, Phi3LoRAError, as_path, error_line, first_of, is_int, short_repr
 from ..files import parse_json, parse_tensors, read_json, tensor_file, write_atomic
 from ..lora.base_values import base_values, changed_buffers, keep_base_values, put_base_values
 from ..lora.inject import inject_layers, lora_layers, remove_lora, restorer_of_requires_grad
@@ -177,7 +177,7 @@ def install_adapter(
     biases = [key for key in (*state, *adapter_state_dict(model)) if key.endswith("bias")]
     if biases:
         raise AdapterError(
-            f"trained biases ({_few(biases)}) belong to the base, which {name!r} would share with "
+            f"trained biases ({first_of(biases, 3)}) belong to the base, which {name!r} would share with "
             f"{', '.join(map(repr, loaded))}; allowed beside other adapters: bias='none'"
         )
     with loading_inactive(model, name):
@@ -251,7 +251,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
             if key in own and tensor.shape != own[key].shape
         ],
     }
-    problems = [f"{kind}: {_few(keys)}" for kind, keys in kinds.items() if keys]
+    problems = [f"{kind}: {first_of(keys, 3)}" for kind, keys in kinds.items() if keys]
     if problems:
         raise AdapterError(f"{source!r} does not fit the model's adapters: " + "; ".join(problems))
     check_finite(state, source)
@@ -313,8 +313,3 @@ def adapter_path(value: object) -> Path:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
-
-
-def _few(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import LoraConfig, TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import AdapterError, as_path, printable
+from ..errors import AdapterError, as_path, first_of, printable
 from ..files import is_leftover, read_json, write_atomic
 from ..model.load import load_tokenizer
 from .adapter_file import HEADER_KEY, written
@@ -370,15 +370,14 @@ def _published_names(folder: Path) -> list[str]:
     names = [name for name in names if not any(fnmatch(name, pattern) for pattern in _NEVER_SENT)]
     if links := [name for name in names if name in linked]:
         raise AdapterError(
-            f"{str(folder)!r} holds links, which are not followed: {', '.join(links[:5])}. Allowed: files. Replace "
+            f"{str(folder)!r} holds links, which are not followed: {first_of(links)}. Allowed: files. Replace "
             f"each by what it leads to, if that is to be published"
         )
     others = [name for name in names if "/" in name or not any(fnmatch(name, pattern) for pattern in PUBLISHED)]
     if others:
-        first = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise AdapterError(
-            f"{str(folder)!r} holds files that should not be published: {first}. Allowed: {', '.join(PUBLISHED)}. "
-            f"Copy the files to publish into a folder of their own"
+            f"{str(folder)!r} holds files that should not be published: {first_of(others)}. Allowed: "
+            f"{', '.join(PUBLISHED)}. Copy the files to publish into a folder of their own"
         )
     try:
         base = read_json(folder / CONFIG_NAME)["base_model_name_or_path"]

@@ -9,9 +9,10 @@ import numpy as np
 from ..data.document_text import divided_text
 from ..data.template import ChatEncoder
 from ..display import DIVIDER
+from ..errors import first_of
 from ..model.load import longrope_boundary
 from ..training.setup import PlannedRun
-from .report import Finding, error, first_of, ok, warning
+from .report import Finding, error, ok, warning
 
 
 def check_supervised_share(planned: PlannedRun) -> Finding:

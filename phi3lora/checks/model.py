@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import first_of
 from ..lora.base_weight import base_format, count_parameters, count_trainable, weight_shape
 from ..lora.inject import lora_layers
 from ..lora.layers import MergedLinear
@@ -14,7 +15,7 @@ from ..model.attention import attention_in_words
 from ..model.load import model_device
 from ..training.setup import PlannedRun, check_run
 from ..training.step import has_instructions
-from .report import Finding, error, first_of, ok, warning
+from .report import Finding, error, ok, warning
 
 
 def check_run_is_accepted(planned: PlannedRun) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -125,9 +125,3 @@ class DoctorReport:
 
     def _repr_html_(self) -> str:
         return html_table([["", "check", "finding"], *(f.html_row() for f in self.findings)]) + html(self._counts())
-
-
-def first_of(items: Sequence[object], most: int = 5) -> str:
-    """Return the first items in words: ``"3, 8, 9 and 4 more"``."""
-    text = ", ".join(map(str, items[:most]))
-    return text + (f" and {len(items) - most:,} more" if len(items) > most else "")

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 
 from ..data.dataset import ChatDataset
-from ..errors import short_repr
+from ..errors import first_of, short_repr
 from ..lora.inject import lora_layers
 from ..training.setup import PlannedRun
-from .report import Finding, first_of, ok, warning
+from .report import Finding, ok, warning
 
 _CONTEXT = frozenset(
     """

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import PackedRow, collate
+from ..errors import first_of
 from ..lora.inject import lora_layers
 from ..lora.layers import Embedding, MergedLinear
 from ..model.backend import PLAIN
@@ -24,7 +25,7 @@ from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from ..training.setup import PlannedRun, prepared
 from ..training.step import OptimizerStep, resolve_precision
-from .report import Finding, error, first_of, ok, warning
+from .report import Finding, error, ok, warning
 
 _MAX_FLOPS = {"cpu": 1e11, "cuda": 3e14}  # of a step: it takes seconds on either device
 _LEARNING_RATE = 1e-3

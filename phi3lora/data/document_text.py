@@ -26,6 +26,7 @@ from ..display import (
     use_colour,
     wrap,
 )
+from ..errors import first_of
 
 _NAMED = 8  # of a dataset's sources
 _PREVIEW_TOKENS = 30  # at each end of a shortened piece
@@ -71,8 +72,7 @@ def _dataset_facts(dataset: Any) -> tuple[list[str], str, list[str]]:
     notes = []
     if len(dataset.sources) > 1:
         named = [f"{name} {count:,}" for name, count in dataset.documents_by_source().items()]
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        notes.append(f"documents by source: {', '.join(named[:_NAMED])}{more}")
+        notes.append(f"documents by source: {first_of(named, _NAMED)}")
     if s["truncated"] or s["dropped"]:
         notes.append(f"{s['truncated']:,} truncated, {s['dropped']:,} rows dropped: nothing trained was left in them")
     if s["bad"]:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import short_repr
+from ..errors import first_of, short_repr
 
 _NAMED = 8  # of the unused columns, or of the tokens
 
@@ -62,7 +62,6 @@ class Findings:
             ("added tokens", self.added_tokens),
         ):
             if counts:
-                named = ", ".join(f"{short_repr(name, 40)} ({n:,})" for name, n in counts.most_common(_NAMED))
-                more = f" and {len(counts) - _NAMED} more" if len(counts) > _NAMED else ""
-                phrases.append(f"{what}: {named}{more}")
+                named = [f"{short_repr(name, 40)} ({n:,})" for name, n in counts.most_common()]
+                phrases.append(f"{what}: {first_of(named, _NAMED)}")
         return phrases

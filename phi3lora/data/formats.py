@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..errors import DataError, short_repr
+from ..errors import DataError, first_of, short_repr
 from .findings import Findings
 from .marked_text import is_templated, read_marked_text, read_templated, starts_with_role
 from .other_jobs import advice_about, refuse_media, refuse_other_job
@@ -118,8 +118,7 @@ def detect_format(
 
 def keys_of(row: Mapping[Any, Any]) -> str:
     """Return a row's keys for a message."""
-    more = f" and {len(row) - 20} more" if len(row) > 20 else ""
-    return (", ".join(short_repr(key, 60) for key in list(row)[:20]) or "(none)") + more
+    return first_of([short_repr(key, 60) for key in row], 20) or "(none)"
 
 
 class _Plan(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..display import quiet_libraries
-from ..errors import DataError, as_path, error_line, short_repr
+from ..errors import DataError, as_path, error_line, first_of, short_repr
 from .rows import (
     COMPRESSIONS,
     SUFFIXES,
@@ -245,7 +245,7 @@ def _readable(what: str, files: list[Path]) -> list[Path]:
     kinds = {path: file_kind(path)[0] in SUFFIXES and path.name not in _NO_DATA for path in files}
     readable = sorted(path for path in files if kinds[path] and path.is_file())
     others = sorted(f"{path.name}/" if path.is_dir() else path.name for path in set(files).difference(readable))
-    listed = ", ".join(map(repr, others[:_NAMED])) + (f" and {len(others) - _NAMED} more" if others[_NAMED:] else "")
+    listed = first_of([*map(repr, others)], _NAMED)
     if not readable:
         raise DataError(
             f"{what} has no file that can be read; found: {listed or 'nothing'}; allowed: {_ALLOWED_FILES}; files in "

@@ -17,7 +17,7 @@ from ..config import TrainingConfig
 from ..data.batches import BatchPlan, StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
 from ..display import shown_path
-from ..errors import DataError, TrainingError
+from ..errors import DataError, TrainingError, first_of
 from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
 from ..lora.base_weight import base_format, count_parameters, count_trainable
 from ..lora.inject import lora_layers
@@ -197,7 +197,7 @@ def check_run(run: PlannedRun) -> None:
     others = [name for name, p in run.trained.items() if id(p) not in adapters and not name.endswith("bias")]
     if others or not run.trained:
         raise TrainingError(
-            f"only adapters may be trainable, but {', '.join(others[:3]) or 'nothing'} is; "
+            f"only adapters may be trainable, but {first_of(others, 3) or 'nothing'} is; "
             f"inject_lora freezes the rest, or call mark_only_lora_as_trainable(model)"
         )
     frozen_for_good = next((name for name, p in model.named_parameters() if p.is_inference()), None)

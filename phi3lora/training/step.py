@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import IGNORE_INDEX, TrainingConfig
-from ..errors import TrainingError
+from ..errors import TrainingError, first_of
 from ..lora.inject import unreached_layers
 from ..model.forward import causal_lm_loss
 from ..model.sharding import sharded_base
@@ -158,9 +158,8 @@ class OptimizerStep:
         """Raise if an adapter got no gradient in the first step: it would never learn."""
         self._is_first = False
         if paths := unreached_layers(self.model):
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             raise TrainingError(
-                f"no gradient reaches the adapters of {', '.join(paths[:3])}{more}: the module above reads the weight "
+                f"no gradient reaches the adapters of {first_of(paths, 3)}: the module above reads the weight "
                 f"itself, or never calls the layer; leave it out of target_modules"
             )
 
