@@ -218,37 +218,37 @@ class LoraConfig(_Config):
     r: int = setting(16, _COUNT)
     """Rank of each adapter, >= 1."""
     lora_alpha: float = setting(32, _POSITIVE)
-    """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. Not
-    given: ``2 * r``."""
+    """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. If
+    it is not given, it is ``2 * r``."""
     lora_dropout: float = setting(0.0, SHARE)
     """Probability of dropping an entry of the adapter's input, in [0, 1)."""
     bias: str = setting("none", _choice("none", "all", "lora_only"))
     """Biases to train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers)."""
     target_modules: str | Sequence[str] = setting("all-linear", _TARGETS)
-    """Layers to adapt: ``"all-linear"`` (every linear layer but the output head), a list of module-name suffixes, or a
-    string: one suffix, or a regular expression that a whole path matches. On Phi-3's fused projections ``q_proj,
+    """Layers to adapt: ``"all-linear"`` (every linear layer except the output head), a list of module-name suffixes, or
+    a string: one suffix, or a regular expression that matches a whole path. On Phi-3's fused projections ``q_proj,
     k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
     task_type: str | None = setting("CAUSAL_LM", _NAME)
     """PEFT's task type, recorded for other tools."""
     modules_to_save: None = setting(None, _NOTHING)
-    """Modules to train whole; only None, as this is not supported."""
+    """Modules to train whole, which is not supported: only None is allowed."""
     use_rslora: bool = False
     """Rank-stabilised scaling, https://arxiv.org/abs/2312.03732."""
     segments: Mapping[str, Mapping[str, int] | Sequence[int]] | None = setting(None, _SEGMENTS)
     """Fused layers of your own model: suffix -> widths of its segments along the output, named
     (``{"qkv": {"q": 64, "k": 16, "v": 16}}``, each name then a valid target) or not (``{"qkv": (64, 16, 16)}``)."""
     exclude_modules: str | Sequence[str] | None = setting(None, _EXCLUDED)
-    """Layers and segments among the targets to leave out, named as in ``target_modules``."""
+    """Targets to leave out: layers and segments, named as in ``target_modules``."""
     layers_to_transform: int | Sequence[int] | None = setting(None, _LAYERS)
-    """Numbers of the decoder layers to adapt, from 0; None: all."""
+    """Indices of the decoder layers to adapt, from 0; None: all."""
     layers_pattern: str | Sequence[str] | None = setting(None, _LAYER_LISTS)
-    """Names of the lists of layers that ``layers_to_transform`` counts in (``"layers"``); None: the first number in a
-    path."""
+    """Names of the module lists that ``layers_to_transform`` counts in, such as ``"layers"``; None: the first number in
+    a path is the layer's index."""
     rank_pattern: Mapping[str, int] = setting(dict, _pattern(_COUNT, "rank"))
-    """Ranks of certain layers: a regular expression that the end of a path matches, such as ``"o_proj"`` or
-    ``"layers.0.mlp.down_proj"`` -> its rank. The first that matches counts; the other layers have ``r``."""
+    """Ranks of certain layers: a dict from a regular expression for the end of a path, such as ``"o_proj"`` or
+    ``"layers.0.mlp.down_proj"``, to a rank. The first match counts; the other layers have rank ``r``."""
     alpha_pattern: Mapping[str, float] = setting(dict, _pattern(_POSITIVE, "lora_alpha > 0"))
-    """``lora_alpha`` of certain layers, in the same form; the others have ``lora_alpha``."""
+    """``lora_alpha`` of certain layers: a dict like ``rank_pattern``. The other layers have ``lora_alpha``."""
 
     def __post_init__(self) -> None:
         check_fields(self, "LoraConfig: ", self._normalised)
@@ -294,7 +294,7 @@ class TrainingConfig(_Config):
     output_dir: str = setting("phi3lora_output", (is_path, "a path"))
     """Folder for checkpoints, ``metrics.jsonl`` and ``training.png``."""
     overwrite_output_dir: bool = False
-    """Permission to delete another run's checkpoints in ``output_dir`` and start afresh."""
+    """Delete another run's checkpoints in ``output_dir`` and start afresh."""
     per_device_train_batch_size: int = setting(8, _COUNT)
     """Rows in a micro-batch: packed rows of ``max_length`` tokens, or documents with ``packing=False``."""
     per_device_eval_batch_size: int = setting(8, _COUNT)
@@ -304,27 +304,27 @@ class TrainingConfig(_Config):
     num_train_epochs: float = setting(3.0, _POSITIVE)
     """Passes over the data, unless ``max_steps`` > 0."""
     max_steps: int = setting(-1, (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"))
-    """Optimizer steps of the run; > 0 overrides ``num_train_epochs``."""
+    """Optimizer steps of the run, instead of ``num_train_epochs``; -1: the epochs count."""
     learning_rate: float = setting(2e-4, _NOT_NEGATIVE)
     """Peak learning rate."""
     lora_plus_lr_ratio: float | None = setting(None, _RATIO)
-    """Factor of the learning rate of every B (LoRA+, https://arxiv.org/abs/2402.12354; 16, say). None: A and B both
-    learn at ``learning_rate``."""
+    """Learning rate of every B as a multiple of ``learning_rate``, such as 16 (LoRA+, https://arxiv.org/abs/2402.12354);
+    None: A and B both learn at ``learning_rate``."""
     lr_scheduler_type: str = setting("cosine", _choice(*_SCHEDULES))
-    """Schedule of the learning rate, by transformers' name and as it computes it: ``"linear"``, ``"cosine"``,
+    """Schedule of the learning rate, as transformers names and computes it: ``"linear"``, ``"cosine"``,
     ``"constant"`` (no warm-up), ``"constant_with_warmup"``, ``"cosine_with_restarts"``, ``"polynomial"``,
     ``"inverse_sqrt"``, ``"cosine_with_min_lr"``, ``"cosine_warmup_with_min_lr"``, ``"warmup_stable_decay"``."""
     lr_scheduler_kwargs: Mapping[str, Any] | None = setting(None, _ARGUMENTS)
     """Further arguments of the schedule, such as ``{"min_lr": 1e-5}`` for ``"cosine_with_min_lr"``."""
     warmup_steps: float | None = setting(None, _optional(_NOT_NEGATIVE))
-    """Steps of linear warm-up; a float in (0, 1) is a share of all steps. With neither this nor ``warmup_ratio``: 5 %
-    of the steps, rounded down, so that a run of fewer than 20 steps has none."""
+    """Steps of linear warm-up, or a share of all steps in (0, 1); None: ``warmup_ratio`` if that is given, else 5 % of
+    the steps. The 5 % are rounded down, so a run of fewer than 20 steps has no warm-up."""
     warmup_ratio: float | None = setting(None, _optional(SHARE))
     """Warm-up as a share of all steps, rounded up; ``warmup_steps`` > 0 takes precedence."""
     optim: str = setting("adamw_torch", _choice(*_OPTIMIZERS))
-    """Optimizer: ``"adamw_torch"``, ``"adamw_torch_fused"`` (both fused where torch supports it), ``"sgd"``. With
-    bitsandbytes (extra ``qlora``): ``"adamw_bnb_8bit"`` or ``"adamw_8bit"``, with moments of 8 bits;
-    ``"paged_adamw_32bit"`` and ``"paged_adamw_8bit"``, with moments that move to host memory when the GPU is full."""
+    """Optimizer: ``"adamw_torch"`` or ``"adamw_torch_fused"`` (both fused where torch supports it), ``"sgd"``, or with
+    bitsandbytes (extra ``qlora``) ``"adamw_bnb_8bit"`` or ``"adamw_8bit"`` (8-bit moments), ``"paged_adamw_32bit"`` or
+    ``"paged_adamw_8bit"`` (moments that move to host memory when the GPU is full)."""
     weight_decay: float = setting(0.0, _NOT_NEGATIVE)
     """Decoupled weight decay of the LoRA matrices; biases have none."""
     adam_beta1: float = setting(0.9, SHARE)
@@ -334,19 +334,19 @@ class TrainingConfig(_Config):
     adam_epsilon: float = setting(1e-8, _POSITIVE)
     """Constant in AdamW's denominator."""
     max_grad_norm: float = setting(1.0, (is_number, "a number; 0 for no clipping"))
-    """Largest global 2-norm of the gradient, clipped beyond it; 0 or less: no clipping."""
+    """Largest global 2-norm of the gradient, to which a larger one is clipped; 0 or less: no clipping."""
     max_nonfinite_steps: int = setting(5, _COUNT)
-    """Steps in a row with a NaN or infinite loss or gradient that end the run; each is skipped."""
+    """Skipped steps in a row that end the run; a step with a NaN or infinite loss or gradient is skipped."""
     bf16: bool = False
-    """bfloat16 autocast. With neither ``bf16`` nor ``fp16`` the model's own dtype decides."""
+    """bfloat16 autocast; with neither ``bf16`` nor ``fp16`` the model's own dtype decides."""
     fp16: bool = False
     """float16 autocast with a gradient scaler."""
     seed: int = setting(42, SEED)
-    """Seed of dropout and, without ``data_seed``, of the order of the documents."""
+    """Seed of dropout, and of the order of the documents unless ``data_seed`` is set."""
     data_seed: int | None = setting(None, _optional(SEED))
     """Seed of the order of the documents; None: ``seed``."""
     packing: bool = True
-    """Rows of ``max_length`` tokens filled with whole documents that do not see each other; False: one document a
+    """Fill rows of ``max_length`` tokens with whole documents, which do not see each other; False: one document a
     row."""
     max_length: int | None = setting(None, _ROW_TOKENS)
     """Tokens in a row; None: the dataset's ``max_length``."""
@@ -357,22 +357,22 @@ class TrainingConfig(_Config):
     gradient_checkpointing: bool | None = setting(None, _OPTIONAL_SWITCH)
     """transformers' switch for ``activation_checkpointing``: True means ``"full"``, False ``"none"``."""
     compile: bool | None = setting(None, _OPTIONAL_SWITCH)
-    """True: ``torch.compile`` each decoder layer. False: transformers' layers as they are. None: on a GPU the
-    fused kernels where they can compute the model, else transformers' layers as they are."""
+    """Use of ``torch.compile``: True compiles transformers' decoder layers, False runs them as they are, None uses the
+    fused kernels on a GPU where they support the model, and else transformers' layers as they are."""
     parallel: str | None = setting("auto", _choice("auto", "ddp", "fsdp", None))
-    """Use of several processes (torchrun): ``"ddp"``, each with the whole base, ``"fsdp"``, the base divided among
-    them, or ``"auto"`` (also None): as the model was loaded. One process is the same with each."""
+    """Base in a run of several processes (torchrun): ``"ddp"`` (whole in each process), ``"fsdp"`` (split over them) or
+    ``"auto"`` (as the model was loaded). None is ``"auto"``. With one process the setting has no effect."""
     logging_strategy: str = setting("steps", _STRATEGY)
-    """Times of a log line: ``"no"``, every ``"steps"``, every ``"epoch"``."""
+    """When to log: ``"no"`` (never), ``"steps"`` (every ``logging_steps``) or ``"epoch"`` (after each epoch)."""
     logging_steps: float = setting(10, _INTERVAL)
     """Steps between two log lines."""
     logging_first_step: bool = False
-    """A log line after the first step, too."""
+    """Log the first step, too."""
     log_level: str = setting("passive", _choice("passive", "detail", "debug", "info", "warning", "error", "critical"))
     """Verbosity: ``"warning"`` silences the banner; ``"error"`` and ``"critical"`` also silence the findings of
-    :func:`phi3lora.doctor` that a run starts with."""
+    :func:`phi3lora.doctor` at the start of a run."""
     disable_tqdm: bool | None = setting(None, _OPTIONAL_SWITCH)
-    """No progress bar."""
+    """True: no progress bar; False: a progress bar everywhere; None: a progress bar in a terminal only."""
     report_to: str | Sequence[str] = setting("none", _REPORT_TO)
     """Trackers: ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"mlflow"``, a list of them, ``"all"`` (those that are
     installed) or ``"none"`` (extra ``tracking``)."""
@@ -381,44 +381,46 @@ class TrainingConfig(_Config):
     project: str = setting("phi3lora", ((lambda value: isinstance(value, str) and value != ""), "a name"))
     """Project of the run in wandb (unless ``WANDB_PROJECT`` is set) and Trackio, and its experiment in MLflow."""
     eval_strategy: str = setting("no", _STRATEGY)
-    """Times of an evaluation: ``"no"``, every ``"steps"``, every ``"epoch"``."""
+    """When to evaluate: ``"no"`` (never), ``"steps"`` (every ``eval_steps``) or ``"epoch"`` (after each epoch)."""
     eval_steps: float | None = setting(0.1, _optional(_INTERVAL))
-    """Steps between two evaluations: by default a tenth of the run. None, or not given beside ``logging_steps``: as
-    many as that."""
+    """Steps between two evaluations, or a share of all steps in (0, 1). None, or not given while ``logging_steps`` is:
+    ``logging_steps``."""
     predict_with_generate: bool = False
-    """Answers of the model's own in each evaluation, scored by ROUGE (``eval_rouge1``, ``eval_rouge2``,
-    ``eval_rougeL``). A ROUGE as ``metric_for_best_model`` and ``compute_metrics`` ask for answers, too."""
+    """Let the model answer in each evaluation, and score the answers by ROUGE (``eval_rouge1``, ``eval_rouge2``,
+    ``eval_rougeL``). It also answers if ``metric_for_best_model`` is a ROUGE, and for ``compute_metrics``."""
     eval_max_samples: int | None = setting(100, _optional(_COUNT))
-    """Chats that an evaluation answers, from the first; None: all."""
+    """Chats to answer in an evaluation, from the first; None: all."""
     eval_max_new_tokens: int = setting(256, _COUNT)
-    """Longest such answer, in tokens."""
+    """Longest answer in an evaluation, in tokens."""
     eval_on_start: bool = False
-    """An evaluation before the first step."""
+    """Evaluate before the first step, too."""
     save_strategy: str = setting("steps", _STRATEGY)
-    """Times of a checkpoint: ``"no"``, every ``"steps"``, every ``"epoch"``."""
+    """When to save a checkpoint: ``"no"`` (never), ``"steps"`` (every ``save_steps``) or ``"epoch"`` (after each
+    epoch)."""
     save_steps: float = setting(500, _INTERVAL)
     """Steps between two checkpoints."""
     save_total_limit: int | None = setting(None, _optional(_COUNT))
-    """Checkpoints kept, the best one always among them; None: all."""
+    """Number of checkpoints to keep, the best one always among them; None: all."""
     load_best_model_at_end: bool = False
-    """Best adapter restored at the end; until then each new best one is saved."""
+    """Restore the best adapter at the end; until then each new best one is saved as a checkpoint."""
     metric_for_best_model: str | None = setting(None, _NAME)
-    """Metric of the evaluation, with or without ``eval_``: ``loss``, ``perplexity``, ``token_accuracy``, ``rouge1``,
-    ``rouge2``, ``rougeL``, or one that ``compute_metrics`` returns; None: ``loss``."""
+    """Metric that decides which adapter is best, with or without ``eval_``: ``loss``, ``perplexity``,
+    ``token_accuracy``, ``rouge1``, ``rouge2``, ``rougeL``, or one that ``compute_metrics`` returns; None: ``loss``."""
     greater_is_better: bool | None = setting(None, _OPTIONAL_SWITCH)
-    """Direction of the metric; None: False for ``perplexity`` and names that end in ``loss``, True for the others."""
+    """True if a larger metric is better; None: False for ``perplexity`` and names that end in ``loss``, True for the
+    others."""
     early_stopping_patience: int | None = setting(None, _optional(_COUNT))
-    """Evaluations in a row without a better metric that end the run; None: no early stopping."""
+    """Evaluations in a row without a better metric after which the run ends; None: no early stopping."""
     early_stopping_threshold: float = setting(0.0, _NOT_NEGATIVE)
     """Smallest improvement of the metric that counts as better."""
     continue_on_save_error: bool = False
-    """Permission to go on when a checkpoint cannot be written (a full disk); False: the error ends the run."""
+    """Continue when a checkpoint cannot be written (a full disk, say); False: the error ends the run."""
     resume_from_checkpoint: bool | str | None = setting(False, _START)
-    """Start: False (a new run), a checkpoint's path, True (the newest good checkpoint, which must exist), ``"auto"``
-    (the newest good one, or a new run)."""
+    """Where to start: False (a new run), True (the newest good checkpoint, which must exist), ``"auto"`` (the newest
+    good one, or a new run if there is none), or a checkpoint's path."""
     resume_with_changes: bool = False
-    """Permission to resume although the data, the settings or the versions of torch and transformers differ from the
-    checkpoint's. The differences are reported, and the run is no longer bit for bit the one that was interrupted."""
+    """Resume even if the data, the settings or the versions of torch and transformers differ from the checkpoint's. The
+    differences are reported, and the run no longer equals the interrupted one bit for bit."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps is not None or self.warmup_ratio is not None:

@@ -1,6 +1,6 @@
 """The settings of a run in four sections: ``model``, ``data``, ``lora``, ``training``; names, and values from text.
 
-A text is read by the type of its field, whether it stands in a file or after ``--set NAME=VALUE``. So ``1e-4`` is a
+A text is read by the type of its field, both in a file and after ``--set NAME=VALUE``. So ``1e-4`` is a
 number where a number is wanted, ``no`` is a word for ``eval_strategy`` and False for ``packing``, and a run can be
 called ``2024``.
 """
@@ -49,14 +49,15 @@ class ModelSettings:
     name_or_path: str = setting("microsoft/Phi-3-mini-4k-instruct", (is_name, "a name"))
     """Hub name or folder of the model; ``demo``: the tiny model that comes with the package."""
     dtype: str | None = None
-    """``bfloat16``, ``float16``, ``float32`` or ``auto``; None: ``bfloat16``, and ``float32`` for ``demo``."""
+    """Number format: ``bfloat16``, ``float16``, ``float32`` or ``auto``; None: ``bfloat16``, or ``float32`` for
+    ``demo``."""
     base_precision: str | None = None
-    """``nf4``: a frozen base in 4 bits (QLoRA); ``fp8``: in 8 bits; ``nf4-fp8``: 4 bits, multiplied in 8; None: in
-    ``dtype``."""
+    """Format of the frozen weights: ``nf4`` (4 bits, QLoRA), ``fp8`` (8 bits), ``nf4-fp8`` (stored as nf4, multiplied
+    in fp8); None: ``dtype``."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     adapter: str | None = setting(None, (lambda value: value is None or is_name(value), "a path"))
-    """Adapter to load, and for a run to go on from: a file, a checkpoint, a run's folder or a PEFT folder."""
+    """Adapter to load (a run continues training it): a file, a checkpoint, a run's folder or a PEFT folder."""
 
 
 @dataclass
@@ -64,15 +65,15 @@ class DataSettings:
     """The data of a run: arguments of ``ChatDataset.load``, and what is held out."""
 
     source: str | Sequence[str] | None = setting(None, _SOURCES, commas=False)
-    """Files, folders, patterns or hub datasets, which are joined; ``demo``: the embedded chats."""
+    """Files, folders, patterns or hub datasets; several are joined; ``demo``: the embedded chats."""
     eval_source: str | Sequence[str] | None = setting(None, _SOURCES, commas=False)
-    """Held-out data of its own, like ``source``; evaluated every epoch unless ``eval_strategy`` says otherwise."""
+    """Held-out data, named like the training data; evaluated every epoch unless ``eval_strategy`` says otherwise."""
     eval_share: float = setting(0.0, SHARE)
-    """Share of the rows to hold out, 0 to 1, where there is no ``eval_source``."""
+    """Share of the rows to hold out, such as 0.05, in place of ``eval_source``."""
     split_seed: int = setting(0, SEED)
-    """Seed of the choice of the rows that ``eval_share`` holds out."""
+    """Seed that selects the rows for ``eval_share``."""
     split: str = "train"
-    """Split of the source or part of one: ``train[:10%]``, ``train+test``."""
+    """Split of the source, or a part of one: ``train[:10%]``, ``train+test``."""
     eval_split: str = "train"
     """Split of ``eval_source``."""
     name: str | None = None
@@ -80,21 +81,22 @@ class DataSettings:
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     format: str = "auto"
-    """``messages``, ``sharegpt``, ``alpaca``, ``prompt_completion``, ``text``; ``auto``: by the first row."""
+    """Format of the rows: ``messages``, ``sharegpt``, ``alpaca``, ``prompt_completion``, ``text``; ``auto``: each row's
+    own, recognised by its columns."""
     columns: Mapping[str, str] | None = None
-    """Our column names and yours: ``prompt=question``."""
+    """Names of your columns, as OURS=YOURS: ``prompt=question``."""
     train_on: str = "assistant"
     """Tokens to train: ``assistant`` turns, the ``last`` one, or ``all``."""
     max_length: int | None = setting(None, _LENGTH)
-    """Tokens of the longest document and of a packed row; None: 2048, and 256 for ``demo``."""
+    """Longest document and length of a packed row, in tokens; None: 2048, or 256 for ``demo``."""
     overflow: str = "truncate"
-    """Handling of a longer document: ``truncate``, ``split`` or ``error``."""
+    """Handling of a document longer than ``max_length``: ``truncate``, ``split`` or ``error``."""
     on_bad_row: str = "error"
     """Handling of a row that cannot be used: ``error`` or ``skip``."""
     streaming: bool = False
     """Read the rows during training; needs ``max_steps``."""
     buffer_size: int = 10_000
-    """Rows of a stream that are in memory, shuffled and packed at a time."""
+    """Rows of a stream that are held in memory, shuffled and packed together."""
 
 
 SECTIONS: dict[str, type[Any]] = {

@@ -1,7 +1,7 @@
 """The parser of the command line. Nothing here loads torch, so that ``--help`` answers at once.
 
-Options of settings are made from the fields of the four dataclasses: name, choices of type, default, and the help text
-that stands under the field.
+Options of settings are made from the fields of the four dataclasses: name, type, default, and the help text under the
+field.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _version() -> str:
 
 def _demo(command: argparse.ArgumentParser, shows_all: bool) -> None:
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
-    command.add_argument("--random-init", action="store_true", help="the control: random base weights; should fail")
+    command.add_argument("--random-init", action="store_true", help="control: random base weights, which should fail")
     command.add_argument("--output-dir", type=_path, default="runs/demo", metavar="DIR")
 
 
@@ -138,7 +138,7 @@ def _run(command: argparse.ArgumentParser, shows_all: bool) -> None:
     _add_settings(command, "lora", shows_all)
     _add_settings(command, "training", shows_all)
     command.add_argument(
-        "--set", nargs="+", action=_SetAction, default=argparse.SUPPRESS, metavar="NAME=VALUE", help="any setting"
+        "--set", nargs="+", action=_SetAction, default=argparse.SUPPRESS, metavar="NAME=VALUE", help="set any setting"
     )
     command.add_argument("--help-all", action="help", help="show the help with every setting")
     command.usage = f"{command.prog} [RUN.yaml] [OPTION ...]"
@@ -172,9 +172,9 @@ def _evaluate(command: argparse.ArgumentParser, shows_all: bool) -> None:
     _add_settings(
         command, "data", leave_out=("eval_source", "eval_share", "eval_split", "split_seed", "streaming", "buffer_size")
     )
-    command.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time")
+    command.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows in a batch; default: 8")
     command.add_argument("--rouge", action="store_true", help="also let the model answer, and score the answers")
-    command.add_argument("--samples", type=int, default=0, metavar="N", help="also show N answers and references")
+    command.add_argument("--samples", type=int, default=0, metavar="N", help="also show N answers and their references")
     command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of the longest answer")
 
 
@@ -204,7 +204,7 @@ def _export(command: argparse.ArgumentParser, shows_all: bool) -> None:
         help="uniform (default): right in every tool; pattern: for PEFT and vLLM; split: for q_proj, k_proj, ...",
     )  # fmt: skip
     command.add_argument(
-        "--base-model", type=_path, metavar="NAME", help="base that the folder names; default: --model"
+        "--base-model", type=_path, metavar="NAME", help="base to name in the folder; default: --model"
     )
     _add_gguf(command, "the adapter and its base")
 
@@ -222,9 +222,9 @@ def _import(command: argparse.ArgumentParser, shows_all: bool) -> None:
 
 
 def _push(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("folder", type=_path, metavar="FOLDER", help="an adapter's, a PEFT or a merged model's folder")
+    command.add_argument("folder", type=_path, metavar="FOLDER", help="adapter, PEFT or merged model folder")
     command.add_argument("repository", type=_path, metavar="OWNER/NAME")
-    command.add_argument("--public", action="store_true", help="a repository that has to be created is public")
+    command.add_argument("--public", action="store_true", help="if the repository has to be created, make it public")
     command.add_argument("--message", metavar="TEXT", help="message of the commit")
 
 

@@ -75,7 +75,7 @@ class ChatDataset(DocumentSet):
                 ``"train[10%:20%]"``, ``"train[:50%]+test"``, ``"all"``. A source without splits is all ``"train"``. Of
                 a list of sources, each is split on its own. Rows of a file or object keep their numbers.
             name: configuration of a hub dataset.
-            format: ``"auto"`` (by the first row's keys), ``"messages"``, ``"sharegpt"``, ``"alpaca"``,
+            format: ``"auto"`` (each row's own, recognised by its keys), ``"messages"``, ``"sharegpt"``, ``"alpaca"``,
                 ``"prompt_completion"`` or ``"text"``; see ``data/formats.py``.
             columns: our column name -> yours, ``{"prompt": "question", "completion": "answer"}``.
             overflow: what happens to a longer document: ``"truncate"`` cuts it (and drops it if nothing trained is
