@@ -132,6 +132,10 @@ def _resolve(run: Run, where: str) -> None:
         raise ConfigError(f"{where}eval_source and eval_share={data.eval_share:g} exclude each other; give one of them")
     if data.streaming and data.eval_share:
         raise ConfigError(f"{where}a stream cannot be split: name held-out data (eval_source) in place of eval_share")
+    for name, needed in (("eval_split", "eval_source"), ("split_seed", "eval_share"), ("buffer_size", "streaming")):
+        value = getattr(data, name)
+        if value != getattr(DataSettings, name) and not getattr(data, needed):
+            logger.warning("%sdata.%s=%r has no effect without %s", where, name, value, needed)
 
 
 # --- Reading the file

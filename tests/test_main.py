@@ -311,6 +311,17 @@ def tensors_of(path):
     return {name: tensor.tolist() for name, tensor in load_file(path).items()}
 
 
+def test_the_command_after_a_run_can_be_pasted_from_80_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*SHORT, "output_dir=a-folder-of-a-rather-long-name/first"]) == 0
+    told = capsys.readouterr().out.partition("talk to it  ")[2]
+    assert max(map(len, told.splitlines())) <= 80 and "\n" in told.strip()
+    assert shlex.split(told.replace("\\\n", ""))[-5:] == [
+        "chat", "--model", "demo", "--adapter", "a-folder-of-a-rather-long-name/first/adapter.safetensors",
+    ]  # fmt: skip
+
+
 def test_two_mentions_of_set_both_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*SHORT, "--set", "output_dir=one", "r=2", "--set", "seed=5", "--lora_alpha", "4"]) == 0

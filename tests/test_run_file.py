@@ -56,6 +56,18 @@ def test_every_name_of_other_tools_is_no_name_of_ours_and_leads_to_one():
         assert not any(theirs in field_names(each) for each in SECTIONS)
 
 
+NEEDED = {"eval_split=test": "eval_source=b.jsonl", "split_seed=3": "eval_share=0.1", "buffer_size=9": "streaming=yes"}
+
+
+@pytest.mark.parametrize(("name", "needed"), NEEDED.items())
+def test_a_setting_that_needs_another_says_that_it_has_no_effect_without(caplog, name, needed):
+    options = [tuple(pair.split("=")) for pair in (name, needed)]
+    read_run(None, options)
+    assert not caplog.records
+    read_run(None, options[:1])
+    assert f"data.{options[0][0]}=" in caplog.text and f"no effect without {options[1][0]}" in caplog.text
+
+
 def test_the_home_folder_may_be_written_as_a_shell_does(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     text = "model: ~/phi\ndata: [~/a.jsonl, b~/c.jsonl]\ntraining: {output_dir: ~/runs}\nout: ~/a.pt"

@@ -29,7 +29,7 @@ from ..data.formats import check_columns, known_format
 from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
-from ..display import command_line, shown_path, text_facts
+from ..display import command_line, shell_lines, shown_path, terminal_columns, text_facts
 from ..errors import AdapterError, ConfigError, as_path
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
@@ -101,6 +101,8 @@ def _train(options: argparse.Namespace) -> int:
     if is_main:
         path = str(save_adapter(model, out))
         chat = command_line("chat", "--model", run.model.name_or_path, "--adapter", path)
+        columns = terminal_columns()
+        chat = "\n".join(shell_lines(chat, columns and columns - len("talk to it  ")))
         print(text_facts({"adapter": shown_path(path), "talk to it": chat}))
     return 0
 
