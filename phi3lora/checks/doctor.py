@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import Phi3LoRAError, TrainingError, require
+from ..errors import Phi3LoRAError, TrainingError, is_number, plain_value, require
 from ..model.sharding import sharded_base
 from ..processes import rank_and_size
 from ..training.checkpoint import rng_state, set_rng_state
@@ -99,7 +99,8 @@ def doctor(
         >>> report.ok, report["end of turn"].status
         (True, 'ok')
     """
-    is_allowed = device_memory_gib is None or device_memory_gib > 0
+    device_memory_gib = plain_value(device_memory_gib)
+    is_allowed = device_memory_gib is None or (is_number(device_memory_gib) and device_memory_gib > 0)
     require(is_allowed, "device_memory_gib", device_memory_gib, "None, or a number > 0 (GiB)", TrainingError)
     if rank_and_size()[0] > 0:
         return DoctorReport(())

@@ -30,7 +30,7 @@ from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
 from ..display import command_line, shell_lines, shown_path, terminal_columns, text_facts
-from ..errors import AdapterError, ConfigError, as_path
+from ..errors import AdapterError, ConfigError, as_path, is_number
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
 from ..inference.speed import speed_shown
@@ -298,11 +298,12 @@ def _init(options: argparse.Namespace) -> int:
     if not options.file.endswith((".yaml", ".yml")):
         raise ConfigError(f"the run file {options.file!r} is to be YAML; allowed: *.yaml, *.yml")
     _check_free(Path(options.file), options.overwrite)
-    if options.device_memory_gib is not None and not options.device_memory_gib > 0:
-        raise ConfigError(f"--device-memory-gib {options.device_memory_gib:g}; allowed: a number > 0")
+    memory = options.device_memory_gib
+    if memory is not None and not (is_number(memory) and memory > 0):
+        raise ConfigError(f"--device-memory-gib {memory:g}; allowed: a number > 0")
     run = read_run(None, options.settings)
     Path(options.file).parent.mkdir(parents=True, exist_ok=True)
-    write_starter(Path(options.file), run, _model_path(run), options.device_memory_gib)
+    write_starter(Path(options.file), run, _model_path(run), memory)
     print(f"{options.file}: edit it, then {command_line('train', options.file)}")
     return 0
 

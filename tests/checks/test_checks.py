@@ -278,8 +278,9 @@ def test_memory_is_compared_with_the_card_that_is_asked_about(tmp_path):
     head, *rows = tight.details[0][0].splitlines()
     assert head.split() == ["GiB", "none", "selective", "full", "offload"] and "x" in rows[0]
     assert [row[:10].strip() for row in rows[:3]] == ["as loaded", "fp8", "nf4"]
-    with pytest.raises(p3.TrainingError, match=r"device_memory_gib=0; allowed"):
-        memory(0)
+    for wrong in (0, float("nan"), float("inf"), True, "80"):
+        with pytest.raises(p3.TrainingError, match=rf"device_memory_gib={wrong!r}; allowed"):
+            memory(wrong)
 
 
 def test_the_prediction_for_another_card_assumes_the_fused_kernels(tmp_path):

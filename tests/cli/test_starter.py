@@ -84,6 +84,7 @@ def test_init_overwrites_nothing_and_names_a_missing_model(tmp_path, capsys):
         (["run.txt"], "'run.txt' is to be YAML; allowed: *.yaml, *.yml"),
         (["run.json"], "'run.json' is to be YAML"),  # `train` would read it as JSON
         (["--device-memory-gib", "nan"], "--device-memory-gib nan; allowed: a number > 0"),
+        (["--device-memory-gib", "inf"], "--device-memory-gib inf; allowed: a number > 0"),
         (["--device-memory-gib", "-5"], "--device-memory-gib -5; allowed"),
     ],
 )
