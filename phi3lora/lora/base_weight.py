@@ -145,9 +145,15 @@ def keep_4bit_packing(model: nn.Module) -> None:
 # The format of a layer, read from its tensors
 
 
+def parameter_of(layer: Any, name: str) -> Any:
+    """Return ``layer.name``, found at once; ``nn.Module`` searches longer than a small product takes."""
+    own = layer._parameters
+    return own[name] if name in own else getattr(layer, name)  # a replica or a parametrized layer has it elsewhere
+
+
 def base_weight_of(layer: Any) -> BaseWeight:
     """Return the frozen weight of a linear layer, adapted or not, in the format that its tensors have."""
-    weight, in_fp8 = layer.weight, getattr(layer, "fp8_products", False)
+    weight, in_fp8 = parameter_of(layer, "weight"), vars(layer).get("fp8_products")
     if is_4bit(weight):
         with torch._C.DisableTorchFunctionSubclass():  # else each operation on a Params4bit takes a detour in Python
             packed = weight.detach().as_subclass(torch.Tensor)
@@ -159,7 +165,7 @@ def base_weight_of(layer: Any) -> BaseWeight:
                 f"and keep its dtype"
             )
         return Fp8(weight, layer.scale)
-    return Dense(weight.t() if getattr(layer, "fan_in_fan_out", False) else weight)
+    return Dense(weight.t() if vars(layer).get("fan_in_fan_out") else weight)
 
 
 def stored_tensors(layer: Any) -> tuple[Tensor, ...]:
@@ -218,9 +224,10 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
     A quantised weight has no dtype to compute in: the result is then x's.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if torch._C._is_any_autocast_enabled():  # which is rare, and asking for one device takes longer
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
     return x.dtype if weight.dtype.itemsize == 1 or is_4bit(weight) else weight.dtype
 
 

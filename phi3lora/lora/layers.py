@@ -41,6 +41,7 @@ from .base_weight import (
     base_weight_of,
     compute_dtype,
     needs_plain_operations,
+    parameter_of,
     plain_linear_class,
     pop_quant_state,
 )
@@ -48,12 +49,12 @@ from .layer_state import ADAPTER_PARAMETERS, INNER_STATE, reason_against_state, 
 from .product import (
     Segment,
     adapted_segments,
-    add_low_rank_,
     factors,
     linear_plus_low_rank,
     low_rank_plainly,
+    with_low_rank,
 )
-from .weight_formats import BaseWeight, Dense
+from .weight_formats import Dense
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -210,11 +211,12 @@ class _AdaptedLinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer: x (..., in) -> (..., out)."""
-        base, adapted = base_weight_of(self), self.r > 0 and self.enabled
+        adapted = self.r > 0 and self.enabled
+        if adapted and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or needs_plain_operations()):
+            return self._forward_without_gradients(x)
+        base = base_weight_of(self)
         if isinstance(base, Dense) and not adapted:
             return F.linear(x, base.weight, self.bias)
-        if adapted and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or needs_plain_operations()):
-            return self._forward_without_gradients(x, base)
         dtype = compute_dtype(x, self.weight)
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if adapted:
@@ -227,18 +229,18 @@ class _AdaptedLinear(AdaptedLayer):
         y = y if bias is None else y + bias
         return y + low_rank_plainly(z, B, self.segments, self.enable_lora, self.scaling) if adapted else y
 
-    def _forward_without_gradients(self, x: Tensor, base: BaseWeight) -> Tensor:
-        bias, dropout = self.bias, self.lora_dropout
+    def _forward_without_gradients(self, x: Tensor) -> Tensor:
+        base, bias, dropout = base_weight_of(self), parameter_of(self, "bias"), self.lora_dropout
         dtype = compute_dtype(x, base.weight if isinstance(base, Dense) else self.weight)
-        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (N, in)
-        x2 = _to(x2, dtype)
-        y = F.linear(x2, _to(base.weight, dtype)) if isinstance(base, Dense) else base.matmul(x2)  # (N, out)
-        if bias is not None:
-            y += bias.to(dtype)
-        A, B = factors(self, x2)
-        z = F.linear(_to(dropout(x2) if dropout.training else x2, A.dtype), A)  # (N, k*r)
-        add_low_rank_(y, z, B, self.segments, self.enable_lora, self.scaling)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        x, bias = _to(x, dtype), bias if bias is None else _to(bias, dtype)
+        if isinstance(base, Dense):
+            y = F.linear(x, _to(base.weight, dtype), bias)  # (..., out)
+        else:
+            y = base.matmul(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+            y = y if bias is None else y.add_(bias)
+        A, B = factors(self, x)
+        z = F.linear(_to(dropout(x) if dropout.training else x, A.dtype), A)  # (..., k*r)
+        return with_low_rank(y, z, B, self.segments, self.enable_lora, self.scaling)
 
     def delta(self) -> Tensor:
         """Return ``scaling * B_i A_i`` in segment i's rows, zero elsewhere; float32, in the weight's own shape."""

@@ -6,13 +6,14 @@ With gradients it is one operator: each low-rank product is accumulated into the
 second (N, out) buffer, and the backward makes no copy of dy. Registering it with torch lets ``torch.compile`` treat it
 as one node and fuse the operations around it.
 
-Without gradients the operator's own way through torch costs more than a small product, so its two lines are called
-directly (``add_low_rank_``). In a ``keep_factors`` block A and B are cast once, not at each call, and B stands as one
-block-diagonal matrix, so that a layer of three segments takes one product, not three:
+Without gradients the operator's own way through torch costs more than a small product, and so does each product of
+one segment. So segments of one width at equal distances are one batched product, on views of y, z and B
+(``with_low_rank``):
 
-    qkv_proj, r 16, all segments:  z (N, 48),  B (q + k + v, 48) = | Bq 0  0  |
-                                                                   | 0  Bk 0  |
-                                                                   | 0  0  Bv |
+    qkv_proj, 3 x 192 columns, r 16, q and v adapted, N tokens:
+        y viewed as (2, N, 192), 384 numbers apart  +=  z viewed as (2, N, 16)  x  B viewed as (2, 16, 192)
+
+In a ``keep_factors`` block A and B are cast once, where they need a cast, not at each call.
 
 An operator of ours has no rule for forward-mode AD, for the transforms of ``torch.func`` or for second derivatives.
 There the same product is made of torch's own operations (``low_rank_plainly``), which have them all.
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_weight import needs_plain_operations
+from .base_weight import needs_plain_operations, parameter_of
 
 
 class Segment(NamedTuple):
@@ -67,22 +68,78 @@ def add_low_rank_(
 ) -> Tensor:
     """Add ``scaling * z_i B_i'`` to segment i's columns of y (N, out), in place, and return y.
 
-    z (N, k*r), lora_B (sum of enabled widths, r), or block-diagonal (out, k*r). z and B may be float32 where y is not.
+    z (N, k*r), lora_B (sum of enabled widths, r), of y's dtype.
     """
-    whole = lora_B.shape == (y.shape[1], z.shape[1])
-    if z.dtype is not y.dtype:
-        if whole:
-            added = F.linear(z, lora_B)
+    columns = [y_i for y_i, on in zip(y.split_with_sizes(list(widths), 1), enable_lora, strict=True) if on]
+    rows = lora_B.split_with_sizes([y_i.shape[1] for y_i in columns])
+    for y_i, z_i, B_i in zip(columns, z.chunk(len(columns), 1), rows, strict=True):
+        y_i.addmm_(z_i, B_i.t(), alpha=scaling)
+    return y
+
+
+class _Batch(NamedTuple):
+    """Adapted segments of one width whose columns begin at equal distances."""
+
+    number: int
+    width: int
+    distance: int  # from one segment's first column to the next one's
+    column: int  # the first one's first, of y
+    column_of_z: int
+    row_of_B: int
+
+    def views(self, y: Tensor, z: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y_i (number, N, width), z_i (number, N, r) and B_i' (number, r, width) of contiguous tensors."""
+        number, width, distance, column, column_of_z, row_of_B = self
+        out, z_row, r = y.shape[-1], z.shape[-1], lora_B.shape[1]
+        N = y.numel() // out
+        return (
+            _view(y, column, (number, N, width), (distance, out, 1)),
+            _view(z, column_of_z, (number, N, r), (r, z_row, 1)),
+            _view(lora_B, row_of_B * r, (number, r, width), (width * r, 1, r)),
+        )
+
+
+def _view(x: Tensor, first: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    return x.as_strided(size, stride, x.storage_offset() + first if first else None)
+
+
+@functools.cache
+def _batches(widths: tuple[int, ...], enable_lora: tuple[bool, ...], r: int) -> tuple[_Batch, ...]:
+    """Return the adapted segments in as few batches as possible, in order."""
+    batches: list[_Batch] = []
+    for segment in _adapted_segments(widths, enable_lora, r):
+        column, width = segment.columns.start, widths[segment.position]
+        last = batches[-1] if batches else None
+        if last is not None and last.width == width:
+            distance = column - last.column if last.number == 1 else last.distance
+            if column == last.column + last.number * distance:
+                batches[-1] = last._replace(number=last.number + 1, distance=distance)
+                continue
+        batches.append(_Batch(1, width, width, column, segment.rows_of_A.start, segment.rows_of_B.start))
+    return tuple(batches)
+
+
+def with_low_rank(
+    y: Tensor, z: Tensor, lora_B: Tensor, widths: Sequence[int], enable_lora: Sequence[bool], scaling: float
+) -> Tensor:
+    """Return what :func:`add_low_rank_` does, in fewer calls of torch; it may write into y (..., out).
+
+    z (..., k*r) and B may be float32 where y is not. In 16 bits a CPU takes the segments one by one: oneDNN refuses
+    some views of the batched product, and torch then turns oneDNN off for good.
+    """
+    y, z, same_dtype, out = y.contiguous(), z.contiguous(), z.dtype is y.dtype, y.shape[-1]
+    if same_dtype and y.is_cpu and y.dtype.itemsize == 2:
+        add_low_rank_(y.view(-1, out), z.view(-1, z.shape[-1]), lora_B, widths, enable_lora, scaling)
+        return y
+    if not same_dtype and lora_B.shape == (out, z.shape[-1]):
+        return y.add_(F.linear(z, lora_B), alpha=scaling)
+    lora_B = lora_B.contiguous()
+    for batch in _batches(tuple(widths), tuple(enable_lora), lora_B.shape[1]):
+        y_i, z_i, B_i = batch.views(y, z, lora_B)
+        if same_dtype:
+            y_i.baddbmm_(z_i, B_i, alpha=scaling)
         else:
-            added = add_low_rank_(torch.zeros_like(y, dtype=z.dtype), z, lora_B, widths, enable_lora, 1.0)
-        y.add_(added.to(y.dtype), alpha=scaling)
-    elif whole:
-        y.addmm_(z, lora_B.t(), alpha=scaling)
-    else:
-        columns = [y_i for y_i, on in zip(y.split_with_sizes(list(widths), 1), enable_lora, strict=True) if on]
-        rows = lora_B.split_with_sizes([y_i.shape[1] for y_i in columns])
-        for y_i, z_i, B_i in zip(columns, z.chunk(len(columns), 1), rows, strict=True):
-            y_i.addmm_(z_i, B_i.t(), alpha=scaling)
+            y_i.add_(torch.bmm(z_i, B_i), alpha=scaling)
     return y
 
 
@@ -183,16 +240,14 @@ def _low_rank_backward_plainly(
 
 
 # ----------------------------------------------------------------------------------------------------
-# A and B, laid out once for many calls without gradients
+# A and B, cast once for many calls without gradients
 
-_FLOAT32_ROWS = 32
+_FLOAT32_ROWS = 128
 """Largest N for which a CPU multiplies float32 factors faster than 16-bit ones."""
-_BLOCK_DIAGONAL_COLUMNS = 128
-"""Largest k*r of a block-diagonal B, whose zeros are multiplied too."""
 
 
 class _Kept(NamedTuple):
-    """The factors of one layer, and the parameters that they were made from."""
+    """The cast factors of one layer, and the parameters that they were made from."""
 
     parameters: tuple[Tensor, Tensor]
     aliases: tuple[Tensor, Tensor]  # of their storages: while these live, no other tensor has their addresses
@@ -213,14 +268,14 @@ class _Kept(NamedTuple):
 
 
 _KEPT: ContextVar[dict[nn.Module, _Kept | None] | None] = ContextVar("kept factors", default=None)
-"""Layer -> its factors once it was called, for the layers of the enclosing ``keep_factors`` block."""
+"""Layer -> its cast factors once it was called, for the layers of the enclosing ``keep_factors`` block."""
 
 
 @contextmanager
 def keep_factors(model: nn.Module) -> Iterator[None]:
-    """Keep each layer's factors, cast and laid out for one product, until the block ends; nothing is put on the layer.
+    """Keep each layer's factors in the dtype of its calls until the block ends; nothing is put on the layer.
 
-    They are made again when A or B was changed in place (by an optimizer or ``load_state_dict``), replaced, or moved to
+    They are cast again when A or B was changed in place (by an optimizer or ``load_state_dict``), replaced, or moved to
     another device or dtype. A write through ``.data`` leaves no trace: it belongs before or after the block. A CUDA
     graph of the layers is valid inside the block only: their factors are freed at its end.
     """
@@ -233,24 +288,18 @@ def keep_factors(model: nn.Module) -> Iterator[None]:
 
 
 def factors(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (k*r, in) and B of an adapted linear layer for :func:`add_low_rank_`, given its input x (N, in)."""
-    in_float32 = x.dtype.itemsize == 2 and x.is_cpu and len(x) <= _FLOAT32_ROWS and not torch.is_autocast_enabled("cpu")
-    dtype = torch.float32 if in_float32 else x.dtype
-    lora_A, lora_B, kept_layers = layer.lora_A, layer.lora_B, _KEPT.get()
-    if kept_layers is not None and layer in kept_layers:
-        kept = kept_layers[layer]
-        if kept is not None and kept.is_of(lora_A, lora_B, dtype):
-            return kept.A, kept.B
-        if not (lora_A.is_inference() or lora_B.is_inference()):  # those count no versions
-            kept_layers[layer] = kept = _keep(layer, dtype)
-            return kept.A, kept.B
-    return lora_A.to(dtype), lora_B.to(dtype)
-
-
-def _keep(layer: Any, dtype: torch.dtype) -> _Kept:
-    lora_A, lora_B = layer.lora_A, layer.lora_B
-    versions, aliases = (lora_A._version, lora_B._version), (lora_A.detach(), lora_B.detach())
-    A, B = (alias.to(dtype) for alias in aliases)
-    if A.shape[0] <= _BLOCK_DIAGONAL_COLUMNS:
-        B = block_diagonal(B, layer.segments, layer.enable_lora)
-    return _Kept((lora_A, lora_B), aliases, versions, A, B)
+    """Return A (k*r, in) and B of an adapted linear layer for :func:`with_low_rank`, given its input x."""
+    dtype, lora_A, lora_B = x.dtype, parameter_of(layer, "lora_A"), parameter_of(layer, "lora_B")
+    if dtype.itemsize == 2 and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        dtype = torch.float32 if x.numel() <= _FLOAT32_ROWS * layer.in_features else dtype
+    if lora_A.dtype is dtype and lora_B.dtype is dtype:
+        return lora_A, lora_B
+    kept_layers = _KEPT.get()
+    if kept_layers is None or layer not in kept_layers or lora_A.is_inference() or lora_B.is_inference():
+        return lora_A.to(dtype), lora_B.to(dtype)  # tensors made in inference mode count no versions
+    kept = kept_layers[layer]
+    if kept is None or not kept.is_of(lora_A, lora_B, dtype):
+        versions, aliases = (lora_A._version, lora_B._version), (lora_A.detach(), lora_B.detach())
+        A, B = (alias.to(dtype) for alias in aliases)
+        kept_layers[layer] = kept = _Kept((lora_A, lora_B), aliases, versions, A, B)
+    return kept.A, kept.B

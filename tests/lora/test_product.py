@@ -14,17 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import phi3lora as p3
 from phi3lora.lora.base_weight import Fp8Linear
-from phi3lora.lora.product import factors, keep_factors
+from phi3lora.lora.product import _FLOAT32_ROWS, factors, keep_factors
 from phi3lora.model.forward import eval_mode
 
-ENABLED = [(True,), (True, True), (True, False, True), (False, True, False)]
+ON, OFF = True, False
+ENABLED = [(ON,), (ON, ON), (ON, OFF, ON), (OFF, ON, OFF)]
 WIDTHS = {1: (24,), 2: (16, 8), 3: (12, 4, 8)}
+SEGMENTS = [
+    *((WIDTHS[len(enabled)], enabled) for enabled in ENABLED),
+    ((12, 12), (ON, ON)), ((8, 8, 8), (ON, ON, ON)), ((8, 8, 8), (ON, OFF, ON)), ((8, 8, 8), (OFF, ON, ON)),
+    ((16, 4, 4), (ON, ON, ON)), ((4, 8, 4, 8), (ON, ON, ON, OFF)), ((4, 4, 4, 4, 4, 4), (ON, OFF, ON, OFF, ON, ON)),
+]  # fmt: skip
+MANY = _FLOAT32_ROWS + 5  # rows, from which on a CPU multiplies 16-bit factors in 16 bits
 
 
-def make_layer(enable_lora=(True, False, True), dtype=torch.float32, base=None, r=2, **more) -> nn.Module:
+def make_layer(enable_lora=(True, False, True), dtype=torch.float32, base=None, r=2, widths=None, **more) -> nn.Module:
     torch.manual_seed(0)
     base = nn.Linear(16, 24, dtype=dtype) if base is None else base
-    widths = WIDTHS[len(enable_lora)]
+    widths = WIDTHS[len(enable_lora)] if widths is None else widths
     layer = p3.MergedLinear.adapt(base, r, 3, segments=widths, enable_lora=list(enable_lora), **more)
     randomize_adapters(layer, std=0.5)
     return layer.eval()
@@ -38,11 +45,11 @@ def without_gradients(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
             return [outside, layer(x), layer(x)]
 
 
-@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (40, 16), (0, 16), (0, 5, 16), (5, 0, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (MANY, 16), (0, 16), (0, 5, 16), (5, 0, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("enable_lora", ENABLED, ids=str)
-def test_it_equals_the_way_with_gradients(enable_lora, dtype, shape):
-    layer = make_layer(enable_lora, dtype)
+@pytest.mark.parametrize(("widths", "enable_lora"), SEGMENTS, ids=str)
+def test_it_equals_the_way_with_gradients(widths, enable_lora, dtype, shape):
+    layer = make_layer(enable_lora, dtype, widths=widths)
     layer = layer.double() if dtype == torch.float64 else layer
     x = torch.randn(shape, dtype=dtype)
     want = layer(x)
@@ -52,7 +59,7 @@ def test_it_equals_the_way_with_gradients(enable_lora, dtype, shape):
         torch.testing.assert_close(got, want.detach(), **rounding)
 
 
-@pytest.mark.parametrize("r", [2, 80])  # 160 columns are too many for a block-diagonal B
+@pytest.mark.parametrize("r", [2, 80])
 def test_other_inputs_ranks_and_formats(r):
     x = torch.randn(4, 3, 16).transpose(0, 1)  # not contiguous
     fp8 = make_layer(base=Fp8Linear.from_linear(nn.Linear(16, 24)), r=r)
@@ -77,7 +84,15 @@ def test_dropout_follows_its_own_mode():
         torch.testing.assert_close(layer(x), want)
 
 
-def test_no_operator_of_ours_is_called():
+PRODUCTS = [
+    ((24,), (ON,), 1), ((8, 8, 8), (ON, ON, ON), 1), ((8, 8, 8), (ON, OFF, ON), 1), ((16, 4, 4), (ON, ON, ON), 2),
+    ((4, 4, 4, 4, 4, 4), (ON, OFF, ON, OFF, ON, ON), 2), ((12, 4, 8), (ON, OFF, ON), 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("widths", "enable_lora", "count"), PRODUCTS, ids=str)
+def test_segments_of_one_width_at_equal_distances_are_one_product(widths, enable_lora, count, dtype):
     seen = []
 
     class Recorder(TorchDispatchMode):
@@ -85,14 +100,12 @@ def test_no_operator_of_ours_is_called():
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    layer, x = make_layer(), torch.randn(5, 16)
-    with keep_factors(layer), torch.no_grad():
+    layer, x = make_layer(enable_lora, dtype, widths=widths), torch.randn(5, 16, dtype=dtype)
+    with torch.no_grad(), Recorder():
         layer(x)
-        with Recorder():
-            layer(x)
-    products = [name for name in seen if "mm" in name]
-    assert len(products) == 3, seen  # the base's, A's and one for all segments
-    assert not [name for name in seen if name.startswith("phi3lora") or "_to_copy" in name]
+    assert len([name for name in seen if "mm" in name]) == 2 + count, seen  # the base's and A's before them
+    assert not [name for name in seen if name.startswith("phi3lora")]  # no operator of ours
+    assert sum("_to_copy" in name for name in seen) == (dtype is torch.bfloat16)  # x's
 
 
 # --- Kept factors are never stale
@@ -139,8 +152,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_inside_a_block_is_noticed(change, dtype):
-    layer, x = make_layer(dtype=dtype), torch.randn(3, 16, dtype=dtype)
+@pytest.mark.parametrize("rows", [3, MANY])
+def test_a_change_inside_a_block_is_noticed(change, dtype, rows):
+    layer, x = make_layer(dtype=dtype), torch.randn(rows, 16, dtype=dtype)
     with torch.no_grad(), keep_factors(layer):
         before = layer(x).float()
         change(layer)
@@ -152,7 +166,7 @@ def test_a_change_inside_a_block_is_noticed(change, dtype):
 
 
 def test_nothing_is_kept_after_a_block_so_data_writes_between_blocks_are_seen():
-    layer, x = make_layer(dtype=torch.bfloat16), torch.randn(3, 16, dtype=torch.bfloat16)
+    layer, x = make_layer(dtype=torch.bfloat16), torch.randn(MANY, 16, dtype=torch.bfloat16)
     with eval_mode(layer):
         before = layer(x)
     layer.lora_B.data.add_(1)
@@ -164,25 +178,24 @@ def test_nothing_is_kept_after_a_block_so_data_writes_between_blocks_are_seen():
 
 
 def test_only_the_models_own_layers_are_kept_in_its_own_thread():
-    layer, stranger, x = make_layer(), make_layer(), torch.randn(3, 16)
+    layer, stranger, x = make_layer(), make_layer(), torch.randn(MANY, 16, dtype=torch.bfloat16)
     with keep_factors(layer), torch.no_grad():
         assert factors(layer, x)[1] is factors(layer, x)[1]
         assert factors(stranger, x)[1] is not factors(layer, x)[1]
-        assert factors(stranger, x)[1].shape == stranger.lora_B.shape
         with keep_factors(stranger):  # of both models
             assert factors(stranger, x)[1] is factors(stranger, x)[1]
             assert factors(layer, x)[1] is factors(layer, x)[1]
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(factors(layer, x)[1].shape))
+        kept, seen = factors(layer, x)[1], []
+        thread = threading.Thread(target=lambda: seen.append(factors(layer, x)[1]))
         thread.start()
         thread.join()
-        assert seen == [layer.lora_B.shape]
-    assert factors(layer, x)[1].shape == layer.lora_B.shape
+        assert seen[0] is not kept
+    assert factors(layer, x)[1] is not kept
 
 
 def test_parameters_made_in_inference_mode_have_no_versions_and_are_not_kept():
     with torch.inference_mode():
-        layer, x = make_layer(), torch.randn(3, 16)
+        layer, x = make_layer(dtype=torch.bfloat16), torch.randn(MANY, 16, dtype=torch.bfloat16)
         with keep_factors(layer):
             before = layer(x)
             layer.lora_B.add_(1)
@@ -190,7 +203,7 @@ def test_parameters_made_in_inference_mode_have_no_versions_and_are_not_kept():
 
 
 def test_a_block_leaves_nothing_on_the_layer():
-    layer, x = make_layer(), torch.randn(3, 16)
+    layer, x = make_layer(dtype=torch.bfloat16), torch.randn(MANY, 16, dtype=torch.bfloat16)
     names, state = set(vars(layer)), list(layer.state_dict())
     with torch.no_grad(), keep_factors(layer):
         layer(x)
@@ -225,3 +238,18 @@ def test_switching_merging_and_loading_inside_a_block(tmp_path):
                 torch.testing.assert_close(logits(), want, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(logits(), want)
     assert not torch.allclose(first, second)
+
+
+def test_a_call_without_gradients_sees_writes_through_data_and_replaced_parameters():
+    for rows in (3, MANY):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer, x = make_layer(dtype=dtype), torch.randn(rows, 16, dtype=dtype)
+            with torch.no_grad():
+                before = layer(x)
+                layer.lora_B.data.add_(1)
+                after = layer(x)
+                torch.testing.assert_close(after, copy.deepcopy(layer)(x))
+                assert not torch.equal(before, after)
+                layer.lora_A.data = layer.lora_A.data.t().contiguous().t()  # not contiguous
+                layer.lora_B.data = layer.lora_B.data.t().contiguous().t()
+                torch.testing.assert_close(layer(x), after)
