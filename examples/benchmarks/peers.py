@@ -48,11 +48,11 @@ TINY_TOKENS = 16
 """Tokens of a document with ``--tiny``, which tests this file without a GPU."""
 
 
-def adapt_by_peft(model: nn.Module) -> nn.Module:
+def adapt_by_peft(model: nn.Module, r: int = 16) -> nn.Module:
     """Return the model in ``peft``'s wrapper."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 
