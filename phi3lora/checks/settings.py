@@ -15,7 +15,7 @@ from ..model.load import model_device
 from ..training.learning import reach, too_small
 from ..training.optim import optimizer_bytes, warmup_steps
 from ..training.output_folder import check_output_dir
-from ..training.setup import PlannedRun
+from ..training.setup import PlannedRun, interval
 from .report import Finding, error, ok, warning
 from .trial import Trial
 
@@ -156,12 +156,8 @@ def checkpoint_bytes(planned: PlannedRun) -> int:
 def checkpoints_at_once(planned: PlannedRun) -> int:
     """Predict the largest number of checkpoints on disk; an old one is deleted only after the new one is complete."""
     config, total = planned.config, planned.steps.total
-
-    def due(every: float) -> int:
-        return math.ceil(total / max(1, math.ceil(every * total) if every < 1 else int(every)))
-
     if config.save_strategy == "steps":
-        count = due(config.save_steps)
+        count = math.ceil(total / interval(config.save_steps, total))
     elif config.save_strategy == "no":
         count = 1  # an interrupted run saves one in any case
     elif config.max_steps > 0:
@@ -169,7 +165,7 @@ def checkpoints_at_once(planned: PlannedRun) -> int:
     else:
         count = math.ceil(config.num_train_epochs)
     if config.load_best_model_at_end:
-        count += due(config.eval_steps or config.logging_steps)
+        count += math.ceil(total / interval(config.eval_steps or config.logging_steps, total))
     limit = config.save_total_limit
     return count if limit is None else min(count, limit + 1 + config.load_best_model_at_end)
 

@@ -61,7 +61,7 @@ from .output_folder import (
 )
 from .picture import PICTURE, draw_run
 from .result import TrainingResult, closing_facts, result_of
-from .setup import PlannedRun, banner_facts, check_run, explain_out_of_memory, prepared, usual_torch
+from .setup import PlannedRun, banner_facts, check_run, explain_out_of_memory, interval, prepared, usual_torch
 from .step import OptimizerStep, StepOutcome
 
 logger = logging.getLogger("phi3lora")
@@ -175,8 +175,7 @@ def is_due(strategy: str, every: float, state: TrainingState, ends_epoch: bool) 
     """
     if strategy == "epoch":
         return ends_epoch
-    interval = math.ceil(every * state.total_steps) if every < 1 else int(every)
-    return strategy == "steps" and state.global_step % interval == 0
+    return strategy == "steps" and state.global_step % interval(every, state.total_steps) == 0
 
 
 class _Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -172,6 +173,11 @@ class PlannedRun:
     def _require_documents(self) -> None:
         if len(self.dataset) == 0:
             raise DataError("the dataset is empty: it has no documents")
+
+
+def interval(every: float, total_steps: int) -> int:
+    """Return the steps from one log line, evaluation or checkpoint to the next; ``every`` may be a share."""
+    return math.ceil(every * total_steps) if every < 1 else int(every)
 
 
 # --- Validation
