@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..config import IGNORE_INDEX
 from ..data.batches import PackedRow, collate
 from ..errors import first_of
 from ..lora.inject import lora_layers
@@ -73,6 +74,7 @@ def run_trial(planned: PlannedRun) -> Trial:
     rows = _trial_rows(planned)
     lengths = planned.dataset.lengths[[i for row in rows for i in row]]
     batch = collate(planned.dataset, rows, max(int(planned.dataset.lengths[list(row)].sum()) for row in rows))
+    supervised = int((batch["labels"] != IGNORE_INDEX).sum())
     flops = int(lengths.sum()) * flops_per_token(model, mean_context_tokens(lengths))
     losses: list[float] = []
     unmoved: list[list[str]] = []
@@ -86,12 +88,11 @@ def run_trial(planned: PlannedRun) -> Trial:
         with prepared(model, planned.checkpointing, PLAIN if is_slow else planned.backend):
             for _ in range(_MAX_ATTEMPTS):
                 started = time.perf_counter()
-                outcome = step([batch], _LEARNING_RATE)
-                loss, _, skipped = outcome.values.tolist()
+                loss, _, skipped = step([batch], _LEARNING_RATE, supervised).tolist()
                 seconds = min(seconds, time.perf_counter() - started)
                 if skipped and math.isfinite(loss) and precision.can_scale_down():
                     continue
-                losses.append(math.nan if skipped else loss / outcome.count)
+                losses.append(math.nan if skipped else loss / supervised)
                 if not skipped:
                     unmoved.append(_unmoved_parts(model, before, first_step=not unmoved))
                 if skipped or len(losses) == 2:

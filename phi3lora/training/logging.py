@@ -117,11 +117,10 @@ class StepRecord:
     """Facts about a step that are known before its loss arrives."""
 
     step: Step
-    """Documents of the step."""
+    """Documents of the step, and its supervised tokens."""
     number: int
     """Optimizer steps done, including this one."""
     learning_rate: float
-    supervised_tokens: int
     tokens_seen: int
     """Tokens trained on in the whole run, including this step."""
     log: bool
@@ -174,7 +173,7 @@ def report_skipped(
     documents = [i for micro in record.step.micro_batches for row in micro for i in row]
     rows = dataset.row_names(documents)
     listed = f"[{', '.join(rows[:16])}]{' ...' if len(rows) > 16 else ''}"
-    details = f"loss {loss_sum / record.supervised_tokens}, gradient norm {norm}; rows {listed} of the data"
+    details = f"loss {loss_sum / record.step.supervised_tokens}, gradient norm {norm}; rows {listed} of the data"
     logger.warning("step %d was skipped: %s", record.number, details)
     if in_a_row < min(config.max_nonfinite_steps, state.total_steps):
         return

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.adapter_file import load_adapter_state, read_adapter
 from ..checks.doctor import problems
@@ -62,7 +62,7 @@ from .output_folder import (
 from .picture import PICTURE, draw_run
 from .result import TrainingResult, closing_facts, result_of
 from .setup import PlannedRun, banner_facts, check_run, explain_out_of_memory, interval, prepared, usual_torch
-from .step import OptimizerStep, StepOutcome
+from .step import OptimizerStep
 
 logger = logging.getLogger("phi3lora")
 
@@ -144,8 +144,8 @@ def run_training(
         for step, micro_batches in batches:
             rate = run.schedule(state.global_step)
             world.step = state.global_step + 1
-            outcome = run.optimizer_step(micro_batches, rate, step.supervised_tokens, step.idle)
-            run.advance(step, outcome, rate)
+            values = run.optimizer_step(micro_batches, rate, step.supervised_tokens, step.idle)
+            run.advance(step, values, rate)
             run.log_ready()
             state.train_seconds += time.perf_counter() - started
             if is_due(config.eval_strategy, config.eval_steps or config.logging_steps, state, step.ends_epoch):
@@ -278,7 +278,7 @@ class _Run:
         except KeyboardInterrupt:
             self.interrupts.signal = signal.SIGINT
 
-    def advance(self, step: Step, outcome: StepOutcome, rate: float) -> None:
+    def advance(self, step: Step, values: Tensor, rate: float) -> None:
         """Move the data cursor past a step, and queue its loss for logging."""
         state, config = self.state, self.config
         state.global_step += 1
@@ -288,8 +288,8 @@ class _Run:
         first = config.logging_first_step and state.global_step == 1
         last = config.logging_strategy != "no" and state.global_step == state.total_steps
         log = first or last or is_due(config.logging_strategy, config.logging_steps, state, step.ends_epoch)
-        record = StepRecord(step, state.global_step, rate, outcome.count, state.tokens_seen, log)
-        self.pending.add(outcome.values, record)
+        record = StepRecord(step, state.global_step, rate, state.tokens_seen, log)
+        self.pending.add(values, record)
 
     def log_ready(self, wait: bool = False) -> None:
         """Count the steps whose losses have arrived (``wait``: all), log those that are due, stop if they stay NaN."""
@@ -298,11 +298,11 @@ class _Run:
             if not skipped:
                 state.nonfinite_in_a_row = 0
                 if record.number == 1:
-                    state.first_loss = loss_sum / record.supervised_tokens
+                    state.first_loss = loss_sum / record.step.supervised_tokens
                 state.loss_sum += loss_sum
-                state.loss_count += record.supervised_tokens
+                state.loss_count += record.step.supervised_tokens
                 state.run_loss_sum += loss_sum
-                state.run_loss_count += record.supervised_tokens
+                state.run_loss_count += record.step.supervised_tokens
             elif not (math.isfinite(loss_sum) and self.planned.precision.can_scale_down()):
                 state.nonfinite_in_a_row += 1
                 state.nonfinite_total += 1

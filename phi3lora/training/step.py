@@ -81,16 +81,6 @@ def has_instructions(name: str) -> bool:
     return any(known.get(instruction) for instruction in _FAST_INSTRUCTIONS[name])
 
 
-@dataclass(frozen=True)
-class StepOutcome:
-    """The numbers of one step, still on the device."""
-
-    values: Tensor
-    """float32 (3,): sum of token losses, gradient norm before clipping, 1 if the step was skipped else 0."""
-    count: int
-    """Supervised tokens of all micro-batches on all ranks."""
-
-
 class OptimizerStep:
     """Forward, backward and update of one optimizer step, of all processes together; the model is in train mode."""
 
@@ -111,7 +101,7 @@ class OptimizerStep:
 
     def __call__(
         self, micro_batches: Sequence[dict[str, Any]], learning_rate: float, count: int | None = None, idle: int = 0
-    ) -> StepOutcome:
+    ) -> Tensor:
         """Update the parameters from one step.
 
         Args:
@@ -119,6 +109,10 @@ class OptimizerStep:
             learning_rate: rate of the update.
             count: supervised tokens of all micro-batches on all ranks; None: those of ``micro_batches``.
             idle: micro-batches that another rank has more than this one; a split base is gathered for them here too.
+
+        Returns:
+            float32 (3,), still on the device: sum of token losses, gradient norm before clipping, 1 if the step was
+            skipped else 0.
         """
         scaler = self.precision.scaler
         if count is None:
@@ -152,7 +146,7 @@ class OptimizerStep:
         elif not skip.item():
             scaler.step(self.optimizer)
         scaler.update()
-        return StepOutcome(torch.stack([total, norm, skip.float()]), count)
+        return torch.stack([total, norm, skip.float()])
 
     def _require_gradients(self) -> None:
         """Raise if an adapter got no gradient in the first step: it would never learn."""
