@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import ATTENTION_VARIANTS, lively_model, packed_batch, random_documents, randomize_adapters, tiny_model
+from test_attention import DOCUMENTS, ROWS
 from torch import Tensor, nn
 
 import phi3lora as p3
@@ -16,8 +17,6 @@ from phi3lora.model.attention import register
 from phi3lora.model.backend import PLAIN
 from phi3lora.model.forward import BATCH_KEYS, supervised_hidden_states
 
-DOCUMENTS = random_documents(9, 5, 1, 7, 12)
-ROWS = [DOCUMENTS[:3], DOCUMENTS[3:4], DOCUMENTS[4:]]
 COUNT = sum(len(ids) - 1 for ids in DOCUMENTS)
 
 variants = pytest.mark.parametrize("changes", ATTENTION_VARIANTS.values(), ids=ATTENTION_VARIANTS)

@@ -12,18 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import adapted_model, chat_dataset, quiet_config
+from conftest import quiet_config
+from test_logging import train
 
 import phi3lora as p3
 from phi3lora.training.trackers import tracker_names
-
-DATA = chat_dataset(12)
-
-
-def train(folder, callbacks=(), **settings):
-    config = quiet_config(folder, **{"max_steps": 3, **settings})
-    eval_dataset = DATA if config.eval_strategy != "no" else None
-    return p3.train(adapted_model(), DATA, config, eval_dataset=eval_dataset, callbacks=callbacks)
 
 
 def test_tensorboard_gets_the_figures_of_every_line(tmp_path):
