@@ -131,13 +131,13 @@ def _warn_of_what_is_left_out(model: nn.Module, state: dict[str, Tensor], path: 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = DEFAULT) -> None:
     """Load an adapter file into ``model`` and check what ``strict=False`` does not.
 
-    A model without adapters is injected first, as the file says. On an error the model is unchanged.
+    A model without adapters gets those that the file describes first. On an error the model is unchanged.
 
     Args:
         model: with adapters or without.
         path: an adapter file of ours or loralib's.
         name: the adapter's name. If the active adapter has it (``inject_lora``'s is ``"default"``), its numbers are
-            replaced. Under another name the adapter is built as the file says and stays inactive until
+            replaced. Under another name the adapter is built as the file describes and stays inactive until
             ``set_adapter(model, name)``; an inactive one of that name is replaced.
 
     Raises:

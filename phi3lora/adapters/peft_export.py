@@ -116,7 +116,7 @@ def export_peft(
             transformers and vLLM alone) or ``"split"`` (``q_proj``, ``k_proj``, ... for a base whose fused layers were
             split).
         base_model: hub name or folder of the base, for the config and the commands; None: the place it was loaded
-            from (with ``"split"``: unknown). A folder is valid on this machine alone, which the result notes.
+            from (with ``"split"``: unknown). A folder is valid only on this machine, and the result says so.
 
     Returns:
         What was written; ``print`` shows it with the commands for each tool.

@@ -1,4 +1,4 @@
-"""The engines that serve a model or an adapter: the commands, and what each must be told beyond the files.
+"""The engines that serve a model or an adapter: the commands, and the arguments that each needs besides the files.
 
 llama.cpp's converters and its tokenizer guess what no file of a Phi-3 folder says, and guess wrongly in silence:
 

@@ -69,8 +69,8 @@ def doctor(
 ) -> DoctorReport:
     """Check a run before it starts: targets, masks, lengths, memory, disk, time, and whether gradients arrive.
 
-    Of several processes (torchrun) rank 0 checks the run of all. The others return a report without findings, whose
-    text is empty.
+    With several processes (torchrun), rank 0 checks the run for all. The others return a report without findings,
+    whose text is empty.
 
     Weights, gradients, modes and random generators (torch, CUDA, NumPy, Python) are restored bit for bit, and no file
     is left behind.
@@ -82,8 +82,8 @@ def doctor(
         config: the configuration for ``train``; default ``TrainingConfig()``.
         eval_dataset: the evaluation dataset for ``train``.
         device_memory_gib: memory of a card, in GiB, to compare the prediction with; None: that of the model's GPU.
-        try_steps: run two optimizer steps on copies of the adapters (seconds; they also give the predicted time). Not
-            done for a model that was loaded split over several processes.
+        try_steps: run two optimizer steps on copies of the adapters, which takes seconds and also gives the predicted
+            time. A model that was loaded split over several processes tries none.
         compute_metrics: the function for ``train``; it is not called.
 
     Returns:

@@ -52,7 +52,7 @@ logger = logging.getLogger("phi3lora")
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Run the command that was parsed and return the exit status. Of several processes (torchrun) the first prints."""
+    """Run the parsed command and return the exit status. With several processes (torchrun), only the first prints."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each retry; the error says it all
     if rank_and_size()[0] == 0:
         return _COMMANDS[options.command](options)

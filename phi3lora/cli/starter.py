@@ -38,7 +38,7 @@ _WIDTH = 80
 def write_starter(path: Path, run: Run, model_path: str, memory_gib: float | None) -> None:
     """Write a file for the model and the data of ``run``, and a card (None: the GPU that is here, if there is one).
 
-    Of the model at ``model_path``, a folder or a hub name, only ``config.json`` is read.
+    Only ``config.json`` of the model at ``model_path``, a folder or a hub name, is read.
     """
     read_model_config(model_path, run.model.revision)
     config = AutoConfig.from_pretrained(model_path, revision=run.model.revision)

@@ -70,7 +70,7 @@ def batches(
     """Yield one epoch of batches, as ``train`` consumes them.
 
     Args:
-        dataset: tokenised documents; of a stream one pass, window after window.
+        dataset: tokenised documents, or a stream, which is read once, window after window.
         max_length: tokens in a packed row; None: the dataset's.
         batch_size: rows in a batch: packed rows, or documents with ``packing=False``.
         packing: fill rows with whole documents, which do not see each other; False: one document a row, padded.

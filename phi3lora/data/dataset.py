@@ -65,19 +65,19 @@ class ChatDataset(DocumentSet):
         """Read a chat dataset, recognise its format, render and tokenise it.
 
         Args:
-            source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` file, packed (``.gz``,
+            source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` file, compressed (``.gz``,
                 ``.bz2``, ``.xz``, ``.zst``) or not; a folder of them, or one that ``save_to_disk`` wrote; a pattern
                 (``"data/*.jsonl"``); a hub name; a ``datasets.Dataset`` or ``DatasetDict``; a DataFrame or Arrow table;
                 dicts; or a list of such sources, one after the other, each read in its own format.
             tokenizer: a fast tokenizer with a chat template.
             max_length: tokens of the longest document.
             split: split of the source, or a part of one as ``datasets`` writes it: ``"train[:100]"``,
-                ``"train[10%:20%]"``, ``"train[:50%]+test"``, ``"all"``. A source without splits is all ``"train"``. Of
-                a list of sources, each is split on its own. Rows of a file or object keep their numbers.
+                ``"train[10%:20%]"``, ``"train[:50%]+test"``, ``"all"``. A source without splits is all ``"train"``. In
+                a list of sources, each is split separately. Rows of a file or object keep their numbers.
             name: configuration of a hub dataset.
             format: ``"auto"`` (each row's own, recognised by its keys), ``"messages"``, ``"sharegpt"``, ``"alpaca"``,
                 ``"prompt_completion"`` or ``"text"``; see ``data/formats.py``.
-            columns: our column name -> yours, ``{"prompt": "question", "completion": "answer"}``.
+            columns: column name of the format -> your name, ``{"prompt": "question", "completion": "answer"}``.
             overflow: what happens to a longer document: ``"truncate"`` cuts it (and drops it if nothing trained is
                 left; both are counted), ``"split"`` makes several documents and loses no trained token, ``"error"``
                 raises.
@@ -85,7 +85,7 @@ class ChatDataset(DocumentSet):
                 ``"train": false``.
             revision: revision of a hub dataset.
             streaming: True returns a :class:`phi3lora.ChatStream`, which reads its rows during training.
-            buffer_size: rows of a stream that are in memory, shuffled and packed at a time.
+            buffer_size: rows of a stream that are held in memory, shuffled and packed together.
             on_bad_row: ``"error"`` raises with the row's number, ``"skip"`` leaves the row out and reports it.
 
         Raises:
@@ -138,7 +138,7 @@ class ChatDataset(DocumentSet):
         stopping_strategy: str = "first_exhausted",
         **options: Any,
     ) -> ChatDataset:
-        """Mix the documents of several sources, so that each has the share that its weight says.
+        """Mix the documents of several sources, each with the share that its weight gives.
 
         A weight is a share of documents, not of tokens: with ``{"chat.jsonl": 3, "code.jsonl": 1}``, three documents
         in four are chats, to within one document. Weights need not add up to 1. The documents of the sources alternate;
@@ -150,13 +150,13 @@ class ChatDataset(DocumentSet):
             tokenizer, options: arguments of :meth:`load`, for sources that are not loaded yet.
             seed: which documents of a source are taken if not all are, and in which order. A stream's rows are taken
                 in their order.
-            stopping_strategy: ``"first_exhausted"`` takes no document twice: the mix ends when the first source has
-                nothing left, and the others' rest is not used. ``"all_exhausted"`` takes every document at least
+            stopping_strategy: ``"first_exhausted"`` takes no document twice: the mix ends when one source has nothing
+                left, and the rest of the others is not used. ``"all_exhausted"`` takes every document at least
                 once, and those of smaller sources again. The names are those of ``datasets.interleave_datasets``.
 
         Returns:
-            A ``ChatDataset``; or a ``ChatStream`` if the sources are streams (``streaming=True``), whose weights are
-            shares of rows. A pass of it ends where a mix of datasets would, and the next one is the same.
+            A ``ChatDataset``, or a ``ChatStream`` if the sources are streams (``streaming=True``). The weights of a
+            stream are shares of rows. A pass of it ends where a mix of datasets would, and the next pass is the same.
 
         Raises:
             DataError: a weight that is not positive, sources of different tokenizers, what :meth:`load` raises.
@@ -183,7 +183,7 @@ class ChatDataset(DocumentSet):
 
 
 class ChatStream(RowStream[ChatDataset]):
-    """Chats that are read during training: what ``ChatDataset.load(..., streaming=True)`` returns.
+    """Chats that are read during training; ``ChatDataset.load(..., streaming=True)`` makes one.
 
     It has no length, so ``train`` needs ``max_steps``, and it cannot be split; :meth:`take` and :meth:`skip` set rows
     aside for evaluation.

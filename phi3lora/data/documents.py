@@ -140,8 +140,8 @@ class RowTokenizer:
     ) -> Iterator[tuple[int, Chat]]:
         """Yield the chats of the rows; ``first`` is the first row's format.
 
-        A mapped column that none of the rows has is refused after the last one, before anything is cached. Of a stream,
-        that is the first window's last row.
+        A mapped column that none of the rows has is refused after the last row (of a stream: after the first window),
+        before anything is cached.
         """
         for number, row in rows:
             if self._not_met:

@@ -63,7 +63,7 @@ def evaluate(
     max_new_tokens: int = 256,
     world: Any = None,
 ) -> dict[str, float]:
-    """Return the mean loss over the dataset's supervised tokens; if asked to, also score the model's own answers.
+    """Return the mean loss over the dataset's supervised tokens; optionally, also score the model's own answers.
 
     Args:
         model: a Phi-3 causal LM, adapted or not; its modes and weights are left as they are.

@@ -46,8 +46,8 @@ def generate(
 ) -> Any:
     """Answer a question, or several. The model's own ``generation_config`` has no effect.
 
-    A Phi-3 on one device is computed by inference/decoding.py; ``decoding.unsupported_reason`` names what leaves it to
-    transformers' own loop (another architecture, a split base, hooks on the model), which gives the same answers.
+    inference/decoding.py computes the answers of a Phi-3 on one device. In other cases (another architecture, a split
+    base, hooks on the model; see ``decoding.unsupported_reason``) transformers' own loop gives the same answers.
 
     Args:
         model, tokenizer: the result of ``load_model``; the model's modes are restored.
@@ -59,17 +59,18 @@ def generate(
         temperature: 0 always takes the likeliest token (and so gives the same answer every time); above 0 samples.
         top_p: sample from the likeliest tokens with this total probability.
         top_k: sample from this many of the likeliest tokens; 0: from all.
-        repetition_penalty: a value > 1 makes tokens less likely that are in the prompt or the answer already
+        repetition_penalty: a value > 1 makes tokens less likely that are already in the prompt or the answer
             (https://arxiv.org/abs/1909.05858).
-        seed: the seed of the sampling; None: a number of torch's global generator. Each prompt of a list draws from a
-            generator of its own, by its place in the list.
+        seed: the seed of the sampling; None: a number from torch's global generator. Each prompt of a list has its own
+            generator, which depends on the prompt's place in the list.
         batch_size: prompts that run together: when an answer ends, the next prompt takes its place. The answers do not
             depend on it except for rounding.
         stream: print the answer while it is generated (one prompt only).
 
     Returns:
-        The answer, or a list of answers for a list of prompts, without the template's tokens. What a content may spell
-        stays, flagged as special or not: ``<|tool_call|>[{"name": ..., "arguments": {}}]<|/tool_call|>``, ``<think>``.
+        The answer, or a list of answers for a list of prompts, without the template's tokens. Tokens that a content may
+        spell stay, even if they are flagged as special:
+        ``<|tool_call|>[{"name": ..., "arguments": {}}]<|/tool_call|>``, ``<think>``.
 
     Raises:
         DataError: a prompt of another form, one that ends in an assistant turn, no prompt, ``stream`` with several; a

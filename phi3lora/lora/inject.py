@@ -68,7 +68,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """Result of :func:`inject_lora`; ``print`` shows it as a table, with equal layers of a stack in one line."""
+    """Result of :func:`inject_lora`; ``print`` shows it as a table, in which equal layers share a line."""
 
     layers: tuple[LayerReport, ...]
     """The adapted layers, in model order."""
@@ -144,7 +144,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
 
     The pretrained parameters are kept as they are (not copied), so a meta-device model works too. ``nn.Linear`` becomes
     ``Linear`` or, where it is fused, ``MergedLinear``; ``nn.Embedding`` and ``nn.Conv2d`` become ``Embedding`` and
-    ``Conv2d``. Hooks and attributes of a swapped layer move to the new one. A layer that stands in several places is
+    ``Conv2d``. Hooks and attributes of a swapped layer move to the new one. A layer that is used in several places is
     swapped in all of them. After an error the model is as it was.
 
     Args:

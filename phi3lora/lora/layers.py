@@ -284,7 +284,7 @@ class Linear(_AdaptedLinear, lora.Linear):  # type: ignore[misc]
 
 
 class MergedLinear(_AdaptedLinear, lora.MergedLinear):  # type: ignore[misc]
-    """``loralib.MergedLinear``: one linear layer that stands for several, also of unequal width.
+    """``loralib.MergedLinear``: one linear layer that stands for several, which may differ in width.
 
     ``lora_A (r*k, in)``, ``lora_B (sum of enabled widths, r)``, enabled segments in order (see the top of this file).
 

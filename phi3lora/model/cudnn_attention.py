@@ -1,12 +1,12 @@
 """Causal attention over packed documents by cuDNN, whose kernels for it are the fastest on Hopper.
 
-Why not through torch. Its call of these kernels builds cuDNN's graph anew every time, 40 to 70 ms
+Torch's own call of these kernels builds cuDNN's graph anew every time, in 40 to 70 ms
 (https://github.com/pytorch/pytorch/pull/191576). This file calls them through NVIDIA's package nvidia-cudnn-frontend,
 an extra, and keeps the graphs: building one takes a tenth of a second, the first of a process two seconds.
 
 A graph is made for a number of documents, a longest document and a number of tokens, for which it reserves memory. All
-are rounded up, the first two to powers of two, so that a run needs few graphs; documents are added that are empty.
-Nothing is padded: cuDNN is told where in a tensor, counted in numbers, each document begins.
+are rounded up, the first two to powers of two, so that a run needs few graphs; empty documents fill the number up.
+Nothing is padded: cuDNN gets the offset in the tensor, counted in numbers, at which each document begins.
 
       documents of 3 and 2 tokens           cu_seqlens   0  3  5
       the same, rounded up to 4             starts       0  3  5  5  5      lengths  3 2 0 0

@@ -21,7 +21,7 @@ An evaluation that lets the model answer has a cache of keys and values in place
 
     cache = 2 layers KV numbers of the compute dtype for each token of each row, prompt and answer
 
-Of a base that is split over processes (sharding.py) a GPU has its part of each layer and two whole layers.
+If a base is split over processes (sharding.py), a GPU has its part of each layer and two whole layers.
 
 The count of operations covers the forward and backward of LoRA training, without recomputation.
 

@@ -11,7 +11,7 @@ from .checkpoint import TrainingState
 class Callback:
     """Hooks into a run; override those you need. ``train(..., callbacks=[...])`` accepts any object with some of them.
 
-    Set ``state.should_stop = True`` in a hook to end the run after the step. Of several processes (torchrun) each
+    Set ``state.should_stop = True`` in a hook to end the run after the step. With several processes (torchrun), each
     calls its own callbacks, and the run ends for all as soon as one asks for it.
     """
 

@@ -11,9 +11,9 @@ Every process runs the same script and the same loop, on its own share of each s
 Host values go through gloo and device tensors through NCCL, so that no message between hosts waits for a GPU. One
 process exchanges nothing: every method returns at once. Time-outs are torch's (30 minutes); for others, call
 ``torch.distributed.init_process_group(timeout=...)`` before ``train``, which then uses that group. The host's is a
-fifth shorter than NCCL's, so that a process says which rank is missing before NCCL's watchdog takes notice: that
-stops the process's exit for a minute, to write its own report, and then aborts it. For the same reason no host waits
-for its device before all hosts have begun the sums of the step: it would wait for ever, and say nothing.
+fifth shorter than NCCL's, so that a process says which rank is missing before NCCL's watchdog takes notice: the
+watchdog would delay the process's exit for a minute, to write its own report, and then abort it. For the same reason no
+host waits for its device before all hosts have begun the sums of the step: it would wait for ever, and say nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class World:
         self.rank, self.size, self._host_group, self._store = rank, size, host_group, store
         self._roll_call_s = roll_call_s
         self.share: WindowShare | None = None
-        """Of a stream, the part of its windows that this process tokenises; None: all."""
+        """Part of a stream's windows that this process tokenises; None: all."""
         self._notes = f"phi3lora/ended/{next(_WORLDS)}" if store is not None else ""
         self._has_ended = False
         self.step = 0

@@ -253,7 +253,7 @@ class _Run:
             return
         cursor = Cursor(state.epoch, state.step_in_epoch, state.window)
         batches, device = self.planned.steps.batches, model_device(self.model)
-        # Of several processes none stops alone to wait for data: they agree after a step.
+        # With several processes, none stops alone while it waits for data: they agree after a step.
         yield from batches(
             state.global_step, cursor, device, lambda: self.world.size > 1 or not self.interrupts.requested
         )

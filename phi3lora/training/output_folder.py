@@ -201,8 +201,8 @@ def rotate(
 ) -> list[Path]:
     """Delete the oldest checkpoints until ``keep`` remain, and return the deleted ones.
 
-    The checkpoint that was just ``saved`` (None: the newest) and the one called ``best`` always stay; so does what they
-    are links to. Checkpoints newer than ``saved`` are not this run's. Of a link, the link is deleted.
+    The checkpoint that was just ``saved`` (None: the newest) and the one called ``best`` always stay; so do the
+    targets of their links. Checkpoints newer than ``saved`` are not this run's. If one is a link, only the link goes.
     """
     paths = checkpoints(output_dir)
     if keep is None or not paths:
