@@ -76,7 +76,7 @@ def check_added_tokens(planned: PlannedRun) -> Finding:
         remedy = "this model's embedding is tied to its head and takes no adapter: spell them with tokens that it knows"
     else:
         remedy = "add 'embed_tokens' and 'lm_head' to target_modules, or spell them with tokens that it knows"
-    return warning(f"{text}, whose rows of the embedding are frozen at values that no training has made; {remedy}")
+    return warning(f"{text}, whose embedding rows are untrained and frozen; {remedy}")
 
 
 def _new_tokens(planned: PlannedRun) -> dict[int, str]:

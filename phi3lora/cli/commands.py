@@ -185,8 +185,8 @@ def _check_same_adapter(run: Run, theirs: Any) -> None:
         ours, other = getattr(run.lora, name, None), getattr(theirs, name, None)
         if name in theirs.to_dict() and ours != other:
             raise ConfigError(
-                f"{name}={ours!r}, but the adapter {run.model.adapter!r} has {name}={other!r}, and a run goes on with "
-                f"what the adapter has; leave {name} out, or start without --adapter"
+                f"{name}={ours!r}, but the adapter {run.model.adapter!r} has {name}={other!r}, and a run keeps the "
+                f"adapter's settings; leave {name} out, or start without --adapter"
             )
 
 

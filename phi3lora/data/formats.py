@@ -111,7 +111,7 @@ def detect_format(
         refuse_other_job(row, None, (), number)
     forms = "; ".join(f"{name}: {', '.join(names.get(c, c) for c in COLUMNS[name])}" for name in formats)
     raise DataError(
-        f"row {number} has the keys {keys_of(row)}, which is no known format. Known: {forms}. "
+        f"row {number} has the keys {keys_of(row)}, which fit no known format. Known: {forms}. "
         f"Name your columns with columns={{'prompt': 'your column', ...}}"
     )
 

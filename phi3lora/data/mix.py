@@ -34,7 +34,7 @@ def weighted_sources(weights: Mapping[Any, float] | Iterable[tuple[Any, float]])
     for source, weight in pairs:
         if not is_number(weight) or weight <= 0:
             what = f"the weight of {short_repr(source, 100)} is {short_repr(weight, 60)}"
-            raise DataError(f"{what}; allowed: a number > 0. Leave out a source of which nothing is wanted")
+            raise DataError(f"{what}; allowed: a number > 0. Leave out sources that you do not want")
     total = sum(float(weight) for _, weight in pairs)
     return [source for source, _ in pairs], [float(weight) / total for _, weight in pairs]
 

@@ -42,7 +42,7 @@ def refuse_other_job(row: Mapping[str, Any], form: str | None, needed: Sequence[
         suspects["chosen"] = row["chosen"]
     if not suspects:
         return
-    anyway = f"columns={ {column: column for column in needed} } reads it all the same" if form else ""
+    anyway = f"columns={ {column: column for column in needed} } reads it anyway" if form else ""
     for column, value in suspects.items():
         what = f"row {number}: its column {column!r} is {short_repr(value, 60)}: it looks like "
         if column in _REJECTED or column == "chosen":

@@ -153,7 +153,7 @@ def _open(path: Path) -> Any:
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
         file.close()
         raise DataError(
-            f"{str(path)!r} looks like {wide}, it starts with the bytes {start!r}; allowed: UTF-8. Save it so"
+            f"{str(path)!r} looks like {wide}, it starts with the bytes {start!r}; allowed: UTF-8. Save it as UTF-8"
         )
     return file
 
@@ -174,7 +174,7 @@ def _not_utf8(what: str, error: UnicodeDecodeError) -> DataError:
     near = error.object[max(0, error.start - 10) : error.start + 10].decode("cp1252", "replace")
     is_text = near.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable() and "\ufffd" not in near
     looks = f"; it looks like Latin-1 (Windows-1252), where it reads {near!r}" if is_text else ""
-    return DataError(f"{what} is not UTF-8: {error}{looks}. Allowed: UTF-8; save it so")
+    return DataError(f"{what} is not UTF-8: {error}{looks}. Save the file as UTF-8")
 
 
 def plain(value: Any) -> Any:
@@ -269,7 +269,7 @@ def _rows_in(value: Any) -> list[Any]:
         return list(*held.values())
     if held:
         raise DataError(
-            f"holds several lists of objects: {', '.join(map(short_repr, held))}; allowed: one, a file each"
+            f"holds several lists of objects: {', '.join(map(short_repr, held))}; allowed: one list per file"
         )
     names, cells = value.get("columns"), value.get("data")
     if isinstance(names, list) and isinstance(cells, list) and value.keys() <= {"columns", "data", "index"}:

@@ -257,7 +257,7 @@ class ChatEncoder:
                 if key in _MEANINGFUL:
                     raise DataError(
                         f"row {number}: the chat template does not render {key!r} of message {i + 1} (role "
-                        f"{message['role']!r}); allowed: a template that does, or the same as text in the content"
+                        f"{message['role']!r}); allowed: a template that does, or plain text in the content"
                     )
                 findings.unused[f"messages.{key}"] += 1
                 messages = rest
@@ -278,8 +278,8 @@ class ChatEncoder:
         if not text.startswith(before) or not is_same:
             keys = ", ".join(sorted(messages[i].keys() - _PLAIN_KEYS))
             raise DataError(
-                f"row {number}: the chat template renders message {i + 1} ({keys}) in a way that no mask fits; "
-                f"allowed: the same as text in its content"
+                f"row {number}: the chat template renders message {i + 1} ({keys}) in a way that cannot be masked; "
+                f"allowed: plain text in its content"
             )
         return replaced
 

@@ -166,7 +166,7 @@ class ToolStyle:
             return messages, None
         text = given if as_written else _to_json(definitions, where)
         if found := self._not_in_tools.search(text):
-            raise DataError(f"{where} spell the token {found[0]!r}, which is for the template to write; take it out")
+            raise DataError(f"{where} spell the token {found[0]!r}, which only the template may write; remove it")
         if self._takes_tools[has_system] and not as_written:
             return messages, _as_openai(definitions)
         if self._takes_own_tools:
