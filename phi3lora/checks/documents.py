@@ -102,8 +102,8 @@ def check_lengths(planned: PlannedRun) -> Finding:
 
 def check_packing(planned: PlannedRun) -> Finding:
     steps, plan = planned.steps, planned.steps.plan
-    micro_batches = plan.micro_batches(0)
-    lengths = plan.dataset.lengths
+    micro_batches = [micro for step in steps.steps_of_epoch(0) for micro in step]
+    lengths = plan.lengths
     rows = sum(map(len, micro_batches))
     capacity = sum(
         len(micro) * (plan.max_length if plan.packing else max(int(lengths[i]) for row in micro for i in row))

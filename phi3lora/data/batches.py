@@ -173,7 +173,7 @@ class BatchPlan:
 
     def check_lengths(self) -> None:
         """Raise a ``DataError`` if a document is longer than a row."""
-        longest = self.dataset.max_document_tokens
+        longest = int(self.lengths.max(initial=0))
         if longest > self.max_length:
             raise DataError(
                 f"max_length={self.max_length}, but the dataset (loaded with max_length={self.dataset.max_length}) "
@@ -183,7 +183,7 @@ class BatchPlan:
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
         """Return the micro-batches of an epoch, each of at most ``batch_size`` rows."""
         self.check_lengths()
-        lengths = self.dataset.lengths
+        lengths = self.lengths
         is_long = lengths > (math.inf if self.boundary is None else self.boundary)
         groups: list[list[MicroBatch]] = []
         for documents in (np.flatnonzero(~is_long), np.flatnonzero(is_long)):
@@ -214,6 +214,11 @@ class BatchPlan:
         return rows
 
     @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 (documents,)."""
+        return self.dataset.lengths
+
+    @cached_property
     def supervised_tokens(self) -> np.ndarray:
         """Supervised tokens of each document, int64 (documents,)."""
         return self.dataset.supervised_tokens
@@ -228,7 +233,7 @@ class BatchPlan:
         """
         if processes == 1:
             return [micro_batches]
-        lengths, boundary = self.dataset.lengths, math.inf if self.boundary is None else self.boundary
+        lengths, boundary = self.lengths, math.inf if self.boundary is None else self.boundary
 
         def work_of(row: PackedRow) -> float:
             each = lengths[list(row)].astype(np.float64)
@@ -261,8 +266,7 @@ class BatchPlan:
             micro = micro + [()] * (self.batch_size - len(micro))
         if self.packing:
             return collate(self.dataset, micro, self.max_length)
-        lengths = self.dataset.lengths
-        return collate(self.dataset, micro, max(int(lengths[i]) for row in micro for i in row))
+        return collate(self.dataset, micro, max(int(self.lengths[i]) for row in micro for i in row))
 
 
 class Cursor(NamedTuple):
@@ -366,8 +370,8 @@ class StepSchedule:
                     if not self.config.resume_with_changes:
                         raise CheckpointError(f"{what}; set resume_with_changes=True to continue anyway")
                     logger.warning("%s", what)
-                plan, lengths = dataclasses.replace(self.plan, dataset=window), window.lengths
-                supervised = plan.supervised_tokens
+                plan = self.plan if window is self.plan.dataset else dataclasses.replace(self.plan, dataset=window)
+                lengths, supervised = plan.lengths, plan.supervised_tokens
                 steps = self.steps_of_epoch(epoch, plan)
                 for i in range(first, min(len(steps), first + left)):
                     ends_epoch = i + 1 == len(steps)

@@ -5,6 +5,9 @@ All documents lie end to end in two arrays. A set is an index into them, so ``se
     _input_ids   a a a a b b b c c c c c     tokens of documents a, b, c; _labels likewise
     _starts      0       4     7         12
     _index       [2, 0]                      the set (c, a)
+
+A set does not change once it is made. So its fingerprint and its counts of labels, which take a pass over all tokens,
+are computed once; a copy, which may be changed, computes its own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -74,6 +78,10 @@ class DocumentSet:
         self.findings = findings or Findings()
         """What loading found in the source: see ``data/findings.py``."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has of this set: all but what is computed from it."""
+        return {name: value for name, value in vars(self).items() if name not in ("_digest", "_label_counts")}
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -98,9 +106,15 @@ class DocumentSet:
     @property
     def supervised_tokens(self) -> np.ndarray:
         """Trained tokens of each document, its first token never among them, int64 (documents,)."""
-        is_trained = self._labels != IGNORE_INDEX
-        is_trained[self._starts[:-1]] = False  # nothing precedes it to predict it from
-        return np.add.reduceat(is_trained, self._starts[:-1], dtype=np.int64)[self._index]
+        starts = self._starts[:-1]
+        untrainable = self._labels[starts] != IGNORE_INDEX  # nothing precedes a first token to predict it from
+        trained: np.ndarray = self._label_counts - untrainable
+        return trained[self._index]
+
+    @cached_property
+    def _label_counts(self) -> np.ndarray:
+        """Labels of each document in the arrays, int64 (documents,)."""
+        return np.add.reduceat(self._labels != IGNORE_INDEX, self._starts[:-1], dtype=np.int64)
 
     @property
     def truncated(self) -> np.ndarray:
@@ -188,8 +202,7 @@ class DocumentSet:
     def statistics(self) -> dict[str, Any]:
         """Count documents, tokens, supervised tokens, truncated documents, dropped and bad rows; find the longest."""
         lengths = self.lengths
-        of_each = np.add.reduceat(self._labels != IGNORE_INDEX, self._starts[:-1], dtype=np.int64)
-        tokens, supervised = int(lengths.sum()), int(of_each[self._index].sum())
+        tokens, supervised = int(lengths.sum()), int(self._label_counts[self._index].sum())
         return {
             "documents": len(self),
             "tokens": tokens,
@@ -198,7 +211,7 @@ class DocumentSet:
             "truncated": int(self.truncated.sum()),
             "dropped": self.dropped_rows,
             "bad": len(self.bad_rows),
-            "longest": self.max_document_tokens,
+            "longest": int(lengths.max(initial=0)),
             "format": self.format,
             "max_length": self.max_length,
             **self.findings.counts(),
@@ -206,6 +219,10 @@ class DocumentSet:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the documents in their order: equal exactly when the data is."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for i in range(len(self)):
             for part in self.document(i):

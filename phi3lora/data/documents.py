@@ -1,5 +1,10 @@
 """Rows -> chats -> tokenised documents of at most ``max_length`` tokens, and the cache of tokenised chats.
 
+    rows -> chats -> EncodedChats, 1,000 at a time -> cache -> documents
+
+A source of many rows is encoded by forks of this process, one for each core, and the parts are put together in the
+order of their rows: see :func:`phi3lora.data.forks.in_processes`.
+
 The same rows, tokenizer and options are tokenised once. ``datasets`` caches the tokenised chats of a file or dataset of
 1 MiB and more: they are a ``Dataset.from_generator`` whose fingerprint is a digest of everything that the tokens depend
 on, this library's own code included. Long chats are cut after the cache, so ``max_length`` and ``overflow`` may change.
@@ -15,6 +20,8 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +35,7 @@ from ..display import quiet_libraries
 from ..errors import DataError, did_you_mean, error_line
 from ..files import read_json, sha256_of, write_atomic
 from .findings import Findings
+from .forks import cores, in_processes
 from .formats import Chat, detect_format, keys_of, to_chat
 from .prefetch import Share
 from .rows import BadRows, NumberedRow, file_kind
@@ -36,17 +44,39 @@ from .template import ChatEncoder, EncodedChat
 
 logger = logging.getLogger("phi3lora")
 
-NumberedChat = tuple[int, EncodedChat]
-
 SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second that importing datasets takes
 _READING = "rows formats turns marked_text other_jobs findings template tokens tools documents".split()
 _MODULES = [Path(__file__).with_name(f"{name}.py") for name in _READING]
 _CHATS_AT_ONCE = 1000
+_ROWS_TO_FORK = 4096  # a source of fewer is encoded in two or three seconds
 _DIGESTS = "sha256.json"
+_DTYPES = {"numbers": np.int64, "lengths": np.int64, "ids": np.int32, "trained": np.uint8}  # of a cached record
 
 
 class NoDocumentsError(DataError):
     """A source of which no row became a document."""
+
+
+@dataclass(frozen=True)
+class EncodedChats:
+    """Encoded chats of one source, end to end."""
+
+    numbers: np.ndarray  # of their rows, int64 (chats,)
+    lengths: np.ndarray  # in tokens, int64 (chats,)
+    ids: np.ndarray  # int32 (tokens,)
+    trained: np.ndarray  # a bit for each token, packed, uint8
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], chats: Sequence[EncodedChat]) -> EncodedChats:
+        ids, mask = (np.concatenate(column) for column in zip(*((chat.ids, chat.mask) for chat in chats), strict=True))
+        lengths = np.array([len(chat.ids) for chat in chats], dtype=np.int64)
+        return cls(np.array(numbers, dtype=np.int64), lengths, ids, np.packbits(mask))
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield the row, the ids int32 (n,) and the mask of trained tokens, bool (n,), of each chat."""
+        mask = np.unpackbits(self.trained, count=len(self.ids)).astype(bool)
+        ends = np.cumsum(self.lengths)[:-1]
+        return zip(self.numbers.tolist(), np.split(self.ids, ends), np.split(mask, ends), strict=True)
 
 
 class RowTokenizer:
@@ -77,25 +107,31 @@ class RowTokenizer:
         format: str,
         bad: BadRows,
         *,
-        cache: bool = False,
+        is_whole: bool = False,
         share: Share | None = None,
     ) -> dict[str, Any]:
         """Return the documents of ``rows`` as the arguments of ``ChatDataset``.
 
         ``format`` is one of ``formats.COLUMNS``, or ``"auto"``: each row's own, the first row's before others.
-        ``cache`` caches the tokenised chats, if ``rows`` are all the rows of the source. With a ``share`` each process
-        tokenises its part of the rows, and gets the others' from them.
+        If ``rows`` are all the rows of the source (``is_whole``), several cores tokenise them and the chats are cached.
+        With a ``share`` each process tokenises its part of the rows, and gets the others' from them.
         """
         with self._one_thread:
             rows, findings = iter(rows), Findings()
             form, first = self._first_row(rows, format, bad)
             rows = chain([first], rows)
 
-            def encode(rows: Iterable[NumberedRow], bad: BadRows, findings: Findings) -> Iterator[NumberedChat]:
+            def encode(rows: Iterable[NumberedRow], bad: BadRows, findings: Findings) -> Iterator[EncodedChats]:
                 return self._encode(self._read_chats(rows, format, form, bad, findings), bad, findings)
 
-            chats = encode(rows, bad, findings) if share is None else _shared(list(rows), encode, bad, findings, share)
-            if cache and not bad.skips:  # the cache does not record which rows were skipped
+            rows = self._noting_columns(rows)
+            if share is not None:
+                chats = _shared(list(rows), encode, bad, findings, share)
+            elif is_whole:
+                chats = _forked(rows, encode, bad, findings)
+            else:
+                chats = encode(rows, bad, findings)
+            if is_whole and not bad.skips:  # the cache does not record which rows were skipped
                 options = [format, sorted(self.columns.items()), self.encoder.train_on, self.source.ranges]
                 chats = cached_chats(chats, findings, cache_key(self.source.rows, self.encoder.tokenizer, options))
             documents = self._cut(chats, bad)
@@ -113,32 +149,8 @@ class RowTokenizer:
         why = f"none of its {len(bad.numbers)} rows is usable: {bad.errors[0]}" if bad.errors else "it has no rows"
         raise NoDocumentsError(f"the dataset {self.source.name} is empty: {why}")
 
-    def _encode(self, chats: Iterator[tuple[int, Chat]], bad: BadRows, findings: Findings) -> Iterator[NumberedChat]:
-        """Yield the encoded chats. Many are tokenised at a time, which the tokenizer spreads over the cores."""
-        while batch := list(islice(chats, _CHATS_AT_ONCE)):
-            try:
-                encoded = self._encode_batch(batch, findings)
-            except DataError:
-                if not bad.skips:
-                    raise
-                encoded = []
-                for chat in batch:  # one by one, to find the bad ones
-                    try:
-                        encoded += self._encode_batch([chat], findings)
-                    except DataError as error:
-                        bad.reject(chat[0], error)
-            yield from encoded
-
-    def _encode_batch(self, batch: list[tuple[int, Chat]], findings: Findings) -> list[NumberedChat]:
-        numbers, found = [number for number, _ in batch], Findings()
-        encoded = self.encoder.encode([chat for _, chat in batch], numbers, found)
-        findings += found
-        return list(zip(numbers, encoded, strict=True))
-
-    def _read_chats(
-        self, rows: Iterable[NumberedRow], format: str, first: str, bad: BadRows, findings: Findings
-    ) -> Iterator[tuple[int, Chat]]:
-        """Yield the chats of the rows; ``first`` is the first row's format.
+    def _noting_columns(self, rows: Iterable[NumberedRow]) -> Iterator[NumberedRow]:
+        """Yield the rows.
 
         A mapped column that none of the rows has is refused after the last row (of a stream: after the first window),
         before anything is cached.
@@ -146,24 +158,50 @@ class RowTokenizer:
         for number, row in rows:
             if self._not_met:
                 self._not_met.difference_update(row)
-            try:
-                form = detect_format(row, self.columns, number, first) if format == "auto" else format
-                yield number, to_chat(row, form, number, self.columns, findings)
-            except DataError as error:
-                bad.reject(number, error)
+            yield number, row
         if self._not_met:
             missing = sorted(self._not_met)
             what = f"columns={dict(self.columns)}: no row of {self.source.name} has {', '.join(map(repr, missing))}"
             hint = did_you_mean(missing[0], map(str, row))
             raise DataError(f"{what}; the last row has the keys {keys_of(row)}.{hint}")
 
-    def _cut(self, chats: Iterable[NumberedChat], bad: BadRows) -> dict[str, Any]:
+    def _read_chats(
+        self, rows: Iterable[NumberedRow], format: str, first: str, bad: BadRows, findings: Findings
+    ) -> Iterator[tuple[int, Chat]]:
+        """Yield the chats of the rows; ``first`` is the first row's format."""
+        for number, row in rows:
+            try:
+                form = detect_format(row, self.columns, number, first) if format == "auto" else format
+                yield number, to_chat(row, form, number, self.columns, findings)
+            except DataError as error:
+                bad.reject(number, error)
+
+    def _encode(self, chats: Iterator[tuple[int, Chat]], bad: BadRows, findings: Findings) -> Iterator[EncodedChats]:
+        """Yield the encoded chats, many at a time."""
+        while batch := list(islice(chats, _CHATS_AT_ONCE)):
+            try:
+                yield self._encode_batch(batch, findings)
+            except DataError:
+                if not bad.skips:
+                    raise
+                for chat in batch:  # one by one, to find the bad ones
+                    try:
+                        yield self._encode_batch([chat], findings)
+                    except DataError as error:
+                        bad.reject(chat[0], error)
+
+    def _encode_batch(self, batch: list[tuple[int, Chat]], findings: Findings) -> EncodedChats:
+        numbers, found = [number for number, _ in batch], Findings()
+        encoded = self.encoder.encode([chat for _, chat in batch], numbers, found)
+        findings += found
+        return EncodedChats.of(numbers, encoded)
+
+    def _cut(self, chats: Iterable[EncodedChats], bad: BadRows) -> dict[str, Any]:
         """Cut the chats into documents of at most ``max_length`` tokens."""
         documents: list[tuple[int, bool, np.ndarray, np.ndarray]] = []  # (row, truncated, ids, labels)
         dropped_rows = longest_prompt = 0
-        for number, chat in chats:
-            ids = np.array(chat.input_ids, dtype=np.int32)
-            labels = np.where(chat.trained, ids, IGNORE_INDEX).astype(np.int32)
+        for number, ids, mask in chain.from_iterable(chats):
+            labels = np.where(mask, ids, np.int32(IGNORE_INDEX))
             is_long = len(ids) > self.max_length
             if is_long and self.overflow == "error":
                 what = f"row {number}: {len(ids)} tokens; allowed: max_length={self.max_length}. "
@@ -173,7 +211,7 @@ class RowTokenizer:
             documents += [(number, is_long and self.overflow == "truncate", *part) for part in parts]
             if not parts:
                 dropped_rows += 1
-                longest_prompt = max(longest_prompt, int(np.argmax(chat.trained)))
+                longest_prompt = max(longest_prompt, int(np.argmax(mask)))
         bad.report()
         if not documents and not dropped_rows:
             raise NoDocumentsError(f"none of the {len(bad.numbers)} rows is usable; the first: {bad.errors[0]}")
@@ -196,7 +234,7 @@ class RowTokenizer:
             "rows": np.array(rows),
             "truncated": np.array(truncated),
             "dropped_rows": dropped_rows,
-            "bad_rows": tuple(bad.numbers),
+            "bad_rows": tuple(sorted(bad.numbers)),
             "max_length": self.max_length,
             "pad_token_id": pad or 0,
             "end_of_turn_id": self.encoder.end_of_turn_id,
@@ -212,44 +250,67 @@ class RowTokenizer:
         return [(ids[part], labels[part]) for part in parts if (labels[part][1:] != IGNORE_INDEX).any()]
 
 
+Encode = Callable[[Iterable[NumberedRow], BadRows, Findings], Iterator[EncodedChats]]
+_Part = tuple[BadRows, Findings, list[EncodedChats]]  # what came of some of the rows
+
+
+def _encoded_part(encode: Encode, choice: str, rows: Iterable[NumberedRow]) -> _Part:
+    bad, findings = BadRows(choice), Findings()
+    return bad, findings, list(encode(rows, bad, findings))
+
+
+def _put_together(parts: Iterable[_Part], bad: BadRows, findings: Findings) -> Iterator[EncodedChats]:
+    for part_bad, part_findings, chats in parts:
+        bad.add(part_bad)
+        findings += part_findings
+        yield from chats
+
+
+def _forked(rows: Iterator[NumberedRow], encode: Encode, bad: BadRows, findings: Findings) -> Iterator[EncodedChats]:
+    """Yield the chats of all rows, which forks of this process encode if the rows are many."""
+    parts = _parts_of(rows)
+    first, processes = next(parts, []), cores()
+    if len(first) < _ROWS_TO_FORK or processes == 1:
+        yield from encode(chain(first, chain.from_iterable(parts)), bad, findings)
+        return
+    work = partial(_encoded_part, encode, bad.choice)
+    for part in chain([first], parts):
+        yield from _put_together(in_processes(work, part, processes), bad, findings)
+
+
+def _parts_of(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
+    """Yield the rows, many at a time. An error in reading is raised after the rows before it, as one by one."""
+    part: list[NumberedRow] = []
+    try:
+        for row in rows:
+            part.append(row)
+            if len(part) == _ROWS_TO_FORK:
+                yield part
+                part = []
+    except DataError:
+        yield part
+        raise
+    yield part
+
+
 def _shared(
-    rows: Sequence[NumberedRow],
-    encode: Callable[[Sequence[NumberedRow], BadRows, Findings], Iterator[NumberedChat]],
-    bad: BadRows,
-    findings: Findings,
-    share: Share,
-) -> Iterator[NumberedChat]:
-    """Return the chats of all rows, of which each process encodes its part, and add up what they have found.
+    rows: Sequence[NumberedRow], encode: Encode, bad: BadRows, findings: Findings, share: Share
+) -> Iterator[EncodedChats]:
+    """Return the chats of all rows, of which each process encodes its part.
 
     The error of the first row that has one is raised in every process.
     """
-    own_bad, own_findings, error = BadRows(bad.choice), Findings(), None
-    numbers: list[int] = []
-    ids, trained = [np.empty(0, np.int32)], [np.empty(0, bool)]
+    done: _Part | DataError
     try:
-        for number, chat in encode(share.part(rows), own_bad, own_findings):
-            numbers.append(number)
-            ids.append(np.array(chat.input_ids, dtype=np.int32))
-            trained.append(np.array(chat.trained, dtype=bool))
+        done = _encoded_part(encode, bad.choice, share.part(rows))
     except DataError as why:
-        error = why
-    packed = [*map(len, ids[1:])], np.concatenate(ids), np.packbits(np.concatenate(trained))
-    parts = share.exchange((error, own_bad, own_findings, numbers, *packed))
-    for raised, *_ in parts:
-        if raised is not None:
-            raise raised
-    for _, part_bad, part_findings, *_ in parts:
-        bad.add(part_bad)
-        findings += part_findings
-
-    def unpacked() -> Iterator[NumberedChat]:
-        for *_, numbers, lengths, ids, bits in parts:
-            ends = np.cumsum(lengths)[:-1]
-            trained = np.unpackbits(bits, count=len(ids)).astype(bool)
-            parts_of_ids, parts_of_trained = np.split(ids, ends), np.split(trained, ends)
-            yield from zip(numbers, map(EncodedChat, parts_of_ids, parts_of_trained), strict=False)  # type: ignore[arg-type]
-
-    return unpacked()
+        done = why
+    parts = []
+    for part in share.exchange(done):
+        if isinstance(part, DataError):
+            raise part
+        parts.append(part)
+    return _put_together(parts, bad, findings)
 
 
 def cache_key(source: Any, tokenizer: Any, options: list[Any]) -> str | None:
@@ -283,7 +344,7 @@ def _rows_digest(source: Any) -> str | None:
     return fingerprint if fingerprint and source.data.nbytes >= SMALLEST_BYTES else None
 
 
-def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | None) -> Iterator[NumberedChat]:
+def cached_chats(chats: Iterator[EncodedChats], findings: Findings, key: str | None) -> Iterator[EncodedChats]:
     """Return the chats cached under ``key``. If there are none, return ``chats``, which are then cached.
 
     ``findings``, complete once ``chats`` is exhausted, is cached with them, as the last record. A cache whose files do
@@ -297,28 +358,23 @@ def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | N
 
     if not datasets.is_caching_enabled():
         return chats
-    features = datasets.Features(
-        number=datasets.Value("int64"),
-        input_ids=datasets.List(datasets.Value("int32")),
-        trained=datasets.List(datasets.Value("bool")),
-        findings=datasets.Value("string"),
-    )
+    columns = {name: datasets.Value("binary") for name in _DTYPES}
+    features = datasets.Features(**columns, findings=datasets.Value("string"))
     started = False
-    written: list[NumberedChat] = []  # what chats gave: it cannot be asked again if the disk fills up
+    written: list[EncodedChats] = []  # what chats gave: it cannot be asked again if the disk fills up
     raised: list[Exception] = []
 
     def records() -> Iterator[dict[str, Any]]:
         nonlocal started
         started = True
         try:
-            for number, chat in chats:
-                ids, trained = np.array(chat.input_ids, dtype=np.int32), np.array(chat.trained, dtype=bool)
-                written.append((number, EncodedChat(ids, trained)))  # type: ignore[arg-type]
-                yield {"number": number, "input_ids": ids, "trained": trained, "findings": None}
+            for several in chats:
+                written.append(several)
+                yield {**{name: getattr(several, name).tobytes() for name in _DTYPES}, "findings": None}
         except Exception as error:
             raised.append(error)
             raise
-        yield {"number": 0, "input_ids": [], "trained": [], "findings": findings.to_json()}
+        yield {**dict.fromkeys(_DTYPES, b""), "findings": findings.to_json()}
 
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "phi3lora" / key
     try:
@@ -328,7 +384,8 @@ def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | N
                 logger.warning("the cached tokens in %s are damaged or half there: tokenising again", folder)
                 shutil.rmtree(folder)
             source = datasets.Dataset.from_generator
-            table = source(records, features=features, fingerprint=key, cache_dir=str(folder))
+            options = {"features": features, "fingerprint": key, "writer_batch_size": 1}
+            table = source(records, cache_dir=str(folder), **options)
             if started:
                 digests = {
                     str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*.*") if path.is_file()
@@ -345,9 +402,8 @@ def cached_chats(chats: Iterator[NumberedChat], findings: Findings, key: str | N
         return iter(written)
     findings += Findings.from_json(table[-1]["findings"])
     return (
-        (int(number), EncodedChat(input_ids, trained))
-        for part in table.select(range(len(table) - 1)).with_format("numpy").iter(_CHATS_AT_ONCE)
-        for number, input_ids, trained in zip(part["number"], part["input_ids"], part["trained"], strict=True)
+        EncodedChats(**{name: np.frombuffer(record[name], dtype) for name, dtype in _DTYPES.items()})
+        for record in map(table.__getitem__, range(len(table) - 1))
     )
 
 

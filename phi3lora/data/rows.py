@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,29 @@ class BadRows:
             raise DataError(f"on_bad_row={short_repr(choice)}; allowed: 'error', 'skip'")
         self.choice, self.skips = choice, choice == "skip"
         self.numbers: list[int] = []
-        self.errors: list[DataError] = []
+        self._first: list[tuple[int, DataError]] = []  # the errors to quote, with their rows' numbers, in order
+
+    @property
+    def errors(self) -> list[DataError]:
+        """Errors of the first rows."""
+        return [error for _, error in self._first]
 
     def reject(self, number: int, error: DataError) -> None:
         """Raise ``error``, or record row ``number`` (counted from 1) as skipped."""
         if not self.skips:
             raise error
-        self.numbers.append(number)
-        if len(self.errors) < _QUOTED_ERRORS:
-            self.errors.append(error)
+        self._record([number], [(number, error)])
 
-    def add(self, later: BadRows) -> None:
-        """Record the rows that another process has skipped, after this one's."""
-        self.numbers += later.numbers
-        self.errors = [*self.errors, *later.errors][:_QUOTED_ERRORS]
+    def add(self, others: BadRows) -> None:
+        """Record the rows that another process has skipped."""
+        self._record(others.numbers, others._first)
+
+    def _record(self, numbers: list[int], errors: list[tuple[int, DataError]]) -> None:
+        self.numbers += numbers
+        self._first = sorted([*self._first, *errors], key=itemgetter(0))[:_QUOTED_ERRORS]
 
     def clear(self) -> None:
-        self.numbers, self.errors = [], []
+        self.numbers, self._first = [], []
 
     def report(self) -> None:
         """Log one warning for all skipped rows."""

@@ -54,7 +54,7 @@ class SourceReader(Generic[Documents]):
         with naming(self.source.name, is_one_of_several):
             bad = BadRows(self.on_bad_row)
             rows = self.source.read(bad)
-            return self.documents(self.row_tokenizer.tokenize(rows, self.format, bad, cache=True))
+            return self.documents(self.row_tokenizer.tokenize(rows, self.format, bad, is_whole=True))
 
     def documents(self, tokenized: dict[str, Any]) -> Documents:
         """Return the documents that the row tokenizer made of rows."""

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 
 from ..errors import DataError, error_line, short_repr
@@ -41,12 +42,25 @@ _MEANINGFUL = ("tools", "functions", "tool_calls", "function_call", "reasoning_c
 """Keys of a message that change what the model learns: never left out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedChat:
     """A tokenised chat."""
 
-    input_ids: Sequence[int]  # (n,)
-    trained: Sequence[bool]  # (n,)
+    ids: np.ndarray  # int32 (n,)
+    mask: np.ndarray  # whether each token is trained, bool (n,)
+
+    @property
+    def input_ids(self) -> list[int]:
+        return list(self.ids.tolist())
+
+    @property
+    def trained(self) -> list[bool]:
+        return list(self.mask.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EncodedChat):
+            return NotImplemented
+        return np.array_equal(self.ids, other.ids) and np.array_equal(self.mask, other.mask)
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class ChatEncoder:
             raise DataError(f"train_on={short_repr(train_on)}; allowed: 'assistant', 'last', 'all'")
         self.tokenizer, self.train_on = tokenizer, train_on
         self._added = one_of({str(token) for token in tokenizer.added_tokens_decoder.values()} - {""})
+        self._first_token = re.compile(rf"\s*({self._added.pattern})")
         self._literals: dict[object, list[str]] = {}
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
         closing = self._closing(self._apply_template(chat, 0).partition(_ANSWER)[2])
@@ -100,23 +115,23 @@ class ChatEncoder:
         rendered = [self._render(chat, number, findings) for chat, number in zip(chats, numbers, strict=True)]
         encoded = []
         for chat, number in zip(self._content_tokenizer.tokenize(rendered), numbers, strict=True):
-            ids, trained = chat.input_ids, [False] * len(chat.input_ids)
+            ids, mask = chat.input_ids, np.zeros(len(chat.input_ids), dtype=bool)
             for start, stop in chat.trained:
-                trained[start:stop] = [True] * (stop - start)
-            if not any(trained):
+                mask[start:stop] = True
+            if not mask.any():
                 raise DataError(
                     f"row {number}: no supervised token (train_on={self.train_on!r}, 'train' of its messages)"
                 )
             if self.train_on != "all":
-                ends = {ids[stop - 1] for _, stop in chat.trained}
+                ends = set(ids[[stop - 1 for _, stop in chat.trained]].tolist())
                 assert ends == {self.end_of_turn_id}, "a trained turn lost its end-of-turn token"
-            encoded.append(EncodedChat(ids, trained))
+            encoded.append(EncodedChat(ids, mask))
         return encoded
 
     def prompt_ids(self, chat: Chat) -> list[int]:
         """Return the tokens from which an answer to ``chat`` is generated: those before the answer in training."""
         (tokenized,) = self._content_tokenizer.tokenize([self._render(chat, 0, Findings(), prompt=True)])
-        return list(tokenized.input_ids)
+        return list(tokenized.input_ids.tolist())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return a generated answer as text, without the template's own tokens and bos, eos, pad and unk.
@@ -174,9 +189,7 @@ class ChatEncoder:
         position = turn_start = 0
         for i, message in enumerate(messages):
             start = position + len(literals[i])
-            given = message["content"]  # a template may strip white space at its ends
-            candidates = (given, given.strip(), given.rstrip(), given.lstrip())
-            content = next((c for c in candidates if text.startswith(c + literals[i + 1], start)), None)
+            content = self._as_rendered(message["content"], literals[i + 1], text, start)
             if content is None or not text.startswith(literals[i], position):
                 raise DataError(
                     f"row {number}: the chat template does not render message {i + 1} as it is; "
@@ -190,6 +203,13 @@ class ChatEncoder:
             turn_start = end
             self._count_tokens(content, number, findings)
         return Rendered(text, contents, [] if prompt else self._trained_spans(messages, turns, text))
+
+    def _as_rendered(self, content: str, after: str, text: str, start: int) -> str | None:
+        """Return the content that ``text`` has from ``start`` up to ``after``: a template may strip white space."""
+        for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
+            if text.startswith(candidate, start) and text.startswith(after, start + len(candidate)):
+                return candidate
+        return None
 
     def _trained_spans(self, messages: Sequence[Message], turns: Sequence[_Turn], text: str) -> list[tuple[int, int]]:
         """Return the characters that are trained. A message that says ``"train": False`` never is."""
@@ -310,7 +330,7 @@ class ChatEncoder:
 
     def _closing(self, literal: str) -> re.Match[str] | None:
         """Match the special token that ``literal`` begins with, after optional white space."""
-        return re.match(rf"\s*({self._added.pattern})", literal)
+        return self._first_token.match(literal)
 
     def _find_literals(self, messages: Sequence[Message], tools: Any, number: int, prompt: bool) -> list[str]:
         """Return the template's own text around the contents, len(messages) + 1 pieces.

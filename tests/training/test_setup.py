@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import pytest
 import torch
-from conftest import adapted_model, adapters_of, chat_dataset, quiet_config, same_tensors, tiny_model
+from conftest import (
+    adapted_model,
+    adapters_of,
+    chat_dataset,
+    chat_rows,
+    make_tokenizer,
+    quiet_config,
+    same_tensors,
+    tiny_model,
+)
 
 import phi3lora as p3
+from phi3lora.config import IGNORE_INDEX
+from phi3lora.data.batches import BatchPlan
+from phi3lora.data.document_set import DocumentSet
 from phi3lora.model.backend import Backend
 from phi3lora.training import step as step_module
 from phi3lora.training.checkpoint import TrainingState
@@ -308,3 +323,69 @@ def test_training_inside_a_block_where_the_adapters_are_off_is_refused(tmp_path,
     with block(model), pytest.raises(p3.TrainingError, match="leave the block first"):
         p3.train(model, chat_dataset(4), quiet_config(tmp_path / "run", max_steps=1))
     assert not list(tmp_path.iterdir())
+
+
+# --- Passes over the data
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Count the passes over all tokens of each set, and the plans made of its documents."""
+    counts: Counter[tuple[str, int]] = Counter()
+
+    def count(cls, name):
+        inner = vars(cls)[name]
+        compute = getattr(inner, "func", inner)
+
+        def counted(self, *arguments):
+            counts[name, id(getattr(self, "dataset", self))] += 1
+            return compute(self, *arguments)
+
+        replaced = counted if compute is inner else cached_property(counted)
+        if replaced is not counted:
+            replaced.__set_name__(cls, name)
+        monkeypatch.setattr(cls, name, replaced)
+
+    for name in ("_digest", "_label_counts"):
+        count(DocumentSet, name)
+    count(BatchPlan, "micro_batches")
+    return counts
+
+
+def test_nothing_is_computed_twice_before_the_first_step(tmp_path, passes):
+    train_set, eval_set = chat_dataset(30, 62).split(0.2)
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "log_level": "warning",
+    }
+    model, tokenizer = adapted_model(), make_tokenizer()
+    config = quiet_config(tmp_path / "run", **settings, max_steps=1)
+    p3.doctor(model, tokenizer, train_set, config, eval_dataset=eval_set, try_steps=False)
+    assert passes.pop(("micro_batches", id(train_set))) == 1
+    for steps in (1, 2):
+        config = quiet_config(tmp_path / "run", **settings, max_steps=steps, resume_from_checkpoint=steps > 1)
+        p3.train(model, train_set, config, eval_dataset=eval_set, tokenizer=tokenizer)
+        assert passes.pop(("micro_batches", id(train_set))) == 1
+        passes.pop(("micro_batches", id(eval_set)))  # of the evaluation after the last step
+    want = {(name, id(data)): 1 for name in ("_digest", "_label_counts") for data in (train_set, eval_set)}
+    assert {key: passes[key] for key in want} == want
+
+
+def test_nothing_of_a_stream_is_computed_twice_before_the_first_step(tmp_path, passes):
+    stream = p3.ChatDataset.load(chat_rows(30), make_tokenizer(), max_length=62, streaming=True, buffer_size=20)
+    p3.train(adapted_model(), stream, quiet_config(tmp_path / "run", max_steps=1, log_level="warning"))
+    assert {count for (_, data), count in passes.items() if data == id(stream.first_window)} == {1}
+    assert passes["_digest", id(stream.first_window)] == 1
+
+
+def test_a_copy_computes_its_own_fingerprint_and_counts():
+    dataset = chat_dataset(30, 62).select(range(9))
+    before = dataset.fingerprint(), dataset.statistics()
+    changed = copy.deepcopy(dataset)
+    changed._labels[changed._labels != IGNORE_INDEX] = IGNORE_INDEX
+    assert changed.fingerprint() != before[0] and changed.statistics()["supervised_tokens"] == 0
+    assert dataset.select(range(3)).fingerprint() != before[0]
+    assert (dataset.fingerprint(), dataset.statistics()) == before
