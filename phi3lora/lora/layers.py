@@ -230,7 +230,8 @@ class _AdaptedLinear(AdaptedLayer):
         return y + low_rank_plainly(z, B, self.segments, self.enable_lora, self.scaling) if adapted else y
 
     def _forward_without_gradients(self, x: Tensor) -> Tensor:
-        base, bias, dropout = base_weight_of(self), parameter_of(self, "bias"), self.lora_dropout
+        base, bias = base_weight_of(self), parameter_of(self, "bias")
+        dropout: Any = self._modules["lora_dropout"]
         dtype = compute_dtype(x, base.weight if isinstance(base, Dense) else self.weight)
         x, bias = _to(x, dtype), bias if bias is None else _to(bias, dtype)
         if isinstance(base, Dense):

@@ -131,15 +131,15 @@ def with_low_rank(
     if same_dtype and y.is_cpu and y.dtype.itemsize == 2:
         add_low_rank_(y.view(-1, out), z.view(-1, z.shape[-1]), lora_B, widths, enable_lora, scaling)
         return y
-    if not same_dtype and lora_B.shape == (out, z.shape[-1]):
-        return y.add_(F.linear(z, lora_B), alpha=scaling)
     lora_B = lora_B.contiguous()
     for batch in _batches(tuple(widths), tuple(enable_lora), lora_B.shape[1]):
+        if not same_dtype and batch.width == out:  # one segment, which needs no views
+            return y.add_(F.linear(z, lora_B), alpha=scaling)
         y_i, z_i, B_i = batch.views(y, z, lora_B)
         if same_dtype:
             y_i.baddbmm_(z_i, B_i, alpha=scaling)
         else:
-            y_i.add_(torch.bmm(z_i, B_i), alpha=scaling)
+            y_i.add_(torch.bmm(z_i, B_i).to(y.dtype), alpha=scaling)
     return y
 
 
