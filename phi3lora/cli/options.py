@@ -124,9 +124,9 @@ def _version() -> str:
 
 
 def _demo(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     command.add_argument("--random-init", action="store_true", help="control: random base weights, which should fail")
-    command.add_argument("--output-dir", type=_path, default="runs/demo", metavar="DIR")
+    command.add_argument("--output-dir", type=_path, default="runs/demo", metavar="DIR", help="default: runs/demo")
 
 
 def _run(command: argparse.ArgumentParser, shows_all: bool) -> None:
@@ -216,14 +216,14 @@ def _add_gguf(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def _import(command: argparse.ArgumentParser, shows_all: bool) -> None:
-    command.add_argument("folder", type=_path, metavar="PEFT_FOLDER")
+    command.add_argument("folder", type=_path, metavar="PEFT_FOLDER", help="folder to read")
     _add_settings(command, "model", leave_out=("dtype", "base_precision", "adapter"))
     _add_out(command, "adapter file to write, .safetensors or .pt")
 
 
 def _push(command: argparse.ArgumentParser, shows_all: bool) -> None:
     command.add_argument("folder", type=_path, metavar="FOLDER", help="adapter, PEFT or merged model folder")
-    command.add_argument("repository", type=_path, metavar="OWNER/NAME")
+    command.add_argument("repository", type=_path, metavar="OWNER/NAME", help="repository on the hub")
     command.add_argument("--public", action="store_true", help="if the repository has to be created, make it public")
     command.add_argument("--message", metavar="TEXT", help="message of the commit")
 
