@@ -304,7 +304,7 @@ class TrainingConfig(_Config):
     num_train_epochs: float = setting(3.0, _POSITIVE)
     """Passes over the data, unless ``max_steps`` > 0."""
     max_steps: int = setting(-1, (lambda value: is_int(value, -1), "a whole number; -1 to count in epochs"))
-    """Optimizer steps of the run, instead of ``num_train_epochs``; -1: the epochs count."""
+    """Optimizer steps of the run; -1: ``num_train_epochs`` decides."""
     learning_rate: float = setting(2e-4, _NOT_NEGATIVE)
     """Peak learning rate."""
     lora_plus_lr_ratio: float | None = setting(None, _RATIO)
@@ -369,8 +369,8 @@ class TrainingConfig(_Config):
     logging_first_step: bool = False
     """Log the first step, too."""
     log_level: str = setting("passive", _choice("passive", "detail", "debug", "info", "warning", "error", "critical"))
-    """Verbosity: ``"warning"`` silences the banner; ``"error"`` and ``"critical"`` also silence the findings of
-    :func:`phi3lora.doctor` at the start of a run."""
+    """Verbosity: ``"warning"`` silences the banner and the log lines; ``"error"`` and ``"critical"`` also silence the
+    findings of :func:`phi3lora.doctor` at the start of a run."""
     disable_tqdm: bool | None = setting(None, _OPTIONAL_SWITCH)
     """True: no progress bar; False: a progress bar everywhere; None: a progress bar in a terminal only."""
     report_to: str | Sequence[str] = setting("none", _REPORT_TO)
