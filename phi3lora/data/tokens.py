@@ -36,7 +36,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,7 +171,7 @@ class ContentTokenizer:
         """Look up the words of all chats at once, as if their texts stood end to end, a character apart."""
         words: list[Any] = []
         runs: list[tuple[int, int, int]] = []  # words of each piece, its first character, characters put in front
-        bases, ends = [0], [0]  # first character of each chat's text, and the number of words before it
+        bases = [0]  # first character of each chat's text
         for chat in chats:
             for start, stop, token, prefix in self._cut(chat.text, chat.contents):
                 text = prefix + chat.text[start:stop]
@@ -179,18 +179,13 @@ class ContentTokenizer:
                 words += found
                 runs.append((len(found), bases[-1] + start, len(prefix)))
             bases.append(bases[-1] + len(chat.text) + 1)
-            ends.append(len(words))
-        ids, starts, stops, counts = self._words.look_up(words, np.array(runs, dtype=np.int64).reshape(-1, 3))
-        edges = np.cumsum([0, *counts])[ends]  # number of tokens before each chat
-        spans = [
-            base + edge for base, chat in zip(bases, chats, strict=False) for span in chat.trained for edge in span
-        ]
-        first = np.searchsorted(stops, np.array(spans[::2], dtype=np.int64), side="right")
-        end = np.searchsorted(starts, np.array(spans[1::2], dtype=np.int64), side="left")
-        places = zip(first.tolist(), end.tolist(), strict=True)
-        for chat, (start, stop) in zip(chats, pairwise(edges.tolist()), strict=True):
-            of_chat = islice(places, len(chat.trained))
-            yield Tokenized(ids[start:stop], [(a - start, b - start) for a, b in of_chat])
+        ids, token_at = self._words.look_up(words, np.array(runs, dtype=np.int64).reshape(-1, 3))
+        trained = [(base + a, base + b) for base, c in zip(bases, chats, strict=False) for a, b in c.trained]
+        spans = iter(
+            zip(token_at([a for a, _ in trained], "right"), token_at([b for _, b in trained], "left"), strict=True)
+        )
+        for chat, (start, stop) in zip(chats, pairwise(token_at(bases, "right")), strict=True):
+            yield Tokenized(ids[start:stop], [(a - start, b - start) for a, b in islice(spans, len(chat.trained))])
 
     def _cut(self, text: str, contents: Sequence[Content]) -> Iterator[_Piece]:
         """Cut a chat into added tokens and the runs of ordinary text between them."""
@@ -274,28 +269,24 @@ class _Words:
         self._numbers: dict[str | tuple[str], int] = {}
         self._characters = np.empty(0, np.int64)  # of each word
         self._first = np.zeros(1, np.int64)  # of each word's tokens, and the end
-        self._ids, self._places = np.empty(0, np.int32), np.empty((0, 2), np.int64)  # tokens: id; start and stop
-        self._add(
-            [(token,) for token in self._added], [(ids, [(0, len(t))] * len(ids)) for t, ids in self._added.items()]
-        )
+        self._ids = np.empty(0, np.int32)
+        self._add([(token,) for token in self._added], list(self._added.values()))
 
-    def _add(self, words: list[Any], tokens: list[tuple[list[int], list[tuple[int, int]]]]) -> None:
-        """Add words, and the ids and places of their tokens."""
+    def _add(self, words: list[Any], tokens: list[list[int]]) -> None:
         first = len(self._numbers)
         self._numbers.update(zip(words, range(first, first + len(words)), strict=True))
         lengths = [len(word if isinstance(word, str) else word[0]) for word in words]
-        ends = self._first[-1] + np.cumsum([len(ids) for ids, _ in tokens], dtype=np.int64)
-        places = np.array([place for _, places in tokens for place in places], dtype=np.int64).reshape(-1, 2)
+        ends = self._first[-1] + np.cumsum(list(map(len, tokens)), dtype=np.int64)
         self._characters = np.append(self._characters, np.array(lengths, dtype=np.int64))
         self._first = np.append(self._first, ends)
-        self._ids = np.append(self._ids, np.array([i for ids, _ in tokens for i in ids], dtype=np.int32))
-        self._places = np.concatenate([self._places, places])
+        self._ids = np.append(self._ids, np.array(list(chain.from_iterable(tokens)), dtype=np.int32))
 
-    def look_up(self, words: list[Any], runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return the ids, starts and stops of the tokens of ``words``, (tokens,) each, and the tokens of each word.
+    def look_up(self, words: list[Any], runs: np.ndarray) -> tuple[np.ndarray, Callable[[list[int], str], list[int]]]:
+        """Return the token ids of ``words``, int32 (tokens,), and a function from characters to tokens.
 
         ``runs`` int64 (runs, 3): words in each run, its first character, and the number of characters in front of it
-        that are not the text's: its first character stands for them.
+        that are not the text's: its first character stands for them. ``token_at(characters, "right")`` gives the first
+        token that ends after each character, ``"left"`` the first that does not begin before it.
         """
         new = set(words).difference(self._numbers)
         if new and len(self._numbers) > _REMEMBERED:
@@ -303,18 +294,34 @@ class _Words:
             new = set(words).difference(self._numbers)
         if new:
             texts = list(new)
-            self._add(texts, [(found.ids, found.offsets) for found in _encode_batch(self._ordinary, texts)])
+            self._add(texts, [found.ids for found in _encode_batch(self._ordinary, texts)])
         numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
         words_of_run, first_character, in_front = runs.T
         characters, counts = self._characters[numbers], self._first[numbers + 1] - self._first[numbers]
         before = np.cumsum(characters) - characters  # characters of the words before
         shift = first_character - in_front - before[np.cumsum(words_of_run) - words_of_run]
-        start_of_word = before + np.repeat(shift, words_of_run)
-        tokens_before = np.cumsum(counts) - counts
-        at = np.arange(counts.sum()) + np.repeat(self._first[numbers] - tokens_before, counts)
-        lowest = np.repeat(np.repeat(first_character, words_of_run), counts)
-        starts, stops = self._places[at].T + np.repeat(start_of_word, counts)
-        return self._ids[at], np.maximum(starts, lowest), np.maximum(stops, lowest + 1), counts
+        starts = before + np.repeat(shift, words_of_run)
+        lowest = np.repeat(first_character, words_of_run)
+        tokens_before = np.append(0, np.cumsum(counts))
+        ids = self._ids[np.arange(tokens_before[-1]) + np.repeat(self._first[numbers] - tokens_before[:-1], counts)]
+
+        def token_at(edges: list[int], side: str) -> list[int]:
+            at = np.array(edges, dtype=np.int64)
+            following = np.searchsorted(np.maximum(starts, lowest), at)  # the first word from the edge on
+            found = tokens_before[following]
+            last = np.maximum(following - 1, 0)
+            for i in np.flatnonzero((following > 0) & (starts[last] + characters[last] > at)) if len(words) else ():
+                word = last[i]  # the edge is inside it
+                (encoding,) = _encode_batch(self._ordinary, [words[word]])
+                places = np.array(encoding.offsets, dtype=np.int64) + starts[word]
+                if side == "right":
+                    inside = np.searchsorted(np.maximum(places[:, 1], lowest[word] + 1), at[i], side="right")
+                else:
+                    inside = np.searchsorted(np.maximum(places[:, 0], lowest[word]), at[i], side="left")
+                found[i] = tokens_before[word] + inside
+            return [int(token) for token in found]
+
+        return ids, token_at
 
 
 def _encode_batch(backend: Any, texts: list[str]) -> list[Any]:
