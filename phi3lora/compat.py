@@ -156,6 +156,13 @@ _CALLED_HERE = {
 }
 CALLED_HERE = {name: ours for ours, names in _CALLED_HERE.items() for name in names.split()}
 """Name in axolotl, torchtune, LLaMA-Factory and others -> the section and the field that it is here, for messages."""
+ATTENTION_SETTINGS = frozenset(
+    """
+    attn_implementation eager_attention flash_attention flash_attention_2 flash_attn flash_attn_2 sdp_attention
+    sdpa_attention use_flash_attention use_flash_attention_2 use_flash_attn xformers_attention
+    """.split()
+)
+"""Names by which others choose the attention, which no config has here."""
 _IN_PYTHON = {"lora": "LoraConfig", "training": "TrainingConfig", "model": "load_model", "data": "ChatDataset.load"}
 
 
@@ -167,6 +174,8 @@ def hint_at_name(name: str, known: Iterable[str], section: str | None = None) ->
         known: the allowed names.
         section: the section that ``known`` is, of a config in Python; None: of a run's settings.
     """
+    if name in ATTENTION_SETTINGS:
+        return " load_model chooses the attention (attn_implementation); its default uses torch's fastest kernels."
     ours = CALLED_HERE.get(name)
     if ours is None:
         return did_you_mean(name, known)

@@ -453,6 +453,15 @@ def test_an_adapter_file_of_a_wrong_name_is_refused_before_the_model_is_loaded(t
     assert "'adapter.bin'; allowed: *.safetensors, *.pt" in capsys.readouterr().err
 
 
+def test_arguments_of_the_schedule_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr("phi3lora.cli.commands.load_model")
+    words = ["train", "--model", "demo", "--data", "demo", "--set", "lr_scheduler_type=cosine_with_min_lr"]
+    for given in ('{"min_lr": "abc"}', '{"min_lr": "1e-5"}', '{"floor": 1}'):
+        assert main([*words, "--set", f"lr_scheduler_kwargs={given}"]) == 1
+        assert "allowed: num_cycles, min_lr, min_lr_rate" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("has_checkpoint", [True, False])
 def test_the_command_after_an_interruption_goes_through(tmp_path, monkeypatch, capsys, has_checkpoint):
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import phi3lora as p3
-from phi3lora.compat import CALLED_HERE
+from phi3lora.compat import ATTENTION_SETTINGS, CALLED_HERE
 from phi3lora.run_file import read_run, run_text
 from phi3lora.run_settings import SECTIONS, field_help, field_names
 
@@ -54,6 +54,20 @@ def test_every_name_of_other_tools_is_no_name_of_ours_and_leads_to_one():
         section, _, field = ours.partition(".")
         assert field in field_names(section)
         assert not any(theirs in field_names(each) for each in SECTIONS)
+
+
+@pytest.mark.parametrize("name", sorted(ATTENTION_SETTINGS))
+def test_a_setting_of_the_attention_leads_to_load_model(write, name):
+    attempts = [
+        lambda: read_run(None, [(name, "true")]),
+        lambda: read_run(write(f"lora: {{{name}: true}}")),
+        lambda: p3.LoraConfig(**{name: True}),
+        lambda: p3.TrainingConfig(**{name: True}),
+    ]
+    for attempt in attempts:
+        with pytest.raises(p3.ConfigError, match="load_model chooses the attention") as caught:
+            attempt()
+        assert "Did you mean" not in str(caught.value)
 
 
 NEEDED = {"eval_split=test": "eval_source=b.jsonl", "split_seed=3": "eval_share=0.1", "buffer_size=9": "streaming=yes"}

@@ -42,6 +42,7 @@ from ..run_file import Run, read_run
 from ..run_settings import DEMO, DataSettings, as_list
 from ..training.checkpoint import find_checkpoint, newest_good_checkpoint
 from ..training.loop import run_training
+from ..training.optim import schedule
 from ..training.output_folder import check_output_dir, record_path
 from ..training.picture import plot
 from ..training.setup import PlannedRun
@@ -165,6 +166,7 @@ def _load_run(run: Run) -> tuple[Any, Any, ChatDataset, ChatDataset | None]:
     if data.streaming and config.max_steps <= 0:
         raise ConfigError("streaming=True needs max_steps > 0: the number of rows is not known")
     check_trackers(config)
+    schedule(config, max(config.max_steps, 1))  # raises for arguments that it does not take
     try:
         adapter = _check_model(run)
     except AdapterError as error:
