@@ -19,6 +19,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..display import one_line
@@ -27,7 +28,7 @@ from ..files import read_json, write_folder
 from ..inference.generation import stop_token_ids
 from ..model.load import load_tokenizer
 from .adapter_file import written
-from .peft_format import CONFIG_NAME, read_config
+from .peft_format import CONFIG_NAME, TENSORS_NAME, read_config
 from .serving import (
     SENTENCEPIECE,
     Exported,
@@ -35,6 +36,7 @@ from .serving import (
     fits_modelfile,
     llama_cpp_settings,
     modelfile,
+    ollama_name,
     ollama_template,
     quote,
     sentencepiece_file,
@@ -151,8 +153,13 @@ def export_gguf(
     with written(f"the export {str(path)!r}"):
         write_folder(path, write, marker="Modelfile")
     files = ([model_file] if given is None else []) + (["adapter.gguf"] if is_adapter else [])
-    commands = _commands(path, given or path / model_file, is_adapter, settings)
-    return GgufExport(path, tuple(files), _notes(settings, template, stops), commands)
+    options = settings.options if given is not None else settings.context_option  # our file has the keys
+    commands = _commands(path, given or path / model_file, is_adapter, options)
+    notes = _notes(settings, template, stops)
+    if given is not None and settings.overrides:
+        keys = ", ".join(f"{key}=false" for key in settings.overrides)
+        notes += (f"Ollama has no --override-kv: base_gguf must have {keys}, as a base.gguf of export_gguf has",)
+    return GgufExport(path, tuple(files), notes, commands)
 
 
 def _check_source(source: Path, base: str | os.PathLike[str] | None) -> tuple[bool, str]:
@@ -212,8 +219,8 @@ def _check_adapter(source: Path) -> None:
     )
     try:
         config = read_config(source)
-        targets = read_json(source / CONFIG_NAME).get("target_modules") or []
-    except ValueError as error:
+        adapted = _adapted_names(source)
+    except (OSError, SafetensorError, ValueError) as error:
         raise AdapterError(f"cannot convert {str(source)!r}: {error}") from error
     if config.rank_pattern or config.alpha_pattern:
         raise AdapterError(
@@ -222,12 +229,21 @@ def _check_adapter(source: Path) -> None:
         )
     if config.common.use_rslora:
         raise AdapterError(f"{str(source)!r} has use_rslora, which llama.cpp ignores in silence; {way_out}")
-    split = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} & {str(t).rpartition(".")[2] for t in targets}
+    split = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} & adapted
     if split:
         raise AdapterError(
             f"{str(source)!r} adapts {', '.join(sorted(split))} (layout 'split'), which llama.cpp cannot apply to the "
             f"fused layers of Phi-3; {way_out}"
         )
+
+
+def _adapted_names(source: Path) -> set[str]:
+    """Return the last parts of the adapted modules' paths; the config's targets may be a regular expression."""
+    if not (source / TENSORS_NAME).is_file():
+        targets = read_json(source / CONFIG_NAME).get("target_modules") or []
+        return {str(target).rpartition(".")[2] for target in targets}
+    with safe_open(source / TENSORS_NAME, framework="pt") as file:
+        return {key.partition(".lora_")[0].rpartition(".")[2] for key in file.keys()}  # noqa: SIM118
 
 
 def _folder_of(name: str, weights: bool) -> Path:
@@ -291,11 +307,9 @@ def _notes(settings: LlamaCppSettings, template: str | None, stops: Sequence[str
     return tuple(map(printable, notes))
 
 
-def _commands(path: Path, model: Path, is_adapter: bool, settings: LlamaCppSettings) -> dict[str, str]:
-    context = "" if settings.context is None else f" -c {settings.context}"
+def _commands(path: Path, model: Path, is_adapter: bool, options: str) -> dict[str, str]:
     files = f"-m {quote(str(model))}" + (f" --lora {quote(str(path / 'adapter.gguf'))}" if is_adapter else "")
-    name = quote(path.resolve().name.lower() or "model")
     return {
-        "llama.cpp": f"llama-server {files}{context}\nllama-cli {files}{context}",
-        "Ollama": f"ollama create {name} -f {quote(str(path / 'Modelfile'))}",
+        "llama.cpp": f"llama-server {files}{options}\nllama-cli {files}{options}",
+        "Ollama": f"ollama create {ollama_name(path)} -f {quote(str(path / 'Modelfile'))}",
     }

@@ -43,7 +43,7 @@ from .adapter_file import adapter_state_dict, written
 from .hub import model_card
 from .named import check_outside_blocks, switched_off
 from .peft_format import CONFIG_NAME
-from .serving import restore_tokenizer_files
+from .serving import TOKENIZER_FILES, restore_tokenizer_files
 
 logger = logging.getLogger("phi3lora")
 
@@ -147,8 +147,8 @@ def save_merged(
     Args:
         model: a Phi-3 causal LM with adapters; it is not changed.
         tokenizer: saved beside the weights, with the ``tokenizer.model`` of the folder that it was read from, and the
-            source of the stop tokens in ``generation_config.json``; None: the directory has no tokenizer and keeps
-            the model's own stop tokens.
+            source of the stop tokens in ``generation_config.json``; None: no tokenizer is saved, and the model's own
+            stop tokens are kept.
         path: the directory, replaced as a whole once it is on disk: the files of an earlier model go, others stay.
             ``merge_report.json`` is written into it too, and a model card where there is none and the base is known.
         base: the checkpoint that a quantised base was made from: the adapters are merged into its dense weights.
@@ -194,8 +194,9 @@ def save_merged(
             (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
 
+    replaces = _WEIGHTS if tokenizer is None else (*_WEIGHTS, *TOKENIZER_FILES)
     with written(f"the merged model {os.fspath(path)!r}"):
-        write_folder(Path(path), write, marker="config.json", replaces=_WEIGHTS)
+        write_folder(Path(path), write, marker="config.json", replaces=replaces)
     return report
 
 

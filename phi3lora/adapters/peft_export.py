@@ -102,7 +102,7 @@ def export_peft(
     *,
     tokenizer: Any = None,
     layout: str = "uniform",
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
 ) -> PeftExport:
     """Write the adapters as a PEFT folder, which PEFT, transformers, vLLM, llama.cpp and Ollama use.
 
@@ -146,7 +146,8 @@ def export_peft(
     ratios: dict[str, float] = {}
     if layout != "pattern":
         modules, ratios = _uniform(modules)
-    base_model = base_model or (None if layout == "split" else getattr(model, "name_or_path", None)) or None
+    given = None if base_model is None else os.fspath(base_model)
+    base_model = given or (None if layout == "split" else getattr(model, "name_or_path", None)) or None
     config = _peft_config(model, modules, _target_modules(model, layers, segments, set(modules)), base_model)
     tensors = {}
     for at, module in modules.items():

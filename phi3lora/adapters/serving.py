@@ -22,6 +22,7 @@ factors by ``--max-model-len``. https://github.com/ggml-org/llama.cpp
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -35,13 +36,21 @@ from jinja2 import TemplateError
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..display import html, html_marked, shell_lines, terminal_columns, wrap
+from ..errors import printable
 from ..inference.generation import stop_token_ids
 from ..model.load import longrope_boundary
+
+logger = logging.getLogger("phi3lora")
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Allowed values of vLLM's ``--max-lora-rank`` (vllm/config/lora.py)."""
 
 SENTENCEPIECE = "tokenizer.model"
+TOKENIZER_FILES = (
+    "tokenizer.json", SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
+)  # fmt: skip
+"""Names of a tokenizer's files; those of an earlier tokenizer do not stay beside another's."""
 _ADD_BOS, _ADD_SPACE = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"
 _PHI3_NAME = re.compile("phi-?3", re.I)
 _PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
@@ -89,10 +98,16 @@ class LlamaCppSettings:
     """Differences that no setting removes."""
 
     @property
+    def context_option(self) -> str:
+        """``-c`` after a space, or nothing."""
+        return "" if self.context is None else f" -c {self.context}"
+
+    @property
     def options(self) -> str:
         """Options of ``llama-server`` and ``llama-cli``, each after a space."""
-        context = "" if self.context is None else f" -c {self.context}"
-        return context + "".join(f" --override-kv {key}=bool:{value}".lower() for key, value in self.overrides.items())
+        return self.context_option + "".join(
+            f" --override-kv {key}=bool:{value}".lower() for key, value in self.overrides.items()
+        )
 
 
 def llama_cpp_settings(config: Any, tokenizer: Any, base_model: str) -> LlamaCppSettings:
@@ -119,7 +134,13 @@ def llama_cpp_settings(config: Any, tokenizer: Any, base_model: str) -> LlamaCpp
         overrides = _overrides(tokenizer)
         if _strips(tokenizer) and not _can_strip(tokenizer):
             notes.append("llama.cpp keeps white space at the edges of a message; transformers strips it after a marker")
-    return LlamaCppSettings(model_name(tokenizer, base_model), boundary, overrides, tuple(notes))
+    name = model_name(tokenizer, base_model)
+    if tokenizer is None and "phi" not in name.lower():
+        notes.append(
+            f"llama.cpp's --model-name is the base's, {name}, because no tokenizer was given; it must contain phi-3 "
+            f"for the vocabulary of Phi-3 and Phi-3.5, and must not for Phi-4's"
+        )
+    return LlamaCppSettings(name, boundary, overrides, tuple(notes))
 
 
 def model_name(tokenizer: Any, base_model: str) -> str:
@@ -177,9 +198,17 @@ def sentencepiece_file(tokenizer: Any) -> Path | None:
 
 
 def _saved_settings(tokenizer: Any) -> dict[str, Any]:
-    """Return the ``tokenizer_config.json`` that a tokenizer was read from; empty if it was read from no folder."""
-    name = tokenizer.name_or_path
-    settings: dict[str, Any] = get_tokenizer_config(name, local_files_only=True) if name else {}
+    """Return the ``tokenizer_config.json`` that a tokenizer was read from; empty if it was read from no folder.
+
+    A folder that is gone is empty too. The place of ``tokenizer.model``, which the tokenizer keeps, is the right one
+    for a hub name with another revision or cache folder.
+    """
+    vocabulary = sentencepiece_file(tokenizer)
+    place = str(tokenizer.name_or_path) if vocabulary is None else str(vocabulary.parent)
+    try:
+        settings: dict[str, Any] = get_tokenizer_config(place, local_files_only=True) if place else {}
+    except OSError:  # a path where nothing is
+        return {}
     return settings
 
 
@@ -193,6 +222,12 @@ def restore_tokenizer_files(tokenizer: Any, folder: Path) -> None:
     source, path = sentencepiece_file(tokenizer), folder / "tokenizer_config.json"
     if source is not None:
         shutil.copyfile(source, folder / SENTENCEPIECE)
+    elif os.path.isabs(name := str(tokenizer.name_or_path)) and not os.path.exists(name):
+        logger.warning(
+            "the folder that the tokenizer was read from is gone, %s: its %s, if it had one, is not copied",
+            printable(name),
+            SENTENCEPIECE,
+        )
     settings = json.loads(path.read_text(encoding="utf-8"))
     base = _saved_settings(tokenizer).get("tokenizer_class")
     if base is not None and base != "TokenizersBackend":
@@ -241,7 +276,7 @@ def adapter_commands(
     allowed = max_lora_rank(rank)
     if allowed is not None:
         lines["vLLM"] = (
-            f"vllm serve {quote(base)} --enable-lora --lora-modules {quote(f'{name}={folder}')} "
+            f"vllm serve {quote(base)} --enable-lora --lora-modules {quote(_vllm_module(name, folder))} "
             f"--max-lora-rank {allowed}"
             + (f" --generation-config {quote(folder)}" if stops else "")
             + (f" --max-model-len {boundary}" if boundary is not None else "")
@@ -263,8 +298,21 @@ def adapter_commands(
     ])  # fmt: skip
     if gguf.isprintable() and not llama_cpp.overrides:
         text = modelfile("./base.gguf", gguf, None, llama_cpp.context, stops)
-        lines["Ollama"] = f"cat > Modelfile <<'END'\n{text}END\nollama create {quote(name)} -f Modelfile"
+        lines["Ollama"] = f"cat > Modelfile <<'END'\n{text}END\nollama create {ollama_name(path)} -f Modelfile"
     return lines
+
+
+def _vllm_module(name: str, folder: str) -> str:
+    """Return a value of vLLM's ``--lora-modules``, which splits ``name=path`` at every = and takes a comma for JSON."""
+    if any(character in name + folder for character in "=,"):
+        return json.dumps({"name": name, "path": folder}, ensure_ascii=False)
+    return f"{name}={folder}"
+
+
+def ollama_name(path: Path) -> str:
+    """Return a folder's name with the characters that Ollama allows in a model's: ASCII letters, digits, ``_ - .``"""
+    name = re.sub(r"[^a-z0-9_.-]+", "-", path.resolve().name.lower())
+    return re.sub(r"\.{2,}", ".", name).strip("-.")[:80] or "model"
 
 
 def modelfile(base: str, adapter: str | None, template: str | None, context: int | None, stops: Sequence[str]) -> str:

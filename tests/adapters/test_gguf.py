@@ -113,6 +113,23 @@ def test_keys_that_the_converter_leaves_out_are_set_in_the_file(demo_folders, co
     assert "{'tokenizer.ggml.add_space_prefix': False}" in (tmp_path / "out" / "model.gguf").read_text()
 
 
+def test_a_base_file_of_one_s_own_is_given_the_keys_that_ours_has(demo_folders, converters, tmp_path):
+    """The converter alone leaves them out, and the file may be its."""
+    (tmp_path / "base.gguf").write_text("")
+    made = p3.export_gguf(demo_folders / "uniform", tmp_path / "My out", base_gguf=tmp_path / "base.gguf")
+    for line in made.commands["llama.cpp"].splitlines():
+        assert line.endswith(" --override-kv tokenizer.ggml.add_space_prefix=bool:false")
+    assert any("base_gguf must have tokenizer.ggml.add_space_prefix=false" in note for note in made.notes)
+    assert made.commands["Ollama"].startswith("ollama create my-out -f ")
+
+
+def test_the_split_layout_is_found_behind_a_regular_expression(demo_folders, converters, tmp_path):
+    shutil.copytree(demo_folders / "split", tmp_path / "split")
+    change_config(tmp_path / "split", target_modules=r".*\.(q_proj|v_proj|o_proj|up_proj)")
+    with pytest.raises(AdapterError, match=r"adapts q_proj, up_proj, v_proj .layout 'split'."):
+        p3.export_gguf(tmp_path / "split", tmp_path / "out", base=p3.demo.BASE)
+
+
 def test_what_llama_cpp_would_compute_differently_is_refused(demo_folders, converters, tmp_path):
     def refused(message: str, source: Path, error: type = AdapterError, **options) -> None:
         with pytest.raises(error, match=message):

@@ -342,3 +342,8 @@ def test_what_is_printed_quotes_what_it_inserts(tmp_path, tokenizer, monkeypatch
     assert shown.decode() == base and not (tmp_path / "ran").exists()
     strange = p3.export_peft(adapted_model(), tmp_path / "e\nEND\nrm", base_model="o/b")
     assert "Ollama" not in strange.commands and "\nrm" not in str(strange)
+
+
+def test_the_base_may_be_a_path(tmp_path):
+    p3.export_peft(adapted_model(), tmp_path / "a", base_model=tmp_path / "base")
+    assert config_of(tmp_path / "a")["base_model_name_or_path"] == str(tmp_path / "base")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,78 @@ def test_the_demo_puts_no_space_after_a_marker_and_says_so(tmp_path):
     found = llama_cpp_settings(model.config, tokenizer, "demo/base")
     assert found.model_name == "Phi-3 base"
     assert found.options == " --override-kv tokenizer.ggml.add_space_prefix=bool:false"
+
+
+def test_a_tokenizer_whose_folder_is_gone_is_still_saved_and_exported(tmp_path, caplog):
+    base = base_folder(tmp_path / "base", "phi-3")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    shutil.rmtree(base)
+    exported = p3.export_peft(adapted_model(), tmp_path / "a", tokenizer=tokenizer, base_model="o/Phi-3")
+    assert "--model-name Phi-3" in exported.commands["llama.cpp"]
+    p3.save_merged(adapted_model(), tokenizer, tmp_path / "merged")
+    assert f"is gone, {base}: its tokenizer.model" in caplog.text
+    assert not (tmp_path / "merged" / "tokenizer.model").exists()
+
+
+def test_a_hub_tokenizer_of_another_cache_folder_keeps_its_class_and_vocabulary(tmp_path):
+    """The hub's cache: each file is a link to a blob, in a folder that the name alone does not tell."""
+    base, repository = base_folder(tmp_path / "base", "phi-3"), tmp_path / "cache" / "models--o--phi"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    for folder in (snapshot, repository / "refs", repository / "blobs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    for file in base.iterdir():
+        file.rename(repository / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(repository / "blobs" / file.name)
+    tokenizer = AutoTokenizer.from_pretrained("o/phi", cache_dir=tmp_path / "cache", local_files_only=True)
+    p3.save_merged(adapted_model(), tokenizer, tmp_path / "merged")
+    settings = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "LlamaTokenizer"
+    vocabulary = tmp_path / "merged" / "tokenizer.model"
+    assert vocabulary.read_bytes() == b"a vocabulary" and not vocabulary.is_symlink()
+
+
+def test_no_file_of_an_earlier_tokenizer_stays_beside_another_s(tmp_path):
+    for name in ("phi-3", "phi-4"):
+        tokenizer = AutoTokenizer.from_pretrained(base_folder(tmp_path / name, name))
+        p3.save_merged(adapted_model(), tokenizer, tmp_path / "merged")
+        (tmp_path / "merged" / "added_tokens.json").write_text('{"<|of an earlier one|>": 400}')
+        p3.save_merged(adapted_model(), tokenizer, tmp_path / "merged")
+    names = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert not names & {"tokenizer.model", "added_tokens.json"} and "tokenizer.json" in names
+    p3.save_merged(adapted_model(), None, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").exists()  # no tokenizer is given: the one there stays
+
+
+@pytest.mark.parametrize("folder", ["lr=2e-4/bot", "r=8,alpha=16", "a,b/my bot", "plain"])
+def test_vllm_reads_the_name_and_the_path_of_the_adapter(tmp_path, folder):
+    """vLLM splits ``name=path`` at every = and takes a value with a comma for JSON (entrypoints/openai/cli_args.py)."""
+    path = tmp_path / folder
+    exported = p3.export_peft(adapted_model(), path, base_model="o/Phi-3")
+    words = shlex.split(exported.commands["vLLM"])
+    item = words[words.index("--lora-modules") + 1]
+    if "=" in item and "," not in item:
+        name, read = item.split("=")
+    else:
+        name, read = (json.loads(item)[key] for key in ("name", "path"))
+    assert (name, read) == (path.name, str(path))
+    assert item.startswith("plain=") == (folder == "plain")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("support-peft", "support-peft"), ("My bot", "my-bot"), ("Büro: r=8, a..b", "b-ro-r-8-a.b"), ("日本", "model")],
+)
+def test_the_model_s_name_is_one_that_ollama_allows(tmp_path, folder, name):
+    """types/model/name.go: ASCII letters, digits, ``_``, ``-`` and ``.``, not two dots in a row."""
+    exported = p3.export_peft(adapted_model(), tmp_path / folder, base_model="o/Phi-3")
+    assert exported.commands["Ollama"].endswith(f"\nollama create {name} -f Modelfile")
+
+
+def test_without_a_tokenizer_a_renamed_base_is_noted(tmp_path):
+    for base, is_noted in (("microsoft/Phi-3-mini-4k-instruct", False), ("microsoft/phi-4", False), ("o/bot", True)):
+        exported = p3.export_peft(adapted_model(), tmp_path / "a", base_model=base)
+        assert any("must contain phi-3" in note for note in exported.notes) == is_noted
 
 
 # --- Ollama's template
