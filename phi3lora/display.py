@@ -172,7 +172,10 @@ def hanging(head: str, text: str, columns: int | None, *, more: str = "") -> str
 
 def shown_path(path: str) -> str:
     """Return a path below the working directory as a relative one."""
-    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    try:
+        relative = os.path.relpath(path) if os.path.isabs(path) else path
+    except FileNotFoundError:  # the working directory is gone
+        return path
     return path if relative.startswith("..") else relative
 
 

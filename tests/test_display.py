@@ -23,6 +23,7 @@ from phi3lora.display import (
     one_line,
     quiet_libraries,
     shell_lines,
+    shown_path,
     svg_curves,
     text_facts,
     text_table,
@@ -193,6 +194,13 @@ def test_tables_and_facts_keep_every_word_within_the_columns(columns):
     assert max(map(width_of, facts.splitlines())) <= columns
     assert facts.split() == ["one", *["word"] * 60, "two", "/tmp/" + "x" * 70]
     assert text_table([("a", "b"), ("1", "2\n3")], columns) == "a  b\n----\n1  2\n   3"
+
+
+def test_a_path_is_shown_whole_where_the_working_directory_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(str(tmp_path / "runs")) == "runs"
+    tmp_path.rmdir()
+    assert shown_path("/runs/a") == "/runs/a"
 
 
 def test_control_characters_of_a_text_do_not_reach_the_terminal():

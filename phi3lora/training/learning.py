@@ -30,6 +30,9 @@ from .optim import schedule
 LEAST_REACH = 2**-8
 """Reach below which a run is called too small: less than the rounding of an output in bfloat16."""
 
+_MOST_RATES = 10_000
+"""Learning rates that are added up; of a longer run every second, third, ... one."""
+
 _LEAST_LOSSES = 8
 """Log lines that it takes to tell a falling loss from noise."""
 
@@ -38,8 +41,9 @@ def reach(model: nn.Module, config: TrainingConfig, total_steps: int, steps: int
     """Return how far a run, or its first ``steps``, can change an adapted layer's output; None with SGD."""
     if config.optim == "sgd":  # its steps depend on the size of the gradient
         return None
-    rate = schedule(config, total_steps)
-    rates = sum(rate(step) for step in range(total_steps if steps is None else steps))
+    rate, steps = schedule(config, total_steps), total_steps if steps is None else steps
+    stride = math.ceil(steps / _MOST_RATES) or 1
+    rates = stride * sum(rate(step) for step in range(0, steps, stride))
     largest = rates * (config.lora_plus_lr_ratio or 1.0)
     return largest * max((layer.scaling * layer.r for layer in lora_layers(model).values()), default=0.0) / math.sqrt(3)
 

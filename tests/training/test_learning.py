@@ -11,6 +11,7 @@ from conftest import adapted_model, chat_dataset, quiet_config
 
 import phi3lora as p3
 from phi3lora.lora.inject import lora_layers
+from phi3lora.training import learning
 from phi3lora.training.checkpoint import TrainingState
 from phi3lora.training.learning import is_flat, learned_nothing, reach, too_small
 
@@ -59,6 +60,14 @@ def test_the_reach_is_a_bound_on_what_a_real_run_does_to_a_layers_output(tmp_pat
         x = torch.randn(64, layer.in_features).sign()
         change = layer(x) - torch.nn.functional.linear(x, layer.base_layer().weight)
         assert 0 < change.square().mean().sqrt() <= bound
+
+
+def test_the_reach_of_a_long_run_adds_up_a_part_of_its_rates(monkeypatch):
+    asked = []
+    monkeypatch.setattr(learning, "schedule", lambda config, total: lambda step: asked.append(step) or 1e-4)
+    model, config = fresh(), p3.TrainingConfig("unused")
+    assert reach(model, config, 10**7) == pytest.approx(1000 * reach(model, config, 10**4))
+    assert len(asked) == 2 * 10**4
 
 
 def state_of(losses, first=None):
