@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, snapshot_download
+import yaml
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
@@ -241,7 +243,7 @@ def _adapted_names(source: Path) -> set[str]:
     """Return the last parts of the adapted modules' paths; the config's targets may be a regular expression."""
     if not (source / TENSORS_NAME).is_file():
         targets = read_json(source / CONFIG_NAME).get("target_modules") or []
-        return {str(target).rpartition(".")[2] for target in targets}
+        return {str(target).rpartition(".")[2] for target in (targets if isinstance(targets, list) else [targets])}
     with safe_open(source / TENSORS_NAME, framework="pt") as file:
         return {key.partition(".lora_")[0].rpartition(".")[2] for key in file.keys()}  # noqa: SIM118
 
@@ -263,9 +265,11 @@ def _card_name(folder: Path) -> str | None:
     if not card.is_file():
         return None
     try:
-        name = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("model_name")
-    except (OSError, ValueError):
+        front_matter = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8-sig"), re.S)
+        found = yaml.safe_load(front_matter[1]) if front_matter else None
+    except (OSError, ValueError, yaml.YAMLError):  # a card that does not say it
         return None
+    name = found.get("model_name") if isinstance(found, dict) else None
     return name if isinstance(name, str) and name else None
 
 
@@ -287,7 +291,7 @@ def _convert(script: Path, arguments: Sequence[str], overrides: Mapping[str, boo
     """Run a converter; AdapterError with its last words if it fails."""
     start = ["-c", _WITH_KEYS, ",".join(overrides)] if overrides else []
     done = subprocess.run(
-        [sys.executable, *start, str(script), *arguments], capture_output=True, text=True, check=False
+        [sys.executable, *start, str(script), *arguments], capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode != 0:
         words = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-1:] or ["no message"]

@@ -130,6 +130,31 @@ def test_the_split_layout_is_found_behind_a_regular_expression(demo_folders, con
         p3.export_gguf(tmp_path / "split", tmp_path / "out", base=p3.demo.BASE)
 
 
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("---\nmodel_name: Phi-3 mine\n---\n", "Phi-3 mine"),
+        ("\ufeff---\r\ntags: 5\r\nmodel_name: Phi-3 mine\r\n---\r\n", "Phi-3 mine"),
+        ("---\nmodel_name: [\n---\n", None),
+        ("---\nmodel_name: *unknown\n---\n", None),
+        ("---\n- model_name\n---\n", None),
+        ("---\nmodel_name: 3\n---\n", None),
+        ("no front matter", None),
+    ],
+)
+def test_a_card_that_is_no_card_names_no_model(tmp_path, card, name):
+    (tmp_path / "README.md").write_text(card, encoding="utf-8", newline="")
+    assert gguf._card_name(tmp_path) == name
+
+
+def test_a_converter_s_last_words_need_not_be_utf_8(demo_folders, converters, tmp_path, monkeypatch):
+    without_space_prefix(monkeypatch)
+    script = "import sys\nsys.stderr.buffer.write(b'no file caf\\xe9')\nsys.exit(1)"
+    (converters / "convert_hf_to_gguf.py").write_text(script)
+    with pytest.raises(AdapterError, match=r"convert_hf_to_gguf.py failed: no file caf"):
+        p3.export_gguf(demo_folders / "merged", tmp_path / "out")
+
+
 def test_what_llama_cpp_would_compute_differently_is_refused(demo_folders, converters, tmp_path):
     def refused(message: str, source: Path, error: type = AdapterError, **options) -> None:
         with pytest.raises(error, match=message):
