@@ -29,7 +29,7 @@ from ..errors import AdapterError, as_path, first_of, printable
 from ..files import is_leftover, read_json, write_atomic
 from ..model.load import load_tokenizer
 from .adapter_file import HEADER_KEY, written
-from .peft_format import CONFIG_NAME, TENSORS_NAME
+from .peft_format import CONFIG_NAME, PATTERN_NOTE, TENSORS_NAME
 from .serving import model_name
 
 PUBLISHED = (
@@ -185,14 +185,12 @@ def model_card(
     license: str | None = None,
     merged: bool = False,
     tokenizer: Any = None,
-    note: str | None = None,
 ) -> str:
     """Return the text of the card of a folder: :func:`write_model_card` without its checks, under a given title.
 
     Args:
         tokenizer: of a merged model: ``model_name`` in the front matter becomes the name of its GGUF file, by which
             llama.cpp knows how to tokenise.
-        note: a sentence for the card's first paragraph.
     """
     files = _adapter_files(folder)
     own, for_peft = [name for name in files if name != TENSORS_NAME], TENSORS_NAME in files
@@ -223,7 +221,7 @@ def model_card(
     text: str = Template(_CARD, keep_trailing_newline=True).render(
         card_data=front_matter,
         title=_markdown(title),
-        note=note,
+        note=PATTERN_NOTE if _has_patterns(folder) else None,
         kind=f"{link} with a LoRA adapter merged into its weights" if merged else f"a LoRA adapter for {link}",
         data=data,
         tables=[
@@ -237,6 +235,15 @@ def model_card(
         versions=_versions(),
     )
     return text
+
+
+def _has_patterns(folder: Path) -> bool:
+    """Return whether a PEFT folder's config gives modules ranks or alphas of their own."""
+    try:
+        config = read_json(folder / CONFIG_NAME)
+    except (OSError, ValueError):  # no PEFT folder, or one that PEFT itself will refuse
+        return False
+    return isinstance(config, dict) and bool(config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
 def _loading_line(own: Sequence[str]) -> str:

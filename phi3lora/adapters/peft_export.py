@@ -42,15 +42,11 @@ from ..lora.wrappers import plain_name, unwrap
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite, written
 from .hub import is_local, model_card
-from .peft_format import CONFIG_NAME, PREFIX, TENSORS_NAME, Pair, to_modules
+from .peft_format import CONFIG_NAME, PATTERN_NOTE, PREFIX, TENSORS_NAME, Pair, to_modules
 from .peft_import import is_plain_convolution
 from .serving import VLLM_RANKS, Exported, adapter_commands, fits_modelfile, llama_cpp_settings, max_lora_rank
 
 LAYOUTS = ("uniform", "pattern", "split")
-PATTERN_NOTE = (
-    "rank_pattern and alpha_pattern: PEFT, transformers and vLLM (0.32 or later) read them; llama.cpp, Ollama and "
-    "SGLang ignore them in silence and compute another function"
-)
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ def export_peft(
             GenerationConfig(eos_token_id=stop_token_ids(tokenizer), **ids).save_pretrained(folder)
         if base_model and not (path / "README.md").exists():
             lora = getattr(model, "lora_config", None)
-            card = model_card(folder, path.resolve().name, base_model, lora=lora, note=pattern_note)
+            card = model_card(folder, path.resolve().name, base_model, lora=lora)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
     with written(f"the export {str(path)!r}"):

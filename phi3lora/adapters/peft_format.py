@@ -46,6 +46,11 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Start of every tensor's name."""
+PATTERN_NOTE = (
+    "rank_pattern and alpha_pattern: PEFT, transformers and vLLM (0.32 or later) read them; llama.cpp, Ollama and "
+    "SGLang ignore them in silence and compute another function"
+)
+"""What an export of the layout "pattern", and its card, say of the engines."""
 
 _MOST_KEYS, _MOST_CHARACTERS, _MOST_REPEATS = 5000, 300, 3
 

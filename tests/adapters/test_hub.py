@@ -108,6 +108,16 @@ def test_the_tables_have_the_settings_and_the_metrics(folder):
     assert "phi3lora" in text.split("## Versions")[1]
 
 
+def test_every_card_of_a_folder_with_patterns_says_who_ignores_them(tmp_path):
+    model = adapted_model(r=3, target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 2})
+    for layout, is_said in (("pattern", True), ("uniform", False)):
+        p3.export_peft(model, tmp_path / layout, layout=layout, base_model="o/b")
+        for _ in range(2):
+            card = (tmp_path / layout / "README.md").read_text()
+            assert ("llama.cpp, Ollama and SGLang ignore them in silence" in card) == is_said
+            p3.write_model_card(tmp_path / layout, base_model="o/b")
+
+
 def test_local_paths_are_not_written(folder, tmp_path):
     data = tmp_path / "customers.jsonl"
     data.touch()
