@@ -325,14 +325,14 @@ def cache_key(source: Any, tokenizer: Any, options: list[Any]) -> str | None:
     if rows is None or is_own_class or "strftime_now" in str(tokenizer.chat_template):
         return None
     try:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        tables = tokenizer.backend_tokenizer.to_str()
     except Exception:  # tokenizers raises this very class for a component written in Python
         return None
-    del state["truncation"], state["padding"]  # set by every call
+    tables = tables[tables.index('"added_tokens"') :]  # without truncation and padding, which every call sets
     special_tokens = [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
     code = [sha256_of(path) for path in _MODULES]
     versions = [transformers.__version__, tokenizers.__version__]
-    facts = [rows, state, tokenizer.chat_template, special_tokens, options, code, versions]
+    facts = [rows, tables, tokenizer.chat_template, special_tokens, options, code, versions]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

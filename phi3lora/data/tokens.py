@@ -36,7 +36,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,7 @@ _SPACE_TO_SIGN = {"type": "Replace", "pattern": {"String": " "}, "content": _SPA
 _EMPTY_BPE = {"type": "BPE", "vocab": {}, "merges": []}
 _WORD = re.compile(r"\s*\S+(?:[^\S ]\s*\S+)*(?:[^\S ]\s*)?|\s+")
 """A text up to the next space that follows a character other than white space."""
+_JOINED = 64  # words tokenised by one call, which takes longer than any of them
 _REMEMBERED = 2**18  # words, some 100 bytes each
 # Patterns of pre-tokenizers that begin a piece at each such space, because no alternative has a space behind another
 # character: cl100k (Phi-4), o200k (Phi-4-mini) and that of the demo's tokenizer.
@@ -130,8 +131,8 @@ class ContentTokenizer:
                 self._ids[_SPACE_SIGN] = ids
         self._pattern = one_of(self._ids)
         self._drops_space = not self._keeps(" a")
-        self._words = _Words(self._ordinary, self._ids)
         self._cuts_at_spaces = _cuts_at_spaces(self._ordinary)
+        self._words = _Words(self._ordinary, self._ids, self._cuts_at_spaces)
         self._in_literal: dict[str, list[tuple[int, int, str]]] = {}  # added tokens of a text of the template's
         self._odd_start = self._drops_space or not self.protected.isdisjoint(self._strip_right)
         self._odd_end = not self.protected.isdisjoint(self._strip_left)
@@ -261,8 +262,8 @@ class ContentTokenizer:
 class _Words:
     """The words met so far, by number, and their tokens end to end. An added token is the word ``(token,)``."""
 
-    def __init__(self, ordinary: Tokenizer, added: dict[str, list[int]]) -> None:
-        self._ordinary, self._added = ordinary, added
+    def __init__(self, ordinary: Tokenizer, added: dict[str, list[int]], join: bool) -> None:
+        self._ordinary, self._added, self._join = ordinary, added, join
         self._forget()
 
     def _forget(self) -> None:
@@ -281,6 +282,18 @@ class _Words:
         self._first = np.append(self._first, ends)
         self._ids = np.append(self._ids, np.array(list(chain.from_iterable(tokens)), dtype=np.int32))
 
+    def _tokenize(self, words: set[str]) -> None:
+        """Tokenise new words: those that begin with a space many at once, as a text that is cut at spaces."""
+        joined = [word for word in words if self._join and word[0] == " " and not word[-1].isspace()]
+        texts = [joined[i : i + _JOINED] for i in range(0, len(joined), _JOINED)]
+        tokens: list[list[int]] = []
+        for text, found in zip(texts, _encode_batch(self._ordinary, ["".join(text) for text in texts]), strict=True):
+            starts, ids = [start for start, _ in found.offsets], found.ids
+            edges = [bisect_left(starts, end) for end in accumulate(map(len, text), initial=0)]
+            tokens += [ids[start:stop] for start, stop in pairwise(edges)]
+        others = list(words.difference(joined))
+        self._add([*joined, *others], [*tokens, *(found.ids for found in _encode_batch(self._ordinary, others))])
+
     def look_up(self, words: list[Any], runs: np.ndarray) -> tuple[np.ndarray, Callable[[list[int], str], list[int]]]:
         """Return the token ids of ``words``, int32 (tokens,), and a function from characters to tokens.
 
@@ -293,8 +306,7 @@ class _Words:
             self._forget()
             new = set(words).difference(self._numbers)
         if new:
-            texts = list(new)
-            self._add(texts, [found.ids for found in _encode_batch(self._ordinary, texts)])
+            self._tokenize(new)
         numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
         words_of_run, first_character, in_front = runs.T
         characters, counts = self._characters[numbers], self._first[numbers + 1] - self._first[numbers]
