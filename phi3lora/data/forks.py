@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
@@ -81,8 +81,9 @@ class _Fork:
         """End the process, which has answered or whose answer is not needed."""
         self._pipe.close()
         if self._process > 0:
-            os.kill(self._process, signal.SIGKILL)
-            os.waitpid(self._process, 0)
+            with suppress(ProcessLookupError, ChildProcessError):  # SIGCHLD is ignored: it is gone
+                os.kill(self._process, signal.SIGKILL)
+                os.waitpid(self._process, 0)
 
 
 @contextmanager

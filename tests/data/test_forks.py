@@ -59,6 +59,14 @@ def test_a_part_whose_process_was_killed_is_done_here():
     assert in_processes(work, [1, 2, 3], 3) == [[1], [2], [3]]
 
 
+def test_a_program_that_ignores_its_children_s_ends_gets_its_results():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert in_processes(list, [1, 2], 2) == [[1], [2]]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_an_error_is_raised_as_by_one_process():
     def work(part):
         try:
