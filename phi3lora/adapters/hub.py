@@ -7,6 +7,7 @@ holds others: a training run's folder also has optimizer state, generators and p
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -32,11 +33,13 @@ from .adapter_file import HEADER_KEY, written
 from .peft_format import CONFIG_NAME, PATTERN_NOTE, TENSORS_NAME
 from .serving import model_name
 
+logger = logging.getLogger("phi3lora")
+
 PUBLISHED = (
     "README.md", "LICENSE*", "NOTICE*", "*.safetensors", "*.safetensors.index.json", "adapter_config.json",
     "config.json", "generation_config.json", "lora_config.json", "merge_report.json", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json", "loss.png", "training.png",
+    "merges.txt", "chat_template.jinja", "chat_template.json", "loss.png", "training.png", "*.gguf",
 )  # fmt: skip
 """Names of the files that are uploaded; a folder with others is refused."""
 
@@ -170,6 +173,15 @@ def write_model_card(
     with written(repr(str(card)), "card"):
         write_atomic(card, lambda file: file.write_text(text, encoding="utf-8"))
     return card
+
+
+def add_card(folder: Path, target: Path, text: str) -> None:
+    """Write a card into a folder that will replace ``target``. A card that is there stays; if it differs, say so."""
+    present = target / "README.md"
+    if not present.exists():
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    elif present.read_text(encoding="utf-8", errors="replace") != text:
+        logger.warning("%s stays as it is; write_model_card(...) replaces it", present)
 
 
 def model_card(

@@ -40,7 +40,7 @@ from ..model.forward import eval_mode
 from ..model.load import load_model
 from ..model.sharding import sharded_base
 from .adapter_file import adapter_state_dict, written
-from .hub import model_card
+from .hub import add_card, model_card
 from .named import check_outside_blocks, switched_off
 from .peft_format import CONFIG_NAME
 from .serving import TOKENIZER_FILES, restore_tokenizer_files
@@ -188,10 +188,9 @@ def save_merged(
             tokenizer.save_pretrained(folder)
             restore_tokenizer_files(tokenizer, folder)
         name = os.fspath(base) if base is not None else getattr(model, "name_or_path", None)
-        if name and not Path(path, "README.md").exists():
-            lora = getattr(model, "lora_config", None)
-            card = model_card(folder, Path(path).resolve().name, name, lora=lora, merged=True, tokenizer=tokenizer)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+        if name:
+            lora, title = getattr(model, "lora_config", None), Path(path).resolve().name
+            add_card(folder, Path(path), model_card(folder, title, name, lora=lora, merged=True, tokenizer=tokenizer))
         (folder / "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
 
     replaces = _WEIGHTS if tokenizer is None else (*_WEIGHTS, *TOKENIZER_FILES)

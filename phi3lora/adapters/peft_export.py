@@ -41,7 +41,7 @@ from ..lora.targets import plainly_named_segments
 from ..lora.wrappers import plain_name, unwrap
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite, written
-from .hub import is_local, model_card
+from .hub import add_card, is_local, model_card
 from .peft_format import CONFIG_NAME, PATTERN_NOTE, PREFIX, TENSORS_NAME, Pair, to_modules
 from .peft_import import is_plain_convolution
 from .serving import VLLM_RANKS, Exported, adapter_commands, fits_modelfile, llama_cpp_settings, max_lora_rank
@@ -162,10 +162,9 @@ def export_peft(
             ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
             tokenizer.save_pretrained(folder)
             GenerationConfig(eos_token_id=stop_token_ids(tokenizer), **ids).save_pretrained(folder)
-        if base_model and not (path / "README.md").exists():
+        if base_model:
             lora = getattr(model, "lora_config", None)
-            card = model_card(folder, path.resolve().name, base_model, lora=lora)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            add_card(folder, path, model_card(folder, path.resolve().name, base_model, lora=lora))
 
     with written(f"the export {str(path)!r}"):
         write_folder(path, write, marker=CONFIG_NAME)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -310,6 +311,26 @@ def test_every_byte_of_the_folder_arrives_in_one_commit(hub, folder, merged_fold
     push(hub, merged_folder, private=False, commit_message="The model")
     assert hub.files == contents(merged_folder) and "tokenizer.json" in hub.files
     assert hub.created["visibility"] == "public" and hub.commits[1:] == ["The model"]
+
+
+def test_an_adapter_that_llama_cpp_has_converted_arrives_too(hub, folder):
+    """The command that export_peft prints writes it beside the adapter."""
+    p3.write_model_card(folder, base_model="microsoft/phi-4")
+    (folder / "adapter.gguf").write_bytes(b"GGUF")
+    push(hub, folder)
+    assert hub.files["adapter.gguf"] == b"GGUF"
+
+
+def test_an_export_keeps_a_card_and_says_so_if_it_differs(tmp_path, caplog):
+    export = partial(p3.export_peft, adapted_model(), tmp_path / "out", base_model="microsoft/phi-4")
+    card = tmp_path / "out" / "README.md"
+    for _ in range(2):
+        export()
+    assert "stays" not in caplog.text
+    card.write_text("mine")
+    export()
+    assert card.read_text() == "mine"
+    assert caplog.text.count("README.md stays as it is; write_model_card(...) replaces it") == 1
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "data.jsonl", "checkpoint-5/lora.safetensors", ".cache/token"])
