@@ -355,7 +355,8 @@ class TrainingConfig(_Config):
     ``"full"`` (whole decoder layers), ``"offload"`` (whole layers, whose inputs wait in host memory), or ``"auto"``:
     the fastest of these that fits the GPU."""
     gradient_checkpointing: bool | None = setting(None, _OPTIONAL_SWITCH)
-    """transformers' switch for ``activation_checkpointing``: True means ``"full"``, False ``"none"``."""
+    """transformers' switch for ``activation_checkpointing``: True means ``"full"``, unless that names another mode, and
+    False ``"none"``."""
     compile: bool | None = setting(None, _OPTIONAL_SWITCH)
     """Use of ``torch.compile``: True compiles transformers' decoder layers, False runs them as they are, None uses the
     fused kernels on a GPU where they support the model, and else transformers' layers as they are."""
@@ -449,13 +450,17 @@ class TrainingConfig(_Config):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     def _resolve_activation_checkpointing(self) -> None:
-        """Make ``activation_checkpointing`` and ``gradient_checkpointing``, two names of one setting, agree."""
-        switches: dict[Any, str] = {True: "full", False: "none"}
-        mode, other = (switches.get(v, v) for v in (self.activation_checkpointing, self.gradient_checkpointing))
-        if mode is not None and other is not None and mode != other:
+        """Make ``activation_checkpointing`` and ``gradient_checkpointing``, its switch, agree."""
+        mode, switch = self.activation_checkpointing, self.gradient_checkpointing
+        if isinstance(mode, bool):
+            mode = "full" if mode else "none"
+        if mode is not None and switch is not None and switch != (mode != "none"):
             raise ConfigError(
                 f"TrainingConfig: activation_checkpointing={self.activation_checkpointing!r} and "
-                f"gradient_checkpointing={self.gradient_checkpointing!r} disagree; set one of them"
+                f"gradient_checkpointing={switch!r} disagree; set one of them"
             )
-        self.activation_checkpointing = mode or other or "none"
+        self.activation_checkpointing = mode or ("full" if switch else "none")
         self.gradient_checkpointing = self.activation_checkpointing != "none"
+        names = {"activation_checkpointing", "gradient_checkpointing"}
+        if names & self.given:
+            self.given |= names

@@ -352,16 +352,22 @@ def test_settings_that_contradict_or_need_each_other():
     TrainingConfig(num_train_epochs=10_001, max_steps=5)
 
 
-@pytest.mark.parametrize("activation", [None, "none", "full", False, True])
+@pytest.mark.parametrize("activation", [None, "none", "full", False, True, "selective", "offload", "auto"])
 @pytest.mark.parametrize("gradient", [None, False, True])
-def test_the_two_names_of_activation_checkpointing_must_agree(activation, gradient):
+def test_a_mode_of_activation_checkpointing_and_its_switch_must_agree(activation, gradient):
     values = {"activation_checkpointing": activation, "gradient_checkpointing": gradient}
-    wanted = {{"none": False, "full": True}.get(activation, activation), gradient} - {None}
+    wanted = {None if activation is None else activation not in ("none", False), gradient} - {None}
     if len(wanted) == 2:
         assert "disagree" in refusal(TrainingConfig, **values)
     else:
         config, on = TrainingConfig(**values), True in wanted
-        assert (config.activation_checkpointing, config.gradient_checkpointing) == ("full" if on else "none", on)
+        mode = activation if isinstance(activation, str) else "full" if on else "none"
+        assert (config.activation_checkpointing, config.gradient_checkpointing) == (mode, on)
+        assert TrainingConfig(**config.to_dict()) == config
+        assert (
+            "checkpointing" not in "".join(TrainingConfig(**{k: v for k, v in values.items() if v}).not_given())
+            or not on
+        )
 
 
 def test_enums_paths_and_sets_become_plain_values():
