@@ -83,12 +83,12 @@ def test_a_setting_that_needs_another_says_that_it_has_no_effect_without(caplog,
 
 
 def test_the_home_folder_may_be_written_as_a_shell_does(write, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     text = "model: ~/phi\ndata: [~/a.jsonl, b~/c.jsonl]\ntraining: {output_dir: ~/runs}\nout: ~/a.pt"
     run = read_run(write(text), [("eval_source", ["~/b.jsonl"]), ("adapter", "~/a.pt"), ("run_name", "~/x")])
-    assert (run.model.name_or_path, run.model.adapter, run.out) == ("/home/me/phi", "/home/me/a.pt", "/home/me/a.pt")
-    assert (run.data.source, run.data.eval_source) == (["/home/me/a.jsonl", "b~/c.jsonl"], ["/home/me/b.jsonl"])
-    assert (run.training.output_dir, run.training.run_name) == ("/home/me/runs", "~/x")
+    assert (run.model.name_or_path, run.model.adapter, run.out) == ("/users/me/phi", "/users/me/a.pt", "/users/me/a.pt")
+    assert (run.data.source, run.data.eval_source) == (["/users/me/a.jsonl", "b~/c.jsonl"], ["/users/me/b.jsonl"])
+    assert (run.training.output_dir, run.training.run_name) == ("/users/me/runs", "~/x")
 
 
 def test_each_name_of_the_length_is_the_data_s():

@@ -82,7 +82,7 @@ def test_the_front_matter_has_the_evaluation_in_the_hubs_form(folder):
     }  # fmt: skip
     for dataset, kind, name in (
         ("owner/chats", "owner/chats", "owner/chats"),
-        ("/home/me/chats.jsonl", "custom", "chats.jsonl"),
+        ("/srv/data/chats.jsonl", "custom", "chats.jsonl"),
     ):
         path = p3.write_model_card(folder, base_model="a/b", dataset=dataset, metrics=metrics)
         results = ModelCard.load(path).data.eval_results
