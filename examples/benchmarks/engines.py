@@ -159,7 +159,9 @@ def serving(words: list[str], folder: Path) -> Iterator[str]:
         while True:
             if process.poll() is not None or time.monotonic() > end:
                 lines = re.findall(r"^.*(?:Error|error|failed).*$", log.read_text(errors="replace"), re.M)
-                raise Refused(lines[-1].strip() if lines else f"the server did not start in {SERVER_START_S} s")
+                late = f"the server did not start in {SERVER_START_S} s"
+                ended = late if process.returncode is None else f"the server ended with status {process.returncode}"
+                raise Refused(lines[-1].strip() if lines else ended)
             try:
                 with urllib.request.urlopen(f"{url}/health", timeout=5):
                     break
