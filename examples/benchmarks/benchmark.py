@@ -74,6 +74,13 @@ MODES: dict[str, dict[str, Any]] = {
         "row_tokens": 65536,
         "shape": "phi-3-mini-128k",
     },
+    "nf4-131072": {
+        "base_precision": "nf4",
+        "activation_checkpointing": "offload",
+        "rows": 1,
+        "row_tokens": 131072,
+        "shape": "phi-3-mini-128k",
+    },
     "fp8-full": {"activation_checkpointing": "full", "base_precision": "fp8"},
     "chat-bf16": {"chat": True},
     "chat-fp8": {"chat": True, "base_precision": "fp8"},
