@@ -4,6 +4,8 @@ A module computes y += scale * (x a) b, with a (in, rank) and b (rank, out): PEF
 scale * rank. Embeddings have a (num, rank) and b (rank, dim), which transpose to PEFT's in the same way. The config is
 that of the training run; ``fine_tune_type`` and ``lora_parameters`` alone say what the tensors mean.
 https://github.com/ml-explore/mlx-lm/blob/v0.32.2/mlx_lm/tuner/lora.py
+
+Versions before 0.14.2 (June 2024) had an alpha too, and multiplied by scale * alpha / rank. Later ones ignore it.
 """
 
 from __future__ import annotations
@@ -23,8 +25,15 @@ MLX_TENSORS_NAME = "adapters.safetensors"
 
 
 def is_mlx_folder(folder: Path) -> bool:
-    """Return whether mlx-lm wrote a folder."""
-    return (folder / MLX_TENSORS_NAME).is_file()
+    """Return whether mlx-lm wrote a folder: its tensors are there, or its config is."""
+    try:
+        config = read_json(folder / CONFIG_NAME)
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        return (folder / MLX_TENSORS_NAME).is_file()
+    is_mlx = (folder / MLX_TENSORS_NAME).is_file() or "lora_parameters" in config
+    return is_mlx and "peft_type" not in config
 
 
 def read_mlx_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -50,7 +59,13 @@ def read_mlx_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
             f"{CONFIG_NAME}: lora_parameters has rank {short_repr(rank)} and scale {short_repr(scale)}; allowed: a "
             f"positive int and a number"
         )
+    if parameters.get("alpha") is not None:
+        _check_alpha(found, parameters)
     config = LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=dropout or 0.0, target_modules=["any"])
+    if not (folder / MLX_TENSORS_NAME).is_file():
+        others = sorted(path.name for path in folder.glob("*adapters.*"))
+        held = f"; it holds {', '.join(others)}: give one of them, in safetensors, that name" if others else ""
+        raise ValueError(f"it has mlx-lm's {CONFIG_NAME} and no {MLX_TENSORS_NAME}{held}")
     try:
         tensors, _ = read_tensors(folder / MLX_TENSORS_NAME)
     except (OSError, ValueError) as error:
@@ -65,3 +80,20 @@ def read_mlx_folder(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
             )
         renamed[f"{path}.lora_{side[-1].upper()}.weight"] = tensor.t().contiguous()
     return PeftConfig(config, [], []), renamed
+
+
+def _check_alpha(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for an alpha that may or may not have scaled the adapter.
+
+    Only versions that ignore an alpha, 0.19 and later, write ``fine_tune_type``.
+    """
+    rank, scale, alpha = (parameters[name] for name in ("rank", "scale", "alpha"))
+    if alpha == rank or "fine_tune_type" in config:
+        return
+    if not is_number(alpha):
+        raise ValueError(f"{CONFIG_NAME}: lora_parameters has alpha {short_repr(alpha)}; allowed: a number")
+    raise ValueError(
+        f"{CONFIG_NAME}: lora_parameters has alpha {alpha:g}: mlx-lm before 0.14.2 scaled the adapter by "
+        f"scale * alpha / rank, {scale * alpha / rank:g}, and later versions by scale alone, {scale:g}; set "
+        f"scale to your version's and remove alpha"
+    )

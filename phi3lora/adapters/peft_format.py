@@ -143,6 +143,13 @@ def read_config(folder: Path) -> PeftConfig:
     return PeftConfig(common, *patterns)
 
 
+def peft_folders_in(folder: Path) -> list[str]:
+    """Return the names of the PEFT folders in a folder that is none itself, as another trainer's output folder has."""
+    if (folder / CONFIG_NAME).is_file():
+        return []
+    return sorted((path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")), key=lambda name: (len(name), name))
+
+
 def _compiled(key: str) -> re.Pattern[str]:
     """Return the key as PEFT matches it. ValueError for one that could take hours on a path of 60 characters."""
     if len(key) > _MOST_CHARACTERS or len(re.findall(r"[*+{]", key)) > _MOST_REPEATS or re.search(r"\)[*+{]", key):

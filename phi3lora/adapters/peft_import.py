@@ -42,6 +42,7 @@ from .peft_format import (
     PeftConfig,
     conv_from_pair,
     from_modules,
+    peft_folders_in,
     read_config,
     to_modules,
 )
@@ -92,10 +93,13 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
     folder, model = as_path(path, "a PEFT folder", AdapterError), unwrap(model)
     check_outside_blocks(model, "import_peft")
     if not folder.is_dir():
+        found = " (it is a file)" if folder.is_file() else ""
         raise AdapterError(
-            f"there is no folder {str(folder)!r}; allowed: a local PEFT folder "
+            f"there is no folder {str(folder)!r}{found}; allowed: a local PEFT folder "
             f"(from the hub: hf download NAME --local-dir DIR); load_adapter loads adapter files"
         )
+    if inside := peft_folders_in(folder):
+        raise AdapterError(f"{str(folder)!r} is no PEFT folder, it holds some: import one of {', '.join(inside)}")
     try:
         if is_mlx_folder(folder):
             config, tensors = read_mlx_folder(folder)

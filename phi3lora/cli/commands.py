@@ -21,7 +21,7 @@ from ..adapters.gguf import export_gguf, find_converters
 from ..adapters.hub import push_to_hub
 from ..adapters.merge import save_merged
 from ..adapters.peft_export import export_peft
-from ..adapters.peft_format import CONFIG_NAME, TENSORS_NAME
+from ..adapters.peft_format import CONFIG_NAME, TENSORS_NAME, peft_folders_in
 from ..adapters.peft_import import import_peft
 from ..checks.doctor import doctor
 from ..data.dataset import ChatDataset
@@ -269,9 +269,15 @@ def find_adapter(name: str) -> Path:
     for file in ("adapter.safetensors", "lora.safetensors"):
         if (path / file).is_file():
             return path / file
-    newest = newest_good_checkpoint(path)
-    if newest is not None:
-        return newest / "lora.safetensors"
+    inside = peft_folders_in(path)
+    if not any(name.startswith("checkpoint-") for name in inside):  # such are another trainer's, not damaged ones
+        newest = newest_good_checkpoint(path)
+        if newest is not None:
+            return newest / "lora.safetensors"
+    if inside:
+        raise AdapterError(
+            f"there is no adapter in {name!r} itself; it holds the PEFT folders {', '.join(inside)}: name one"
+        )
     files = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")]) if path.is_dir() else []
     if len(files) == 1:
         return files[0]

@@ -140,3 +140,49 @@ def test_what_mlx_lm_s_folder_cannot_say_is_refused(tmp_path):
         "which is not in the model", lambda t: t.update({"x.lora_a": torch.ones(4, 2), "x.lora_b": torch.ones(2, 4)})
     )
     refused("NaN or infinite|not finite", lambda t: t[f"{down}.lora_a"].fill_(float("nan")))
+
+
+def test_an_alpha_of_an_early_mlx_lm_is_not_dropped(tmp_path):
+    """Until 0.14.1 it computed scale * (alpha / rank) * (x lora_a) lora_b; from 0.14.2 on, it ignores an alpha."""
+
+    def folder(name: str, alpha, **settings):
+        parameters = {"rank": 2, "alpha": alpha, "scale": 3.0, "dropout": 0.0, "keys": ["self_attn.qkv_proj"]}
+        mlx_folder(tmp_path / name, adapted_whole(), lora_parameters=parameters, **settings)
+        if not settings:
+            early = {"lora_layers": 2, "use_dora": False, "lora_parameters": parameters}
+            (tmp_path / name / "adapter_config.json").write_text(json.dumps(early))
+        return tmp_path / name
+
+    with pytest.raises(AdapterError, match=r"alpha 16: mlx-lm before 0.14.2 .* / rank, 24, and later .* alone, 3; set"):
+        p3.import_peft(base_model(), folder("early", 16.0))
+    with pytest.raises(AdapterError, match="alpha '16'; allowed: a number"):
+        p3.import_peft(base_model(), folder("text", "16"))
+    for path in (folder("equal", 2), folder("none", None), folder("later", 16.0, fine_tune_type="lora")):
+        model = base_model()
+        p3.import_peft(model, path)
+        torch.testing.assert_close(logits(model), logits(adapted_whole()), atol=1e-6, rtol=0)
+
+
+def test_the_config_says_whose_folder_it_is(tmp_path):
+    """A converted adapter may lie beside the original; an interrupted mlx-lm run has numbered files alone."""
+    made = peft_made(base_model(), tmp_path / "both", target_modules=["qkv_proj"])
+    mlx_folder(tmp_path / "mlx", adapted_whole())
+    (tmp_path / "mlx" / "adapters.safetensors").rename(tmp_path / "both" / "adapters.safetensors")
+    model = base_model()
+    p3.import_peft(model, tmp_path / "both")
+    torch.testing.assert_close(logits(model), logits(made), atol=1e-5, rtol=0)
+    with pytest.raises(AdapterError, match=r"it has mlx-lm's adapter_config.json and no adapters.safetensors$"):
+        p3.import_peft(base_model(), tmp_path / "mlx")
+    (tmp_path / "mlx" / "0000100_adapters.safetensors").touch()
+    with pytest.raises(AdapterError, match=r"it holds 0000100_adapters.safetensors: give one of them"):
+        p3.import_peft(base_model(), tmp_path / "mlx")
+
+
+def test_another_trainer_s_output_folder_names_its_adapters(tmp_path):
+    from phi3lora.cli.commands import find_adapter
+
+    for step in (10, 9):
+        peft_made(base_model(), tmp_path / f"checkpoint-{step}", target_modules=["qkv_proj"])
+    for use in (lambda path: p3.import_peft(base_model(), path), find_adapter):
+        with pytest.raises(AdapterError, match="checkpoint-9, checkpoint-10"):
+            use(tmp_path)
