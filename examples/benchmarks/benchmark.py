@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -251,21 +252,37 @@ def measure_apart(script: str, arguments: list[str], limit_s: float, gpus: int =
     """Run a script with ``--in-process`` in its own process on one GPU, or with ``gpus`` under torchrun on so many.
 
     Returns:
-        The JSON of the last line that it prints, or in words why there is none.
+        The JSON object that it prints last, or in words why there is none.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible[: gpus or 1])}  # Trainer would use all
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus else []
     command = [sys.executable, *torchrun, script, *arguments, "--in-process"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"ran past {limit_s:.0f} s"
-    if done.returncode:
-        print(done.stderr[-3000:], file=sys.stderr)
-        return f"failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            return f"ran past {limit_s:.0f} s"
+        finally:
+            end_group(process)
+    if process.returncode:
+        print(errors[-3000:], file=sys.stderr)
+        return f"failed: {(errors.strip().splitlines() or [process.returncode])[-1]}"
+    figures = [line for line in output.splitlines() if line.startswith('{"')]
+    return json.loads(figures[-1]) if figures else "ended without a figure"  # type: ignore[no-any-return]
+
+
+def end_group(process: subprocess.Popen[str], grace_s: float = 10) -> None:
+    """End a process that was started with ``start_new_session``, and all in its group, so that none keeps GPU memory.
+
+    They get SIGTERM first, on which torchrun ends its workers, and SIGKILL when the process has not ended in time.
+    """
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(grace_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> int:

@@ -32,13 +32,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from benchmark import random_model
+from benchmark import end_group, random_model
 from peers import adapt_by_peft, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
@@ -238,22 +238,28 @@ def run_apart(names: Sequence[str], options: argparse.Namespace, environment: di
     waiting = list(names)
     while waiting:
         command = [sys.executable, __file__, *waiting, "--calls", str(options.calls), "--in-process"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {}))
-        assert process.stdout is not None
-        for line in _lines(process, options.limit_s):
-            print(line, end="", flush=True)
-            name = line.removeprefix("| `").partition("`")[0]
-            waiting = waiting[1:] if waiting[:1] == [name] else waiting
-        if process.wait() and waiting:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {}), start_new_session=True
+        ) as process:
+            try:
+                for line in _lines(process, options.limit_s):
+                    print(line, end="", flush=True)
+                    name = line.removeprefix("| `").partition("`")[0]
+                    waiting = waiting[1:] if waiting[:1] == [name] else waiting
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(options.limit_s)
+            finally:
+                end_group(process)
+        if waiting:
             why = "out of time" if process.returncode < 0 else f"exit status {process.returncode}"
             print(f"| `{waiting.pop(0)}` | {why} | | |", flush=True)
 
 
 def _lines(process: subprocess.Popen[str], limit_s: float) -> Iterator[str]:
-    """Yield what a process prints; kill it when a line takes longer than the limit."""
+    """Yield what a process prints; end it when a line takes longer than the limit."""
     assert process.stdout is not None
     while True:
-        timer = threading.Timer(limit_s, process.kill)
+        timer = threading.Timer(limit_s, end_group, [process])
         timer.start()
         line = process.stdout.readline()
         timer.cancel()

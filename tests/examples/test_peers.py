@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -120,21 +120,30 @@ def table(peers, monkeypatch, capsys, *arguments):
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_peer_that_fails_hangs_or_is_not_installed_leaves_the_others(peers, monkeypatch, capsys):
-    def run(command, **options):
-        if command[2] == "chat-peft":
-            raise subprocess.TimeoutExpired(command, options["timeout"])
-        return subprocess.CompletedProcess(command, 1, "", "Traceback\nOutOfMemoryError: CUDA\n")
-
+def test_a_peer_that_fails_hangs_or_is_not_installed_leaves_the_others(peers, monkeypatch, capsys, tmp_path):
+    python = tmp_path / "python"  # the limit must end what it has started, too
+    python.write_text(
+        """#!/bin/sh
+        case "$2" in
+            chat-peft) sleep 60 ;;
+            peft) echo Traceback >&2; echo 'OutOfMemoryError: CUDA' >&2; exit 1 ;;
+            *) echo Done ;;
+        esac
+        """
+    )
+    python.chmod(0o755)
     find = importlib.util.find_spec
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "loralib" else find(name))
-    names = ("peft", "chat-peft", "loralib-checkpointing")
-    assert table(peers, monkeypatch, capsys, *names, "--limit-s", "7")[-3:] == [
+    names = ("peft", "chat-peft", "loralib-checkpointing", "peft-checkpointing")
+    started = time.monotonic()
+    assert table(peers, monkeypatch, capsys, *names, "--limit-s", "3")[-4:] == [
         "| `peft` | failed: OutOfMemoryError: CUDA | | | |",
-        "| `chat-peft` | ran past 7 s | | | |",
+        "| `chat-peft` | ran past 3 s | | | |",
         "| `loralib-checkpointing` | not installed: loralib | | | |",
+        "| `peft-checkpointing` | ended without a figure | | | |",
     ]
+    assert time.monotonic() - started < 45, "it waited for the sleep of 60 s"
 
 
 @pytest.mark.slow
