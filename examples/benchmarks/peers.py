@@ -24,12 +24,16 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 
-if "--in-process" in sys.argv and any("unsloth" in argument for argument in sys.argv):
+if "--in-process" in sys.argv and any("unsloth" in argument for argument in sys.argv[1:]):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else it counts its loads on the Hub, and waits for an answer
+    generated_code = tempfile.TemporaryDirectory()  # by default in the working directory
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", generated_code.name)
     import unsloth  # noqa: F401  # it patches transformers and peft, so it must come before them
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +48,8 @@ from torch import Tensor, nn
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 SPLIT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PACKAGES = ["transformers", "peft", "loralib", "unsloth", "bitsandbytes"]
+"""Packages whose versions are printed."""
 TINY_TOKENS = 16
 """Tokens of a document with ``--tiny``, which tests this file without a GPU."""
 
@@ -75,7 +81,7 @@ def adapt_by_loralib(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_by_unsloth(sizes: dict[str, Any], checkpointing: bool) -> nn.Module:
+def load_by_unsloth(sizes: dict[str, Any], checkpointing: bool, nf4: bool) -> nn.Module:
     """Return a random Mistral of the given sizes with Unsloth's adapters on all projections."""
     from transformers import MistralConfig, MistralForCausalLM
     from unsloth import FastLanguageModel
@@ -84,10 +90,12 @@ def load_by_unsloth(sizes: dict[str, Any], checkpointing: bool) -> nn.Module:
     from phi3lora.model.load import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:  # it loads from files alone
-        MistralForCausalLM(MistralConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            MistralForCausalLM(MistralConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+        torch.cuda.empty_cache()
         load_tokenizer(str(BASE)).save_pretrained(folder)
         loaded: Any = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=ROW_TOKENS, dtype=torch.bfloat16, load_in_4bit=False
+            folder, max_seq_length=ROW_TOKENS, dtype=torch.bfloat16, load_in_4bit=nf4
         )
     adapted: nn.Module = FastLanguageModel.get_peft_model(
         loaded[0], r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=SPLIT_TARGETS,
@@ -98,6 +106,7 @@ def load_by_unsloth(sizes: dict[str, Any], checkpointing: bool) -> nn.Module:
 
 def attention_of_unsloth() -> str:
     """Return the attention that Unsloth found when it was imported."""
+    import unsloth.models  # noqa: F401  # the next import needs it, and without a GPU nothing has loaded it
     from unsloth.utils import attention_dispatch
 
     if attention_dispatch.HAS_FLASH_ATTENTION:
@@ -114,10 +123,13 @@ class Peer:
     package: str
     checkpointing: bool
     chat: bool = False
+    nf4: bool = False
+    """The base weights in bitsandbytes' 4 bits."""
 
     def missing(self) -> list[str]:
         """Return the required packages that are not installed."""
-        return [name for name in (self.package, "accelerate") if importlib.util.find_spec(name) is None]
+        names = [self.package, "accelerate", *(["bitsandbytes"] if self.nf4 else [])]
+        return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 PEERS = {
@@ -128,6 +140,8 @@ PEERS = {
     "chat-peft": Peer(adapt_by_peft, "peft", checkpointing=False, chat=True),
     "unsloth": Peer(None, "unsloth", checkpointing=False),
     "unsloth-offload": Peer(None, "unsloth", checkpointing=True),
+    "unsloth-nf4": Peer(None, "unsloth", checkpointing=False, nf4=True),
+    "unsloth-nf4-offload": Peer(None, "unsloth", checkpointing=True, nf4=True),
     "chat-unsloth": Peer(None, "unsloth", checkpointing=False, chat=True),
 }
 
@@ -217,7 +231,7 @@ def measure(name: str, steps: int, warmup: int, tiny: bool = False) -> dict[str,
     packs = peer.chat and peer.adapt is None
     documents = random_documents(peer.chat, steps, vocabulary, tiny, packs)
     if peer.adapt is None:
-        model = load_by_unsloth(TINY if tiny else SHAPES["phi-3-mini"], peer.checkpointing)
+        model = load_by_unsloth(TINY if tiny else SHAPES["phi-3-mini"], peer.checkpointing, peer.nf4)
     else:
         model = tiny_model() if tiny else random_model("phi-3-mini")
         model.config.use_cache = False
@@ -274,7 +288,7 @@ def main() -> int:
         print(json.dumps(measure(options.names[0], options.steps, options.warmup, options.tiny)))
         return 0
     card = "CPU" if options.tiny else torch.cuda.get_device_name()
-    packages = [name for name in ("transformers", "peft", "loralib", "unsloth") if importlib.util.find_spec(name)]
+    packages = [name for name in PACKAGES if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"{card}, torch {torch.__version__}, {versions}, {time.strftime('%Y-%m-%d')}\n")
     print("| peer | tok/s | real tokens a step | peak GiB | loss |\n|---|---|---|---|---|")

@@ -54,7 +54,7 @@ def test_a_peer_trains_its_adapters_alone(name, peers, monkeypatch):
 
 
 @pytest.mark.parametrize("flash", [False, True])
-@pytest.mark.parametrize("name", ["unsloth", "chat-unsloth"])
+@pytest.mark.parametrize("name", ["unsloth", "unsloth-nf4", "chat-unsloth"])
 def test_unsloth_runs_where_it_is_installed_and_says_which_attention_it_found(name, flash, peers, monkeypatch):
     import peft
     from transformers import AutoModelForCausalLM
@@ -82,15 +82,16 @@ def test_unsloth_runs_where_it_is_installed_and_says_which_attention_it_found(na
 
     dispatch = types.ModuleType("unsloth.utils.attention_dispatch")
     dispatch.HAS_FLASH_ATTENTION, dispatch.HAS_XFORMERS = flash, False
-    packages = {"unsloth": types.ModuleType("unsloth"), "unsloth.utils": types.ModuleType("unsloth.utils")}
+    packages = {name: types.ModuleType(name) for name in ("unsloth", "unsloth.models", "unsloth.utils")}
     packages["unsloth"].FastLanguageModel, packages["unsloth.utils"].attention_dispatch = FastLanguageModel, dispatch
     for path, module in packages.items():
         monkeypatch.setitem(sys.modules, path, module)
     monkeypatch.setattr(importlib.metadata, "version", lambda package: f"2.8 of {package}")
     found = peers.measure(name, steps=3, warmup=0, tiny=True)
     assert found["attention"] == ("FlashAttention 2.8 of flash-attn" if flash else "PyTorch's attention")
-    assert found["tok_per_s"] > 0 and settings["load_in_4bit"] is False and settings["checkpointing"] is False
-    if name == "unsloth":
+    assert found["tok_per_s"] > 0 and settings["checkpointing"] is False
+    assert settings["load_in_4bit"] is (name == "unsloth-nf4")
+    if name != "chat-unsloth":
         assert found["tok_per_step"] == 4 * 16
         return
     lengths = batches[0]["packed_seq_lengths"].tolist()  # chats are packed, not padded
