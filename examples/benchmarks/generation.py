@@ -24,6 +24,7 @@ other work on a machine slows both calls of a turn. ``cpu-peft`` rows are transf
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -236,6 +237,8 @@ def measure_on_cpu(name: str, calls: int) -> None:
 def run_apart(names: Sequence[str], options: argparse.Namespace, environment: dict[str, str] | None = None) -> None:
     """Run rows in a process of their own, which prints a line for each; go on in a new one after a row that fails."""
     waiting = list(names)
+    for name in [name for name in names if "peft" in name and importlib.util.find_spec("peft") is None]:
+        print(f"| `{waiting.pop(waiting.index(name))}` | not installed: peft | | |", flush=True)
     while waiting:
         command = [sys.executable, __file__, *waiting, "--calls", str(options.calls), "--in-process"]
         with subprocess.Popen(
