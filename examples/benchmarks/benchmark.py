@@ -50,6 +50,8 @@ SHAPES["phi-3-mini-128k"] = {
                         "short_factor": [1.0] * 48, "long_factor": [16.0] * 48},
 }  # fmt: skip
 ROWS, ROW_TOKENS = 4, 2048
+LONG_ROW, LONG_STEPS, LONG_WARMUP = 65536, 4, 1
+"""Tokens of a row from which a mode measures few steps, because one takes 10 s or more."""
 MODES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"base_precision": "fp8"},
@@ -285,13 +287,23 @@ def end_group(process: subprocess.Popen[str], grace_s: float = 10) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def steps_of(mode: str, steps: int | None, warmup: int | None) -> tuple[int, int]:
+    """Return a mode's steps and how many of them are warm-up; None: the mode's own number."""
+    is_long = MODES[mode].get("row_tokens", ROW_TOKENS) >= LONG_ROW
+    steps = steps or (LONG_STEPS if is_long else 24)
+    warmup = (LONG_WARMUP if is_long else 8) if warmup is None else warmup
+    if steps < warmup + 2:
+        raise SystemExit(f"--steps {steps}; allowed: at least --warmup + 2 = {warmup + 2}, the first step has no start")
+    return steps, warmup
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "modes", nargs="*", default=list(MODES), metavar="MODE", help=f"one or more of {', '.join(MODES)}"
     )
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--warmup", type=int, default=8, help="steps before the measured ones")
+    parser.add_argument("--steps", type=int, help=f"default: 24; {LONG_STEPS} for rows of {LONG_ROW:,} tokens or more")
+    parser.add_argument("--warmup", type=int, help=f"steps before the measured ones; default: 8, or {LONG_WARMUP}")
     parser.add_argument(
         "--gpus",
         type=int,
@@ -306,7 +318,7 @@ def main() -> int:
         default=distributed._BUCKET_BYTES // 2**20,
         help="gradients that several processes add up at a time; 1000: all at once, after the backward",
     )
-    parser.add_argument("--limit-s", type=float, default=180, help="time limit of one mode's process")
+    parser.add_argument("--limit-s", type=float, default=300, help="time limit of one mode's process")
     parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times to FOLDER (slows the host)")
     parser.add_argument("--peers", action="store_true", help="also run peers.py in the same call")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
@@ -319,7 +331,9 @@ def main() -> int:
         parser.error("a CUDA device is needed")
     if options.in_process:
         distributed._BUCKET_BYTES = options.bucket_mib * 2**20
-        result = measure(options.modes[0], options.steps, options.warmup, options.folder, options.profile)
+        mode = options.modes[0]
+        steps, warmup = steps_of(mode, options.steps, options.warmup)
+        result = measure(mode, steps, warmup, options.folder, options.profile)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(result))
         if dist.is_initialized():
@@ -329,7 +343,7 @@ def main() -> int:
     print(
         "mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss   MB sum"
     )
-    settings = ["--steps", str(options.steps), "--warmup", str(options.warmup)]
+    settings = [f"--{name}={value}" for name in ("steps", "warmup") if (value := getattr(options, name)) is not None]
     buckets = ["--bucket-mib", str(options.bucket_mib)]
     profile = ["--profile", options.profile] if options.profile else []
     for mode in options.modes:

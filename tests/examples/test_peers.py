@@ -115,6 +115,16 @@ def test_all_peers_see_the_documents_of_the_benchmark(peers):
         assert [len(d) for d in documents] == peers.document_lengths(chat, 5)[:20]
 
 
+def test_long_rows_measure_fewer_steps_unless_told_otherwise(peers):
+    import benchmark
+
+    assert benchmark.steps_of("bf16", None, None) == (24, 8)
+    assert benchmark.steps_of("nf4-65536", None, None) == (4, 1)
+    assert benchmark.steps_of("nf4-65536", 3, 0) == (3, 0)
+    with pytest.raises(SystemExit, match="--steps 4; allowed: at least --warmup"):
+        benchmark.steps_of("bf16", 4, None)
+
+
 def table(peers, monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["peers.py", "--tiny", *arguments])
     assert peers.main() == 0
