@@ -84,3 +84,11 @@ class PartialSums:
             lambda block: (max(cdiv(job[3], block["BN"]) for job in jobs), len(jobs)),
             *(value for job in padded for value in job),
         )  # fmt: skip
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``parts.sum(0)`` (M, W) of parts (P, M, W), contiguous, in another dtype."""
+    sums = PartialSums()
+    total = sums.add(parts, parts.new_empty(parts.shape[1:], dtype=dtype))
+    sums.reduce()
+    return total

@@ -2,6 +2,10 @@
 
     g, u = (y + scaling z B')[:, :INNER], [:, INNER:]        x = silu(g) u        z' = dropout(x) A'
 
+In the forward a program takes a block of rows and a part of the columns: as many parts as make two programs for each of
+the GPU's multiprocessors. z' is then the sum of the parts'. More rows a program would be fewer programs, fewer rows
+would read A and B more often.
+
 In the backward a program takes a block of columns and a chunk of rows. The gradients of A and B, which are sums over
 tokens, stay in its registers, so neither x nor dy is read again for them. The gradient of z, a sum over columns, is
 written as one partial sum for each block of columns.
@@ -23,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, dot, dropout, keep_mask
 from .launch import blocks, cdiv, contiguous, launch
-from .reduce import PartialSums
+from .reduce import PartialSums, sum_parts
 
 
 @triton.jit
@@ -45,7 +49,8 @@ def _gate_and_up(y_ptr, zg, zu, B_ptr, at, col, inside, scaling, INNER: tl.const
 def _swiglu_forward(
     y_ptr, z_ptr, B_ptr, A_ptr, x_ptr, out_z_ptr, n_rows, scaling, up_offset, seed, p,
     INNER: tl.constexpr, R: tl.constexpr, Z: tl.constexpr, R_OUT: tl.constexpr, LOW_RANK: tl.constexpr,
-    PROJECT: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PROJECT: tl.constexpr, DROP: tl.constexpr, PART: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     live = row < n_rows
@@ -58,8 +63,9 @@ def _swiglu_forward(
         zu = tl.load(z_ptr + at * Z + up_offset + rank[None, :], mask=live[:, None], other=0.0)
     k = tl.arange(0, R_OUT)
     out_z = tl.zeros([BM, R_OUT], tl.float32)
-    for start in tl.range(0, INNER, BN, num_stages=STAGES):
-        col = start + tl.arange(0, BN)
+    first = tl.program_id(1) * PART
+    for start in tl.range(0, PART, BN, num_stages=STAGES):
+        col = first + start + tl.arange(0, BN)
         inside = live[:, None] & (col < INNER)[None, :]
         g, u = _gate_and_up(y_ptr, zg, zu, B_ptr, at, col, inside, scaling, INNER, R, LOW_RANK)
         x = ((g * tl.sigmoid(g)).to(dtype).to(tl.float32) * u).to(dtype)
@@ -69,7 +75,8 @@ def _swiglu_forward(
                 x = dropout(x, seed, at * INNER + col[None, :], p)
             out_z += dot(x, tl.load(A_ptr + k[None, :] * INNER + col[:, None], mask=(col < INNER)[:, None], other=0.0))
     if PROJECT:
-        tl.store(out_z_ptr + at * R_OUT + k[None, :], out_z.to(dtype), mask=live[:, None])
+        out_at = out_z_ptr + (tl.program_id(1).to(tl.int64) * n_rows + at) * R_OUT + k[None, :]
+        tl.store(out_at, out_z.to(out_z_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["n_rows", "chunk", "up_offset", "seed"])
@@ -136,6 +143,16 @@ def _swiglu_backward(
 FORWARD_BLOCKS = blocks((64, 64, 4), (64, 64, 2), (64, 64, 1))
 BACKWARD_BLOCKS = blocks((64, 64, 3), (64, 64, 2), (32, 64, 2), (32, 64, 1))
 ROW_CHUNKS = 8
+_PROGRAMS = 264
+"""Programs of the forward that keep an H100 busy: two for each of its multiprocessors."""
+
+
+def part_columns(N: int, INNER: int) -> int:
+    """Return the columns of one part: two blocks or more, since ptxas 12.8 miscompiles loops that turn once."""
+    rows, columns = FORWARD_BLOCKS[0]["BM"], FORWARD_BLOCKS[0]["BN"]  # the same in all blocks
+    parts = max(1, min(_PROGRAMS // cdiv(N, rows), INNER // (2 * columns)))
+    parts = 1 << (parts.bit_length() - 1)  # few different ones: each is compiled
+    return cdiv(cdiv(INNER, parts), columns) * columns
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -146,12 +163,16 @@ class _SwiGLU(torch.autograd.Function):
             "INNER": INNER, "R": before.R, "Z": before.width, "R_OUT": after.R, "LOW_RANK": bool(before),
             "PROJECT": bool(after), "DROP": after.dropout > 0,
         }  # fmt: skip
-        x, out_z = y.new_empty(N, INNER), y.new_empty(N, after.R) if after else None
+        x, part = y.new_empty(N, INNER), part_columns(N, INNER)
+        parts = cdiv(INNER, part)
+        out_z = y.new_empty(parts, N, after.R, dtype=y.dtype if parts == 1 else torch.float32) if after else None
         launch(
-            _swiglu_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]),),
+            _swiglu_forward, FORWARD_BLOCKS, lambda block: (cdiv(N, block["BM"]), parts),
             y, z, before.B, after.A, x, out_z, N,
-            before.scaling, before.offset(INNER), after.seed, after.dropout, **ctx.sizes,
+            before.scaling, before.offset(INNER), after.seed, after.dropout, PART=part, **ctx.sizes,
         )  # fmt: skip
+        if out_z is not None:
+            out_z = out_z[0] if parts == 1 else sum_parts(out_z, y.dtype)
         ctx.save_for_backward(y, z)
         ctx.before, ctx.after, ctx.y_is_free = before, after, y_is_free
         return x, out_z

@@ -23,11 +23,13 @@ if torch.cuda.is_available():
     pytest.skip("tests/kernel_tests/test_gpu.py tests the same on a GPU", allow_module_level=True)
 from triton.runtime import interpreter  # noqa: E402
 
+from phi3lora.kernels import swiglu  # noqa: E402
 from phi3lora.kernels.adapter import Adapter  # noqa: E402
 from phi3lora.kernels.cross_entropy import cross_entropy_  # noqa: E402
 from phi3lora.kernels.low_rank import lora_weight_gradient, project, project_backward_  # noqa: E402
 from phi3lora.kernels.norm import backward_blocks  # noqa: E402
 from phi3lora.kernels.reduce import PartialSums  # noqa: E402
+from phi3lora.kernels.swiglu import part_columns  # noqa: E402
 from phi3lora.lora.product import adapted_segments  # noqa: E402
 
 _patch = interpreter._patch_lang_tensor
@@ -364,6 +366,32 @@ def test_a_row_with_a_nan_or_a_label_outside_the_vocabulary_has_no_loss():
     logits = torch.zeros(3, 40)
     logits[0, 3] = float("nan")
     assert cross_entropy_(logits, torch.tensor([1, 40, 39])).isfinite().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("inner", [48, 64, 128, 576, 8192, 17920])
+@pytest.mark.parametrize("tokens", [1, 100, 2048, 8192, 65536])
+def test_swiglu_s_parts_cover_the_columns_in_loops_of_two_turns(tokens, inner):
+    part = part_columns(tokens, inner)
+    parts = -(-inner // part)
+    assert part % 64 == 0 and (parts == 1 or part >= 128) and (parts - 1) * part < inner <= parts * part
+    programs = parts * -(-tokens // 64)
+    assert programs <= max(264, -(-tokens // 64)) and (programs >= 66 or parts == 1 or part < 256)
+
+
+def test_swiglu_in_parts_has_the_numbers_of_one_part(monkeypatch):
+    torch.manual_seed(0)
+    r, inner = 16, 320
+    A, B, z, y = torch.randn(r, inner), torch.randn(2 * inner, r), torch.randn(70, r), torch.randn(70, 2 * inner)
+    before = Adapter(A, B, A, B, r, r, adapted_segments([2 * inner], [True], r), 0.5, 0.0, 0)
+    after = Adapter(A, B, A, B, r, r, adapted_segments([inner], [True], r), 1.0, 0.3, 7)
+    whole, parts = [], []
+    for found, columns in ((whole, inner), (parts, 128)):
+        monkeypatch.setattr(swiglu, "part_columns", lambda *_, columns=columns: columns)
+        found.extend(swiglu.swiglu(y, z, before, after))
+    g, u = (y + 0.5 * z @ B.t()).split(inner, 1)
+    torch.testing.assert_close(parts[0], F.silu(g) * u)
+    torch.testing.assert_close(parts[0], whole[0])
+    torch.testing.assert_close(parts[1], whole[1])
 
 
 @pytest.mark.parametrize("hidden", [32, 48, 64, 192, 3072])
