@@ -27,12 +27,12 @@ _MULTIPROCESSORS = 132  # of an H100; with fewer programs the columns are split
 
 
 @triton.jit
-def _rows_of_matrix(w_ptr, A_ptr, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr):
+def _rows_of_matrix(w_ptr, A_ptr, N, Z, K: tl.constexpr, BN: tl.constexpr):
     """Return whether a program has rows of A or of W, which ones, which of them exist, and where they begin."""
-    A_PROGRAMS: tl.constexpr = (Z + BN - 1) // BN
+    programs_of_A = tl.cdiv(Z, BN)
     program = tl.program_id(0)
-    of_A = program < A_PROGRAMS
-    n = tl.where(of_A, program, program - A_PROGRAMS) * BN + tl.arange(0, BN)
+    of_A = program < programs_of_A
+    n = tl.where(of_A, program, program - programs_of_A) * BN + tl.arange(0, BN)
     live = n < tl.where(of_A, Z, N)
     if of_A:  # noqa: SIM108  # a Triton kernel
         matrix = A_ptr
@@ -45,10 +45,9 @@ def _rows_of_matrix(w_ptr, A_ptr, N: tl.constexpr, K: tl.constexpr, Z: tl.conste
 
 @triton.jit
 def _row_product(
-    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, N, Z, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    of_A, n, live_n, w_at = _rows_of_matrix(w_ptr, A_ptr, N, K, Z, BN)
+    of_A, n, live_n, w_at = _rows_of_matrix(w_ptr, A_ptr, N, Z, K, BN)
     total = tl.zeros([BN, BK], tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
@@ -62,15 +61,15 @@ def _row_product(
         tl.store(y_ptr + n, sums, mask=live_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _few_rows_product(
-    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, n_rows, N: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BM: tl.constexpr,
-    SPLITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, n_rows, N, Z, K: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PART: tl.constexpr = (K + SPLITS - 1) // SPLITS
     part, row = tl.program_id(1), tl.arange(0, BM)
     live_row = row < n_rows
-    of_A, n, live_n, w_at = _rows_of_matrix(w_ptr, A_ptr, N, K, Z, BN)
+    of_A, n, live_n, w_at = _rows_of_matrix(w_ptr, A_ptr, N, Z, K, BN)
     total = tl.zeros([BM, BN], tl.float32)
     last = tl.minimum((part + 1) * PART, K)
     for start in tl.range(part * PART, last, BK, num_stages=STAGES):
@@ -115,9 +114,9 @@ def _launch(x: Tensor, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor
         return cdiv(Z, block["BN"]) + cdiv(N, block["BN"]), splits
 
     if M == 1:
-        launch(_row_product, ROW_BLOCKS, grid, *tensors, N=N, K=K, Z=Z)
+        launch(_row_product, ROW_BLOCKS, grid, *tensors, N, Z, K=K)
     else:
-        launch(_few_rows_product, FEW_ROWS_BLOCKS, grid, *tensors, M, N=N, K=K, Z=Z, BM=_FEW, SPLITS=splits)
+        launch(_few_rows_product, FEW_ROWS_BLOCKS, grid, *tensors, M, N, Z, K=K, BM=_FEW, SPLITS=splits)
     return y, z
 
 
