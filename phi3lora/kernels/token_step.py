@@ -12,8 +12,7 @@ formulas are the same, cut into kernels of many small programs, and nothing is k
     y, z    = swiglu(y, z) W_down', ...                  the next layer's add_norm adds them
 
 A step has one shape for a number of rows and makes no decision on the host, so it can be recorded in a CUDA graph. A
-prompt's tokens are rows too; they attend to each other, packed as in training. For many rows each ``z B'`` is a product
-of its own, since every program would read B again.
+prompt's tokens are rows too; they attend to each other, packed as in training.
 
 Shapes: M rows, D hidden size, H heads, H_kv key/value heads, C head_dim, n rotary components, I intermediate size, L
 positions in the cache. y and z come in parts, (parts, M, ...), which are added up where they are read.
@@ -36,10 +35,10 @@ from ..model.attention import packed_attention, packed_layout
 from .adapter import NO_ADAPTER, Adapter, compute_copies, dot, make_adapter
 from .decoder import decoder_projections
 from .few_rows import product, with_plain_scales
-from .launch import cdiv, launch, next_power_of_2
+from .launch import Block, cdiv, launch, next_power_of_2
 
-_FEW_ROWS = 256
-"""Rows up to which the kernels that read a product compute its z B' too."""
+_ROWS = 16
+"""Rows that a program of rotary or SwiGLU takes, through tensor cores, unless the step has one row."""
 _PROGRAMS = 264
 """Programs of attention that keep an H100 busy: two for each of its multiprocessors."""
 
@@ -54,9 +53,9 @@ def _parts_sum(ptr, at, stride, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(z_ptr, z_at, z_stride, B_ptr, column, live, R: tl.constexpr, STEP: tl.constexpr,
-              PARTS: tl.constexpr):  # fmt: skip
-    """Return z B' in some columns of one row, float32; z is rounded to B's dtype first, as a product's output is."""
+def _row_low_rank(z_ptr, z_at, z_stride, B_ptr, column, live, R: tl.constexpr, STEP: tl.constexpr,
+                  PARTS: tl.constexpr):  # fmt: skip
+    """Return z B' of one row, float32; z is rounded to B's dtype first, as a product's output is."""
     dtype = B_ptr.dtype.element_ty
     total = tl.zeros_like(column).to(tl.float32)
     for first in tl.static_range(0, R, STEP):
@@ -67,10 +66,31 @@ def _low_rank(z_ptr, z_at, z_stride, B_ptr, column, live, R: tl.constexpr, STEP:
     return total
 
 
+@triton.jit
+def _adapted_tile(y_ptr, z_ptr, B_ptr, row, n_rows, z_offset, column, live_column, scaling, COLUMNS: tl.constexpr,
+                  R: tl.constexpr, Z: tl.constexpr, Y_PARTS: tl.constexpr, Z_PARTS: tl.constexpr,
+                  LOW_RANK: tl.constexpr):  # fmt: skip
+    """Return y + scaling z B' in some columns of some rows, float32."""
+    live = (row < n_rows)[:, None]
+    y = _parts_sum(
+        y_ptr, row[:, None] * COLUMNS + column[None, :], n_rows * COLUMNS, live & live_column[None, :], Y_PARTS
+    )
+    if LOW_RANK and row.shape[0] == 1:  # a tile of one row would leave 15 of 16 rows of the tensor cores empty
+        low_rank = _row_low_rank(z_ptr, row * Z + z_offset, n_rows * Z, B_ptr, column, live_column, R, R, Z_PARTS)
+        y += scaling * low_rank[None, :]
+    elif LOW_RANK:
+        r = tl.arange(0, R)
+        z = _parts_sum(z_ptr, row[:, None] * Z + z_offset + r[None, :], n_rows * Z, live, Z_PARTS)
+        B = tl.load(B_ptr + column[None, :] * R + r[:, None], mask=live_column[None, :], other=0.0)  # (R, BN)
+        y += scaling * dot(z.to(B.dtype), B)
+    return y
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _add_norm(
     h_ptr, y_ptr, z_ptr, B_ptr, weight_ptr, x_ptr, n_rows, scaling, eps, D: tl.constexpr, D_PADDED: tl.constexpr,
-    R: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, LOW_RANK: tl.constexpr,
+    R: tl.constexpr, STEP: tl.constexpr, Y_PARTS: tl.constexpr, Z_PARTS: tl.constexpr, ADD: tl.constexpr,
+    LOW_RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, D_PADDED)
@@ -78,9 +98,9 @@ def _add_norm(
     dtype = h_ptr.dtype.element_ty
     h = tl.load(h_ptr + row * D + c, mask=live, other=0.0).to(tl.float32)
     if ADD:
-        y = _parts_sum(y_ptr, row * D + c, n_rows * D, live, PARTS)
+        y = _parts_sum(y_ptr, row * D + c, n_rows * D, live, Y_PARTS)
         if LOW_RANK:
-            y += scaling * _low_rank(z_ptr, row * R, n_rows * R, B_ptr, c, live, R, STEP, PARTS)
+            y += scaling * _row_low_rank(z_ptr, row * R, n_rows * R, B_ptr, c, live, R, STEP, Z_PARTS)
         summed = (h + y.to(dtype).to(tl.float32)).to(dtype)
         tl.store(h_ptr + row * D + c, summed, mask=live)
         h = summed.to(tl.float32)
@@ -89,62 +109,53 @@ def _add_norm(
     tl.store(x_ptr + row * D + c, ((h * rstd).to(dtype).to(tl.float32) * weight).to(dtype), mask=live)
 
 
-@triton.jit
-def _head_tile(y_ptr, y_at, y_stride, z_ptr, z_at, z_stride, B_ptr, column, c, scaling, WIDTH: tl.constexpr,
-               R: tl.constexpr, PARTS: tl.constexpr, LOW_RANK: tl.constexpr):  # fmt: skip
-    """Return some columns of the adapted qkv product of one row, float32."""
-    live = c < WIDTH
-    t = _parts_sum(y_ptr, y_at + column + c, y_stride, live, PARTS)
-    if LOW_RANK:
-        t += scaling * _low_rank(z_ptr, z_at, z_stride, B_ptr, column + c, live, R, R, PARTS)
-    return t
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def _rotate(
     y_ptr, z_ptr, B_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, out_ptr, k_ptr, v_ptr, n_rows, L, scaling,
     H: tl.constexpr, H_KV: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
-    REST_PADDED: tl.constexpr, R: tl.constexpr, Z: tl.constexpr, Q_OFFSET: tl.constexpr,
-    K_OFFSET: tl.constexpr, V_OFFSET: tl.constexpr, PARTS: tl.constexpr, LOW_RANK: tl.constexpr,
+    REST_PADDED: tl.constexpr, R: tl.constexpr, Z: tl.constexpr, Q_OFFSET: tl.constexpr, K_OFFSET: tl.constexpr,
+    V_OFFSET: tl.constexpr, Y_PARTS: tl.constexpr, Z_PARTS: tl.constexpr, LOW_RANK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64), tl.program_id(1)
     COLUMNS: tl.constexpr = (H + 2 * H_KV) * C
     REST: tl.constexpr = C - 2 * HALF
     dtype = out_ptr.dtype.element_ty
-    position = tl.load(position_ptr + row)
-    is_q = head < H
-    is_k = (head >= H) & (head < H + H_KV)
-    z_at = row * Z + tl.where(is_q, Q_OFFSET, tl.where(is_k, K_OFFSET, V_OFFSET))
-    y_at, y_stride, z_stride, column = row * COLUMNS, n_rows * COLUMNS, n_rows * Z, head * C
+    live = row < n_rows
+    position = tl.load(position_ptr + row, mask=live, other=0)
+    slot = tl.load(slot_ptr + row, mask=live, other=0)
+    is_q, is_k = head < H, (head >= H) & (head < H + H_KV)
+    z_offset = tl.where(is_q, Q_OFFSET, tl.where(is_k, K_OFFSET, V_OFFSET))
     c = tl.arange(0, HALF_PADDED)
-    lo = _head_tile(y_ptr, y_at, y_stride, z_ptr, z_at, z_stride, B_ptr, column, c, scaling, HALF, R, PARTS, LOW_RANK)
-    hi = _head_tile(
-        y_ptr, y_at, y_stride, z_ptr, z_at, z_stride, B_ptr, column + HALF, c, scaling, HALF, R, PARTS, LOW_RANK
-    )
+    lo = _adapted_tile(y_ptr, z_ptr, B_ptr, row, n_rows, z_offset, head * C + c, c < HALF, scaling, COLUMNS, R, Z,
+                       Y_PARTS, Z_PARTS, LOW_RANK)  # fmt: skip
+    hi = _adapted_tile(y_ptr, z_ptr, B_ptr, row, n_rows, z_offset, head * C + HALF + c, c < HALF, scaling, COLUMNS, R,
+                       Z, Y_PARTS, Z_PARTS, LOW_RANK)  # fmt: skip
     lo, hi = lo.to(dtype).to(tl.float32), hi.to(dtype).to(tl.float32)
-    rotates = (c < HALF) & (is_q | is_k)
-    cos = tl.load(cos_ptr + position * (2 * HALF) + c, mask=rotates, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + position * (2 * HALF) + c, mask=rotates, other=0.0).to(tl.float32)
+    inside = live[:, None] & (c < HALF)[None, :]
+    rotates = inside & (is_q | is_k)
+    angle = position[:, None] * (2 * HALF) + c[None, :]
+    cos = tl.load(cos_ptr + angle, mask=rotates, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=rotates, other=0.0).to(tl.float32)
     lo, hi = (lo * cos - hi * sin).to(dtype), (hi * cos + lo * sin).to(dtype)
-    out = out_ptr + y_at + column
-    tl.store(out + c, lo, mask=c < HALF)
-    tl.store(out + HALF + c, hi, mask=c < HALF)
+    out = out_ptr + row[:, None] * COLUMNS + head * C + c[None, :]
+    tl.store(out, lo, mask=inside)
+    tl.store(out + HALF, hi, mask=inside)
     if is_k:  # noqa: SIM108  # a Triton kernel
-        cached = k_ptr
+        cache_ptr = k_ptr
     else:
-        cached = v_ptr
+        cache_ptr = v_ptr
     kv_head = tl.where(is_k, head - H, head - H - H_KV)
-    cached += ((tl.load(slot_ptr + row).to(tl.int64) * H_KV + kv_head) * L + position) * C
-    in_cache = (c < HALF) & (head >= H)
-    tl.store(cached + c, lo, mask=in_cache)
-    tl.store(cached + HALF + c, hi, mask=in_cache)
+    cached = cache_ptr + ((slot[:, None] * H_KV + kv_head) * L + position[:, None]) * C
+    tl.store(cached + c[None, :], lo, mask=inside & (head >= H))
+    tl.store(cached + HALF + c[None, :], hi, mask=inside & (head >= H))
     if REST > 0:
-        c = tl.arange(0, REST_PADDED)
-        rest = _head_tile(
-            y_ptr, y_at, y_stride, z_ptr, z_at, z_stride, B_ptr, column + 2 * HALF, c, scaling, REST, R, PARTS, LOW_RANK
-        )
-        tl.store(out + 2 * HALF + c, rest.to(dtype), mask=c < REST)
-        tl.store(cached + 2 * HALF + c, rest.to(dtype), mask=(c < REST) & (head >= H))
+        c2 = tl.arange(0, REST_PADDED)
+        rest = _adapted_tile(y_ptr, z_ptr, B_ptr, row, n_rows, z_offset, head * C + 2 * HALF + c2, c2 < REST, scaling,
+                             COLUMNS, R, Z, Y_PARTS, Z_PARTS, LOW_RANK).to(dtype)  # fmt: skip
+        inside_2 = live[:, None] & (c2 < REST)[None, :]
+        shift = 2 * HALF + c2[None, :]
+        tl.store(out_ptr + row[:, None] * COLUMNS + head * C + shift, rest, mask=inside_2)
+        tl.store(cached + shift, rest, mask=inside_2 & (head >= H))
 
 
 @triton.jit
@@ -202,28 +213,34 @@ def _join(out_ptr, weight_ptr, joined_ptr, C: tl.constexpr, C_PADDED: tl.constex
 @triton.jit(do_not_specialize=["n_rows"])
 def _swiglu(
     y_ptr, z_ptr, B_ptr, x_ptr, n_rows, scaling, INNER: tl.constexpr, R: tl.constexpr, Z: tl.constexpr,
-    UP_OFFSET: tl.constexpr, PARTS: tl.constexpr, LOW_RANK: tl.constexpr, BN: tl.constexpr,
+    UP_OFFSET: tl.constexpr, Y_PARTS: tl.constexpr, Z_PARTS: tl.constexpr, LOW_RANK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
-    live = c < INNER
     dtype = x_ptr.dtype.element_ty
-    y_at, y_stride = row * 2 * INNER, n_rows * 2 * INNER
-    g = _parts_sum(y_ptr, y_at + c, y_stride, live, PARTS)
-    u = _parts_sum(y_ptr, y_at + INNER + c, y_stride, live, PARTS)
-    if LOW_RANK:
-        z_at, z_stride = row * Z, n_rows * Z
-        g += scaling * _low_rank(z_ptr, z_at, z_stride, B_ptr, c, live, R, R, PARTS)
-        u += scaling * _low_rank(z_ptr, z_at + UP_OFFSET, z_stride, B_ptr, INNER + c, live, R, R, PARTS)
+    g = _adapted_tile(y_ptr, z_ptr, B_ptr, row, n_rows, 0, c, c < INNER, scaling, 2 * INNER, R, Z, Y_PARTS, Z_PARTS,
+                      LOW_RANK)  # fmt: skip
+    u = _adapted_tile(y_ptr, z_ptr, B_ptr, row, n_rows, UP_OFFSET, INNER + c, c < INNER, scaling, 2 * INNER, R, Z,
+                      Y_PARTS, Z_PARTS, LOW_RANK)  # fmt: skip
     g, u = g.to(dtype).to(tl.float32), u.to(dtype).to(tl.float32)
     x = ((g * tl.sigmoid(g)).to(dtype).to(tl.float32) * u).to(dtype)
-    tl.store(x_ptr + row * INNER + c, x, mask=live)
+    tl.store(x_ptr + row[:, None] * INNER + c[None, :], x, mask=(row < n_rows)[:, None] & (c < INNER)[None, :])
 
 
 # --- The kernels' launches
 
 _Product = tuple[Tensor, Tensor | None, Adapter]
 """A projection's frozen product y (parts, M, out), its low-rank activations z (parts, M, Z), and its adapter."""
+
+
+def _row_tile(rows: int, one: Block, several: Block) -> Block:
+    """Return the block for a step of one row, or that for more."""
+    return {"BM": 1, **one} if rows == 1 else {"BM": _ROWS, **several}
+
+
+def _parts(y: Tensor | None, z: Tensor | None) -> dict[str, int]:
+    return {"Y_PARTS": 1 if y is None else len(y), "Z_PARTS": 1 if z is None else len(z)}
 
 
 def add_norm(h: Tensor, before: _Product | None, norm: Any) -> Tensor:
@@ -235,7 +252,7 @@ def add_norm(h: Tensor, before: _Product | None, norm: Any) -> Tensor:
         _add_norm, [{"num_warps": 16 if padded >= 4096 else 4}], lambda block: (M,),
         h, y, z, adapter.B, norm.weight, x, M, adapter.scaling, norm.variance_epsilon,
         D=D, D_PADDED=padded, R=adapter.R, STEP=max(2, min(adapter.R, 65536 // padded)),
-        PARTS=1 if y is None else len(y), ADD=y is not None, LOW_RANK=bool(adapter),
+        **_parts(y, z), ADD=y is not None, LOW_RANK=bool(adapter),
     )  # fmt: skip
     return x
 
@@ -258,11 +275,12 @@ def rotate(
     edges = (0, heads * C, (heads + kv_heads) * C)  # the first column of q, of k, of v
     offsets = dict(zip(("Q_OFFSET", "K_OFFSET", "V_OFFSET"), map(adapter.offset, edges), strict=True))
     launch(
-        _rotate, [{"num_warps": 2}], lambda block: (M, all_heads),
+        _rotate, [_row_tile(M, {"num_warps": 2}, {"num_warps": 4})],
+        lambda block: (cdiv(M, block["BM"]), all_heads),
         y, z, adapter.B, cos, sin, positions, slots, out, keys, values, M, L, adapter.scaling,
         H=heads, H_KV=kv_heads, C=C, HALF=half, HALF_PADDED=next_power_of_2(max(16, half)),
         REST_PADDED=next_power_of_2(max(16, C - 2 * half)), R=adapter.R, Z=adapter.width, **offsets,
-        PARTS=len(y), LOW_RANK=bool(adapter),
+        **_parts(y, z), LOW_RANK=bool(adapter),
     )  # fmt: skip
     return out
 
@@ -308,9 +326,10 @@ def swiglu(product: _Product, dtype: torch.dtype) -> Tensor:
     (_, M, _), inner = y.shape, y.shape[2] // 2
     x = y.new_empty(M, inner, dtype=dtype)
     launch(
-        _swiglu, [{"BN": 256, "num_warps": 4}], lambda block: (M, cdiv(inner, block["BN"])),
+        _swiglu, [_row_tile(M, {"BN": 256, "num_warps": 4}, {"BN": 128, "num_warps": 4})],
+        lambda block: (cdiv(M, block["BM"]), cdiv(inner, block["BN"])),
         y, z, adapter.B, x, M, adapter.scaling, INNER=inner, R=adapter.R, Z=adapter.width,
-        UP_OFFSET=adapter.offset(inner), PARTS=len(y), LOW_RANK=bool(adapter),
+        UP_OFFSET=adapter.offset(inner), **_parts(y, z), LOW_RANK=bool(adapter),
     )  # fmt: skip
     return x
 
@@ -328,13 +347,7 @@ class _Layer:
 
     def multiply(self, x: Tensor, i: int) -> _Product:
         """Return projection i of x (M, in)."""
-        (y, z), adapter = product(x, self.weights[i], self.adapters[i]), self.adapters[i]
-        if z is None or len(z) > 1 or len(x) <= _FEW_ROWS:
-            return y, z, adapter
-        for segment in adapter.segments:
-            B = adapter.B[segment.columns]
-            y[0, :, segment.columns].addmm_(z[0, :, segment.rows_of_A], B.t(), alpha=adapter.scaling)
-        return y, None, NO_ADAPTER
+        return *product(x, self.weights[i], self.adapters[i]), self.adapters[i]
 
 
 class TokenStep:

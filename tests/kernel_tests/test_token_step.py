@@ -14,7 +14,7 @@ from phi3lora.model.attention import use_packed_attention
 pytest.importorskip("triton")
 from test_decoder import loop_bounds  # noqa: F401
 
-from phi3lora.kernels import few_rows, token_step
+from phi3lora.kernels import few_rows
 
 PROMPTS = random_documents(7, 3, 5)
 
@@ -58,9 +58,8 @@ def test_the_kernels_give_the_logits_of_transformers_layers(name, rows):
     assert_same_logits(variant(name), rows)
 
 
-def test_many_rows_multiply_lora_B_apart(monkeypatch):
-    monkeypatch.setattr(token_step, "_FEW_ROWS", 2)
-    monkeypatch.setattr(few_rows, "_FEW", 2)
+def test_for_many_rows_the_frozen_product_is_cublas_s(monkeypatch):
+    monkeypatch.setattr(few_rows, "_FEW", 2)  # more rows than this
     assert_same_logits(variant(targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]), 3)
 
 
