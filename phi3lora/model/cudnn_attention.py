@@ -97,7 +97,7 @@ def cudnn_attention(
     """
     N, H, D = q.shape
     heads = (q.get_device(), q.dtype, H, k.shape[1], D)
-    few = max(1024, 1 << (N.bit_length() - 3))
+    few = max(1024, (1 << N.bit_length()) // 8)
     sizes = (documents.count, documents.longest, -(-N // few) * few)
     graphs = _graphs(*heads, *sizes, scale, window) if q.numel() < 2**31 else None  # an offset is an int32
     if graphs is None:

@@ -57,6 +57,19 @@ def test_batches_of_other_sizes_share_few_graphs(monkeypatch):
     assert len(made) <= 2 * 12 and 8192 in reserved and max(reserved) < 1.3 * 8200
 
 
+def test_prompts_of_one_to_three_tokens_have_a_graph_too(monkeypatch):
+    made = []
+    monkeypatch.setattr(cudnn_attention_file, "_Graph", lambda backward, *settings: made.append(settings[7]))
+    monkeypatch.setattr(cudnn_attention_file._CudnnAttention, "apply", lambda q, *others: q)
+    cudnn_attention_file._graphs.cache_clear()
+    for tokens in (1, 2, 3):
+        q = torch.empty(tokens, 32, 96, device="meta")
+        documents = Documents(torch.tensor([0, tokens], dtype=torch.int32), tokens)
+        assert cudnn_attention(q, q, q, documents, 0.1) is q
+    cudnn_attention_file._graphs.cache_clear()
+    assert set(made) == {1024}
+
+
 @pytest.mark.parametrize("package", [types.ModuleType("cudnn"), None], ids=["another package", "none"])
 def test_a_package_that_does_not_work_is_not_used(monkeypatch, caplog, package):
     find_spec = importlib.util.find_spec
@@ -91,7 +104,7 @@ def separate(q, k, v, cu_seqlens, scale, window):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 96), (4, 2, 128), (8, 2, 64)])
-@pytest.mark.parametrize("lengths", [[100, 20, 300, 1, 91], [512], [7] * 30])
+@pytest.mark.parametrize("lengths", [[100, 20, 300, 1, 91], [512], [7] * 30, [1], [3]])
 def test_packed_equals_separate(lengths, heads, kv_heads, head_dim, window):
     device = torch.device("cuda")
     if not is_available(device):
