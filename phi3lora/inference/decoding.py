@@ -45,6 +45,8 @@ _LENGTH_STEP = 64
 
 _LOADED: set[object] = set()
 """Steps that ran once, which loads their kernels; only then a graph can record them."""
+_RECORDING_STREAMS: dict[torch.device, Any] = {}
+"""The stream of each device on which graphs are recorded. cuBLAS keeps a workspace for every stream that it has seen."""
 
 
 class Request(NamedTuple):
@@ -234,7 +236,10 @@ class Stream:
 
         ``torch.cuda.graph`` would also empty the allocator's cache, which a training run needs again.
         """
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        device = self.steps.device
+        if device not in _RECORDING_STREAMS:
+            _RECORDING_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        graph, stream = torch.cuda.CUDAGraph(), _RECORDING_STREAMS[device]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")  # other threads may copy batches meanwhile
