@@ -97,14 +97,14 @@ def _cell(word: str, measured: list[Measurement], of: int) -> str:
     return cell
 
 
-def heading(engine_version: list[str]) -> str:
+def heading(engine: str, version_command: list[str]) -> str:
     """Return the date, the commit and the versions. SystemExit if the engine's command cannot be run."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     git = subprocess.run(words, capture_output=True, text=True, check=False)
     try:
-        engine = subprocess.run(engine_version, capture_output=True, text=True, check=True)
+        done = subprocess.run(version_command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"cannot run the engine: {error}; give the folder of its commands as --bin") from error
-    shown = (engine.stdout.strip() or engine.stderr.strip()).splitlines()
+    shown = (done.stdout.strip() or done.stderr.strip()).splitlines()[0]
     ours = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    return f"{time.strftime('%Y-%m-%d')}, commit {git.stdout.strip() or 'unknown'}, {', '.join(ours)}; {shown[0]}"
+    return f"{time.strftime('%Y-%m-%d')}, commit {git.stdout.strip() or 'unknown'}, {', '.join(ours)}; {engine} {shown}"

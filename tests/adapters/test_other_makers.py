@@ -70,6 +70,19 @@ def test_unsloth_s_save_on_its_llama_style_base_becomes_segments(tmp_path):
     torch.testing.assert_close(logits(model), logits(made), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "mica"])
+def test_an_initialisation_that_leaves_the_base_is_read(tmp_path, start):
+    made = peft_made(base_model(), tmp_path, target_modules=["qkv_proj", "down_proj"], init_lora_weights=start)
+    torch.manual_seed(2)
+    for name, parameter in made.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    made.save_pretrained(tmp_path)
+    model = base_model()
+    p3.import_peft(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(made), atol=1e-5, rtol=0)
+
+
 # --- mlx-lm
 
 

@@ -67,4 +67,4 @@ def test_an_engine_that_is_not_there_is_one_line():
     from engine_rows import heading
 
     with pytest.raises(SystemExit, match=r"cannot run the engine: .*no-such-command.*--bin"):
-        heading(["no-such-command", "--version"])
+        heading("an engine", ["no-such-command", "--version"])
