@@ -46,7 +46,7 @@ _LENGTH_STEP = 64
 _LOADED: set[object] = set()
 """Steps that ran once, which loads their kernels; only then a graph can record them."""
 _RECORDING_STREAMS: dict[torch.device, Any] = {}
-"""The stream of each device on which graphs are recorded. cuBLAS keeps a workspace for every stream that it has seen."""
+"""Each device's stream for recording graphs; cuBLAS keeps a workspace for every stream that it has seen."""
 
 
 class Request(NamedTuple):
