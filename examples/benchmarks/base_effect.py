@@ -41,14 +41,18 @@ FORMATS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def set_format(model: Any, base: str) -> None:
+    """Put the decoder's linear layers in one of ``FORMATS``."""
+    for path, layer in list(model.model.named_modules()):
+        if FORMATS[base] is not None and type(layer) is nn.Linear:
+            parent, _, name = path.rpartition(".")
+            setattr(model.model.get_submodule(parent), name, FORMATS[base](layer))
+
+
 def demo_model(base: str) -> tuple[Any, Any, Any, Any]:
     """Return the demo with adapters, on a base in one of ``FORMATS``."""
     model, tokenizer, train_set, eval_set = p3.demo.load()
-    if FORMATS[base] is not None:
-        for path, layer in list(model.model.named_modules()):
-            if type(layer) is nn.Linear:
-                parent, _, name = path.rpartition(".")
-                setattr(model.model.get_submodule(parent), name, FORMATS[base](layer))
+    set_format(model, base)
     torch.manual_seed(0)
     p3.inject_lora(model, p3.LoraConfig(**LORA))
     return model, tokenizer, train_set, eval_set

@@ -98,12 +98,15 @@ MODES: dict[str, dict[str, Any]] = {
 def random_model(shape: str, base_precision: str | None = None, parallel: str | None = None) -> Any:
     """Return a ``Phi3ForCausalLM`` of one of ``SHAPES`` with random bf16 weights, the same in every process.
 
-    It is on the process's GPU, or with ``parallel="fsdp"`` split over all of them while it is made.
+    It is on the process's GPU, or the CPU where there is none, or with ``parallel="fsdp"`` split over all GPUs while
+    it is made.
     """
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     config = Phi3Config(**{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, **SHAPES[shape]})
     with torch.device("meta"):
