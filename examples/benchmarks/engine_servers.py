@@ -25,13 +25,14 @@ import torch
 SERVER_START_S = 300
 PLAIN_TOKEN = 40  # a letter
 
-# Takes llama-server's own arguments and starts xllamacpp's server with them.
+# Takes llama-server's own arguments and starts xllamacpp's server with them. It has no --override-kv, which changes how
+# texts become tokens: the rows of the table ask with token ids, and the demo leaves that command out.
 XLLAMACPP = """
 import argparse, signal, xllamacpp
 parser = argparse.ArgumentParser()
 parser.add_argument("-m"); parser.add_argument("--lora"); parser.add_argument("-c", type=int, default=0)
 parser.add_argument("--port", type=int); parser.add_argument("-ctk", default="f16"); parser.add_argument("-ctv")
-parser.add_argument("-fa")
+parser.add_argument("-fa"); parser.add_argument("--override-kv", action="append")
 options = parser.parse_args()
 params = xllamacpp.CommonParams()
 params.model.path, params.port, params.n_ctx = options.m, options.port, options.c
