@@ -4,12 +4,20 @@
 
 A program takes BN rows of W, or of A, and one of SPLITS parts of their K columns. The kernel that reads y and z adds up
 the parts. One row of x is multiplied element by element; 2 to 16 rows go through tensor cores. Above that, cuBLAS is as
-fast. One row and an nf4 weight go through bitsandbytes' kernel; more rows and other formats through ``matmul``.
+fast. Other formats go through ``matmul``.
+
+An nf4 weight is multiplied by one 16-bit row from its packed form (nf4.py has the formula). A word of 32 bits holds
+eight neighbours of a row of W. Looking each of them up in memory would take longer than reading them. ``prmt`` looks up
+four at a time, in registers: it picks four bytes among eight by four selectors of 4 bits. The table in float16 has 16
+entries of two bytes, so four lookups (high or low bytes, entries 0-7 or 8-15) and a choice by each nibble's top bit
+give four values. https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-prmt
 
 Shapes: M rows, K and N columns of x and y, W (N, K), Z rows of A.
 """
 
 from __future__ import annotations
+
+import struct
 
 import torch
 import triton
@@ -20,10 +28,88 @@ from ..lora.weight_formats import BaseWeight, Dense, Nf4
 from .adapter import NO_ADAPTER, Adapter, dot
 from .launch import Block, cdiv, launch
 
+NF4_BLOCKS: list[Block] = [{"BN": 4, "WORDS": 128, "num_warps": 4}]
 ROW_BLOCKS: list[Block] = [{"BN": 2, "BK": 1024, "num_warps": 4}]
 FEW_ROWS_BLOCKS: list[Block] = [{"BN": 64, "BK": 128, "STAGES": stages, "num_warps": 4} for stages in (4, 2, 1)]
 _FEW = 16
 _MULTIPROCESSORS = 132  # of an H100; with fewer programs the columns are split
+
+_NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _decoding_instructions() -> str:
+    """Return PTX that turns a word of eight nf4 nibbles, $8, into float32 values without scale, $0 to $7."""
+    table = struct.unpack("16H", struct.pack("16e", *_NF4_CODE))  # float16
+
+    def words(shift: int) -> list[str]:
+        """Return the 16 high bytes (shift 8) or low bytes (shift 0) of the table in four words."""
+        found = [(value >> shift) & 255 for value in table]
+        return [hex(sum(byte << (8 * i) for i, byte in enumerate(found[k : k + 4]))) for k in range(0, 16, 4)]
+
+    lines = ["and.b32 s, $8, 0x77777777;", "shr.u32 t, $8, 3;", "and.b32 t, t, 0x11111111;"]
+    for first in (0, 4):
+        lines += ["prmt.b32 m, 0xFF00, 0, t;"]  # 255 in each byte whose nibble is 8 or more
+        for name, (a, b, c, d) in (("hi", words(8)), ("lo", words(0))):
+            lines += [f"prmt.b32 a, {a}, {b}, s;", f"prmt.b32 b, {c}, {d}, s;", f"lop3.b32 {name}, m, b, a, 0xCA;"]
+        for selector, column in (("0x7351", first), ("0x6240", first + 1)):  # a byte's high half comes first
+            lines += [f"prmt.b32 a, lo, hi, {selector};", "mov.b32 {e, f}, a;"]
+            lines += [f"cvt.f32.f16 ${column}, e;", f"cvt.f32.f16 ${column + 2}, f;"]
+        lines += ["shr.u32 s, s, 16;", "shr.u32 t, t, 16;"]
+    return "{ .reg .b32 s, t, m, a, b, hi, lo; .reg .b16 e, f; " + " ".join(lines) + " }"
+
+
+_DECODE = tl.constexpr(_decoding_instructions())
+_DECODED = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r")
+
+
+@triton.jit
+def _pair(x_ptr, at, live):
+    """Load two neighbours of a 16-bit row, as float32."""
+    dtype = x_ptr.dtype.element_ty
+    pair = tl.load(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + at, mask=live, other=0)
+    lo, hi = pair.to(tl.int16).to(dtype, bitcast=True), (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return lo.to(tl.float32), hi.to(tl.float32)
+
+
+@triton.jit
+def _nf4_row_product(
+    x_ptr, packed_ptr, absmax_ptr, y_ptr, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """Take the same word of BN rows in each thread. WORDS is the number of threads, so none waits before the sums.
+
+    With several words for a thread, Triton would load them in one layout and the row in another, and exchange both
+    through shared memory, with 18 barriers a pass.
+    """
+    ROW: tl.constexpr = K // 8
+    first = tl.program_id(0) * BN
+    words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first.to(tl.int64) * ROW
+    scales = absmax_ptr + first.to(tl.int64) * (K // BLOCK)
+    totals = (tl.zeros([WORDS], tl.float32),) * BN
+    for start in range(0, ROW, WORDS):
+        word = start + tl.arange(0, WORDS)
+        live = word < ROW
+        x0, x1 = _pair(x_ptr, 4 * word, live)
+        x2, x3 = _pair(x_ptr, 4 * word + 1, live)
+        x4, x5 = _pair(x_ptr, 4 * word + 2, live)
+        x6, x7 = _pair(x_ptr, 4 * word + 3, live)
+        sums = ()
+        for i in tl.static_range(BN):
+            inside = live & (first + i < N)
+            packed = tl.load(words + i * ROW + word, mask=inside, other=0)
+            scale = tl.load(scales + i * (K // BLOCK) + word // (BLOCK // 8), mask=inside, other=0.0)
+            w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+                _DECODE, _DECODED, [packed], dtype=(tl.float32,) * 8, is_pure=True, pack=1
+            )
+            product = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7
+            sums += (totals[i] + product * scale,)  # type: ignore[assignment]
+        totals = sums
+    for i in tl.static_range(BN):
+        tl.store(y_ptr + first + i, tl.sum(totals[i], 0).to(y_ptr.dtype.element_ty), mask=first + i < N)
 
 
 @triton.jit
@@ -96,11 +182,11 @@ def product(x: Tensor, weight: BaseWeight, adapter: Adapter = NO_ADAPTER) -> tup
     dense = weight.weight if isinstance(weight, Dense) else None
     if dense is not None and len(x) <= _FEW and dense.dtype == x.dtype and dense.is_contiguous():
         return _launch(x, dense, adapter)
-    if isinstance(weight, Nf4) and x.is_cuda and len(x) == 1 and not weight.state.nested:
-        s = weight.state
-        y = torch.ops.bitsandbytes.gemv_4bit(x, weight.packed, s.shape, s.absmax, s.code, s.blocksize)
-        return y[None], _launch(x, adapter.A, NO_ADAPTER)[0] if adapter else None
-    return weight.matmul(x)[None], (x @ adapter.A.t())[None] if adapter else None
+    y = _nf4_row(x, weight) if isinstance(weight, Nf4) and x.is_cuda and len(x) == 1 else None
+    y = weight.matmul(x)[None] if y is None else y
+    if not adapter:
+        return y, None
+    return y, _launch(x, adapter.A, NO_ADAPTER)[0] if len(x) == 1 else (x @ adapter.A.t())[None]
 
 
 def _launch(x: Tensor, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
@@ -118,6 +204,26 @@ def _launch(x: Tensor, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor
     else:
         launch(_few_rows_product, FEW_ROWS_BLOCKS, grid, *tensors, M, N, Z, K=K, BM=_FEW, SPLITS=splits)
     return y, z
+
+
+def _nf4_row(x: Tensor, weight: Nf4) -> Tensor | None:
+    """Return ``x W'`` (1, 1, N) of one row, or None if no kernel multiplies by this weight as it is packed.
+
+    Float32 rows, for which the table of the kernel here is too coarse, and fp4 weights go through bitsandbytes' kernel.
+    """
+    s = weight.state
+    N, K = s.shape
+    if s.nested or K % s.blocksize:
+        return None
+    if s.quant_type != "nf4" or x.dtype == torch.float32:
+        y: Tensor = torch.ops.bitsandbytes.gemv_4bit(x, weight.packed, s.shape, s.absmax, s.code, s.blocksize)
+        return y[None]
+    y = x.new_empty(1, 1, N)
+    launch(
+        _nf4_row_product, NF4_BLOCKS, lambda block: (cdiv(N, block["BN"]),),
+        x, weight.packed, s.absmax, y, N=N, K=K, BLOCK=s.blocksize,
+    )  # fmt: skip
+    return y
 
 
 def with_plain_scales(weight: BaseWeight) -> BaseWeight:
