@@ -419,6 +419,8 @@ class KernelSteps(_Steps):
         cos, sin = self._rotary_factors()
         self.cache = self._allocate(cos.dtype)
         self.token_step = TokenStep(model, self.cache[0].unbind(), self.cache[1].unbind(), cos, sin)
+        if self.uses_graphs:
+            self.token_step.compile(self.bucket(slots))
 
     def _rotary_factors(self) -> tuple[Tensor, Tensor]:
         """Return cos and sin (L, n) of each position; a longrope model's long factors past its boundary."""

@@ -9,11 +9,14 @@ times a step. Here the key is what its choice depends on: dtypes, alignment, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -23,6 +26,8 @@ Block = dict[str, int]
 
 _compiled: dict[tuple[Any, ...], tuple[Block, Any, tuple[Any, ...]]] = {}
 """By key, the block that fits, the compiled kernel and the values of its constants, in the kernel's order."""
+_wanted: ContextVar[list[tuple[Any, Tensor]] | None] = ContextVar("wanted", default=None)
+"""Kernels that a ``compiled_together`` block asked for so far, each with a tensor on its device; this thread's only."""
 
 
 def on_device_of(tensor: Tensor) -> Any:
@@ -61,6 +66,33 @@ def _kind(argument: Any) -> Any:
     return type(argument)
 
 
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Launch nothing in the block, but compile side by side, in threads, what would have been launched.
+
+    The compiler's passes, ptxas, and the C compiler that makes a kernel's launcher run without Python's lock. A kernel
+    that fails here is compiled again where it is launched, and raises there.
+    """
+    wanted: list[tuple[Any, Tensor]] = []
+    with ThreadPoolExecutor() as pool:
+        token = _wanted.set(wanted)
+        try:
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
+                yield
+        finally:
+            _wanted.reset(token)
+        kernels = dict(wanted)
+        list(pool.map(_load, kernels.keys(), kernels.values()))
+
+
+def _load(kernel: Any, tensor: Tensor) -> None:
+    """Make the launcher of a kernel that was compiled, and load the kernel, unless it is too big for the GPU."""
+    compiled = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
+    if compiled is not None:
+        with on_device_of(tensor), suppress(OutOfResources):
+            compiled.run  # noqa: B018  # Triton does both when this is first read
+
+
 def launch(
     kernel: Any, blocks: Sequence[Block], grid: Callable[[Block], tuple[int, ...]], *arguments: Any, **constants: Any
 ) -> None:
@@ -80,6 +112,9 @@ def launch(
     device = arguments[0].device
     key = (kernel.fn, device, *constants.values(), *[_kind(argument) for argument in arguments])
     with on_device_of(arguments[0]):
+        if (wanted := _wanted.get()) is not None:
+            wanted.append((kernel.warmup(*arguments, grid=(1,), **constants, **blocks[0]), arguments[0]))
+            return
         if key in _compiled:
             block, compiled, values = _compiled[key]
             compiled[(*grid(block), 1, 1)[:3]](*arguments, *values)

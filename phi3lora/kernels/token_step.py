@@ -20,6 +20,7 @@ positions in the cache. y and z come in parts, (parts, M, ...), which are added 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,17 @@ from ..model.attention import packed_attention, packed_layout
 from .adapter import NO_ADAPTER, Adapter, compute_copies, dot, make_adapter
 from .decoder import decoder_projections
 from .few_rows import product, with_plain_scales
-from .launch import Block, cdiv, launch, next_power_of_2
+from .launch import Block, cdiv, compiled_together, launch, next_power_of_2
 
 _ROWS = 16
 """Rows that a program of rotary or SwiGLU takes, through tensor cores, unless the step has one row."""
+_PROMPT = 128
+"""Tokens of a prompt whose kernels are compiled ahead; those for fewer than 17 tokens differ."""
 _PROGRAMS = 264
 """Programs of attention that keep an H100 busy: two for each of its multiprocessors."""
+
+_COMPILED: set[object] = set()
+"""Steps, as :meth:`TokenStep.kernels` tells them apart, whose kernels were compiled."""
 
 
 @triton.jit
@@ -379,11 +385,24 @@ class TokenStep:
     def kernels(self, rows: int) -> tuple[Any, ...]:
         """Return a value that is equal for two steps of ``rows`` rows if they need the same kernels."""
         projections = {
-            (type(weight), adapter.width, adapter.R, adapter.segments)
+            (type(weight), adapter.width, adapter.R, str(adapter.segments))
             for layer in self.layers for weight, adapter in zip(layer.weights, layer.adapters, strict=True)
         }  # fmt: skip
         splits = _splits(rows, *self.keys[0].shape[1:3])
         return self.cos.dtype, self.cos.device, rows, splits, self.config.to_json_string(), frozenset(projections)
+
+    def compile(self, rows: int) -> None:
+        """Compile at once what the first layer needs for a prompt and a step of ``rows`` rows; others rarely differ."""
+        if self.kernels(rows) in _COMPILED:
+            return
+        _COMPILED.add(self.kernels(rows))
+        step = copy.copy(self)
+        step.layers, step.keys, step.values = self.layers[:1], self.keys[:1], self.values[:1]
+        heads = self.config.num_attention_heads
+        zeros = torch.zeros(max(rows, _PROMPT), dtype=torch.long, device=self.cos.device)
+        with compiled_together():
+            step._decoder(zeros, zeros, zeros, lambda module, qkv, keys, values: qkv[:, :heads].flatten(1))
+            step(zeros[:rows], zeros[:rows])
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the logits (M, V) after tokens (M,) at positions (M,); row i has slot i of the cache."""

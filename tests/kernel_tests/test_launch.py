@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton.runtime import _async_compile
 from triton.runtime.errors import OutOfResources
 
 from phi3lora.errors import ModelError
 from phi3lora.kernels import launch as launching
+
+TRITON_FUTURE_ARGUMENTS = len(inspect.signature(_async_compile.FutureKernel).parameters)
 
 
 class Compiled:
@@ -82,3 +88,51 @@ def test_no_block_that_fits_is_an_error(launch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a small card")
     with pytest.raises(ModelError, match="none of its blocks fits the shared memory of a small card"):
         launch(Kernel(largest=16), torch.zeros(16))
+
+
+class Asked:
+    """Stands for a Triton kernel that is compiled in a thread: ``warmup`` returns a future."""
+
+    def __init__(self, name: str, error: Exception | None = None) -> None:
+        self.fn, self.error, self.arguments = type(name, (), {}), error, []
+
+    def warmup(self, *arguments, grid, **constants):
+        self.arguments.append((arguments, constants))
+        future = _async_compile.active_mode.get().executor.submit(self.compile)
+        return _async_compile.FutureKernel(*[lambda kernel: None] * (TRITON_FUTURE_ARGUMENTS - 1), future)
+
+    def compile(self):
+        if self.error:
+            raise self.error
+        self.loads = []
+        return self
+
+    @property
+    def run(self):
+        self.loads.append(threading.current_thread())
+
+    def __getitem__(self, grid):
+        raise self.error or AssertionError("launched")
+
+
+def test_kernels_are_compiled_and_loaded_together_and_a_failure_raises_where_it_is_launched(monkeypatch):
+    monkeypatch.setattr(launching, "_compiled", {})
+    x, blocks = torch.zeros(16), [{"BM": 64, "num_warps": 4}, {"BM": 32, "num_warps": 4}]
+    good, bad = Asked("good"), Asked("bad", RuntimeError("no compiler"))
+
+    def launch(kernel):
+        launching.launch(kernel, blocks, lambda block: (1,), x, D=16)
+
+    with launching.compiled_together():
+        launch(good)
+        launch(bad)
+        other = threading.Thread(target=lambda: elsewhere.append(launching._wanted.get()))
+        elsewhere: list = []
+        other.start()
+        other.join()
+    assert elsewhere == [None]  # another thread's launches go on
+    assert good.arguments == bad.arguments == [((x,), {"D": 16, **blocks[0]})]
+    assert len(good.loads) == 1 and good.loads[0] is not threading.current_thread()
+    assert launching._wanted.get() is None and _async_compile.active_mode.get() is None
+    with pytest.raises(RuntimeError, match="no compiler"):
+        launch(bad)

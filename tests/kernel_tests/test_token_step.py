@@ -13,8 +13,9 @@ from phi3lora.model.attention import use_packed_attention
 
 pytest.importorskip("triton")
 from test_decoder import loop_bounds  # noqa: F401
+from triton.runtime.interpreter import InterpretedFunction
 
-from phi3lora.kernels import few_rows
+from phi3lora.kernels import few_rows, token_step
 
 PROMPTS = random_documents(7, 3, 5)
 
@@ -72,3 +73,30 @@ def test_for_many_rows_the_frozen_product_is_cublas_s(monkeypatch):
 )  # fmt: skip
 def test_any_subset_any_rank_and_nf4(options, rows):
     assert_same_logits(variant(**options), rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter names the kernels and their constants")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_kernel_of_an_answer_is_compiled_before_the_first_prompt(rows, monkeypatch):
+    def kinds(arguments):
+        return tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in arguments)
+
+    def warmup(kernel, *arguments, grid, **constants):
+        asked.add((kernel.fn.__name__, kinds(arguments), *sorted(constants.items())))
+
+    def launch(kernel, blocks, grid, *arguments, **constants):
+        launched.add((kernel.fn.__name__, kinds(arguments), *sorted({**constants, **blocks[0]}.items())))
+
+    asked, launched = set(), set()
+    monkeypatch.setattr(token_step, "_COMPILED", set())
+    monkeypatch.setattr(InterpretedFunction, "warmup", warmup)
+    with torch.no_grad():
+        steps = KernelSteps(variant().eval(), rows, 64)
+        for _ in range(2):
+            steps.token_step.compile(rows)
+        assert not any(tensor.any() for tensor in steps.cache)  # nothing was launched
+        for module in (few_rows, token_step):
+            monkeypatch.setattr(module, "launch", launch)
+        steps.prefill(list(range(rows)), [[1] * 20] * rows)
+        steps.decode(torch.arange(rows), torch.full((rows,), 20), 21)
+    assert launched and launched <= asked
