@@ -9,8 +9,8 @@ fast. Other formats go through ``matmul``.
 An nf4 weight is multiplied by one 16-bit row from its packed form (nf4.py has the formula). A word of 32 bits holds
 eight neighbours of a row of W. Looking each of them up in memory would take longer than reading them. ``prmt`` looks up
 four at a time, in registers: it picks four bytes among eight by four selectors of 4 bits. The table in float16 has 16
-entries of two bytes, so four lookups (high or low bytes, entries 0-7 or 8-15) and a choice by each nibble's top bit
-give four values. https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-prmt
+entries of two bytes, so four lookups (high or low bytes, entries 0-7 or 8-15) and a choice by each nibble's top bit,
+also a ``prmt``, give four values. https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-prmt
 
 Shapes: M rows, K and N columns of x and y, W (N, K), Z rows of A.
 """
@@ -50,16 +50,15 @@ def _decoding_instructions() -> str:
         found = [(value >> shift) & 255 for value in table]
         return [hex(sum(byte << (8 * i) for i, byte in enumerate(found[k : k + 4]))) for k in range(0, 16, 4)]
 
-    lines = ["and.b32 s, $8, 0x77777777;", "shr.u32 t, $8, 3;", "and.b32 t, t, 0x11111111;"]
+    lines = ["and.b32 s, $8, 0x77777777;", "shr.u32 t, $8, 1;", "lop3.b32 t, t, 0x44444444, 0x32103210, 0xEA;"]
     for first in (0, 4):
-        lines += ["prmt.b32 m, 0xFF00, 0, t;"]  # 255 in each byte whose nibble is 8 or more
         for name, (a, b, c, d) in (("hi", words(8)), ("lo", words(0))):
-            lines += [f"prmt.b32 a, {a}, {b}, s;", f"prmt.b32 b, {c}, {d}, s;", f"lop3.b32 {name}, m, b, a, 0xCA;"]
+            lines += [f"prmt.b32 a, {a}, {b}, s;", f"prmt.b32 b, {c}, {d}, s;", f"prmt.b32 {name}, a, b, t;"]
         for selector, column in (("0x7351", first), ("0x6240", first + 1)):  # a byte's high half comes first
             lines += [f"prmt.b32 a, lo, hi, {selector};", "mov.b32 {e, f}, a;"]
             lines += [f"cvt.f32.f16 ${column}, e;", f"cvt.f32.f16 ${column + 2}, f;"]
         lines += ["shr.u32 s, s, 16;", "shr.u32 t, t, 16;"]
-    return "{ .reg .b32 s, t, m, a, b, hi, lo; .reg .b16 e, f; " + " ".join(lines) + " }"
+    return "{ .reg .b32 s, t, a, b, hi, lo; .reg .b16 e, f; " + " ".join(lines) + " }"
 
 
 _DECODE = tl.constexpr(_decoding_instructions())
@@ -99,7 +98,7 @@ def _nf4_row_product(
         x6, x7 = _pair(x_ptr, 4 * word + 3, live)
         sums = ()
         for i in tl.static_range(BN):
-            inside = live & (first + i < N)
+            inside = live & ((N % BN == 0) | (first + i < N))
             packed = tl.load(words + i * ROW + word, mask=inside, other=0)
             scale = tl.load(scales + i * (K // BLOCK) + word // (BLOCK // 8), mask=inside, other=0.0)
             w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(

@@ -49,8 +49,8 @@ def run_ptx(text, words):
             if operation == "cvt.f32.f16":
                 outputs[int(target[1:])] = values[0].astype(np.uint16).view(np.float16).astype(np.float32)
             elif operation == "lop3.b32":
-                assert names[3] == "0xCA"  # the second where the first has a one, else the third
-                registers[target] = (values[0] & values[1]) | (~values[0] & values[2])
+                assert names[3] == "0xEA"
+                registers[target] = (values[0] & values[1]) | values[2]
             else:
                 known = {"and.b32": np.bitwise_and, "shr.u32": np.right_shift, "prmt.b32": prmt}
                 registers[target] = known[operation](*values)
