@@ -42,17 +42,13 @@ _NF4_CODE = (
 
 
 def _decoding_instructions() -> str:
-    """Return PTX that turns a word of eight nf4 nibbles, $8, into float32 values without scale, $0 to $7."""
-    table = struct.unpack("16H", struct.pack("16e", *_NF4_CODE))  # float16
+    """Return PTX that turns a word of eight nf4 nibbles, $8, into float32 values without scale, $0 to $7.
 
-    def words(shift: int) -> list[str]:
-        """Return the 16 high bytes (shift 8) or low bytes (shift 0) of the table in four words."""
-        found = [(value >> shift) & 255 for value in table]
-        return [hex(sum(byte << (8 * i) for i, byte in enumerate(found[k : k + 4]))) for k in range(0, 16, 4)]
-
+    $9 to $16 are the table, its high bytes first.
+    """
     lines = ["and.b32 s, $8, 0x77777777;", "shr.u32 t, $8, 1;", "lop3.b32 t, t, 0x44444444, 0x32103210, 0xEA;"]
     for first in (0, 4):
-        for name, (a, b, c, d) in (("hi", words(8)), ("lo", words(0))):
+        for name, (a, b, c, d) in (("hi", ("$9", "$10", "$11", "$12")), ("lo", ("$13", "$14", "$15", "$16"))):
             lines += [f"prmt.b32 a, {a}, {b}, s;", f"prmt.b32 b, {c}, {d}, s;", f"prmt.b32 {name}, a, b, t;"]
         for selector, column in (("0x7351", first), ("0x6240", first + 1)):  # a byte's high half comes first
             lines += [f"prmt.b32 a, lo, hi, {selector};", "mov.b32 {e, f}, a;"]
@@ -62,7 +58,11 @@ def _decoding_instructions() -> str:
 
 
 _DECODE = tl.constexpr(_decoding_instructions())
-_DECODED = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r")
+_DECODED = tl.constexpr(",".join(8 * ["=&f"] + 9 * ["r"]))  # &: written before all inputs are read
+_BYTES = struct.pack("16e", *_NF4_CODE)
+_TABLE = struct.unpack("8i", _BYTES[1::2] + _BYTES[::2])
+"""The table in float16: the high bytes of its 16 entries in four words, then their low bytes. As arguments of a kernel
+they stay in registers; ptxas would load constants again for each word."""
 
 
 @triton.jit
@@ -76,8 +76,8 @@ def _pair(x_ptr, at, live):
 
 @triton.jit
 def _nf4_row_product(
-    x_ptr, packed_ptr, absmax_ptr, y_ptr, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    WORDS: tl.constexpr,
+    x_ptr, packed_ptr, absmax_ptr, y_ptr, t0, t1, t2, t3, t4, t5, t6, t7, N: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Take the same word of BN rows in each thread. WORDS is the number of threads, so none waits before the sums.
 
@@ -102,8 +102,8 @@ def _nf4_row_product(
             packed = tl.load(words + i * ROW + word, mask=inside, other=0)
             scale = tl.load(scales + i * (K // BLOCK) + word // (BLOCK // 8), mask=inside, other=0.0)
             w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-                _DECODE, _DECODED, [packed], dtype=(tl.float32,) * 8, is_pure=True, pack=1
-            )
+                _DECODE, _DECODED, [packed, t0, t1, t2, t3, t4, t5, t6, t7], (tl.float32,) * 8, is_pure=True, pack=1
+            )  # fmt: skip
             product = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7
             sums += (totals[i] + product * scale,)  # type: ignore[assignment]
         totals = sums
@@ -220,7 +220,7 @@ def _nf4_row(x: Tensor, weight: Nf4) -> Tensor | None:
     y = x.new_empty(1, 1, N)
     launch(
         _nf4_row_product, NF4_BLOCKS, lambda block: (cdiv(N, block["BN"]),),
-        x, weight.packed, s.absmax, y, N=N, K=K, BLOCK=s.blocksize,
+        x, weight.packed, s.absmax, y, *_TABLE, N=N, K=K, BLOCK=s.blocksize,
     )  # fmt: skip
     return y
 

@@ -33,6 +33,8 @@ def prmt(a, b, selectors):
 def run_ptx(text, words):
     """Return the eight outputs of the decoding instructions for an array of words."""
     registers, outputs = {"$8": words.astype(np.uint32)}, {}
+    for i, entry in enumerate(few_rows._TABLE):
+        registers[f"${9 + i}"] = np.full_like(registers["$8"], entry % 2**32)
 
     def value(name):
         known = registers.get(name)
