@@ -66,6 +66,18 @@ they stay in registers; ptxas would load constants again for each word."""
 
 
 @triton.jit
+def _dot_rows(x_ptr, w_at, live_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Return the products of a row x and BN rows, float32."""
+    total = tl.zeros([BN, BK], tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        w = tl.load(w_at + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    return tl.sum(total, 1)
+
+
+@triton.jit
 def _pair(x_ptr, at, live):
     """Load two neighbours of a 16-bit row, as float32."""
     dtype = x_ptr.dtype.element_ty
@@ -76,16 +88,22 @@ def _pair(x_ptr, at, live):
 
 @triton.jit
 def _nf4_row_product(
-    x_ptr, packed_ptr, absmax_ptr, y_ptr, t0, t1, t2, t3, t4, t5, t6, t7, N: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
+    x_ptr, packed_ptr, absmax_ptr, A_ptr, y_ptr, z_ptr, Z, t0, t1, t2, t3, t4, t5, t6, t7, N: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Take the same word of BN rows in each thread. WORDS is the number of threads, so none waits before the sums.
+    """Take the same word of BN rows of W in each thread. WORDS is the number of threads: none waits before the sums.
 
     With several words for a thread, Triton would load them in one layout and the row in another, and exchange both
     through shared memory, with 18 barriers a pass.
     """
     ROW: tl.constexpr = K // 8
-    first = tl.program_id(0) * BN
+    programs_of_A = tl.cdiv(Z, 2)
+    if tl.program_id(0) < programs_of_A:
+        n = tl.program_id(0) * 2 + tl.arange(0, 2)
+        sums = _dot_rows(x_ptr, A_ptr + n[:, None] * K, n < Z, K, 2, 1024)
+        tl.store(z_ptr + n, sums.to(z_ptr.dtype.element_ty), mask=n < Z)
+        return
+    first = (tl.program_id(0) - programs_of_A) * BN
     words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first.to(tl.int64) * ROW
     scales = absmax_ptr + first.to(tl.int64) * (K // BLOCK)
     totals = (tl.zeros([WORDS], tl.float32),) * BN
@@ -105,7 +123,7 @@ def _nf4_row_product(
                 _DECODE, _DECODED, [packed, t0, t1, t2, t3, t4, t5, t6, t7], (tl.float32,) * 8, is_pure=True, pack=1
             )  # fmt: skip
             product = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7
-            sums += (totals[i] + product * scale,)  # type: ignore[assignment]
+            sums += (totals[i] + product * scale,)
         totals = sums
     for i in tl.static_range(BN):
         tl.store(y_ptr + first + i, tl.sum(totals[i], 0).to(y_ptr.dtype.element_ty), mask=first + i < N)
@@ -133,13 +151,7 @@ def _row_product(
     x_ptr, w_ptr, A_ptr, y_ptr, z_ptr, N, Z, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     of_A, n, live_n, w_at = _rows_of_matrix(w_ptr, A_ptr, N, Z, K, BN)
-    total = tl.zeros([BN, BK], tl.float32)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        w = tl.load(w_at + k[None, :], mask=live_n[:, None] & (k < K)[None, :], other=0.0)
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        total += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    sums = tl.sum(total, 1).to(y_ptr.dtype.element_ty)
+    sums = _dot_rows(x_ptr, w_at, live_n, K, BN, BK).to(y_ptr.dtype.element_ty)
     if of_A:
         tl.store(z_ptr + n, sums, mask=live_n)
     else:
@@ -181,11 +193,9 @@ def product(x: Tensor, weight: BaseWeight, adapter: Adapter = NO_ADAPTER) -> tup
     dense = weight.weight if isinstance(weight, Dense) else None
     if dense is not None and len(x) <= _FEW and dense.dtype == x.dtype and dense.is_contiguous():
         return _launch(x, dense, adapter)
-    y = _nf4_row(x, weight) if isinstance(weight, Nf4) and x.is_cuda and len(x) == 1 else None
-    y = weight.matmul(x)[None] if y is None else y
-    if not adapter:
-        return y, None
-    return y, _launch(x, adapter.A, NO_ADAPTER)[0] if len(x) == 1 else (x @ adapter.A.t())[None]
+    if isinstance(weight, Nf4) and x.is_cuda and len(x) == 1:
+        return _nf4_row(x, weight, adapter)
+    return weight.matmul(x)[None], (x @ adapter.A.t())[None] if adapter else None
 
 
 def _launch(x: Tensor, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
@@ -205,24 +215,27 @@ def _launch(x: Tensor, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor
     return y, z
 
 
-def _nf4_row(x: Tensor, weight: Nf4) -> Tensor | None:
-    """Return ``x W'`` (1, 1, N) of one row, or None if no kernel multiplies by this weight as it is packed.
+def _nf4_row(x: Tensor, weight: Nf4, adapter: Adapter = NO_ADAPTER) -> tuple[Tensor, Tensor | None]:
+    """Return :func:`product` of one row and an nf4 or fp4 weight.
 
     Float32 rows, for which the table of the kernel here is too coarse, and fp4 weights go through bitsandbytes' kernel.
     """
     s = weight.state
     N, K = s.shape
-    if s.nested or K % s.blocksize:
-        return None
-    if s.quant_type != "nf4" or x.dtype == torch.float32:
-        y: Tensor = torch.ops.bitsandbytes.gemv_4bit(x, weight.packed, s.shape, s.absmax, s.code, s.blocksize)
-        return y[None]
-    y = x.new_empty(1, 1, N)
-    launch(
-        _nf4_row_product, NF4_BLOCKS, lambda block: (cdiv(N, block["BN"]),),
-        x, weight.packed, s.absmax, y, *_TABLE, N=N, K=K, BLOCK=s.blocksize,
-    )  # fmt: skip
-    return y
+    if s.nested or K % s.blocksize:  # what neither kernel reads
+        y = weight.matmul(x)[None]
+    elif s.quant_type != "nf4" or x.dtype == torch.float32:
+        y = torch.ops.bitsandbytes.gemv_4bit(x, weight.packed, s.shape, s.absmax, s.code, s.blocksize)[None]
+    else:
+        Z, y = adapter.width if adapter else 0, x.new_empty(1, 1, N)
+        z = x.new_empty(1, 1, Z) if adapter else None
+        launch(
+            _nf4_row_product, NF4_BLOCKS, lambda block: (cdiv(Z, 2) + cdiv(N, block["BN"]),),
+            x, weight.packed, s.absmax, adapter.A if adapter else x, y, z if adapter else y, Z, *_TABLE,
+            N=N, K=K, BLOCK=s.blocksize,
+        )  # fmt: skip
+        return y, z
+    return y, _launch(x, adapter.A, NO_ADAPTER)[0] if adapter else None
 
 
 def with_plain_scales(weight: BaseWeight) -> BaseWeight:

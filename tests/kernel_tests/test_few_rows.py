@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,9 +88,15 @@ def test_a_row_times_a_packed_weight_equals_the_product_with_the_dequantised_one
     quantised = quantize_4bit(torch.randn(size), blocksize=blocksize, quant_type="nf4", compress_statistics=nested)
     weight = few_rows.with_plain_scales(Nf4(*quantised))
     x = torch.randn(1, size[1]).to(dtype)
-    y = few_rows._nf4_row(x, weight)
-    expected = x.float() @ weight.dequantize().float().t()
-    torch.testing.assert_close(y[0].float(), expected, rtol=0.02, atol=0.05)
+    A = torch.randn(5, size[1]).to(dtype)
+    for adapter in (few_rows.NO_ADAPTER, replace(few_rows.NO_ADAPTER, A=A, r=5)):
+        y, z = few_rows._nf4_row(x, weight, adapter)
+        expected = x.float() @ weight.dequantize().float().t()
+        torch.testing.assert_close(y[0].float(), expected, rtol=0.02, atol=0.05)
+        if adapter:
+            torch.testing.assert_close(z[0], x @ A.t(), rtol=0.02, atol=0.05)
+        else:
+            assert z is None
 
 
 @pytest.mark.parametrize("quant_type, dtype", [("fp4", torch.bfloat16), ("nf4", torch.float32)])
@@ -101,10 +109,12 @@ def test_other_weights_and_rows_go_through_bitsandbytes_kernel(quant_type, dtype
 
     monkeypatch.setattr(torch.ops.bitsandbytes, "gemv_4bit", gemv_4bit)  # on a CPU it takes no vector
     weight = few_rows.with_plain_scales(Nf4(*quantize_4bit(torch.randn(8, 128), blocksize=64, quant_type=quant_type)))
-    assert few_rows._nf4_row(torch.randn(1, 128, dtype=dtype), weight).shape == (1, 1, 8)
+    assert few_rows._nf4_row(torch.randn(1, 128, dtype=dtype), weight)[0].shape == (1, 1, 8)
     assert calls == [([8, 128], torch.float32, 64)]
 
 
 def test_scales_that_cross_rows_are_left_to_dequantisation():
     weight = Nf4(*quantize_4bit(torch.randn(8, 96), blocksize=64, quant_type="nf4"))
-    assert few_rows._nf4_row(torch.randn(1, 96).bfloat16(), few_rows.with_plain_scales(weight)) is None
+    x = torch.randn(1, 96)
+    y, _ = few_rows._nf4_row(x, few_rows.with_plain_scales(weight))
+    assert torch.equal(y[0], weight.matmul(x))
