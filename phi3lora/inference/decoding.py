@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache, Phi3ForCausalLM, Phi3Model
 
+from ..kernels.recording import recorded
 from ..model.attention import NAME, PLAIN_OUTPUT
 from ..model.backend import choose_backend
 from ..model.load import longrope_boundary
@@ -45,8 +46,6 @@ _LENGTH_STEP = 64
 
 _LOADED: set[object] = set()
 """Steps that ran once, which loads their kernels; only then a graph can record them."""
-_RECORDING_STREAMS: dict[torch.device, Any] = {}
-"""Each device's stream for recording graphs; cuBLAS keeps a workspace for every stream that it has seen."""
 
 
 class Request(NamedTuple):
@@ -225,30 +224,12 @@ class Stream:
             return logits
         kernels = self.steps.kernels(rows), self.choice.is_greedy
         if kernels in _LOADED:
-            self.graphs[rows] = self._record(rows)
+            with recorded(self.steps.device) as graph:
+                self.graphs[rows] = graph, self._compute(rows)
             return self._advance(rows)
         if self.steps.uses_graphs:
             _LOADED.add(kernels)
         return self._compute(rows)
-
-    def _record(self, rows: int) -> tuple[Any, Tensor]:
-        """Return a CUDA graph of a step, not run yet, and the tensor that will hold its logits.
-
-        ``torch.cuda.graph`` would also empty the allocator's cache, which a training run needs again.
-        """
-        device = self.steps.device
-        if device not in _RECORDING_STREAMS:
-            _RECORDING_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        graph, stream = torch.cuda.CUDAGraph(), _RECORDING_STREAMS[device]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may copy batches meanwhile
-            try:
-                logits = self._compute(rows)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        return graph, logits
 
     def _compute(self, rows: int) -> Tensor:
         longest = max((self.lengths[row] for row in self.served), default=0) + 1

@@ -31,9 +31,10 @@ import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLay
 
 from ..lora.base_weight import base_linear, base_weight_of, compute_dtype, plain_linear_classes
 from ..lora.layers import Linear, MergedLinear
-from ..model.activations import recompute, recomputes_feed_forward, recomputes_layer
+from ..model.activations import recompute, recomputes_feed_forward, recomputes_layer, settle_copies
 from ..model.attention import NAME, packed_attention, packed_layout
+from .recording import MOST_TOKENS, Recordings
 
 _LARGEST_R = 128  # above it, some GPU's shared memory holds no block of the kernels
 _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -54,19 +56,26 @@ _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "m
 # --- Plugging in
 
 
+_RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
+"""By decoder, the CUDA graphs that were recorded in the present block of :func:`fused_layers`."""
+
+
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
     """Replace each decoder layer's ``forward`` by the kernels for the block, for :func:`fused_decoder`.
 
     Any other call of the model (``generate``, a call of your own) still runs transformers' code.
     """
-    layers = list(model.get_decoder().layers)  # type: ignore[operator]
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    layers = list(decoder.layers)
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(_layer_forward, layer)
+    _RECORDINGS[decoder] = Recordings()
     try:
         yield
     finally:
+        del _RECORDINGS[decoder]
         for layer, forward in zip(layers, before, strict=True):
             vars(layer).pop("forward", None)
             if forward is not None:
@@ -80,23 +89,64 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         model: a Phi-3 for which :func:`unsupported_reason` is None, inside :func:`fused_layers`.
         batch: what ``phi3lora.batches`` yields, on the model's device.
     """
-    from .adapter import NO_ADAPTER, NOTHING_PENDING, compute_copies, make_adapter
-    from .norm import add, add_norm
-
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     dtype = compute_dtype(decoder.embed_tokens.weight, decoder.embed_tokens.weight)
     h = decoder.embed_tokens(batch["input_ids"]).to(dtype)  # (B, S, D)
-    rows = h.shape[:2]
     rope = decoder.rotary_emb(h, position_ids=batch["position_ids"])
-    cos, sin = (t.expand(rows[0], -1, -1).flatten(0, 1).to(dtype).contiguous() for t in rope)  # (N, n)
-    tokens = _Tokens(rows, cos, sin, packed_layout(model.config, batch))
-    projections = decoder_projections(decoder)
-    adapted = [p for p in projections if getattr(p, "r", 0)]
+    cos, sin = (t.expand(h.shape[0], -1, -1).flatten(0, 1).to(dtype).contiguous() for t in rope)  # (N, n)
+    adapted = _adapted(decoder)
+    parameters = _matrices(adapted)
+    recordings = _RECORDINGS.get(decoder)
+    if recordings is None or not _may_be_recorded(decoder, h, adapted):
+        return _decode(decoder, parameters, h, cos, sin, **packed_layout(model.config, batch))
+
+    def decode(parameters: Sequence[Tensor], **inputs: Any) -> Tensor:
+        hidden = _decode(decoder, parameters, **inputs)
+        settle_copies(decoder.layers)
+        return hidden
+
+    inputs = {"h": h, "cos": cos, "sin": sin, **packed_layout(model.config, batch, few_sizes=True)}
+    return recordings(decode, parameters, inputs, _state(decoder, adapted))
+
+
+def _may_be_recorded(decoder: Any, h: Tensor, adapted: Sequence[Any]) -> bool:
+    """Return whether :func:`_decode` always launches the same kernels for these shapes, and is short of launches."""
+    draws = any(p.lora_dropout.p and p.lora_dropout.training for p in adapted)
+    learns = torch.is_grad_enabled() and decoder.training and any(p.lora_A.requires_grad for p in adapted)
+    calls_others = any(map(_has_hooks, decoder.layers)) or h.requires_grad
+    return h.is_cuda and h.shape[:2].numel() <= MOST_TOKENS and learns and not draws and not calls_others
+
+
+def _state(decoder: Any, adapted: Sequence[Any]) -> object:
+    """Return a value that changes when an adapter is switched or scaled, or any weight gets other memory."""
+    switches = [(p.enabled, p.scaling, p.lora_A.requires_grad, p.lora_B.requires_grad) for p in adapted]
+    weights = [t.data_ptr() for p in decoder_projections(decoder) for t in base_weight_of(p).tensors()]
+    return switches, weights, [t.data_ptr() for t in _matrices(adapted)]
+
+
+def _decode(decoder: Any, parameters: Sequence[Tensor], h: Tensor, cos: Tensor, sin: Tensor, **layout: Any) -> Tensor:
+    """Compute the layers and the last norm.
+
+    Args:
+        decoder: the ``Phi3Model``.
+        parameters: ``lora_A`` and ``lora_B`` of each adapted projection in order, or aliases that get the gradients.
+        h: (B, S, D), the embeddings.
+        cos, sin: (N, n), at each token's position, in the compute dtype.
+        layout: what ``packed_layout`` returned.
+    """
+    from .adapter import NO_ADAPTER, NOTHING_PENDING, compute_copies, make_adapter
+    from .norm import add, add_norm
+
+    rows = (h.shape[0], h.shape[1])
+    tokens = _Tokens(rows, cos, sin, layout)
+    projections, adapted = decoder_projections(decoder), _adapted(decoder)
     seeds = [0] * len(projections)
     if any(p.lora_dropout.p and p.lora_dropout.training for p in adapted):  # an evaluation must not draw any
         seeds = torch.randint(2**31 - 1, (len(projections),)).tolist()
-    copies = compute_copies([t for p in adapted for t in (p.lora_A, p.lora_B)], dtype) if adapted else {}
+    given = dict(zip(_matrices(adapted), parameters, strict=True))
+    copies = compute_copies(list(given), h.dtype) if given else {}
     adapters = [make_adapter(p, copies, seed) for p, seed in zip(projections, seeds, strict=True)]
+    adapters = [replace(a, lora_A=given[a.lora_A], lora_B=given[a.lora_B]) if a else a for a in adapters]
     h, pending = h.flatten(0, 1), NOTHING_PENDING  # (N, D)
     for i, layer in enumerate(decoder.layers):
         inputs = (tokens, adapters[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)])
@@ -107,6 +157,16 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         else:
             h, pending = nn.Module.__call__(layer, h, pending=pending, fused_inputs=inputs)
     return add_norm(h, pending, decoder.norm.weight, decoder.norm.variance_epsilon, NO_ADAPTER)[1]
+
+
+def _adapted(decoder: Any) -> list[Any]:
+    """Return the projections whose adapters are switched on."""
+    return [p for p in decoder_projections(decoder) if getattr(p, "r", 0) and p.enabled]
+
+
+def _matrices(adapted: Sequence[Any]) -> list[Tensor]:
+    """Return ``lora_A`` and ``lora_B`` of each projection."""
+    return [t for p in adapted for t in (p.lora_A, p.lora_B)]
 
 
 def decoder_projections(decoder: Any) -> list[Any]:

@@ -12,7 +12,7 @@ Both kinds of layers, transformers' and the fused ones (kernels/decoder.py), rea
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -69,12 +69,16 @@ class HostInputs:
     """The inputs of recomputed layers, kept on the host between forward and backward.
 
     On a GPU both directions run on a separate stream, through pinned memory. The backward takes the layers in reverse
-    order, so taking one input starts the copy of the one before it.
+    order, so taking one input starts the copy of the one before it. One copy is under way at a time: the next waits for
+    it on the device, and until then its tensor stays here. So a CUDA graph can record the copies, which it could not
+    with ``record_stream``.
     """
 
     def __init__(self) -> None:
         self._stream: Any = None
         self._last: weakref.ref[_HostInput] | None = None
+        self._moving: tuple[Tensor, Any, bool] | None = None
+        # A copy's tensor on the device, the event at its end, and whether a CUDA graph recorded it.
 
     def checkpoint(
         self, module: nn.Module, function: Callable[..., Any], x: Tensor, *, preserve_rng_state: bool = True
@@ -93,50 +97,69 @@ class HostInputs:
     def _keep(self, x: Tensor) -> _HostInput | Tensor:
         if x.numel() == 0:
             return x
-        if x.is_cuda and self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-        kept = _HostInput(x, self._stream, self._last)
+        kept = _HostInput(x, self, self._last)
         self._last = weakref.ref(kept)
         return kept
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """Start a copy between the host and a GPU."""
+        self.settle()
+        x = source if source.is_cuda else target
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            self._moving = x, self._stream.record_event(), torch.cuda.is_current_stream_capturing()
+
+    def settle(self) -> None:
+        """Let the current stream wait for the copy that is under way."""
+        if self._moving is not None:
+            (x, done, was_recorded), self._moving = self._moving, None
+            if was_recorded == torch.cuda.is_current_stream_capturing():  # else a recording failed, or begins after all
+                torch.cuda.current_stream(x.device).wait_event(done)
 
 
 class _HostInput:
     """One input on the host, owned by the graph that saved it and freed with it."""
 
-    def __init__(self, x: Tensor, stream: Any, previous: weakref.ref[_HostInput] | None) -> None:
-        self.stream, self.device, self.previous = stream, x.device, previous
-        self.copy: tuple[Tensor, Any] | None = None
+    def __init__(self, x: Tensor, host_inputs: HostInputs, previous: weakref.ref[_HostInput] | None) -> None:
+        self.host_inputs, self.device, self.previous = host_inputs, x.device, previous
+        self.copy: Tensor | None = None
         self.host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
-        if not x.is_cuda:
+        if x.is_cuda:
+            host_inputs.move(self.host, x)
+        else:
             self.host.copy_(x)
-            return
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            self.host.copy_(x, non_blocking=True)
-        x.record_stream(stream)
 
     def start(self) -> None:
         """Start the copy to the device, unless it has been started."""
         if self.copy is not None:
             return
-        if self.device.type != "cuda":
-            self.copy = (self.host.clone(), None)
-            return
-        with torch.cuda.stream(self.stream):  # after the copy to the host, which is on the same stream
-            self.copy = (self.host.to(self.device, non_blocking=True), self.stream.record_event())
+        self.copy = torch.empty_like(self.host, device=self.device)
+        if self.device.type == "cuda":
+            self.host_inputs.move(self.copy, self.host)
+        else:
+            self.copy.copy_(self.host)
 
     def take(self) -> Tensor:
         """Return the input on its device, and start the copy of the previous layer's, which is needed next."""
         self.start()
-        assert self.copy is not None
-        (x, done), self.copy = self.copy, None
-        if done is not None:
-            current = torch.cuda.current_stream(x.device)
-            current.wait_event(done)
-            x.record_stream(current)
+        self.host_inputs.settle()
+        x, self.copy = self.copy, None
+        assert x is not None
         if self.previous is not None and (previous := self.previous()) is not None:
             previous.start()
         return x
+
+
+def settle_copies(layers: Iterable[Any]) -> None:
+    """Let the current stream wait for the inputs of these layers that are on their way to the host."""
+    for layer in layers:
+        switch = getattr(layer, "_gradient_checkpointing_func", None)
+        host = getattr(getattr(switch, "func", None), "__self__", None)
+        if isinstance(host, HostInputs):
+            host.settle()
 
 
 def _unpack(kept: _HostInput | Tensor) -> Tensor:

@@ -142,12 +142,11 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
     if implementation == NAME and varlen and not (model.training and config.attention_dropout):
         # transformers passes a 4-D mask on unchanged. Any attention but ours would raise an error at an empty one.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=position_ids.device)
-        layout = packed_layout(config, batch)
+        layout = packed_layout(config, batch, few_sizes=True)
         if "full_rows" in layout:
             return {**kwargs, **layout}
-        # Few different sizes and one bound for all batches, so that compiled layers need few graphs.
-        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = _fixed_sizes(batch["cu_seqlens"], position_ids.numel())
-        kwargs["max_length_q"] = kwargs["max_length_k"] = position_ids.shape[1]
+        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = layout["cu_seq_lens_q"]
+        kwargs["max_length_q"] = kwargs["max_length_k"] = layout["max_length_q"]
         return kwargs
     mask = document_mask(position_ids, getattr(config, "sliding_window", None))
     if implementation == "eager":  # adds its mask to the scores
@@ -155,8 +154,11 @@ def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: tor
     return {**kwargs, "attention_mask": mask}
 
 
-def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of :func:`packed_attention` that describe the documents in a batch's rows."""
+def packed_layout(config: Any, batch: Mapping[str, Any], few_sizes: bool = False) -> dict[str, Any]:
+    """Return the arguments of :func:`packed_attention` that describe the documents in a batch's rows.
+
+    With ``few_sizes`` they differ little from batch to batch, so that compiled or recorded layers need few graphs.
+    """
     rows, tokens = batch["position_ids"].shape
     window = getattr(config, "sliding_window", None)
     if not batch["position_ids"].is_cuda:
@@ -164,6 +166,8 @@ def packed_layout(config: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     full_rows = batch["max_seqlen"] == tokens and batch["cu_seqlens"].numel() == rows + 1
     if full_rows and (window is None or tokens <= window + 1):
         return {"full_rows": True}
+    if few_sizes:
+        return {"cu_seq_lens_q": _fixed_sizes(batch["cu_seqlens"], rows * tokens), "max_length_q": tokens}
     layout = {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_seqlen"]}
     if is_available(batch["cu_seqlens"].device):
         layout["documents"] = Documents(batch["cu_seqlens"], int(batch["max_seqlen"]))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import ATTENTION_VARIANTS, lively_model, longrope_model, make_tokenizer, randomize_adapters
 from transformers import GenerationConfig
 
 import phi3lora as p3
-from phi3lora.inference import decoding
 from phi3lora.inference.decoding import KernelSteps, PlainSteps, Stream, decode
 from phi3lora.inference.sampling import Sampling
 from phi3lora.lora.base_weight import quantize_base
@@ -237,27 +233,3 @@ def test_on_a_gpu_changed_adapters_are_seen_and_seeds_do_not_depend_on_the_rows(
     sampling = Sampling(1.0, 0.9, 50, 11)
     alone = by_rows(model, PROMPTS, 20, 1, sampling=sampling)
     assert sum(by_rows(model, PROMPTS, 20, 4, sampling=sampling)[i] == alone[i] for i in range(7)) >= 5
-
-
-def test_all_graphs_of_a_device_are_recorded_on_one_stream(monkeypatch):
-    made, used = [], []
-
-    def make_stream(device):
-        made.append(device)
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    def use_stream(stream):
-        used.append(stream)
-        return nullcontext()
-
-    graph = SimpleNamespace(capture_begin=lambda **options: None, capture_end=lambda: None)
-    monkeypatch.setattr(decoding, "_RECORDING_STREAMS", {})
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "Stream", make_stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
-    monkeypatch.setattr(torch.cuda, "stream", use_stream)
-    for index in (0, 1, 0, 0):
-        run = SimpleNamespace(steps=SimpleNamespace(device=torch.device("cuda", index)), _compute=lambda rows: rows)
-        assert decoding.Stream._record(run, 4) == (graph, 4)
-    assert made == [torch.device("cuda", 0), torch.device("cuda", 1)]
-    assert used[0] is used[2] is used[3] and used[0] is not used[1]
