@@ -130,6 +130,8 @@ class Recordings:
         kept = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
         # Aliases of the parameters, so that no hook on one runs here and no .grad changes.
         leaves = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+        for leaf, gradient in zip((leaf for leaf in leaves if leaf.requires_grad), self._gradients, strict=True):
+            leaf.grad = gradient  # autograd adds to it in place
         torch.cuda.synchronize(device)
         gc.collect()  # a graph that is freed while another is recorded would spoil it
         torch.cuda.empty_cache()  # a graph cannot use what the allocator keeps for others
@@ -137,8 +139,8 @@ class Recordings:
             output = decode(leaves, **kept)
         d_output = torch.empty_like(output)
         with recorded(device, self._pool) as backward:
+            torch._foreach_zero_(self._gradients)
             output.backward(d_output)  # type: ignore[no-untyped-call]
-            torch._foreach_copy_(self._gradients, [leaf.grad for leaf in leaves if leaf.grad is not None])
         return _Recording(kept, output.detach(), d_output, self._gradients, forward, backward)
 
 

@@ -21,6 +21,9 @@ An evaluation that lets the model answer has a cache of keys and values in place
 
     cache = 2 layers KV numbers of the compute dtype for each token of each row, prompt and answer
 
+Layers that are recorded in CUDA graphs (kernels/recording.py) have gradients of their own, and keep the layers' memory
+during an evaluation.
+
 If a base is split over processes (sharding.py), a GPU has its part of each layer and two whole layers.
 
 The count of operations covers the forward and backward of LoRA training, without recomputation.
@@ -37,6 +40,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.recording import MOST_TOKENS
 from ..lora.base_weight import base_format, base_weight_of, base_weights, compute_dtype, count_trainable, weight_shape
 from ..lora.inject import lora_layers
 from .loss import CHUNK_TOKENS
@@ -139,7 +143,11 @@ def plan_memory(
     factor = FACTORS[kind]
     step = {mode: factor * (tokens * layers * kept[mode] + widest[mode]) for mode in kept}
     cache = cache_tokens * cache_bytes_per_token(model)
-    peak = {mode: (fixed + max(step[mode], cache)) / GIB for mode in kept}
+    if kind == "fused" and 0 < tokens <= MOST_TOKENS:
+        fixed += 4 * count_trainable(model)
+        peak = {mode: (fixed + step[mode] + cache) / GIB for mode in kept}
+    else:
+        peak = {mode: (fixed + max(step[mode], cache)) / GIB for mode in kept}
     return MemoryPlan(peak, _available_gib(model, weight.device))
 
 

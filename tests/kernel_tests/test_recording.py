@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import packed_batch, random_documents, randomize_adapters, tiny_model, token_documents
+from torch.nn.functional import cosine_similarity
 
 import phi3lora as p3
 from phi3lora.errors import ModelError
@@ -118,8 +119,8 @@ def batches(layout: str, n: int) -> list[dict]:
     """Return micro-batches of different tokens; chats also differ in the number of their documents."""
     if layout == "full rows":
         return [packed_batch([random_documents(ROW, seed=seed)] * 2, ROW) for seed in range(n)]
-    rows = ([100, 20], [64, 50, 10], [30, 90])
-    return [packed_batch([random_documents(*rows[seed % 3], seed=seed)], ROW) for seed in range(n)]
+    rows = ([100, 20], [30, 30, 30, 20, 10], [30, 90], [64, 50, 10])
+    return [packed_batch([random_documents(*rows[seed % 4], seed=seed)], ROW) for seed in range(n)]
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def assert_same(found, expected, exact: bool) -> None:
         if exact:
             assert torch.equal(found[name], gradient), name
         else:  # another kernel computes the attention of packed documents where cuDNN's package is installed
-            torch.testing.assert_close(found[name], gradient, rtol=0.02, atol=0.02 * gradient.abs().max().item())
+            assert cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.999, name
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import phi3lora as p3
 from phi3lora.lora import layers
 from phi3lora.lora.base_weight import Fp8Linear, quantize_base
+from phi3lora.model import estimate
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.estimate import (
     FACTORS,
@@ -61,7 +62,21 @@ def test_without_tokens_it_is_the_weights_and_what_trains():
         assert fixed * GIB == pytest.approx(held + trained * (4 + 8 + 4), rel=1e-6)
 
 
-def test_answers_take_the_bytes_of_their_cache_in_place_of_a_steps():
+def test_recorded_layers_take_more(monkeypatch):
+    """Their gradients are kept, and their memory serves no answers."""
+    model = adapted_model()
+    cache = 4 * cache_bytes_per_token(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    recorded, with_cache = (plan_memory(model, 4096, cache_tokens=n).peak_gib for n in (0, 4))
+    monkeypatch.setattr(estimate, "MOST_TOKENS", 4095)
+    launched = plan_memory(model, 4096, cache_tokens=4).peak_gib
+    for mode in launched:
+        assert (recorded[mode] - launched[mode]) * GIB == pytest.approx(4 * trained, rel=1e-6)
+        assert (with_cache[mode] - recorded[mode]) * GIB == pytest.approx(cache, rel=1e-6)
+
+
+def test_answers_take_the_bytes_of_their_cache_in_place_of_a_steps(monkeypatch):
+    monkeypatch.setattr(estimate, "MOST_TOKENS", 0)  # nothing is recorded
     model, ids = adapted_model(), torch.ones(3, 7, dtype=torch.long)
     cache = model(input_ids=ids, use_cache=True).past_key_values
     stored = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
