@@ -50,6 +50,7 @@ from ..model.attention import NAME, packed_attention, packed_layout
 from .recording import MOST_TOKENS, Recordings
 
 _LARGEST_R = 128  # above it, some GPU's shared memory holds no block of the kernels
+_MOST_WANTED = 0.9  # of the tokens; with more of them wanted, selecting costs as much as it saves
 _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
@@ -82,12 +83,13 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
                 layer.forward = forward
 
 
-def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Return the decoder's last hidden state, after its norm: (N, D).
+def fused_decoder(model: nn.Module, batch: Mapping[str, Any], wanted: Tensor | None = None) -> Tensor:
+    """Return the decoder's last hidden states, after its norm: (N, D), or (n, D) of the tokens that are wanted.
 
     Args:
         model: a Phi-3 for which :func:`unsupported_reason` is None, inside :func:`fused_layers`.
         batch: what ``phi3lora.batches`` yields, on the model's device.
+        wanted: (n,), the numbers of the tokens, counted through the rows; None: all.
     """
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     dtype = compute_dtype(decoder.embed_tokens.weight, decoder.embed_tokens.weight)
@@ -98,7 +100,7 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     parameters = _matrices(adapted)
     recordings = _RECORDINGS.get(decoder)
     if recordings is None or not _may_be_recorded(decoder, h, adapted):
-        return _decode(decoder, parameters, h, cos, sin, **packed_layout(model.config, batch))
+        return _decode(decoder, parameters, h, cos, sin, wanted, **packed_layout(model.config, batch))
 
     def decode(parameters: Sequence[Tensor], **inputs: Any) -> Tensor:
         hidden = _decode(decoder, parameters, **inputs)
@@ -106,7 +108,8 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return hidden
 
     inputs = {"h": h, "cos": cos, "sin": sin, **packed_layout(model.config, batch, few_sizes=True)}
-    return recordings(decode, parameters, inputs, _state(decoder, adapted))
+    hidden = recordings(decode, parameters, inputs, _state(decoder, adapted))
+    return hidden if wanted is None else hidden.index_select(0, wanted)
 
 
 def _may_be_recorded(decoder: Any, h: Tensor, adapted: Sequence[Any]) -> bool:
@@ -124,14 +127,26 @@ def _state(decoder: Any, adapted: Sequence[Any]) -> object:
     return switches, weights, [t.data_ptr() for t in _matrices(adapted)]
 
 
-def _decode(decoder: Any, parameters: Sequence[Tensor], h: Tensor, cos: Tensor, sin: Tensor, **layout: Any) -> Tensor:
-    """Compute the layers and the last norm.
+def _decode(
+    decoder: Any,
+    parameters: Sequence[Tensor],
+    h: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    wanted: Tensor | None = None,
+    **layout: Any,
+) -> Tensor:
+    """Compute the layers and the last norm, as :func:`fused_decoder` does.
+
+    Nothing mixes tokens after the last attention. So where few enough are wanted, the rest of the last layer computes
+    these alone.
 
     Args:
         decoder: the ``Phi3Model``.
         parameters: ``lora_A`` and ``lora_B`` of each adapted projection in order, or aliases that get the gradients.
         h: (B, S, D), the embeddings.
         cos, sin: (N, n), at each token's position, in the compute dtype.
+        wanted: as in :func:`fused_decoder`.
         layout: what ``packed_layout`` returned.
     """
     from .adapter import NO_ADAPTER, NOTHING_PENDING, compute_copies, make_adapter
@@ -149,14 +164,18 @@ def _decode(decoder: Any, parameters: Sequence[Tensor], h: Tensor, cos: Tensor, 
     adapters = [replace(a, lora_A=given[a.lora_A], lora_B=given[a.lora_B]) if a else a for a in adapters]
     h, pending = h.flatten(0, 1), NOTHING_PENDING  # (N, D)
     for i, layer in enumerate(decoder.layers):
+        is_last = layer is decoder.layers[-1]
+        if is_last and wanted is not None and 0 < len(wanted) < _MOST_WANTED * len(h) and not _has_hooks(layer):
+            tokens, wanted = replace(tokens, wanted=wanted), None
         inputs = (tokens, adapters[i * len(_PROJECTIONS) : (i + 1) * len(_PROJECTIONS)])
         # nn.Module's own call: GradientCheckpointingLayer's would recompute hooks too in older transformers.
         if recomputes_layer(layer) or _has_hooks(layer):
-            h = nn.Module.__call__(layer, add(h, pending).view(*rows, -1), fused_inputs=inputs).flatten(0, 1)
+            h = nn.Module.__call__(layer, add(h, pending).view(*rows, -1), fused_inputs=inputs).flatten(0, -2)
             pending = NOTHING_PENDING
         else:
             h, pending = nn.Module.__call__(layer, h, pending=pending, fused_inputs=inputs)
-    return add_norm(h, pending, decoder.norm.weight, decoder.norm.variance_epsilon, NO_ADAPTER)[1]
+    x = add_norm(h, pending, decoder.norm.weight, decoder.norm.variance_epsilon, NO_ADAPTER)[1]
+    return x if wanted is None else x.index_select(0, wanted)
 
 
 def _adapted(decoder: Any) -> list[Any]:
@@ -191,6 +210,7 @@ class _Tokens:
     cos: Tensor  # (N, n), at each token's position, in the compute dtype
     sin: Tensor  # (N, n)
     layout: dict[str, Any]  # what packed_layout returned
+    wanted: Tensor | None = None  # (n,), those of the last layer's output; None: all
 
 
 def _layer_forward(
@@ -202,6 +222,8 @@ def _layer_forward(
     **kwargs: Any,
 ) -> Any:
     """Compute a decoder layer: h (N, D), pending -> h (N, D), pending; without pending h (B, S, D) -> h (B, S, D).
+
+    Where only some tokens of the last layer are wanted, its output is (n, D) in both cases.
 
     This is the layer's ``forward`` inside :func:`fused_layers`. ``fused_inputs`` are the micro-batch and the adapters
     of the four projections. A caller that does not pass them, any but :func:`fused_decoder`, gets transformers' code.
@@ -224,7 +246,8 @@ def _layer_forward(
         again, called = called, True
         h, x, z = _up_to_down_proj(layer, *fused_inputs, hidden_states.flatten(0, 1), NOTHING_PENDING, recomputed)
         y = base_linear(x, down, h.shape[1] if again else 0)
-        return add(h.view(hidden_states.shape), (y, z, adapter), needed=not again)
+        h = h.view(hidden_states.shape) if fused_inputs[0].wanted is None else h
+        return add(h, (y, z, adapter), needed=not again)
 
     return recompute(layer, whole_layer, hidden_states) if recomputed else whole_layer(hidden_states)
 
@@ -248,7 +271,10 @@ def _up_to_down_proj(
     q, k, v = (t.view(*tokens.rows, *t.shape[1:]).transpose(1, 2) for t in heads)  # (B, H, S, head_dim)
     layout = {"sliding_window": getattr(config, "sliding_window", None), **tokens.layout}
     attended, _ = packed_attention(attention, q, k, v, scaling=attention.scaling, **layout)
-    y, z = linear_and_lora_a(attended.flatten(0, 1).flatten(1), base_weight_of(attention.o_proj), o)
+    attended = attended.flatten(0, 1).flatten(1)  # (N, H * head_dim)
+    if tokens.wanted is not None:
+        attended, h = (t.index_select(0, tokens.wanted) for t in (attended, h))
+    y, z = linear_and_lora_a(attended, base_weight_of(attention.o_proj), o)
     norm = layer.post_attention_layernorm
     h, x, z = add_norm(h, (y, z, o), norm.weight, norm.variance_epsilon, gate_up)
 

@@ -128,13 +128,12 @@ def supervised_hidden_states(model: nn.Module, batch: Mapping[str, Any], backend
     _refuse_mixed_windows(model, batch)
     _refuse_mixed_regimes(model, batch, positions)
     batch = batch_to(batch, weight.device)
-    if backend.kind == "fused":
-        hidden = fused_decoder(model, batch)  # (B*S, H)
-    else:
-        decoder = model.get_decoder()  # type: ignore[operator]
-        kwargs = packed_forward_kwargs(model, batch, compute_dtype(weight, weight))
-        hidden = decoder(input_ids=batch["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)
     predicting, labels = (_to_device(t, weight.device) for t in (positions - 1, flat[positions]))
+    if backend.kind == "fused":
+        return fused_decoder(model, batch, predicting), labels
+    decoder = model.get_decoder()  # type: ignore[operator]
+    kwargs = packed_forward_kwargs(model, batch, compute_dtype(weight, weight))
+    hidden = decoder(input_ids=batch["input_ids"], **kwargs).last_hidden_state.flatten(0, 1)  # (B*S, H)
     return hidden.index_select(0, predicting), labels
 
 

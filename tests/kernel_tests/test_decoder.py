@@ -126,6 +126,26 @@ def test_the_fused_layers_compute_what_transformers_layers_do(options):
     assert_equal_to_rounding(hidden_and_gradients(model, True), hidden_and_gradients(model, False))
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("mode", ["none", "selective", "full", pytest.param("offload", marks=slow)])
+def test_the_last_layer_of_some_tokens_equals_some_tokens_of_the_last_layer(monkeypatch, mode, hooked):
+    model, results = adapted(), []
+    wanted = torch.tensor([3, 4, 5, 9, 20, 31])
+    rows: list[int] = []
+    matmul = Dense.matmul
+    monkeypatch.setattr(Dense, "matmul", lambda self, x: rows.append(len(x)) or matmul(self, x))
+    if hooked:
+        model.model.layers[1].register_forward_hook(lambda *_: None)
+    for inside in (True, False):
+        model.zero_grad()
+        with activation_checkpointing(model, mode), use_backend(model, FUSED):
+            hidden = fused_decoder(model, BATCH, wanted) if inside else fused_decoder(model, BATCH)[wanted]
+            (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
+        results.append((hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
+    assert_equal_to_rounding(*results)
+    assert (6 in rows) != hooked
+
+
 def test_disabled_adapters_are_left_out():
     model = adapted()
     with torch.no_grad():
