@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -177,7 +178,7 @@ class StepTimes(p3.Callback):
 
 @contextmanager
 def counted_bytes() -> Iterator[list[int]]:
-    """Count the bytes of each sum over the processes that begins inside the block."""
+    """Count the bytes of each sum of gradients that begins inside the block."""
     sizes: list[int] = []
     begin = World.begin_sum_
 
@@ -249,6 +250,7 @@ def measure(mode: str, steps: int, warmup: int, folder: str, profile: str | None
         "first_step_s": round(times.first_step_s, 1),
         "loss": round(result.metrics["train_loss"], 3),
         "reduced_mb": round(sum(sizes) / result.global_step / 1e6, 1),
+        "sums": len(sizes) // result.global_step,
         "same": same_everywhere(model),
     }
 
@@ -318,8 +320,8 @@ def main() -> int:
     parser.add_argument(
         "--bucket-mib",
         type=int,
-        default=distributed._BUCKET_BYTES // 2**20,
-        help="gradients that several processes add up at a time; 1000: all at once, after the backward",
+        help="gradients that several processes add up at a time; 1000: all at once, after the backward; default: as "
+        "training does, which measures the link",
     )
     parser.add_argument("--limit-s", type=float, default=300, help="time limit of one mode's process")
     parser.add_argument("--profile", metavar="FOLDER", help="write each mode's kernel times to FOLDER (slows the host)")
@@ -333,7 +335,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
     if options.in_process:
-        distributed._BUCKET_BYTES = options.bucket_mib * 2**20
+        if options.bucket_mib is not None:
+            distributed._BUCKET_BYTES, distributed._FAST_SUM = options.bucket_mib * 2**20, math.inf
         mode = options.modes[0]
         steps, warmup = steps_of(mode, options.steps, options.warmup)
         result = measure(mode, steps, warmup, options.folder, options.profile)
@@ -344,10 +347,11 @@ def main() -> int:
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(
-        "mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss   MB sum"
+        "mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss "
+        " MB sum  parts"
     )
     settings = [f"--{name}={value}" for name in ("steps", "warmup") if (value := getattr(options, name)) is not None]
-    buckets = ["--bucket-mib", str(options.bucket_mib)]
+    buckets = [] if options.bucket_mib is None else ["--bucket-mib", str(options.bucket_mib)]
     profile = ["--profile", options.profile] if options.profile else []
     for mode in options.modes:
         one_gpu = None
@@ -364,7 +368,8 @@ def main() -> int:
             print(
                 f"{name} {r['tok_per_s']:>10,} {each / one_gpu:>6.3f} {r['tflops']:>8} {r['mfu'] or '':>6} "
                 f"{r['peak_gib']:>10} {r['predicted_gib'] or '':>10} {r['first_step_s']:>14} {r['loss']:>7} "
-                f"{r['reduced_mb'] or '':>8}" + ("" if r["same"] else "  THE ADAPTERS DIFFER BETWEEN PROCESSES"),
+                f"{r['reduced_mb'] or '':>8} {r['sums'] or '':>6}"
+                + ("" if r["same"] else "  THE ADAPTERS DIFFER BETWEEN PROCESSES"),
                 flush=True,
             )
     if options.peers:

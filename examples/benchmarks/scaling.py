@@ -5,7 +5,8 @@
 
 Bytes come from the library's own model, made on the meta device; times from the measurements below. For n GPUs:
 
-    whole base    step = compute + max(reduce(last bucket of gradients), reduce(all gradients) - backward)
+    whole base    step = compute + reduce(all gradients) over a fast link, else
+                         compute + max(reduce(last bucket of gradients), reduce(all gradients) - backward)
     split base    step = compute + reduce(all gradients); in forward and backward each layer takes
                   max(compute + busy, gather(next layer's bytes))
 
@@ -27,7 +28,7 @@ from torch import nn
 import phi3lora as p3
 from phi3lora.model.estimate import _STORED_BYTES
 from phi3lora.model.sharding import shardable_tensors
-from phi3lora.training.distributed import _BUCKET_BYTES
+from phi3lora.training.distributed import _BUCKET_BYTES, _FAST_SUM
 
 WHERE = """2026-11-27, torch 2.11.0+cu130, two H100 80GB HBM3 of one host; the rows of 4 GPUs: four H200
   benchmark.py MODE --gpus 0 1 2, and --gpus 1 4 (NOTES.md has the commits)
@@ -109,7 +110,7 @@ def tokens_per_s(run: Measured, size: Bytes, gpus: int, network: float = NVLINK)
     """Return the predicted speed of all GPUs with one micro-batch a step."""
     compute = TOKENS / run.one_gpu
     reduction = ring_s(size.gradients, gpus, network, rounds=2)
-    if not run.is_split:
+    if not run.is_split and reduction * _FAST_SUM > size.gradients:
         last = ring_s(size.gradients % _BUCKET_BYTES, gpus, network, rounds=2)
         reduction = max(last, reduction - BACKWARD * compute)
     step = compute + reduction
@@ -133,8 +134,9 @@ Assumed:
   {NODE_GPUS} GPUs a node; NVLink {NVLINK / 1e9:.0f} GB/s received by each, as measured between 2
   {networks} Gbit/s between a node and the others; {HOP_S * 1e6:.0f} us for each hop of a ring
   a gather takes {BUSY:.2f} of its time over NVLink from the kernels beside it (8 layers, bf16, full)
-  the backward, {BACKWARD:.0%} of a step, hides the reduction but for its last bucket, at no cost; with a split base
-  nothing hides it; one micro-batch of {TOKENS:,} tokens a GPU and step (accumulation reduces no more often)
+  a reduction of {_FAST_SUM / 1e9:.0f} GB/s or more follows the backward, and so does one with a split base
+  the backward, {BACKWARD:.0%} of a step, hides a slower one but for its last bucket, at no cost
+  one micro-batch of {TOKENS:,} tokens a GPU and step (accumulation reduces no more often)
   not counted: cards that slow each other, uneven rows, reading data, other traffic. NCCL's trees have fewer hops""")
     print("\nBytes a step          reduced, MB   gathered by each GPU of 2, 8, 512, GiB")
     print(f"phi-3-mini, any base {sizes['phi-3-mini'].gradients / 1e6:12.1f}      0")

@@ -44,7 +44,9 @@ T = TypeVar("T")
 
 _HOST_SHARE, _ROLL_CALL_SHARE = 0.8, 0.1  # of the device's time-out
 _ROLL_CALL_S = 3.0  # or less, if the share is less
-_BUCKET_BYTES = 32 * 2**20  # smaller ones slow the matrix products beside them more than they hide on NVLink
+_BUCKET_BYTES = 32 * 2**20  # smaller ones slow the matrix products beside them more
+_FAST_SUM = 50e9  # bytes/s; NVLink: over 100e9, PCIe: at most 25e9, sockets: 5e9. So the CPU (gloo) always overlaps
+_TRIALS = 4  # the first one also connects the devices
 _WORLDS = itertools.count()  # the same number in every process, because they call train equally often
 
 
@@ -144,6 +146,24 @@ class World:
         """Begin to replace a device tensor by its sum over the ranks, the same bits on each; return a work handle."""
         with self._together():
             return dist.all_reduce(tensor, async_op=True)
+
+    def sum_speed(self, tensor: Tensor) -> float:
+        """Return the bytes/s at which a device tensor of zeros is added up over the ranks, the same on each.
+
+        The fastest of several trials counts, on the rank where it was slowest: a hiccup changes nothing.
+        """
+        seconds = []
+        for _ in range(_TRIALS):
+            self.meet()
+            started = time.perf_counter()
+            with self._together():
+                work = dist.all_reduce(tensor, async_op=True)
+            self.meet()  # takes less time than a large sum, which travels meanwhile
+            self.wait([work])
+            if tensor.is_cuda:
+                torch.cuda.synchronize(tensor.device)
+            seconds.append(time.perf_counter() - started)
+        return tensor.nbytes / self.largest([min(seconds)])[0]
 
     def wait(self, sums: Sequence[Any]) -> None:
         """Let what follows on the device wait for sums that were begun. A GPU is not waited for."""
@@ -251,7 +271,7 @@ def joined(device: torch.device, shares_windows: bool = False) -> Iterator[World
 
 
 class GradientSum:
-    """The sum of the gradients over the ranks, which travels while the backward still computes.
+    """The sum of the gradients over the ranks, which over a slow link travels while the backward still computes.
 
     One float32 buffer holds the gradients in the order in which a backward makes them, the last layer's first:
 
@@ -261,6 +281,8 @@ class GradientSum:
     A bucket is sent when its gradients are there and the bucket before it has been sent. So all ranks send them in one
     order, whatever the order in which their gradients come. A parameter without a gradient counts as zero, and so does
     all that a rank without a micro-batch sends. One process sends nothing. The parameters come in the forward's order.
+
+    Over a fast link all is one bucket, sent after the backward, whose products it would slow by more than its own time.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
@@ -268,8 +290,10 @@ class GradientSum:
         self._buckets: list[list[nn.Parameter]] = []
         self._sums: list[Tensor] = []  # of each parameter's gradient, in the order of the buckets
         self._parts: list[Tensor] = []  # of the buffer, one a bucket
-        self._awaited: list[set[nn.Parameter]] = []  # of each bucket, in a step's last backward
+        self._awaited: list[set[nn.Parameter]] = []  # of each bucket but the last, in a step's last backward
         self._sent: list[Any] = []
+        self.summary: str | None = None
+        """When the gradients are added up, and how fast, for the banner; None: nothing was measured."""
         if world.size == 1:
             return
         for parameter in reversed(parameters):
@@ -277,16 +301,22 @@ class GradientSum:
                 self._buckets.append([])
             self._buckets[-1].append(parameter)
         sizes = [sum(map(torch.numel, bucket)) for bucket in self._buckets]
-        buffer = torch.empty(sum(sizes) + 1, device=parameters[0].device)
-        self._sums = list(torch.split(buffer[:-1], [p.numel() for p in reversed(parameters)]))
-        self._parts = list(torch.split(buffer, [*sizes[:-1], sizes[-1] + 1]))
+        self._buffer = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
+        self._sums = list(torch.split(self._buffer[:-1], [p.numel() for p in reversed(parameters)]))
+        self._parts = list(torch.split(self._buffer, [*sizes[:-1], sizes[-1] + 1]))
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """Send buckets during the backwards that follow a call of :meth:`expect`, inside the block."""
+        """Over a slow link, send buckets during the backwards in the block that follow a call of :meth:`expect`."""
+        if len(self._buckets) > 1:
+            speed, when = self.world.sum_speed(self._buffer), "during"
+            if speed >= _FAST_SUM:
+                self._buckets, self._parts = [list(itertools.chain(*self._buckets))], [self._buffer]
+                when = "after"
+            self.summary = f"{self._buffer.nbytes / 1e6:.1f} MB added up {when} the backward, at {speed / 1e9:.1f} GB/s"
         hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))  # type: ignore[no-untyped-call]
-            for number, bucket in enumerate(self._buckets)
+            for number, bucket in enumerate(self._buckets[:-1])
             for parameter in bucket
         ]
         try:
@@ -297,7 +327,7 @@ class GradientSum:
 
     def expect(self) -> None:
         """Say that the next backward makes the step's last gradients."""
-        self._awaited = [set(bucket) for bucket in self._buckets]
+        self._awaited = [set(bucket) for bucket in self._buckets[:-1]]
 
     def _arrived(self, number: int, parameter: Tensor) -> None:
         if not self._awaited:

@@ -126,9 +126,10 @@ def run_training(
         state, report = run.state, run.report
         stack.enter_context(run.interrupts)
         stack.enter_context(explain_out_of_memory(planned))
-        stack.enter_context(run.optimizer_step.gradients.overlapped())
+        if planned.parts == 1:  # a split base's gathers need the link themselves
+            stack.enter_context(run.optimizer_step.gradients.overlapped())
         stack.enter_context(prepared(model, planned.checkpointing, planned.backend, planned.parts))
-        report.facts(banner_facts(planned, state))
+        report.facts(banner_facts(planned, state, run.optimizer_step.gradients.summary))
         if report.warns:
             report.findings(problems(planned))
         stack.enter_context(report)  # opens the progress bar: print would write into it from here on

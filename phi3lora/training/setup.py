@@ -276,7 +276,7 @@ def prepared(model: nn.Module, checkpointing: str, backend: Backend, parts: int 
 # --- The banner
 
 
-def banner_facts(run: PlannedRun, state: TrainingState) -> dict[str, Any]:
+def banner_facts(run: PlannedRun, state: TrainingState, gradients: str | None = None) -> dict[str, Any]:
     """Return the lines of the banner: name -> every value that was resolved or inherited."""
     model, config, steps, memory = run.model, run.config, run.steps, run.memory
     use_packed_attention(model)
@@ -303,6 +303,7 @@ def banner_facts(run: PlannedRun, state: TrainingState) -> dict[str, Any]:
         "steps": f"{steps.total:,} ({state.global_step:,} done)",
         "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{lora_plus}, "
         f"{warmup} warm-up steps, weight decay {config.weight_decay:g}, gradient clipped to {config.max_grad_norm:g}",
+        "gradients": gradients,
         "seed": f"{config.seed} (data {steps.plan.seed})",
         "output": shown_path(config.output_dir),
         "defaults": defaults or None,

@@ -4,8 +4,7 @@
 
 so 1 micro-batch of 8 rows and 8 micro-batches of 1 row give the same update to rounding, and so do 8 processes with a
 row each. The mean of the micro-batches' means would not: https://unsloth.ai/blog/gradient. The count is known before
-the step. Several processes add up their gradients and loss once, while the last micro-batch's backward still computes
-(``distributed.GradientSum``).
+the step. Several processes add up their gradients and loss once (``distributed.GradientSum``).
 
 A step whose loss or gradient is not finite changes nothing. torch's fused optimizers read that from ``found_inf`` on
 the GPU; for bitsandbytes' optimizers, which wait for the GPU after every parameter anyway, the step reads it itself.
@@ -125,7 +124,7 @@ class OptimizerStep:
         for i, batch in enumerate(micro_batches, 1):
             with self.precision.autocast():
                 loss_sum, _ = causal_lm_loss(self.model, batch)
-            if i == len(micro_batches) and split is None:  # a split base's gathers need the links themselves
+            if i == len(micro_batches):
                 self.gradients.expect()
             scaler.scale(loss_sum * (1 / count)).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()

@@ -9,6 +9,7 @@ import signal
 import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,9 +312,45 @@ def test_no_host_waits_for_its_device_before_all_have_begun_the_sums(monkeypatch
     assert events == ["begin"] * 6 + ["meet", "wait"]
 
 
-def test_a_gradient_that_comes_twice_in_a_backward_is_refused():
+def test_over_a_fast_link_all_is_summed_after_the_backward(monkeypatch):
+    """A link is as fast as its slowest rank: all sum in one way, though their own times differ."""
+
+    def work(fast_sum):
+        monkeypatch.setattr(distributed, "_BUCKET_BYTES", 1024)
+        monkeypatch.setattr(distributed, "_FAST_SUM", fast_sum)
+        with distributed.joined(torch.device("cpu")) as world:
+            parameters = list(Chain().parameters())
+            sums = GradientSum(parameters, world)
+            with sums.overlapped():
+                hooks = sum(len(p._post_accumulate_grad_hooks or ()) for p in parameters)
+                for parameter in parameters:
+                    parameter.grad = torch.full_like(parameter, 1.0 + world.rank)
+                sums.expect()
+                begun = [part.numel() for part in sums._parts]
+                total = sums.finish(torch.tensor(0.5)).item()
+            return begun, hooks, total, {v for p in parameters for v in p.grad.unique().tolist()}, sums.summary
+
+    (fast, same), (slow, _) = in_processes(2, work, 1.0), in_processes(2, work, float("inf"))
+    assert fast == same
+    assert fast[:4] == ([6 * (16 * 16 + 16) + 1], 0, 1.0, {3.0}) and "after the backward" in fast[4]
+    assert slow[:4] == ([272] * 5 + [273], 10, 1.0, {3.0}) and "during the backward" in slow[4]
+
+
+def test_the_speed_of_a_sum_is_that_of_the_slowest_rank_and_of_the_best_trial(monkeypatch):
+    def work():
+        with distributed.joined(torch.device("cpu")) as world:
+            clock = iter([0, 9, 10, 10.5 + rank(), 20, 29, 30, 39])
+            monkeypatch.setattr(distributed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+            return world.sum_speed(torch.zeros(30))
+
+    assert in_processes(2, work) == [80.0, 80.0]  # 120 bytes in 1.5 s
+
+
+def test_a_gradient_that_comes_twice_in_a_backward_is_refused(monkeypatch):
     """A reentrant recomputation runs a backward of its own: once for each layer that shares the parameters."""
     from torch.utils.checkpoint import checkpoint
+
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", 4)  # what is sent in the backward cannot change afterwards
 
     def work():
         with distributed.joined(torch.device("cpu")) as world:
