@@ -138,7 +138,7 @@ class Recordings:
         with recorded(device, self._pool) as forward:
             output = decode(leaves, **kept)
         d_output = torch.empty_like(output)
-        with recorded(device, self._pool) as backward:
+        with torch.autocast(device.type, enabled=False), recorded(device, self._pool) as backward:  # as after a forward
             torch._foreach_zero_(self._gradients)
             output.backward(d_output)  # type: ignore[no-untyped-call]
         return _Recording(kept, output.detach(), d_output, self._gradients, forward, backward)
