@@ -302,7 +302,8 @@ class GradientSum:
             self._buckets[-1].append(parameter)
         sizes = [sum(map(torch.numel, bucket)) for bucket in self._buckets]
         self._buffer = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
-        self._sums = list(torch.split(self._buffer[:-1], [p.numel() for p in reversed(parameters)]))
+        sums = torch.split(self._buffer[:-1], [p.numel() for p in reversed(parameters)])
+        self._sums = [values.view_as(p) for values, p in zip(sums, reversed(parameters), strict=True)]
         self._parts = list(torch.split(self._buffer, [*sizes[:-1], sizes[-1] + 1]))
 
     @contextmanager
@@ -359,7 +360,7 @@ class GradientSum:
         self.world.wait(self._sent)
         self._awaited, self._sent = [], []
         for parameter, values in zip(itertools.chain(*self._buckets), self._sums, strict=True):
-            parameter.grad = values.view_as(parameter).to(parameter.dtype)
+            parameter.grad = values if values.dtype == parameter.dtype else values.to(parameter.dtype)
         return self._parts[-1][-1]
 
 

@@ -319,7 +319,9 @@ def test_over_a_fast_link_all_is_summed_after_the_backward(monkeypatch):
         monkeypatch.setattr(distributed, "_BUCKET_BYTES", 1024)
         monkeypatch.setattr(distributed, "_FAST_SUM", fast_sum)
         with distributed.joined(torch.device("cpu")) as world:
-            parameters = list(Chain().parameters())
+            model = Chain()
+            model.layers[2].bfloat16()
+            parameters = list(model.parameters())
             sums = GradientSum(parameters, world)
             with sums.overlapped():
                 hooks = sum(len(p._post_accumulate_grad_hooks or ()) for p in parameters)
@@ -328,6 +330,7 @@ def test_over_a_fast_link_all_is_summed_after_the_backward(monkeypatch):
                 sums.expect()
                 begun = [part.numel() for part in sums._parts]
                 total = sums.finish(torch.tensor(0.5)).item()
+            assert all(p.grad.dtype == p.dtype for p in parameters)
             return begun, hooks, total, {v for p in parameters for v in p.grad.unique().tolist()}, sums.summary
 
     (fast, same), (slow, _) = in_processes(2, work, 1.0), in_processes(2, work, float("inf"))
