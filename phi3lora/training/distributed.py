@@ -2,7 +2,7 @@
 
 Every process runs the same script and the same loop, on its own share of each step's micro-batches. Few things cross:
 
-    start            the settings, compared; the adapters, copied from rank 0
+    start            the settings, compared; the adapters, copied from rank 0; some sums of zeros, to time them
     each step        one sum of all gradients and of the loss, on the device; two barriers and two flags, on the host
     evaluation       the sums of losses
     checkpoint       the random generators, to rank 0, which writes; hashes of the adapters, compared
