@@ -55,16 +55,15 @@ class Measured(NamedTuple):
 
 
 RUNS = [
-    Measured("bf16", 30_208, 59_822),
-    Measured("chat-bf16", 30_855, 61_425),
-    Measured("fp8", 41_179, 81_086),
-    Measured("fp8 (first run)", 41_179, 77_168),
-    Measured("nf4", 29_598, 58_703),
-    Measured("phi-4-sharded", 7_189, 13_675, "phi-4", is_split=True),
-    Measured("bf16", 30_756, 120_168, gpus=4),
+    Measured("bf16", 31_224, 61_300),
+    Measured("chat-bf16", 32_568, 64_437),
+    Measured("fp8", 42_369, 84_288),
+    Measured("nf4", 30_422, 59_366),
+    Measured("phi-4-sharded", 7_261, 13_783, "phi-4", is_split=True),
+    Measured("bf16", 30_661, 120_581, gpus=4),
     Measured("chat-bf16", 31_539, 122_670, gpus=4),
-    Measured("fp8", 41_668, 162_138, gpus=4),
-    Measured("phi-4-sharded", 7_100, 26_792, "phi-4", is_split=True, gpus=4),
+    Measured("fp8", 41_245, 160_964, gpus=4),
+    Measured("phi-4-sharded", 7_261, 27_402, "phi-4", is_split=True, gpus=4),
 ]
 SPLIT_MS = {  # checkpointing, base: milliseconds of 8 layers of Phi-4 with a whole base, and split over 2 GPUs
     ("full", "bf16"): (250.5, 260.5), ("full", "fp8"): (174.8, 183.3), ("full", "nf4"): (256.3, 262.8),
