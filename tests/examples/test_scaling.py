@@ -78,4 +78,4 @@ def test_it_prints_assumptions_predictions_and_measurements(script, capsys):
     assert "H100 80GB HBM3" in text and "100 Gbit/s" in text and "119.5" in text
     for gpus in script["GPUS"]:
         assert f"{gpus}" in text
-    assert "59,822" in text and "13,675" in text
+    assert "61,300" in text and "13,783" in text
