@@ -30,7 +30,8 @@ from phi3lora.model.estimate import _STORED_BYTES
 from phi3lora.model.sharding import shardable_tensors
 from phi3lora.training.distributed import _BUCKET_BYTES, _FAST_SUM
 
-WHERE = """2026-11-27, torch 2.11.0+cu130, two H200 of one host; phi-4-sharded and the rows of 4 GPUs: four H100 80GB HBM3 (chat-bf16: H200)
+WHERE = """2026-11-27, torch 2.11.0+cu130, two H200 of one host;
+  phi-4-sharded and the rows of 4 GPUs: four H100 80GB HBM3 (chat-bf16: four H200)
   benchmark.py MODE --gpus 0 1 2, and --gpus 1 4 (NOTES.md has the commits)
   torchrun --nproc-per-node 2 sharding_check.py: 8 of Phi-4's 40 layers, 4 x 2,048 tokens"""
 GPUS = (1, 2, 8, 64, 512)
