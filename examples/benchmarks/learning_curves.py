@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{base}: {result}")
             return 1
         curves[base] = result["losses"]
+        print(f"{base}: loss {mean(curves[base][-10:]):.4f} at the end", file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"{options.shape}, {options.steps} steps of {ROWS} x {options.row_tokens} tokens, {device}\n\n{table(curves)}"
