@@ -76,7 +76,7 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del _RECORDINGS[decoder]
+        _RECORDINGS.pop(decoder, None)
         for layer, forward in zip(layers, before, strict=True):
             vars(layer).pop("forward", None)
             if forward is not None:
@@ -123,8 +123,9 @@ def _may_be_recorded(decoder: Any, h: Tensor, adapted: Sequence[Any]) -> bool:
 def _state(decoder: Any, adapted: Sequence[Any]) -> object:
     """Return a value that changes when an adapter is switched or scaled, or any weight gets other memory."""
     switches = [(p.enabled, p.scaling, p.lora_A.requires_grad, p.lora_B.requires_grad) for p in adapted]
-    weights = [t.data_ptr() for p in decoder_projections(decoder) for t in base_weight_of(p).tensors()]
-    return switches, weights, [t.data_ptr() for t in _matrices(adapted)]
+    weights = [t for p in decoder_projections(decoder) for t in base_weight_of(p).tensors()]
+    norms = [m.weight for layer in decoder.layers for m in (layer.input_layernorm, layer.post_attention_layernorm)]
+    return switches, [t.data_ptr() for t in (*weights, *norms, decoder.norm.weight, *_matrices(adapted))]
 
 
 def _decode(

@@ -14,6 +14,7 @@ from .launch import cdiv, launch, next_power_of_2
 
 LARGEST = 448.0
 """Largest number of float8_e4m3fn."""
+_SCALES_READ = 256  # rows of a tile, whose scales torch._scaled_mm reads even past the last row
 
 
 @triton.jit
@@ -39,7 +40,8 @@ def quantize_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tens
     """
     N, D = x.shape
     q = torch.empty(N, D, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(N, 1, dtype=torch.float32, device=x.device)
+    # https://github.com/pytorch/pytorch/issues/133334
+    scale = torch.empty(cdiv(N, _SCALES_READ) * _SCALES_READ, 1, dtype=torch.float32, device=x.device)[:N]
     launch(
         _quantize, [{"num_warps": 8}], lambda block: (N,),
         x, factor, q, scale, D=D, D_PADDED=next_power_of_2(D), LARGEST=LARGEST,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import phi3lora as p3
+from phi3lora.kernels import decoder
 from phi3lora.kernels.decoder import decoder_unsupported_reason, fused_decoder
+from phi3lora.kernels.recording import Recordings, _Recording
 from phi3lora.lora.base_weight import Dense, quantize_base
 from phi3lora.model.activations import activation_checkpointing
 from phi3lora.model.attention import packed_forward_kwargs, use_packed_attention
@@ -144,6 +148,66 @@ def test_the_last_layer_of_some_tokens_equals_some_tokens_of_the_last_layer(monk
         results.append((hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
     assert_equal_to_rounding(*results)
     assert (6 in rows) != hooked
+
+
+class Replayed(Recordings):
+    """Recordings whose replays call ``decode`` again on what a recording keeps, because a CPU has no graphs."""
+
+    def _record(self, decode, parameters, inputs):
+        self._gradients = self._gradients or [torch.empty_like(p) for p in parameters if p.requires_grad]
+        leaves = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+        kept = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+        output = torch.empty_like(inputs["h"].flatten(0, 1))
+        d_output, hidden = torch.empty_like(output), []
+
+        def forward():
+            with torch.enable_grad():
+                hidden[:] = [decode(leaves, **kept)]
+            output.copy_(hidden[0].detach())
+
+        def backward():
+            for leaf, gradient in zip((leaf for leaf in leaves if leaf.requires_grad), self._gradients, strict=True):
+                leaf.grad = gradient.zero_()
+            hidden.pop().backward(d_output)
+
+        graphs = (SimpleNamespace(replay=replay) for replay in (forward, backward))
+        return _Recording(kept, output, d_output, self._gradients, *graphs)
+
+
+def hidden_and_summed_gradients(model, micro_batches):
+    model.zero_grad()
+    found = []
+    for i, batch in enumerate(micro_batches):
+        hidden = fused_decoder(model, batch, torch.arange(2 + i, 30))
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
+        found.append(hidden.detach().clone())
+    return torch.cat(found), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=slow), pytest.param("offload", marks=slow)])
+def test_replays_see_each_batch_and_each_change_of_the_adapters(monkeypatch, mode):
+    monkeypatch.setattr(decoder, "Recordings", Replayed)
+    model, other = adapted(), packed_batch([random_documents(9, 8), random_documents(4, 5, 6, seed=1)], 18)
+    layer = model.model.layers[1].mlp.down_proj
+
+    def change(step: int) -> None:
+        if step == 1:
+            randomize_adapters(model, seed=1)
+            layer.enabled = False
+        elif step == 2:
+            layer.enabled, layer.scaling = True, 3.0
+            layer.lora_B.requires_grad_(False)
+            layer.lora_A.data = layer.lora_A.data * 2
+
+    with activation_checkpointing(model, mode), use_backend(model, FUSED):
+        for step in range(3):
+            change(step)
+            results = []
+            for record in (False, True):
+                monkeypatch.setattr(decoder, "_may_be_recorded", lambda *_, record=record: record)
+                results.append(hidden_and_summed_gradients(model, [BATCH, other, BATCH]))
+            assert_equal_to_rounding(*reversed(results))
+            assert decoder._RECORDINGS[model.model].turn > 0
 
 
 def test_disabled_adapters_are_left_out():
