@@ -7,9 +7,9 @@ are. A CUDA graph holds the launches of a whole forward, a second one those of i
     the second                           recorded, then replayed
     every other                          replayed
 
-The same kernels compute the same numbers. A recording reads and writes the same memory each time: the inputs are copied
-to it, and autograd copies the gradients from it. Embedding, loss and optimizer are not recorded, because the number of
-supervised tokens changes from batch to batch.
+The same kernels compute the same numbers. A recording reads and writes the same memory each time, so the inputs are
+copied to it and the gradients from it. Embedding, loss and optimizer are not recorded, because the number of supervised
+tokens changes from batch to batch.
 """
 
 from __future__ import annotations
@@ -160,4 +160,5 @@ class _Replay(torch.autograd.Function):
         ctx.recordings.turn += 1
         ctx.recording.d_output.copy_(d_output)
         ctx.recording.backward.replay()
-        return None, None, *ctx.recording.gradients  # autograd copies them, because they are also held here
+        # Copies: a hook or torch.autograd.grad may keep them, and the next replay overwrites the recording's own.
+        return None, None, *(gradient.clone() for gradient in ctx.recording.gradients)

@@ -210,6 +210,29 @@ def test_replays_see_each_batch_and_each_change_of_the_adapters(monkeypatch, mod
             assert decoder._RECORDINGS[model.model].turn > 0
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_kept_gradients_outlive_the_next_replay(monkeypatch, record):
+    monkeypatch.setattr(decoder, "Recordings", Replayed)
+    monkeypatch.setattr(decoder, "_may_be_recorded", lambda *_: record)
+    model, kept, then = adapted(num_hidden_layers=1), [], []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def keep(found) -> None:
+        kept.append(found)
+        then.append(found.clone())
+
+    parameters[0].register_hook(keep)
+    with use_backend(model, FUSED):
+        for end in (20, 25, 30):
+            hidden = fused_decoder(model, BATCH, torch.arange(5, end))
+            weights = torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)
+            for gradient in torch.autograd.grad((hidden * weights).sum(), parameters[1:]):
+                keep(gradient)
+            fused_decoder(model, BATCH, torch.arange(5, end)).mean().backward()
+    assert len(kept) == 3 * len(parameters)
+    assert all(map(torch.equal, kept, then))
+
+
 def test_disabled_adapters_are_left_out():
     model = adapted()
     with torch.no_grad():
