@@ -121,11 +121,12 @@ def _may_be_recorded(decoder: Any, h: Tensor, adapted: Sequence[Any]) -> bool:
 
 
 def _state(decoder: Any, adapted: Sequence[Any]) -> object:
-    """Return a value that changes when an adapter is switched or scaled, or any weight gets other memory."""
+    """Return a value that changes when an adapter is switched or scaled, or any weight gets another shape or memory."""
     switches = [(p.enabled, p.scaling, p.lora_A.requires_grad, p.lora_B.requires_grad) for p in adapted]
     weights = [t for p in decoder_projections(decoder) for t in base_weight_of(p).tensors()]
     norms = [m.weight for layer in decoder.layers for m in (layer.input_layernorm, layer.post_attention_layernorm)]
-    return switches, [t.data_ptr() for t in (*weights, *norms, decoder.norm.weight, *_matrices(adapted))]
+    tensors = (*weights, *norms, decoder.norm.weight, *_matrices(adapted))
+    return switches, [(t.data_ptr(), t.shape) for t in tensors]  # a smaller tensor may take a freed one's place
 
 
 def _decode(

@@ -67,6 +67,16 @@ def test_without_memory_for_a_recording_a_run_goes_on_and_says_so_once(caplog):
     ]
 
 
+def test_a_smaller_adapter_in_the_same_memory_is_another_state():
+    model = tiny_model()
+    p3.inject_lora(model, p3.LoraConfig(r=8))
+    layer = model.model.layers[0].mlp.down_proj
+    before = decoder._state(model.model, decoder._adapted(model.model))
+    assert before == decoder._state(model.model, decoder._adapted(model.model))
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data[:4], layer.lora_B.data[:, :4]
+    assert before != decoder._state(model.model, decoder._adapted(model.model))
+
+
 def test_no_more_than_a_few_shapes_are_recorded(monkeypatch):
     monkeypatch.setattr(recording, "_MOST_SHAPES", 0)
     recordings = Counting()
