@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,11 @@ def recorded(device: torch.device, pool: Any = None) -> Iterator[Any]:
         graph.capture_begin(capture_error_mode="thread_local", **options)  # other threads may copy batches meanwhile
         try:
             yield graph
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it would hide the first error, even a KeyboardInterrupt
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
@@ -88,6 +91,7 @@ class Recordings:
         self._by_shape: dict[object, _Recording] = {}
         self._gradients: list[Tensor] = []  # of all shapes
         self._pool: Any = None
+        self._pool_bytes = 0
 
     def __call__(
         self, decode: Callable[..., Tensor], parameters: Sequence[Tensor], inputs: Mapping[str, Any], state: object
@@ -103,17 +107,17 @@ class Recordings:
         if state != self._state:
             self._forget(state)
         shape = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in inputs.values())
-        if shape not in self._by_shape:
-            if shape not in self._seen or self._failed or len(self._by_shape) == _MOST_SHAPES:
-                self._seen.add(shape)
-                return decode(parameters, **inputs)
+        is_new = shape in self._seen and shape not in self._by_shape
+        if is_new and not self._failed and len(self._by_shape) < _MOST_SHAPES:
             try:
                 self._by_shape[shape] = self._record(decode, parameters, inputs)
             except RuntimeError as error:  # too little memory, say
                 self._failed = True
                 logger.warning("micro-batches are not replayed from CUDA graphs: %s", error_line(error))
-                return decode(parameters, **inputs)
-        recording = self._by_shape[shape]
+        self._seen.add(shape)
+        recording = self._by_shape.get(shape)
+        if recording is None:  # outside the handler, where the error would keep the failed recording's memory
+            return decode(parameters, **inputs)
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 recording.inputs[name].copy_(value)
@@ -135,12 +139,16 @@ class Recordings:
         torch.cuda.synchronize(device)
         gc.collect()  # a graph that is freed while another is recorded would spoil it
         torch.cuda.empty_cache()  # a graph cannot use what the allocator keeps for others
+        reserved = torch.cuda.memory_reserved(device)
         with recorded(device, self._pool) as forward:
             output = decode(leaves, **kept)
         d_output = torch.empty_like(output)
         with torch.autocast(device.type, enabled=False), recorded(device, self._pool) as backward:  # as after a forward
             torch._foreach_zero_(self._gradients)
             output.backward(d_output)  # type: ignore[no-untyped-call]
+        self._pool_bytes += torch.cuda.memory_reserved(device) - reserved
+        if torch.cuda.mem_get_info(device)[0] < self._pool_bytes:  # a new shape is launched, in memory of its own
+            raise RuntimeError("too little memory for launched layers beside recorded ones")
         return _Recording(kept, output.detach(), d_output, self._gradients, forward, backward)
 
 

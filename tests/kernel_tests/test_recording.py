@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -67,6 +68,36 @@ def test_without_memory_for_a_recording_a_run_goes_on_and_says_so_once(caplog):
     ]
 
 
+def test_a_failed_recording_is_freed_before_the_layers_are_launched():
+    held = []
+
+    class Failing(Recordings):
+        def _record(self, decode, parameters, inputs):
+            activations = torch.ones(1)
+            held.append(weakref.ref(activations))
+            raise RuntimeError("CUDA out of memory")
+
+    recordings, weight = Failing(), torch.ones(1)
+    freed = [recordings(lambda p, h: not held or held[0]() is None, [weight], {"h": weight}, 0) for _ in range(2)]
+    assert held and all(freed)
+
+
+@pytest.mark.parametrize("free_bytes", [99, 100])
+def test_layers_are_recorded_only_if_launched_ones_fit_beside_them(monkeypatch, caplog, free_bytes):
+    reserved = iter([50, 150])
+    monkeypatch.setattr(recording, "recorded", lambda *_: nullcontext(SimpleNamespace(replay=lambda: None)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 1000))
+    caplog.set_level(logging.WARNING, "phi3lora")
+    recordings = Recordings()
+    assert call(recordings, 3).tolist() == call(recordings, 3).tolist() == [1, 1, 1]
+    assert len(recordings._by_shape) == (free_bytes == 100)
+    assert ("too little memory" in caplog.text) == (free_bytes == 99)
+
+
 def test_a_smaller_adapter_in_the_same_memory_is_another_state():
     model = tiny_model()
     p3.inject_lora(model, p3.LoraConfig(r=8))
@@ -107,6 +138,22 @@ def test_all_graphs_of_a_device_are_recorded_on_one_stream(monkeypatch):
             assert found is graph
     assert made == [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert used[0] is used[2] is used[3] and used[0] is not used[1]
+
+
+def test_an_interrupt_while_recording_is_not_hidden_by_the_end_of_the_recording(monkeypatch):
+    def capture_end():
+        raise RuntimeError("capturing stream has unjoined work")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(capture_begin=lambda **options: None, capture_end=capture_end)
+    monkeypatch.setattr(recording, "_STREAMS", {torch.device("cuda", 0): stream})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(KeyboardInterrupt), recording.recorded(torch.device("cuda", 0)):
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="unjoined"), recording.recorded(torch.device("cuda", 0)):
+        pass
 
 
 # --- On a GPU
