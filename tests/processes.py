@@ -6,12 +6,14 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,7 @@ def in_processes(
     A process that raises ends with its error: the first one is raised here, or with ``errors`` returned in its place.
     A process that is killed has the value None.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     context = multiprocessing.get_context("fork")  # torch and transformers are imported already
     found = []
     for rank in range(count):
@@ -59,6 +59,15 @@ def in_processes(
             process.kill()
             process.join()
     return values
+
+
+def _free_port() -> int:
+    """Return a port below those that Linux gives out, so that no other connection takes it before rank 0 listens."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _child(connection: Any, environment: dict[str, int], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
