@@ -264,11 +264,11 @@ ATTENTION_VARIANTS = {
 }  # fmt: skip
 
 
-def token_documents(lengths, seed: int = 0, max_length: int | None = None) -> ChatDataset:
-    """Return a dataset of random tokens in documents of the given lengths; about half of the tokens are supervised."""
+def token_documents(lengths, seed: int = 0, max_length: int | None = None, supervised: float = 0.5) -> ChatDataset:
+    """Return a dataset of random tokens in documents of the given lengths, of which about a share is supervised."""
     random = np.random.default_rng(seed)
     ids = random.integers(4, 300, sum(lengths), dtype=np.int32)
-    labels = np.where(random.random(len(ids)) < 0.5, ids, -100).astype(np.int32)
+    labels = np.where(random.random(len(ids)) < supervised, ids, -100).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     labels[starts[:-1]] = ids[starts[:-1]]
     return ChatDataset(

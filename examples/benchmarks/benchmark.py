@@ -8,7 +8,8 @@
 
 Weights and token ids are random, because speed does not depend on them. r = 16 on all four projections; 4 rows of 2,048
 tokens a step, every token trained (see ``docs/performance.md``). A step is timed with CUDA events at its ends, data
-loader and optimizer included; the result is the median of the steps after warm-up.
+loader and optimizer included; the result is the median of the steps after warm-up. "share" is the speed divided by the
+sum of what the same GPUs make by themselves (``--gpus 0 ...``; without 0, by the first run's speed for each GPU).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -255,14 +257,19 @@ def measure(mode: str, steps: int, warmup: int, folder: str, profile: str | None
     }
 
 
-def measure_apart(script: str, arguments: list[str], limit_s: float, gpus: int = 0) -> dict[str, Any] | str:
+def measure_apart(
+    script: str, arguments: list[str], limit_s: float, gpus: int = 0, card: int = 0
+) -> dict[str, Any] | str:
     """Run a script with ``--in-process`` in its own process on one GPU, or with ``gpus`` under torchrun on so many.
+
+    ``card`` is the position of the one GPU among the visible ones; torchrun takes the first ``gpus``.
 
     Returns:
         The JSON object that it prints last, or in words why there is none.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible[: gpus or 1])}  # Trainer would use all
+    chosen = visible[:gpus] if gpus else visible[card : card + 1]  # Trainer would use all
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus else []
     command = [sys.executable, *torchrun, script, *arguments, "--in-process"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -278,6 +285,27 @@ def measure_apart(script: str, arguments: list[str], limit_s: float, gpus: int =
         return f"failed: {(errors.strip().splitlines() or [process.returncode])[-1]}"
     figures = [line for line in output.splitlines() if line.startswith('{"')]
     return json.loads(figures[-1]) if figures else "ended without a figure"  # type: ignore[no-any-return]
+
+
+def measure_all(arguments: list[str], limit_s: float, gpus: int, cards: int) -> list[dict[str, Any] | str]:
+    """Measure a mode under torchrun on ``gpus``, or with 0 in plain Python on each of ``cards``, all at once."""
+
+    def measured(card: int) -> dict[str, Any] | str:
+        with tempfile.TemporaryDirectory() as folder:
+            return measure_apart(__file__, [*arguments, "--folder", f"{folder}/run"], limit_s, gpus, card)
+
+    with ThreadPoolExecutor(cards) as pool:
+        return list(pool.map(measured, range(1 if gpus else cards)))
+
+
+def in_columns(result: dict[str, Any], share: float) -> str:
+    """Return the columns of one run's line, from its speed on."""
+    r = result
+    return (
+        f"{r['tok_per_s']:>10,} {share:>6.3f} {r['tflops']:>8} {r['mfu'] or '':>6} {r['peak_gib']:>10} "
+        f"{r['predicted_gib'] or '':>10} {r['first_step_s']:>14} {r['loss']:>7} {r['reduced_mb'] or '':>8} "
+        f"{r['sums'] or '':>6}" + ("" if r["same"] else "  THE ADAPTERS DIFFER BETWEEN PROCESSES")
+    )
 
 
 def end_group(process: subprocess.Popen[str], grace_s: float = 10) -> None:
@@ -315,7 +343,7 @@ def main() -> int:
         nargs="+",
         default=[0],
         metavar="N",
-        help="processes under torchrun; 0: plain python, one GPU",
+        help="processes under torchrun; 0: plain python, on each GPU that the largest N uses, all of them at once",
     )
     parser.add_argument(
         "--bucket-mib",
@@ -347,31 +375,27 @@ def main() -> int:
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(
-        "mode              GPUs      tok/s  a GPU  TFLOP/s    MFU   peak GiB  predicted   first step s    loss "
-        " MB sum  parts"
+        "mode              GPUs      tok/s  share  TFLOP/s    MFU   peak GiB  predicted   first step s    loss  MB sum "
+        " parts"
     )
     settings = [f"--{name}={value}" for name in ("steps", "warmup") if (value := getattr(options, name)) is not None]
     buckets = [] if options.bucket_mib is None else ["--bucket-mib", str(options.bucket_mib)]
     profile = ["--profile", options.profile] if options.profile else []
+    cards = max(*options.gpus, 1)
     for mode in options.modes:
-        one_gpu = None
+        own: list[float] = []  # the speed of each GPU by itself
         for gpus in options.gpus:
-            name = f"{mode:<16} {gpus or 'plain':>5}"
-            with tempfile.TemporaryDirectory() as folder:
-                arguments = [mode, *settings, *buckets, *profile, "--folder", f"{folder}/run"]
-                r = measure_apart(__file__, arguments, options.limit_s, gpus)
-            if isinstance(r, str):
-                print(f"{name} {r}", flush=True)
-                continue
-            each = r["tok_per_s"] / max(gpus, 1)
-            one_gpu = one_gpu or each
-            print(
-                f"{name} {r['tok_per_s']:>10,} {each / one_gpu:>6.3f} {r['tflops']:>8} {r['mfu'] or '':>6} "
-                f"{r['peak_gib']:>10} {r['predicted_gib'] or '':>10} {r['first_step_s']:>14} {r['loss']:>7} "
-                f"{r['reduced_mb'] or '':>8} {r['sums'] or '':>6}"
-                + ("" if r["same"] else "  THE ADAPTERS DIFFER BETWEEN PROCESSES"),
-                flush=True,
-            )
+            results = measure_all([mode, *settings, *buckets, *profile], options.limit_s, gpus, cards)
+            for card, result in enumerate(results):
+                name = f"{mode:<16} {gpus or f'GPU {card}':>5}"
+                if isinstance(result, str):
+                    print(f"{name} {result}", flush=True)
+                    continue
+                own = own or [result["tok_per_s"] / max(gpus, 1)] * cards
+                if gpus == 0:
+                    own[card] = result["tok_per_s"]
+                linear = sum(own[:gpus]) if gpus else own[0]
+                print(name, in_columns(result, result["tok_per_s"] / linear), flush=True)
     if options.peers:
         return subprocess.run([sys.executable, str(Path(__file__).with_name("peers.py")), *settings]).returncode
     return 0
