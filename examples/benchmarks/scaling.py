@@ -30,10 +30,9 @@ from phi3lora.model.estimate import _STORED_BYTES
 from phi3lora.model.sharding import shardable_tensors
 from phi3lora.training.distributed import _BUCKET_BYTES, _FAST_SUM
 
-WHERE = """2026-11-27, torch 2.11.0+cu130, two H200 of one host;
-  phi-4-sharded and the rows of 4 GPUs: four H100 80GB HBM3 (chat-bf16: four H200)
-  benchmark.py MODE --gpus 0 1 2, and --gpus 1 4 (NOTES.md has the commits)
-  torchrun --nproc-per-node 2 sharding_check.py: 8 of Phi-4's 40 layers, 4 x 2,048 tokens"""
+WHERE = """2026-11-27, torch 2.11.0+cu130, H200s of one host; NOTES.md has the hosts and commits
+  benchmark.py MODE --gpus 0 2 4; of fp8 on 4 GPUs and of phi-4-sharded only the first GPU was measured by itself
+  torchrun --nproc-per-node 2 sharding_check.py: 8 of Phi-4's 40 layers, 4 x 2,048 tokens, two H100 80GB HBM3"""
 GPUS = (1, 2, 8, 64, 512)
 NODE_GPUS = 8
 NVLINK = 238e9  # bytes a second that a GPU receives: one layer of Phi-4, 0.63 GiB, gathered by 2 GPUs in 1.43 ms
@@ -45,7 +44,7 @@ BUSY = (260.5e-3 - 250.5e-3) / (12 * 1.43e-3)  # time that bf16's 12 gathers cos
 
 
 class Measured(NamedTuple):
-    """A mode of benchmark.py: tokens a second of one GPU alone, and of several together."""
+    """A mode of benchmark.py: tokens a second of one GPU by itself (the mean of all), and of all together."""
 
     mode: str
     one_gpu: int
@@ -56,15 +55,15 @@ class Measured(NamedTuple):
 
 
 RUNS = [
-    Measured("bf16", 31_224, 61_300),
-    Measured("chat-bf16", 32_568, 64_437),
-    Measured("fp8", 42_369, 84_288),
-    Measured("nf4", 30_422, 59_366),
-    Measured("phi-4-sharded", 7_261, 13_783, "phi-4", is_split=True),
-    Measured("bf16", 30_661, 120_581, gpus=4),
-    Measured("chat-bf16", 31_539, 122_670, gpus=4),
-    Measured("fp8", 41_245, 160_964, gpus=4),
-    Measured("phi-4-sharded", 7_261, 27_402, "phi-4", is_split=True, gpus=4),
+    Measured("bf16", 31_238, 61_869),
+    Measured("chat-bf16", 32_639, 64_437),
+    Measured("fp8", 42_598, 84_288),
+    Measured("nf4", 30_770, 60_950),
+    Measured("phi-4-sharded", 7_207, 13_532, "phi-4", is_split=True),
+    Measured("bf16", 31_167, 122_071, gpus=4),
+    Measured("chat-bf16", 32_338, 128_622, gpus=4),
+    Measured("fp8", 41_785, 164_980, gpus=4),
+    Measured("phi-4-sharded", 7_207, 26_966, "phi-4", is_split=True, gpus=4),
 ]
 SPLIT_MS = {  # checkpointing, base: milliseconds of 8 layers of Phi-4 with a whole base, and split over 2 GPUs
     ("full", "bf16"): (250.5, 260.5), ("full", "fp8"): (174.8, 183.3), ("full", "nf4"): (256.3, 262.8),
