@@ -33,8 +33,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,8 @@ _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "m
 
 _RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
 """By decoder, the CUDA graphs that were recorded in the present block of :func:`fused_layers`."""
+_COMPILED: WeakSet[nn.Module] = WeakSet()
+"""Decoders whose training kernels were compiled together."""
 
 
 @contextmanager
@@ -98,9 +101,14 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any], wanted: Tensor | N
     cos, sin = (t.expand(h.shape[0], -1, -1).flatten(0, 1).to(dtype).contiguous() for t in rope)  # (N, n)
     adapted = _adapted(decoder)
     parameters = _matrices(adapted)
+    layout = packed_layout(model.config, batch)
+    learns = torch.is_grad_enabled() and decoder.training and any(p.requires_grad for p in parameters)
+    if h.is_cuda and learns and decoder not in _COMPILED and not any(map(_has_hooks, decoder.layers)):
+        _COMPILED.add(decoder)
+        _compile_kernels(decoder, h, cos, sin, wanted, layout)
     recordings = _RECORDINGS.get(decoder)
     if recordings is None or not _may_be_recorded(decoder, h, adapted):
-        return _decode(decoder, parameters, h, cos, sin, wanted, **packed_layout(model.config, batch))
+        return _decode(decoder, parameters, h, cos, sin, wanted, **layout)
 
     def decode(parameters: Sequence[Tensor], **inputs: Any) -> Tensor:
         hidden = _decode(decoder, parameters, **inputs)
@@ -110,6 +118,25 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any], wanted: Tensor | N
     inputs = {"h": h, "cos": cos, "sin": sin, **packed_layout(model.config, batch, few_sizes=True)}
     hidden = recordings(decode, parameters, inputs, _state(decoder, adapted))
     return hidden if wanted is None else hidden.index_select(0, wanted)
+
+
+def _compile_kernels(
+    decoder: Any, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None, layout: dict[str, Any]
+) -> None:
+    """Compile side by side what the first two layers launch in forward and backward; others rarely launch more.
+
+    Both run without their kernels, on whatever numbers are in memory, and leave no gradient and no random state behind.
+    """
+    from .launch import compiled_together
+
+    layers = SimpleNamespace(layers=decoder.layers[:2], norm=decoder.norm)
+    leaves = [p.detach().requires_grad_(p.requires_grad) for p in _matrices(_adapted(layers))]
+    # A backward in a thread of its own would launch the kernels.
+    with torch.random.fork_rng(devices=[]), torch.autograd.set_multithreading_enabled(False), compiled_together():
+        output = _decode(layers, leaves, h.detach(), cos, sin, wanted, **layout)
+        with torch.autocast(h.device.type, enabled=False):  # as after a forward
+            output.backward(torch.zeros_like(output))  # type: ignore[no-untyped-call]
+    settle_copies(layers.layers)
 
 
 def _may_be_recorded(decoder: Any, h: Tensor, adapted: Sequence[Any]) -> bool:

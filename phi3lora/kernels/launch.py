@@ -113,7 +113,8 @@ def launch(
     key = (kernel.fn, device, *constants.values(), *[_kind(argument) for argument in arguments])
     with on_device_of(arguments[0]):
         if (wanted := _wanted.get()) is not None:
-            wanted.append((kernel.warmup(*arguments, grid=(1,), **constants, **blocks[0]), arguments[0]))
+            here = arguments[0].new_empty(0)  # tells the device, and keeps no memory
+            wanted.append((kernel.warmup(*arguments, grid=(1,), **constants, **blocks[0]), here))
             return
         if key in _compiled:
             block, compiled, values = _compiled[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +21,7 @@ from phi3lora.kernels.decoder import decoder_unsupported_reason, fused_decoder
 from phi3lora.kernels.recording import Recordings, _Recording
 from phi3lora.lora.base_weight import Dense, quantize_base
 from phi3lora.model.activations import activation_checkpointing
-from phi3lora.model.attention import packed_forward_kwargs, use_packed_attention
+from phi3lora.model.attention import packed_forward_kwargs, packed_layout, use_packed_attention
 from phi3lora.model.backend import PLAIN, Backend, use_backend
 
 triton = pytest.importorskip("triton")
@@ -27,6 +29,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/kernel_tests/test_gpu.py tests the same on a GPU", allow_module_level=True)
 from triton.runtime import interpreter  # noqa: E402
 
+from phi3lora.kernels import launch as launching  # noqa: E402
 from phi3lora.kernels import swiglu  # noqa: E402
 from phi3lora.kernels.adapter import Adapter  # noqa: E402
 from phi3lora.kernels.cross_entropy import cross_entropy_  # noqa: E402
@@ -282,6 +285,36 @@ def test_no_more_is_recomputed_than_the_backward_needs(monkeypatch, mode, produc
     monkeypatch.setattr(Dense, "matmul", lambda self, x: done.append(1) or matmul(self, x))
     hidden_and_gradients(adapted(num_hidden_layers=1), True, mode)
     assert len(done) == products
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "offload"])
+def test_kernels_are_compiled_on_the_calling_thread_and_leave_no_trace(monkeypatch, mode):
+    """The block, which here computes, sees each launch of both directions; it would miss those of other threads."""
+    inside: list[bool] = []
+    launched = []
+
+    @contextmanager
+    def compiled_together():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def on_device_of(tensor):
+        launched.append((bool(inside), threading.current_thread()))
+        return nullcontext()
+
+    monkeypatch.setattr(launching, "compiled_together", compiled_together)
+    monkeypatch.setattr(launching, "on_device_of", on_device_of)
+    model = adapted(dropout=0.3, num_hidden_layers=3)
+    h = model.model.embed_tokens(BATCH["input_ids"])
+    cos, sin = (t.expand(len(h), -1, -1).flatten(0, 1) for t in model.model.rotary_emb(h, BATCH["position_ids"]))
+    layout = packed_layout(model.config, BATCH)
+    state = torch.get_rng_state()
+    with use_backend(model, FUSED), activation_checkpointing(model, mode):
+        decoder._compile_kernels(model.model, h, cos.contiguous(), sin.contiguous(), torch.arange(5), layout)
+        assert set(launched) == {(True, threading.current_thread())}
+        assert all(p.grad is None for p in model.parameters())
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- Layers as modules: hooks, wrappers, and which models

@@ -73,6 +73,18 @@ def assert_close(fast, plain, cosine: float = 0.999, relative: float = 1e-3) -> 
         assert cosine_similarity(fast[1][name], gradient, dim=0) >= cosine, name
 
 
+def test_a_first_step_finds_its_layers_kernels_compiled(monkeypatch):
+    triton = pytest.importorskip("triton")
+    ahead, late = [], []
+
+    def compiles(*, fn, is_manual_warmup, **_):
+        (ahead if is_manual_warmup else late).append(fn.name)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", compiles)
+    loss_and_gradients(adapted(r=24), packed_batch(LAYOUTS["chats"], 128))
+    assert ahead and [name for name in late if "loss" not in name] == []
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["fused", "compiled"])
