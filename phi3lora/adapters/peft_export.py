@@ -37,7 +37,7 @@ from ..files import tensor_file, write_folder
 from ..inference.generation import stop_token_ids
 from ..lora.inject import lora_layers
 from ..lora.layers import Conv2d
-from ..lora.targets import plainly_named_segments
+from ..lora.targets import plainly_named_segments, sibling
 from ..lora.wrappers import plain_name, unwrap
 from ..model.load import longrope_boundary, longrope_note
 from .adapter_file import HEADER_KEY, adapter_metadata, adapter_state_dict, check_finite, written
@@ -258,7 +258,7 @@ def _target_modules(
     """Return the last parts of the paths if they select just the adapted modules of the base, else whole paths."""
     paths = [plain_name(path) for path, _ in model.named_modules()]
     base = {at for at in paths if at not in segments and at.rpartition(".")[0] not in layers}
-    base |= {path[: path.rfind(".") + 1] + name for path, names in segments.items() for name in names}
+    base |= {sibling(path, name) for path, names in segments.items() for name in names}
     names = {path.rpartition(".")[2] for path in adapted}
     return sorted(names if {path for path in base if path.rpartition(".")[2] in names} == adapted else adapted)
 

@@ -41,6 +41,7 @@ from ..config import LoraConfig, lora_scaling
 from ..errors import short_repr
 from ..files import read_json
 from ..lora.product import adapted_segments, block_diagonal
+from ..lora.targets import sibling
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -246,6 +247,5 @@ def conv_from_pair(pair: Pair) -> tuple[Tensor, Tensor]:
 
 def _module_names(path: str, settings: Settings, split: Mapping[str, int]) -> dict[str, str]:
     """Return path -> name of each adapted segment as a module of its own."""
-    parent = path[: path.rfind(".") + 1]
     enabled = settings["enable_lora"] if settings["class"] == "MergedLinear" else [True] * len(split)
-    return {parent + name: name for name, on in zip(split, enabled, strict=True) if on}
+    return {sibling(path, name): name for name, on in zip(split, enabled, strict=True) if on}

@@ -29,7 +29,7 @@ from ..errors import AdapterError, as_path, error_line
 from ..files import parse_json, read_tensors
 from ..lora.inject import InjectionReport, injection_report
 from ..lora.layers import Conv2d
-from ..lora.targets import plainly_named_segments
+from ..lora.targets import plainly_named_segments, sibling
 from ..lora.wrappers import module_at, plain_name, unwrap
 from .adapter_file import HEADER_KEY, check_finite, install_adapter
 from .mlx_format import MLX_TENSORS_NAME, is_mlx_folder, read_mlx_folder
@@ -247,8 +247,7 @@ def _find_layers(
     """
     known: dict[str, tuple[str, int | None]] = {}
     for path, segments in fused.items():
-        parent = path[: path.rfind(".") + 1]
-        known.update({parent + name: (path, i) for i, name in enumerate(segments) if not name.isdigit()})
+        known.update({sibling(path, name): (path, i) for i, name in enumerate(segments) if not name.isdigit()})
     known.update({plain_name(path): (plain_name(path), None) for path, _ in model.named_modules() if path})
     inner = f"{getattr(model, 'base_model_prefix', '')}."
     layers: dict[str, dict[int | None, str]] = {}

@@ -74,6 +74,11 @@ def fused_segments(model: nn.Module, config: LoraConfig | None = None) -> dict[s
     return fused
 
 
+def sibling(path: str, name: str) -> str:
+    """Return the path of a module ``name`` beside the one at ``path``: ``"layers.0.q_proj"`` for a segment."""
+    return path[: path.rfind(".") + 1] + name
+
+
 def plainly_named_segments(model: nn.Module) -> dict[str, Segments]:
     """Return :func:`fused_segments` by paths without the names of wrappers."""
     return {plain_name(path): segments for path, segments in fused_segments(model).items()}
@@ -108,8 +113,7 @@ class Limits:
         """Return the segments of a layer that may be adapted; None: the layer may not be."""
         if self._leaves_out(path):
             return None
-        parent = path[: path.rfind(".") + 1]
-        left = {name for name in segments if not self._leaves_out(parent + name)}
+        left = {name for name in segments if not self._leaves_out(sibling(path, name))}
         return None if segments and not left else left
 
     def _leaves_out(self, name: str) -> bool:
@@ -130,8 +134,7 @@ def _nameable(model: nn.Module, fused: Mapping[str, Segments]) -> list[tuple[str
     places = [(path, first[module]) for path, module in model.named_modules(remove_duplicate=False) if path]
     names = [(name, path, set(fused.get(path, ()))) for name, path in places]
     for path, segments in fused.items():
-        parent = path[: path.rfind(".") + 1]
-        names += [(parent + name, path, {name}) for name in segments if not name.isdigit()]
+        names += [(sibling(path, name), path, {name}) for name in segments if not name.isdigit()]
     return names
 
 
@@ -234,8 +237,7 @@ def ranks_and_alphas(
         pattern: Mapping[str, float] = getattr(config, field)
         unused = set(pattern)
         for path, segments in selected.items():
-            parent = path[: path.rfind(".") + 1]
-            names = {name: parent + name for name in fused.get(path, ()) if name in segments} or {path: path}
+            names = {name: sibling(path, name) for name in fused.get(path, ()) if name in segments} or {path: path}
             keys = {
                 n: next((k for k in pattern if _ends_with(path, k) or _ends_with(at, k)), "") for n, at in names.items()
             }
