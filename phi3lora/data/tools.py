@@ -32,7 +32,6 @@ template has ``<|tool_response|>`` instead. Sources:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -40,6 +39,7 @@ from typing import Any
 from ..errors import DataError, error_line, is_text, short_repr
 from ..files import parse_json
 from .formats import Chat, Message
+from .tokens import one_of
 
 CALL, CALL_END = "<|tool_call|>", "<|/tool_call|>"
 """Phi-4-mini's markers around the calls of an answer."""
@@ -97,8 +97,8 @@ class ToolStyle:
         def around(*texts: str) -> set[str]:
             return {token for token in added_tokens if token in "".join(texts) and token not in plain + _PROBES}
 
-        self._not_in_tools = _any_of({*protected, *around(*with_tools, with_own_tools)})
-        self._not_in_calls = _any_of({CALL, CALL_END, *around(with_call)} - {*protected})
+        self._not_in_tools = one_of({*protected, *around(*with_tools, with_own_tools)})
+        self._not_in_calls = one_of({CALL, CALL_END, *around(with_call)} - {*protected})
 
     def _try(self, messages: list[Message], tools: Any = None) -> str:
         try:
@@ -229,8 +229,8 @@ def _read_call(value: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where} has {what}; allowed: 'name', and an object or its JSON text as 'arguments'")
     if not isinstance(function.get("arguments"), str):
         arguments = _without_none(arguments, where)
-    name = {"id": call["id"]} if call.get("id") is not None else {}
-    return {**name, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    own_id = {"id": call["id"]} if call.get("id") is not None else {}
+    return {**own_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _with_arguments_as_text(message: Message) -> Message:
@@ -302,7 +302,3 @@ def _drop_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _drop_none(v) for k, v in value.items() if v is not None}
     return [_drop_none(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")

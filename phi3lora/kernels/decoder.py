@@ -27,7 +27,6 @@ Shapes: B rows, S tokens a row, N = B*S, D hidden size, I intermediate size, H h
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +45,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLay
 
 from ..lora.base_weight import base_linear, base_weight_of, compute_dtype, plain_linear_classes
 from ..lora.layers import Linear, MergedLinear
+from ..lora.weight_formats import has_triton
 from ..model.activations import recompute, recomputes_feed_forward, recomputes_layer, settle_copies
 from ..model.attention import NAME, packed_attention, packed_layout
 from .recording import MOST_TOKENS, Recordings
@@ -336,7 +336,7 @@ def unsupported_reason(model: nn.Module, training: bool | None = None) -> str | 
     dtype = compute_dtype(weight, weight)
     if not weight.is_cuda:
         return "not on a CUDA device"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "Triton is not installed"
     if torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "a GPU older than Ampere"

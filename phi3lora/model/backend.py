@@ -12,7 +12,6 @@ changes of the modules go unnoticed until the layers are restored.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.decoder import decoder_projections, fused_layers, unsupported_reason
+from ..lora.weight_formats import has_triton
 from .attention import use_packed_attention
 
 
@@ -74,8 +74,7 @@ def choose_backend(
 
 def _compiles_on(device: torch.device) -> bool:
     """Return whether ``torch.compile`` supports this device."""
-    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cuda" and has_triton() and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 _INSTALLED: WeakKeyDictionary[nn.Module, tuple[Backend, object]] = WeakKeyDictionary()

@@ -41,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             d_hidden[part] = d_h
             for accumulated, gradient in zip(d_parameters, d_p, strict=True):
-                if gradient is not None:  # it is for a head whose adapter is switched off
+                if gradient is not None:  # None where the head's adapter is switched off
                     accumulated += gradient
         ctx.save_for_backward(d_hidden, *d_parameters)
         return total
