@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import first_of
 from ..lora.base_weight import base_format, count_parameters, count_trainable, weight_shape
-from ..lora.inject import lora_layers
+from ..lora.inject import adapter_matrices, ids_of_biases, lora_layers
 from ..lora.layers import MergedLinear
 from ..lora.targets import fused_segments, weight_readers
 from ..model.attention import attention_in_words
@@ -71,13 +71,9 @@ def _target_names(planned: PlannedRun, adapted: dict[str, Any]) -> list[str]:
 
 def check_trainable_parameters(planned: PlannedRun) -> Finding:
     model, layers = planned.model, lora_layers(planned.model)
-    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    adapters = set(map(id, adapter_matrices(model)))
     bias = getattr(getattr(model, "lora_config", None), "bias", "all")
-    biases: set[int] = set()
-    if bias == "lora_only":
-        biases = {id(getattr(layer.base_layer(), "bias", None)) for layer in layers.values()}
-    elif bias == "all":
-        biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+    biases = ids_of_biases(model, bias)
     unexpected = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters | biases]
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad and id(p) in adapters]
     off = [path for path, layer in layers.items() if not layer.enabled]

@@ -376,14 +376,22 @@ def freeze_all_but_lora(model: nn.Module, bias: str = "none") -> None:
     loralib's function goes by the substring ``lora_``; here a user's module that happens to be called ``lora_router``
     is frozen too.
     """
-    layers = lora_layers(model).values()
-    trainable = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
-    if bias == "all":
-        trainable |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].endswith("bias")}
-    elif bias == "lora_only":
-        trainable |= {id(getattr(layer.base_layer(), "bias", None)) for layer in layers}
+    trainable = set(map(id, adapter_matrices(model))) | ids_of_biases(model, bias)
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trainable
+
+
+def adapter_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return ``lora_A`` and ``lora_B`` of every adapted layer."""
+    return [matrix for layer in lora_layers(model).values() for matrix in (layer.lora_A, layer.lora_B)]
+
+
+def ids_of_biases(model: nn.Module, bias: str) -> set[int]:
+    """Return the ``id`` of each bias that ``LoraConfig.bias`` names: ``"none"``, ``"all"`` or ``"lora_only"``."""
+    if bias == "all":
+        return {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+    layers = lora_layers(model).values() if bias == "lora_only" else ()
+    return {id(getattr(layer.base_layer(), "bias", None)) for layer in layers}
 
 
 def injection_report(model: nn.Module) -> InjectionReport:

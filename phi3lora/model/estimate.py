@@ -42,7 +42,7 @@ from torch import nn
 
 from ..kernels.recording import MOST_TOKENS
 from ..lora.base_weight import base_format, base_weight_of, base_weights, compute_dtype, count_trainable, weight_shape
-from ..lora.inject import lora_layers
+from ..lora.inject import adapter_matrices, lora_layers
 from .loss import CHUNK_TOKENS
 from .sharding import sharded_base
 
@@ -226,7 +226,7 @@ def flops_per_token(model: Any, mean_context_tokens: float) -> float:
     adapter's entry 6. Attention costs 4 * mean_context_tokens * heads * head_dim in the forward, twice that in the
     backward.
     """
-    adapters = sum(p.numel() for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))
+    adapters = sum(matrix.numel() for matrix in adapter_matrices(model))
     decoder = model.get_decoder()
     layers = [*(m for m in decoder.modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
     frozen = sum(weight_shape(m.weight).numel() for m in layers)

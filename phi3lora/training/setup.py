@@ -21,7 +21,7 @@ from ..display import shown_path
 from ..errors import DataError, TrainingError, first_of
 from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
 from ..lora.base_weight import base_format, count_parameters, count_trainable
-from ..lora.inject import lora_layers
+from ..lora.inject import adapter_matrices, lora_layers
 from ..model.activations import activation_checkpointing
 from ..model.attention import attention_in_words, use_packed_attention
 from ..model.backend import Backend, choose_backend, use_backend
@@ -199,7 +199,7 @@ def check_run(run: PlannedRun) -> None:
             "the adapters are off inside a disabled(model) or merged(model) block; leave the block first"
         )
     require_causal_lm(model)
-    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    adapters = set(map(id, adapter_matrices(model)))
     others = [name for name, p in run.trained.items() if id(p) not in adapters and not name.endswith("bias")]
     if others or not run.trained:
         raise TrainingError(
