@@ -134,7 +134,7 @@ def find_setting(given: str) -> tuple[str, str]:
     """Return the section and the field of a name such as ``lora.r`` or ``r``, which only one setting may have."""
     section, dot, name = given.partition(".")
     if dot and section in SECTIONS:
-        return section, setting_in(section, name)
+        return section, _setting_in(section, name)
     candidates = ["data"] if given in _OF_THE_DATA else list(SECTIONS)
     homes = [s for s in candidates if given in field_names(s)] or [s for s in candidates if given in _names_in(s)]
     if homes == ["model", "data"]:
@@ -144,10 +144,10 @@ def find_setting(given: str) -> tuple[str, str]:
         raise ConfigError(
             f"there is no setting {short_repr(given)}.{hint} `phi3lora train --help-all` lists the settings"
         )
-    return homes[0], setting_in(homes[0], given)
+    return homes[0], _setting_in(homes[0], given)
 
 
-def setting_in(section: str, given: str) -> str:
+def _setting_in(section: str, given: str) -> str:
     """Return the field of a section that a name sets; an argument that has no effect here keeps its name."""
     if given in _names_in(section):
         return _own_names(section).get(given, given)

@@ -41,12 +41,12 @@ def preview_first_document(planned: PlannedRun) -> Finding:
 
 def check_end_of_turn(planned: PlannedRun) -> Finding:
     dataset, spans = planned.dataset, planned.spans
-    name = token_text(planned.tokenizer, dataset.end_of_turn_id)
+    name = _token_text(planned.tokenizer, dataset.end_of_turn_id)
     if planned.tokenizer is not None:
         expected = ChatEncoder(planned.tokenizer).end_of_turn_id
         if expected != dataset.end_of_turn_id:
             return error(
-                f"the tokenizer's template ends a turn with {token_text(planned.tokenizer, expected)}, the dataset's "
+                f"the tokenizer's template ends a turn with {_token_text(planned.tokenizer, expected)}, the dataset's "
                 f"with {name}: load the dataset with this tokenizer"
             )
     eos = dataset.pad_token_id if planned.tokenizer is None else planned.tokenizer.eos_token_id
@@ -79,7 +79,7 @@ def check_padding(planned: PlannedRun) -> Finding:
     if tokenizer is None:
         return ok(f"token {pad}; masks go by span, not by token")
     eos = tokenizer.eos_token_id
-    names = (token_text(tokenizer, token) for token in (pad, eos, end_of_turn))
+    names = (_token_text(tokenizer, token) for token in (pad, eos, end_of_turn))
     text = "pad {}, eos {}, end of turn {}".format(*names)
     if pad in (eos, end_of_turn):
         text += ": pad is one of the others, harmless here because masks go by span, not by token"
@@ -134,7 +134,7 @@ def check_longrope(planned: PlannedRun) -> Finding:
     return ok(f"all documents are of {lengths} {boundary:,} tokens: the {side} rotary factors; use the adapter there")
 
 
-def token_text(tokenizer: Any, token_id: int | None) -> str:
+def _token_text(tokenizer: Any, token_id: int | None) -> str:
     """Return a token for messages: ``<|end|> (32007)``, or ``token 32007`` without a tokenizer."""
     if token_id is None:
         return "none"

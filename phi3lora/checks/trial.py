@@ -51,7 +51,7 @@ class Trial:
 
 def check_gradient_flow(planned: PlannedRun) -> tuple[Finding, Trial | None]:
     try:
-        trial = run_trial(planned)
+        trial = _run_trial(planned)
     except torch.OutOfMemoryError:
         return error("out of memory in the first step; the 'memory' finding shows what fits"), None
     losses = " -> ".join(f"{loss:.3g}" for loss in trial.losses)
@@ -68,7 +68,7 @@ def check_gradient_flow(planned: PlannedRun) -> tuple[Finding, Trial | None]:
     return ok(text), trial
 
 
-def run_trial(planned: PlannedRun) -> Trial:
+def _run_trial(planned: PlannedRun) -> Trial:
     """Run the two steps; the adapters and every gradient are restored before it returns."""
     model = planned.model
     rows = _trial_rows(planned)

@@ -235,8 +235,7 @@ def _plot(command: argparse.ArgumentParser, shows_all: bool) -> None:
 
 _ARGUMENTS = {
     "demo": _demo, "doctor": _doctor, "init": _init, "train": _train, "evaluate": _evaluate, "chat": _chat,
-    "merge": _merge, "export": _export, "import": _import, "push": _push,
-    "plot": _plot,
+    "merge": _merge, "export": _export, "import": _import, "push": _push, "plot": _plot,
 }  # fmt: skip
 
 
@@ -298,8 +297,6 @@ def _add_settings(
         if path in _HIDDEN or name in leave_out or (only and name not in only):
             continue
         kinds = kinds_of(setting)
-        if any(kind.startswith("Callable") for kind in kinds):
-            continue  # from Python only
         text = _short_help(texts.get(name, ""), setting)
         options: dict[str, Any] = {"metavar": _metavar(kinds)}
         flags = [f"--{_NAMES.get(path, name.replace('_', '-'))}"]

@@ -329,8 +329,8 @@ def base_format(model: nn.Module) -> str:
     return ", ".join(sorted({names[type(weight)] for weight in base_weights(model)} - {""}))
 
 
-def sample_base(model: nn.Module, count: int = 64) -> str:
-    """Return a SHA-256 of about ``count`` entries of each frozen parameter, which tells bases of one shape apart.
+def sample_base(model: nn.Module) -> str:
+    """Return a SHA-256 of about 64 entries of each frozen parameter, which tells bases of one shape apart.
 
     It reads 15,000 of Phi-4's 14 billion numbers. Adapters and trained biases are left out.
     """
@@ -340,7 +340,7 @@ def sample_base(model: nn.Module, count: int = 64) -> str:
             continue
         if hasattr(parameter, "make_whole"):
             parameter.make_whole()  # model/sharding.py: all processes read it together
-        stride = max(1, parameter.numel() // count) | 1  # odd, so that it does not stay in one column
+        stride = max(1, parameter.numel() // 64) | 1  # odd, so that it does not stay in one column
         entries = parameter.detach().reshape(-1)[::stride].contiguous()
         digest.update(name.encode() + entries.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

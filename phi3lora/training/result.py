@@ -29,6 +29,7 @@ History = Sequence[Mapping[str, Any]]
 """Lines of ``metrics.jsonl``."""
 
 _EMBEDDED = Path(__file__).parents[1] / "demo" / "base"
+_MOST_ROWS = 100  # of a table of the history
 _NAMES = 13  # columns of the names before the last lines of a run
 _COLUMNS = {
     "step": ("step", ",.0f"),
@@ -159,15 +160,15 @@ def loss_curves(history: History) -> Html:
     return svg_curves("step", {name: points for name, points in curves.items() if points})
 
 
-def history_rows(history: History, most: int = 100) -> list[list[str]]:
-    """Return the history as rows, the head first: one a step, and of a long run ``most`` of them, evenly spread."""
+def history_rows(history: History) -> list[list[str]]:
+    """Return the history as rows, the head first: one a step, and of a long run 100 of them, evenly spread."""
     by_step: dict[int, dict[str, Any]] = {}
     for line in history:
         by_step.setdefault(line.get("step", 0), {}).update({k: v for k, v in line.items() if v is not None})
     columns = {key: column for key, column in _COLUMNS.items() if any(key in line for line in by_step.values())}
     lines = list(by_step.values())
-    if len(lines) > most:
-        lines = [lines[round(i * (len(lines) - 1) / (most - 1))] for i in range(most)]
+    if len(lines) > _MOST_ROWS:
+        lines = [lines[round(i * (len(lines) - 1) / (_MOST_ROWS - 1))] for i in range(_MOST_ROWS)]
     head = [name for name, _ in columns.values()]
     return [
         head,
