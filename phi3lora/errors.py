@@ -67,7 +67,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def printable(text: str) -> str:
     r"""Return ``text`` with ``\n``, ``\x1b`` and every other character that is not printable spelt out.
 
-    A name or text of a stranger's file could else clear the terminal or fake a line of a log.
+    Otherwise a name or text from an untrusted file could clear the terminal or fake a line of a log.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 

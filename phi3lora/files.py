@@ -1,4 +1,4 @@
-"""File reading and writing: atomic writes of files and folders, checksums, JSON, and tensors from files of strangers.
+"""File reading and writing: atomic writes of files and folders, checksums, JSON, and tensors from untrusted files.
 
 Every reader returns the value, or raises OSError or ValueError with the reason. It reads a file's bytes once, executes
 nothing in them, and builds nothing that is larger than the file.
@@ -306,7 +306,7 @@ def _read_archive(file: Any) -> tuple[Any, dict[str, str]]:
         size = file.seek(0, os.SEEK_END)
         with zipfile.ZipFile(file) as archive:
             members = _checked_members(archive, size)
-            if archive.read(members["byteorder"]) != sys.byteorder.encode() if "byteorder" in members else False:
+            if "byteorder" in members and archive.read(members["byteorder"]) != sys.byteorder.encode():
                 raise ValueError("its numbers are in another byte order than this machine's")
             if members["data.pkl"].file_size > _MOST_INSTRUCTIONS:
                 raise ValueError(f"its pickle has more than {_MOST_INSTRUCTIONS:,} bytes")

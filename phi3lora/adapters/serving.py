@@ -169,7 +169,8 @@ def _overrides(tokenizer: Any) -> dict[str, bool]:
     overrides = {}
     is_sentencepiece = sentencepiece_file(tokenizer) is not None
     says = _saved_settings(tokenizer).get("add_bos_token")
-    if _adds_bos(tokenizer) if says is None and not is_sentencepiece else says is not False:
+    converter_adds_bos = _adds_bos(tokenizer) if says is None and not is_sentencepiece else says is not False
+    if converter_adds_bos:
         overrides[_ADD_BOS] = False
     if is_sentencepiece:
         end = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0])

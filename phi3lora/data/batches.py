@@ -51,9 +51,8 @@ MicroBatch = list[PackedRow]  # the rows of one forward pass
 
 _PACKED_TOGETHER = 2048  # documents: enough to fill rows, few enough that the order stays random
 _STEPS_AHEAD = 2
-_ATTENTION_SHARE = (
-    1 / 40_000
-)  # work of a pair of tokens in attention, by that of a token elsewhere: 1 / 12 hidden sizes
+_ATTENTION_SHARE = 1 / 40_000
+"""Work of a pair of tokens in attention relative to that of a token elsewhere: 1 / 12 hidden sizes."""
 
 
 def batches(

@@ -39,13 +39,12 @@ from .generation import generate_answers
 
 METRICS = ("loss", "perplexity", "token_accuracy", "n_tokens")
 """Metrics that :func:`evaluate` always returns."""
-_SHOWN = 200  # characters of a text in the printed form of answers
 ROUGE = ("rouge1", "rouge2", "rougeL")
 """Metrics of the model's own answers that :func:`evaluate` returns with ``rouge=True``."""
-
+_SHOWN = 200  # characters of a text in the printed form of answers
 
 ComputeMetrics = Callable[["Answers"], Mapping[str, float]]
-"""A function of one's own: the model's answers beside their references -> name -> number."""
+"""A function of the caller's: the model's answers beside their references -> name -> number."""
 
 
 def evaluate(

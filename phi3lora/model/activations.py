@@ -78,7 +78,7 @@ class HostInputs:
         self._stream: Any = None
         self._last: weakref.ref[_HostInput] | None = None
         self._moving: tuple[Tensor, Any, bool] | None = None
-        # A copy's tensor on the device, the event at its end, and whether a CUDA graph recorded it.
+        """Copy under way: its tensor on the device, the event at its end, and whether a CUDA graph recorded it."""
 
     def checkpoint(
         self, module: nn.Module, function: Callable[..., Any], x: Tensor, *, preserve_rng_state: bool = True

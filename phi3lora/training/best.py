@@ -29,6 +29,13 @@ def metric_name(config: TrainingConfig) -> str:
     return (config.metric_for_best_model or "loss").removeprefix("eval_")
 
 
+def greater_is_better(config: TrainingConfig) -> bool:
+    """Return whether a larger value of the metric is better; if the config does not say, its name decides."""
+    if config.greater_is_better is None:
+        return not metric_name(config).endswith(("loss", "perplexity"))
+    return config.greater_is_better
+
+
 def scores_rouge(config: TrainingConfig) -> bool:
     """Return whether the evaluations of a run let the model answer and score the answers by ROUGE."""
     return config.predict_with_generate or metric_name(config) in ROUGE
@@ -39,7 +46,7 @@ def measured_on(config: TrainingConfig, eval_dataset: ChatDataset | None, model:
     evaluates = eval_dataset is not None and config.eval_strategy != "no"
     return {
         "metric": metric_name(config),
-        "greater_is_better": BestModel(config, TrainingState()).greater_is_better,
+        "greater_is_better": greater_is_better(config),
         "eval_data": eval_dataset.fingerprint() if eval_dataset is not None and evaluates else None,
         "base": sample_base(model),
     }
@@ -50,10 +57,6 @@ class BestModel:
 
     def __init__(self, config: TrainingConfig, state: TrainingState) -> None:
         self.config, self.state = config, state
-        greater = config.greater_is_better
-        self.greater_is_better = (
-            not metric_name(config).endswith(("loss", "perplexity")) if greater is None else greater
-        )
 
     @property
     def folder(self) -> Path | None:
@@ -73,7 +76,7 @@ class BestModel:
         """Return whether ``metric`` is better than ``best`` (None: than nothing). NaN and infinity never are."""
         if not math.isfinite(metric) or best is None or not math.isfinite(best):
             return math.isfinite(metric)
-        return (metric - best) * (1.0 if self.greater_is_better else -1.0) > by_more_than
+        return (metric - best) * (1.0 if greater_is_better(self.config) else -1.0) > by_more_than
 
     def count(self, metric: float) -> None:
         """Take an evaluation into account for early stopping."""

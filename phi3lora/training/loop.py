@@ -193,7 +193,8 @@ class _Run:
         world.on_main(lambda: check_output_dir(config))
         resumed_from = world.from_main(lambda: find_checkpoint(config))
         torch.manual_seed(config.seed + world.rank)  # each process drops out other entries
-        precision, steps, _ = planned.precision, planned.steps, planned.memory  # what is free now
+        precision, steps = planned.precision, planned.steps
+        _ = planned.memory  # resolved here, before the run allocates: it asks how much memory is free
         optimizer = build_optimizer(model, config)
         self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)
         facts = steps.data_facts(), measured_on(config, planned.eval_dataset, model)

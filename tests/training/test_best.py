@@ -14,8 +14,7 @@ from conftest import adapted_model, adapters_of, chat_dataset, make_tokenizer, q
 import phi3lora as p3
 from phi3lora.files import sha256_of
 from phi3lora.training import loop
-from phi3lora.training.best import BestModel
-from phi3lora.training.checkpoint import TrainingState
+from phi3lora.training.best import greater_is_better
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -221,7 +220,7 @@ def test_a_metric_that_compute_metrics_does_not_return_is_named(tmp_path):
 )
 def test_the_direction_follows_from_the_name(name, greater):
     config = quiet_config("unused", metric_for_best_model=name)
-    assert BestModel(config, TrainingState()).greater_is_better is greater
+    assert greater_is_better(config) is greater
 
 
 def test_answers_in_evaluations_do_not_change_the_run_or_its_resume(tmp_path):
