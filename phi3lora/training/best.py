@@ -92,15 +92,15 @@ class BestModel:
         patience = self.config.early_stopping_patience
         return patience is not None and self.state.evaluations_without_gain >= patience
 
-    def is_comparable(self, measured: Mapping[str, Any]) -> bool:
-        """Return whether a resumed run measures as it did before; if not, forget the best model so far."""
+    def forget_if_not_comparable(self, measured: Mapping[str, Any]) -> bool:
+        """Forget the best model so far if a resumed run measures something else; return whether it does."""
         state = self.state
         if measured["eval_data"] is None or state.measured in (None, measured):
-            return True
+            return False
         logger.warning("the best model so far was measured on something else: looking for the best one anew")
         state.best_metric = state.best_checkpoint = state.best_checkpoint_metric = None
         state.evaluations_without_gain = 0
-        return False
+        return True
 
 
 def adopt_best(resumed_from: Path, output_dir: str | os.PathLike[str], state: TrainingState) -> None:

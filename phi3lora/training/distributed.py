@@ -1,4 +1,4 @@
-"""The processes of a run (``World``), started by torchrun and joined by torch.distributed; the signals that stop it.
+"""The processes of a run (``World``), started by torchrun and joined by torch.distributed.
 
 Every process runs the same script and the same loop, on its own share of each step's micro-batches. Few things cross:
 
@@ -21,13 +21,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -156,8 +154,7 @@ class World:
         for _ in range(_TRIALS):
             self.meet()
             started = time.perf_counter()
-            with self._together():
-                work = dist.all_reduce(tensor, async_op=True)
+            work = self.begin_sum_(tensor)
             self.meet()  # takes less time than a large sum, which travels meanwhile
             self.wait([work])
             if tensor.is_cuda:
@@ -420,37 +417,3 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         sha.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-class Interrupts:
-    """SIGINT and SIGTERM as a request to stop, which the loop answers after the step with a checkpoint.
-
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread Python does not allow signal handlers, and
-    the signals keep their usual effect.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        """Number of the signal that came first."""
-        self._previous: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        """True once a signal has come."""
-        return self.signal is not None
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed from Python
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
-        logger.warning("%s: saving a checkpoint after this step, then stopping", signal.Signals(number).name)

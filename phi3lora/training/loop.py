@@ -46,7 +46,8 @@ from .checkpoint import (
     rng_state,
     save_checkpoint,
 )
-from .distributed import Interrupts, digest, joined
+from .distributed import digest, joined
+from .interrupts import Interrupts
 from .learning import learned_nothing
 from .logging import DeferredMetrics, Reporter, StepRecord, report_skipped
 from .optim import build_optimizer, schedule
@@ -231,7 +232,7 @@ class _Run:
     def _recall_evaluations(self, resumed_from: Path) -> None:
         """Restore the last evaluation and the best checkpoint, unless they were measured on something else."""
         state = self.state
-        if not self.best.is_comparable(self.resumable.measured):
+        if self.best.forget_if_not_comparable(self.resumable.measured):
             return
         for line in state.history:
             if "eval_loss" in line:
