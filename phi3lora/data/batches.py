@@ -39,9 +39,9 @@ import numpy as np
 import torch
 
 from ..config import IGNORE_INDEX, TrainingConfig
-from ..errors import SEED_END, CheckpointError, DataError, is_int, plain_value
+from ..errors import CheckpointError, DataError, is_int, plain_value, require
 from .dataset import ChatDataset, ChatStream
-from .document_set import check_argument
+from .document_set import check_seed
 from .prefetch import Share, pinned, prefetched
 
 logger = logging.getLogger("phi3lora")
@@ -91,8 +91,8 @@ def batches(
     row_length = dataset.max_length if max_length is None else max_length
     batch_size, row_length, seed, epoch = plain_value((batch_size, row_length, seed, epoch))
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", row_length, 1), ("epoch", epoch, 0)):
-        check_argument(is_int(value, least), name, value, f"a whole number >= {least}")
-    check_argument(is_int(seed, 0, SEED_END), "seed", seed, "a whole number >= 0, below 2**63")
+        require(is_int(value, least), name, value, f"a whole number >= {least}", DataError)
+    check_seed(seed)
     plan = BatchPlan(first, batch_size, row_length, packing, shuffle, seed, boundary)
     plan.check_lengths()  # now, not when the first batch is asked for
     plans = ((dataclasses.replace(plan, dataset=window), n) for n, window in dataset.windows(endless=False))

@@ -24,8 +24,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..errors import SEED_END, DataError, is_int, plain_value
-from .document_set import DocumentSet, check_argument, joined
+from ..errors import DataError, is_int, plain_value, require
+from .document_set import DocumentSet, check_seed, joined
 from .documents import RowTokenizer
 from .formats import check_columns, known_format
 from .mix import STRATEGIES, due_order, interleaved, weighted_sources
@@ -98,11 +98,11 @@ class ChatDataset(DocumentSet):
             (1, 'prompt_completion')
         """
         max_length, buffer_size = plain_value((max_length, buffer_size))
-        check_argument(is_int(max_length, 2), "max_length", max_length, "a whole number >= 2")
+        require(is_int(max_length, 2), "max_length", max_length, "a whole number >= 2", DataError)
         is_known = overflow in ("truncate", "split", "error")
-        check_argument(is_known, "overflow", overflow, "'truncate', 'split', 'error'")
-        check_argument(isinstance(streaming, bool), "streaming", streaming, "True, False")
-        check_argument(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1")
+        require(is_known, "overflow", overflow, "'truncate', 'split', 'error'", DataError)
+        require(isinstance(streaming, bool), "streaming", streaming, "True, False", DataError)
+        require(is_int(buffer_size, 1), "buffer_size", buffer_size, "a whole number >= 1", DataError)
         format = known_format(format)
         check_columns(columns, format)
         BadRows(on_bad_row)  # checks it
@@ -163,9 +163,9 @@ class ChatDataset(DocumentSet):
         """
         given, shares = weighted_sources(weights)
         seed = plain_value(seed)
-        check_argument(is_int(seed, 0, SEED_END), "seed", seed, "a whole number >= 0, below 2**63")
+        check_seed(seed)
         is_known = stopping_strategy in STRATEGIES
-        check_argument(is_known, "stopping_strategy", stopping_strategy, ", ".join(map(repr, STRATEGIES)))
+        require(is_known, "stopping_strategy", stopping_strategy, ", ".join(map(repr, STRATEGIES)), DataError)
         if tokenizer is None and not all(isinstance(source, (ChatDataset, ChatStream)) for source in given):
             raise DataError("a mix of sources that are not loaded needs the arguments of load: tokenizer, max_length=")
         parts: list[ChatDataset | ChatStream] = []

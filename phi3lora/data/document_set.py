@@ -24,7 +24,7 @@ import numpy as np
 
 from ..config import IGNORE_INDEX
 from ..display import terminal_columns, wrap
-from ..errors import SEED_END, DataError, is_int, plain_value, short_repr
+from ..errors import SEED_END, DataError, is_int, plain_value, require
 from .document_text import DocumentText, dataset_html, dataset_repr, dataset_summary, document_text
 from .findings import Findings
 from .prefetch import Share
@@ -176,8 +176,8 @@ class DocumentSet:
         row is in both sets. Rows of different sources are different rows, whatever their numbers.
         """
         fraction, seed = plain_value((fraction, seed))
-        check_argument(is_int(seed, 0, SEED_END), "seed", seed, "a whole number >= 0, below 2**63")
-        check_argument(isinstance(fraction, float) and 0 < fraction < 1, "fraction", fraction, "0 < fraction < 1")
+        check_seed(seed)
+        require(isinstance(fraction, float) and 0 < fraction < 1, "fraction", fraction, "0 < fraction < 1", DataError)
         keys = (self._sources * 2**40 + self._rows)[self._index]  # one for each row of each source
         rows = np.unique(keys)
         if len(rows) < 2:
@@ -305,7 +305,6 @@ def joined(parts: Sequence[Documents]) -> Documents:
     return joined
 
 
-def check_argument(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise a ``DataError`` with the argument's name, its value and what is allowed, unless ``ok``."""
-    if not ok:
-        raise DataError(f"{name}={short_repr(value)}; allowed: {allowed}")
+def check_seed(seed: object) -> None:
+    """Raise a ``DataError`` for a value that is not a seed."""
+    require(is_int(seed, 0, SEED_END), "seed", seed, "a whole number >= 0, below 2**63", DataError)

@@ -12,19 +12,18 @@ read. Several processes read all rows, and each tokenises its part of a window f
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from ..display import Html, html, one_line, terminal_columns, wrap
-from ..errors import DataError, is_int, plain_value
-from .document_set import Documents, DocumentSet, check_argument, joined
+from ..errors import DataError, is_int, plain_value, require
+from .document_set import Documents, DocumentSet, joined
 from .documents import NoDocumentsError, RowTokenizer
 from .prefetch import NotWanted, Share
 from .rows import BadRows
@@ -91,7 +90,7 @@ class RowStream(Generic[Documents]):
         rows, bads = self._open()
         window = list(islice(rows, self.buffer_size))
         documents = self._documents(window, bads)
-        self._first_pass = itertools.chain(window, rows), bads  # for windows(), so that nothing is read twice
+        self._first_pass = chain(window, rows), bads  # for windows(), so that nothing is read twice
         return documents
 
     def windows(
@@ -114,7 +113,6 @@ class RowStream(Generic[Documents]):
         Raises:
             DataError: anything that cannot be trained on, with the row's number.
         """
-
         try:
             yield from self._windows(start, endless, wanted, share)
         except NotWanted:
@@ -159,14 +157,14 @@ class RowStream(Generic[Documents]):
     def take(self, rows: int) -> Documents:
         """Return the documents of the first ``rows`` rows, in memory: to evaluate on."""
         rows = plain_value(rows)
-        check_argument(is_int(rows, 1), "rows", rows, "a whole number >= 1")
+        require(is_int(rows, 1), "rows", rows, "a whole number >= 1", DataError)
         stream, bads = self._open()
         return self._documents(list(islice(stream, rows)), bads)
 
     def skip(self: Stream, rows: int) -> Stream:
         """Return the stream without its first ``rows`` rows."""
         rows = plain_value(rows)
-        check_argument(is_int(rows, 1), "rows", rows, "a whole number >= 1")
+        require(is_int(rows, 1), "rows", rows, "a whole number >= 1", DataError)
         rest = copy.copy(self)
         rest.origin = None
         rest._skipped_rows, rest._first_pass = self._skipped_rows + rows, None
@@ -211,12 +209,10 @@ class RowStream(Generic[Documents]):
 
     def _rows_from(self, start: int, bads: Sequence[BadRows]) -> Iterator[StreamRow]:
         """Yield the rows from position ``start`` on, of sources that tell their number; those before are not read."""
-        for at, (part, bad) in enumerate(zip(self._parts, bads, strict=True)):
-            count = part.source.count() or 0
+        for at, bad in enumerate(bads):
+            count = self._parts[at].source.count() or 0
             if start < count:
-                with naming(self._names[at], len(self._parts) > 1):
-                    for number, row in part.source.read(bad, start):
-                        yield at, number, row
+                yield from self._rows_of_part(at, bad, start)
             start = max(0, start - count)
 
     def _rows(self, bads: Sequence[BadRows]) -> Iterator[StreamRow]:
@@ -226,13 +222,15 @@ class RowStream(Generic[Documents]):
         skipped, first = sum(1 for _ in islice(rows, self._skipped_rows)), list(islice(rows, 1))
         if not first:
             raise DataError(f"skip({self._skipped_rows:,}) leaves nothing of a stream of {skipped:,} rows")
-        return itertools.chain(first, rows)
+        return chain(first, rows)
 
     def _all_rows(self, bads: Sequence[BadRows]) -> Iterator[StreamRow]:
-        for at, (part, bad) in enumerate(zip(self._parts, bads, strict=True)):
-            with naming(self._names[at], len(self._parts) > 1):
-                for number, row in part.source.read(bad):
-                    yield at, number, row
+        return chain.from_iterable(self._rows_of_part(at, bad) for at, bad in enumerate(bads))
+
+    def _rows_of_part(self, at: int, bad: BadRows, start: int = 0) -> Iterator[StreamRow]:
+        with naming(self._names[at], len(self._parts) > 1):
+            for number, row in self._parts[at].source.read(bad, start):
+                yield at, number, row
 
     def _documents(self, window: list[StreamRow], bads: Sequence[BadRows], share: Share | None = None) -> Documents:
         """Return the documents of rows in their order. The rows of each part are tokenised together."""
