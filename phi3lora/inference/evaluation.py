@@ -134,14 +134,22 @@ def evaluate(
     if asked_by:
         pairs = _answerable(dataset.first_window, max_samples)
         answers = _answers_together(model, tokenizer, pairs, max_new_tokens, batch_size, world)
-        if scorer is not None:
-            scores = [scorer.score(a.reference, a.answer) for a in answers]
-            metrics |= {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
-        if compute_metrics is not None:
-            own_metrics = partial(_own_metrics, compute_metrics, answers, tuple(metrics))
-            metrics |= own_metrics() if world is None else world.from_main(own_metrics)
-        metrics["n_answers"] = len(answers)
+        metrics |= _metrics_of_answers(answers, scorer, compute_metrics, tuple(metrics), world)
     return metrics
+
+
+def _metrics_of_answers(
+    answers: Answers, scorer: Any, compute_metrics: ComputeMetrics | None, taken: Sequence[str], world: Any
+) -> dict[str, float]:
+    """Return ROUGE if there is a scorer, what the caller's function returns if there is one, and ``n_answers``."""
+    metrics: dict[str, float] = {}
+    if scorer is not None:
+        scores = [scorer.score(a.reference, a.answer) for a in answers]
+        metrics |= {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
+    if compute_metrics is not None:
+        own_metrics = partial(_own_metrics, compute_metrics, answers, (*taken, *metrics))
+        metrics |= own_metrics() if world is None else world.from_main(own_metrics)
+    return {**metrics, "n_answers": len(answers)}
 
 
 def _own_metrics(compute_metrics: ComputeMetrics, answers: Answers, taken: Collection[str]) -> dict[str, float]:

@@ -49,6 +49,12 @@ from .sharding import sharded_base
 GIB = 2**30
 FACTORS = {"fused": 1.0, "compiled": 1.6, "plain": 2.0}
 """Memory of the layers relative to the fused kernels, by the kind of a :class:`Backend`."""
+_STORED_BYTES: dict[str, Callable[[int, int], float]] = {
+    "fp8": lambda out, inner: out * inner + 4 * out,  # entries, scales
+    "nf4": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8,  # entries, scales, scales of scales
+    "nf4-fp8": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 4 * out,
+}
+"""Bytes of a weight (out, in) in a format of lora/base_weight.py."""
 
 
 @dataclass(frozen=True)
@@ -111,25 +117,8 @@ def plan_memory(
         "full": D * size,
         "offload": 0,
     }
-    fixed = _bytes(model) + count_trainable(model) * (4 + optimizer_bytes + size)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linear: list[Any] = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-
-    def stored_bytes(layer: Any) -> float:
-        if base_precision is None:
-            return base_weight_of(layer).nbytes
-        return _STORED_BYTES[base_precision](*weight_shape(layer.weight))
-
-    fixed += sum(stored_bytes(layer) - base_weight_of(layer).nbytes for layer in linear)
-    split = sharded_base(model)
-    parts = parts if split is None else split.size
-    if parts > 1:  # this process's part of every layer, and two whole layers
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        each = [sum(stored_bytes(m) for m in layer.modules() if isinstance(m, nn.Linear)) for layer in decoder.layers]
-        fixed += sum(each) / parts + 2 * max(each) - sum(each)
-    # A product writes its nf4 weight out, or its fp8 weight's transpose, one weight at a time.
-    written = {"": 0, "nf4": size, "fp8": 1, "nf4-fp8": 1}[base_precision or base_format(model)]
-    fixed += written * max(weight_shape(layer.weight).numel() for layer in linear)
+    fixed = _weight_bytes(model, size, base_precision, parts)
+    fixed += count_trainable(model) * (4 + optimizer_bytes + size)
     # Temporary memory is largest for the feed-forward part's gradients or for the loss's chunk of logits.
     # SwiGLU's backward writes a partial gradient of z for each 64 columns, at a rank padded for tensor cores.
     partial_sums = size * tokens * I // 64 * 2 * max(16, 1 << (gate_up_r - 1).bit_length()) if gate_up_r else 0
@@ -151,6 +140,31 @@ def plan_memory(
     return MemoryPlan(peak, _available_gib(model, weight.device))
 
 
+def _weight_bytes(model: Any, size: int, base_precision: str | None, parts: int) -> float:
+    """Return the bytes of all weights on this process's device, and of the one that a product writes out at a time.
+
+    ``size`` is that of a number of the compute dtype; ``base_precision`` and ``parts`` are as in :func:`plan_memory`.
+    """
+    head = model.get_output_embeddings()
+    linear: list[Any] = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+
+    def stored_bytes(layer: Any) -> float:
+        if base_precision is None:
+            return base_weight_of(layer).nbytes
+        return _STORED_BYTES[base_precision](*weight_shape(layer.weight))
+
+    total = _bytes(model) + sum(stored_bytes(layer) - base_weight_of(layer).nbytes for layer in linear)
+    split = sharded_base(model)
+    parts = parts if split is None else split.size
+    if parts > 1:  # this process's part of every layer, and two whole layers
+        layers = model.get_decoder().layers
+        each = [sum(stored_bytes(m) for m in layer.modules() if isinstance(m, nn.Linear)) for layer in layers]
+        total += sum(each) / parts + 2 * max(each) - sum(each)
+    # A product writes its nf4 weight out, or its fp8 weight's transpose.
+    written = {"": 0, "nf4": size, "fp8": 1, "nf4-fp8": 1}[base_precision or base_format(model)]
+    return total + written * max(weight_shape(layer.weight).numel() for layer in linear)
+
+
 def cache_bytes_per_token(model: nn.Module) -> int:
     """Return the bytes of a token's keys and values in all layers: Phi-3-mini in bf16 takes 384 KiB."""
     config: Any = model.config
@@ -162,14 +176,6 @@ def cache_bytes_per_token(model: nn.Module) -> int:
 def _head_dim(config: Any) -> int:
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return head_dim
-
-
-_STORED_BYTES: dict[str, Callable[[int, int], float]] = {
-    "fp8": lambda out, inner: out * inner + 4 * out,  # entries, scales
-    "nf4": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8,  # entries, scales, scales of scales
-    "nf4-fp8": lambda out, inner: out * inner * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 4 * out,
-}
-"""Bytes of a weight (out, in) in a format of lora/base_weight.py."""
 
 
 def _bytes(model: nn.Module) -> int:
