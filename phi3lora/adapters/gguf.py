@@ -226,11 +226,11 @@ def _check_adapter(source: Path) -> None:
         raise AdapterError(f"cannot convert {str(source)!r}: {error}") from error
     if config.rank_pattern or config.alpha_pattern:
         raise AdapterError(
-            f"{str(source)!r} has rank_pattern or alpha_pattern (layout 'pattern'), which llama.cpp ignores in "
-            f"silence; {way_out}"
+            f"{str(source)!r} has rank_pattern or alpha_pattern (layout 'pattern'), which llama.cpp ignores "
+            f"silently; {way_out}"
         )
     if config.common.use_rslora:
-        raise AdapterError(f"{str(source)!r} has use_rslora, which llama.cpp ignores in silence; {way_out}")
+        raise AdapterError(f"{str(source)!r} has use_rslora, which llama.cpp ignores silently; {way_out}")
     split = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} & adapted
     if split:
         raise AdapterError(

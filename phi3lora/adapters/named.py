@@ -32,7 +32,6 @@ from ..lora.wrappers import module_at, unwrap
 DEFAULT = "default"
 """Default adapter name."""
 
-
 _DISABLED: WeakSet[nn.Module] = WeakSet()
 """Models inside a ``disabled`` block, with adapters or without."""
 

@@ -153,7 +153,7 @@ def export_peft(
             tensors[f"{PREFIX}{at}.{start}{side}{end}"] = tensor.contiguous()
     header = json.dumps({**metadata, "layout": layout, "segments": segments, "ratios": ratios})
     stops = [] if tokenizer is None else tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
-    pattern_note = PATTERN_NOTE if config["rank_pattern"] or config["alpha_pattern"] else None
+    has_patterns = bool(config["rank_pattern"] or config["alpha_pattern"])
 
     def write(folder: Path) -> None:
         (folder / TENSORS_NAME).write_bytes(tensor_file(".safetensors", tensors, {HEADER_KEY: header}))
@@ -170,8 +170,7 @@ def export_peft(
         write_folder(path, write, marker=CONFIG_NAME)
     rank = max(len(module.pair.A) for module in modules.values())
     rounded = tuple(at for at, m in modules.items() if math.frexp(ratios.get(m.layer, 1.0))[0] != 0.5)  # not 2^n
-    notes, commands = _use(model, tokenizer, path, layout, rank, base_model, stops, pattern_note is not None)
-    notes = ([] if pattern_note is None else [pattern_note]) + notes
+    notes, commands = _notes_and_commands(model, tokenizer, path, layout, rank, base_model, stops, has_patterns)
     return PeftExport(path, layout, rank, tuple(modules), rounded, tuple(map(printable, notes)), commands)
 
 
@@ -295,7 +294,7 @@ def _peft_config(
     }
 
 
-def _use(
+def _notes_and_commands(
     model: Any,
     tokenizer: Any,
     path: Path,
@@ -306,7 +305,7 @@ def _use(
     has_patterns: bool,
 ) -> tuple[list[str], dict[str, str]]:
     """Return notes about the engines, and tool -> commands."""
-    notes = []
+    notes = [PATTERN_NOTE] if has_patterns else []
     config = getattr(model, "config", None)
     base = base_model or ("LLAMA_STYLE_BASE" if layout == "split" else "BASE_MODEL")
     is_phi3 = getattr(config, "model_type", None) == "phi3"

@@ -49,7 +49,7 @@ PREFIX = "base_model.model."
 """Start of every tensor's name."""
 PATTERN_NOTE = (
     "rank_pattern and alpha_pattern: PEFT, transformers and vLLM (0.32 or later) read them; llama.cpp, Ollama and "
-    "SGLang ignore them in silence and compute another function"
+    "SGLang ignore them silently and compute another function"
 )
 """What an export of the layout "pattern", and its card, say of the engines."""
 
@@ -145,7 +145,7 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def peft_folders_in(folder: Path) -> list[str]:
-    """Return the names of the PEFT folders in a folder that is none itself, as another trainer's output folder has."""
+    """Return the names of the PEFT folders inside a folder that is not one itself, as another trainer writes them."""
     if (folder / CONFIG_NAME).is_file():
         return []
     return sorted((path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")), key=lambda name: (len(name), name))

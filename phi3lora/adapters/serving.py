@@ -1,6 +1,6 @@
 """The engines that serve a model or an adapter: the commands, and the arguments that each needs besides the files.
 
-llama.cpp's converters and its tokenizer guess what no file of a Phi-3 folder says, and guess wrongly in silence:
+llama.cpp's converters and its tokenizer guess what no file of a Phi-3 folder says, and guess wrongly without a warning:
 
     what                             its guess                                     told by
     white space after Phi-3's        kept, unless general.name contains "phi-3"    --model-name; model_name in the

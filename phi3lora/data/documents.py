@@ -381,7 +381,7 @@ def cached_chats(chats: Iterator[EncodedChats], findings: Findings, key: str | N
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"), quiet_libraries():
             if folder.exists() and not _is_whole(folder):
-                logger.warning("the cached tokens in %s are damaged or half there: tokenising again", folder)
+                logger.warning("the cached tokens in %s are damaged or incomplete: tokenising again", folder)
                 shutil.rmtree(folder)
             source = datasets.Dataset.from_generator
             options = {"features": features, "fingerprint": key, "writer_batch_size": 1}

@@ -229,7 +229,7 @@ def _tools(values: Mapping[str, Any], number: int) -> Any:
 
 
 def _count(findings: Findings, messages: list[Message], prompt_messages: int, form: str, unused: list[str]) -> None:
-    """Count what was found in a row that is read, and take off switches that turn on what is never trained."""
+    """Count what was found in a row that is read, and remove switches that turn on what is never trained."""
     findings.rows_by_form[form] += 1
     for key in unused:
         findings.unused[str(key)] += 1

@@ -24,6 +24,7 @@ _MARKERS = (
     "### Instruction:",
 )  # fmt: skip
 _ROLE_STARTS = ("<|assistant|>", "<|im_start|>")
+_MAP = "name the columns to train on with columns={'prompt': 'your column', 'completion': 'your column'}"
 _ANSWER_STARTS = ("### Response:", "### Assistant:", "### Answer:", "ASSISTANT:", "\nAssistant:", "[/INST]")
 
 
@@ -55,9 +56,6 @@ def refuse_other_job(row: Mapping[str, Any], form: str | None, needed: Sequence[
             raise DataError(f"{what}feedback on an answer (KTO), not a chat to train on; {good}")
         if form == "text":
             raise DataError(f"{what}classification of 'text'; make the label an answer, or {anyway}")
-
-
-_MAP = "name the columns to train on with columns={'prompt': 'your column', 'completion': 'your column'}"
 
 
 def _preferred(row: Mapping[str, Any], anyway: str) -> str:

@@ -38,14 +38,14 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Endings that may follow those of :data:`SUFFIXES`."""
 
 _OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_ROWS_IN_PYTHON = 100  # of those, made Python objects at a time
 _ROWS_AT_ONCE = 1000  # of a table
+_ROWS_IN_PYTHON = 100  # of those, made Python objects at a time
 _QUOTED_ERRORS = 3
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV cell, the most that every platform takes; Python's default is 131,072
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 # Damaged files, and values that Python cannot hold: text that is not UTF-8, dates past 9999.
 _TABLE_ERRORS = (OSError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError)
-_IN_A_ROW = ("messages", "conversations", "history", "tools", "functions")  # lists of objects that are no rows
+_IN_A_ROW = ("messages", "conversations", "history", "tools", "functions")  # columns whose objects are not rows
 _PYTHON_TYPES = frozenset({str, int, bool, type(None), bytes})
 
 

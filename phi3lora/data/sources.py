@@ -35,8 +35,8 @@ logger = logging.getLogger("phi3lora")
 
 _ALLOWED_FILES = f"{', '.join(SUFFIXES)}, each also with {', '.join(COMPRESSIONS)}"
 _ALLOWED_SPLITS = "'train' (all of it), 'all', or a part such as 'train[:100]' or 'train[10%:20%]'"
-# Names that datasets takes for its own readers. They would look for files everywhere under the working directory.
 _HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # the rule of huggingface_hub
+# Names that datasets takes for its own readers. They would look for files everywhere under the working directory.
 _READERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"}
 _NO_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}  # descriptions of a dataset
 _SPLIT_WORDS = {

@@ -29,6 +29,9 @@ from .weight_formats import BaseWeight, Dense, Fp8, Nf4, Nf4Fp8, has_triton, qua
 
 logger = logging.getLogger("phi3lora")
 
+PRECISIONS = ("nf4", "fp8", "nf4-fp8")
+"""Formats of a quantised base."""
+
 
 # ----------------------------------------------------------------------------------------------------
 # Layers in fp8 and nf4
@@ -301,10 +304,6 @@ def quantize_base(model: nn.Module, precision: str) -> None:
         if usable == "nf4-fp8":
             multiply_in_fp8(layer)
     keep_4bit_packing(model)
-
-
-PRECISIONS = ("nf4", "fp8", "nf4-fp8")
-"""Formats of a quantised base."""
 
 
 def usable_precision(precision: str | None, device: torch.device) -> str | None:

@@ -42,7 +42,13 @@ from .cudnn_attention import Documents, cudnn_attention, is_available
 NAME = "phi3lora"
 """Name of this attention in ``model.config._attn_implementation``."""
 
+PLAIN_OUTPUT = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Arguments of a forward that returns what is used here and keeps nothing else, whatever ``model.config`` says."""
+
 _SUPPORTED = (NAME, "sdpa", "eager")
+_FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+# torch 2.13 needs an argument for grouped-query heads; 2.11 has no such argument and needs none.
+_VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def register() -> None:
@@ -105,17 +111,6 @@ def packed_attention(
     )  # fmt: skip
     assert isinstance(packed, Tensor)
     return packed.view(B, S, H, D), None
-
-
-_FULL_ROWS_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-
-
-# torch 2.13 needs an argument for grouped-query heads; 2.11 has no such argument and needs none.
-_VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-
-
-PLAIN_OUTPUT = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
-"""Arguments of a forward that returns what is used here and keeps nothing else, whatever ``model.config`` says."""
 
 
 def packed_forward_kwargs(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

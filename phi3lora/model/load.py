@@ -27,6 +27,14 @@ _SUPPORTED = (
 )
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "dtype": (*_DTYPES, "auto"),
+    "base_precision": (None, *PRECISIONS),
+    "parallel": (None, "auto", "ddp", "fsdp"),
+    "attn_implementation": (PACKED_ATTENTION, "sdpa", "eager"),
+    "use_cache": (True, False),
+}
+"""Settings of ``load_model`` -> their allowed values."""
 _MAX_LAYERS = 1000  # the family's largest model has 40; transformers builds every layer before it looks for weights
 _MAX_LABELS = 10_000  # a list of their names is built even for a model that has none
 
@@ -113,15 +121,6 @@ def load_model(
             quantize_base(layer.to(device), usable)
     keep_4bit_packing(model)
     return model.to(device).eval(), tokenizer
-
-
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "dtype": (*_DTYPES, "auto"),
-    "base_precision": (None, *PRECISIONS),
-    "parallel": (None, "auto", "ddp", "fsdp"),
-    "attn_implementation": (PACKED_ATTENTION, "sdpa", "eager"),
-    "use_cache": (True, False),
-}
 
 
 def check_load_settings(**settings: Any) -> None:

@@ -161,7 +161,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(demo_folders, conve
             p3.export_gguf(source, tmp_path / "out", **{"base": p3.demo.BASE, **options})
         assert not (tmp_path / "out").exists()
 
-    refused("rank_pattern or alpha_pattern .* ignores in silence; import_peft reads", demo_folders / "pattern")
+    refused("rank_pattern or alpha_pattern .* ignores silently; import_peft reads", demo_folders / "pattern")
     refused("adapts q_proj, up_proj, v_proj .layout 'split'.", demo_folders / "split")
     demo = AutoModelForCausalLM.from_pretrained(p3.demo.BASE)
     peft_made(demo, tmp_path / "rslora", target_modules=["qkv_proj"], use_rslora=True)

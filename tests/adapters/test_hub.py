@@ -115,7 +115,7 @@ def test_every_card_of_a_folder_with_patterns_says_who_ignores_them(tmp_path):
         p3.export_peft(model, tmp_path / layout, layout=layout, base_model="o/b")
         for _ in range(2):
             card = (tmp_path / layout / "README.md").read_text()
-            assert ("llama.cpp, Ollama and SGLang ignore them in silence" in card) == is_said
+            assert ("llama.cpp, Ollama and SGLang ignore them silently" in card) == is_said
             p3.write_model_card(tmp_path / layout, base_model="o/b")
 
 

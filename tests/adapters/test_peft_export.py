@@ -165,8 +165,8 @@ def test_notes_about_the_base_the_layout_and_the_servers(tmp_path):
     pattern = p3.export_peft(longrope_model(), tmp_path / "b", layout="pattern", base_model="microsoft/phi-4")
     assert "longrope: documents of up to 40 tokens" in str(pattern) and "this machine" not in str(pattern)
     assert list(pattern.commands) == ["PEFT", "vLLM"] and pattern.commands["vLLM"].endswith(" --max-model-len 40")
-    assert "llama.cpp, Ollama and SGLang ignore them in silence" in str(pattern)
-    assert "llama.cpp, Ollama and SGLang ignore them in silence" in (tmp_path / "b" / "README.md").read_text()
+    assert "llama.cpp, Ollama and SGLang ignore them silently" in str(pattern)
+    assert "llama.cpp, Ollama and SGLang ignore them silently" in (tmp_path / "b" / "README.md").read_text()
 
 
 # --- Our own folders come back

@@ -213,7 +213,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, encoded, empty_cache, caplog, d
             damaged = damage(data, random)
             file.unlink() if damaged is None else file.write_bytes(damaged)
             assert same(load(path), good) and len(encoded) == len(ROWS)
-            assert "damaged or half there: tokenising again" in caplog.text
+            assert "damaged or incomplete: tokenising again" in caplog.text
             assert same(load(path), good) and len(encoded) == len(ROWS), "it heals"
 
 
