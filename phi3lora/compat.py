@@ -184,7 +184,7 @@ def hint_at_name(name: str, known: Iterable[str], section: str | None = None) ->
         return f" Here it is called {ours}."
     if home == section:
         return f" Did you mean {field!r}?"
-    return f" Here it is called {field!r}, and is none of {_IN_PYTHON[section]}: see {_IN_PYTHON[home]}."
+    return f" Here it is called {field!r} and belongs to {_IN_PYTHON[home]}, not to {_IN_PYTHON[section]}."
 
 
 def field_names(cls: type[Any]) -> list[str]:

@@ -417,8 +417,8 @@ class TrainingConfig(_Config):
     continue_on_save_error: bool = False
     """Continue when a checkpoint cannot be written (a full disk, say); False: the error ends the run."""
     resume_from_checkpoint: bool | str | None = setting(False, _START)
-    """Where to start: False (a new run), True (the newest good checkpoint, which must exist), ``"auto"`` (the newest
-    good one, or a new run if there is none), or a checkpoint's path."""
+    """Start of the run: False (from scratch), True (the newest good checkpoint, which must exist), ``"auto"`` (the
+    newest good one, or from scratch if there is none), or a checkpoint's path."""
     resume_with_changes: bool = False
     """Resume even if the data, the settings or the versions of torch and transformers differ from the checkpoint's. The
     differences are reported, and the run no longer equals the interrupted one bit for bit."""

@@ -382,8 +382,8 @@ def import_tqdm_quietly() -> None:
 def quiet_libraries() -> Iterator[None]:
     """Hide, inside the block, the progress bars of transformers and datasets, and the hints of bitsandbytes.
 
-    The bars of downloads stay. Whoever asks for the others sees them: by ``transformers.logging.set_verbosity_info()``,
-    or by ``HF_HUB_DISABLE_PROGRESS_BARS=0`` and ``HF_DATASETS_DISABLE_PROGRESS_BARS=0``.
+    The bars of downloads stay. A user can ask for the others: by ``transformers.logging.set_verbosity_info()``, or by
+    ``HF_HUB_DISABLE_PROGRESS_BARS=0`` and ``HF_DATASETS_DISABLE_PROGRESS_BARS=0``.
     """
     with ExitStack() as stack:
         hints = logging.getLogger("bitsandbytes")

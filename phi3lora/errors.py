@@ -136,7 +136,7 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def is_path(value: object) -> bool:
-    """Return whether a value is a path that a file system can look up; an empty text is none."""
+    """Return whether a value is a path that a file system can look up; an empty text is not."""
     if not isinstance(value, (str, os.PathLike)):
         return False
     name = os.fspath(value)

@@ -151,7 +151,7 @@ def _read_file(path: str) -> Mapping[str, Any]:
             hint = hint_at_name(str(key), _KEYS)
             homes = [section for section in SECTIONS if key in field_names(section)]
             if homes and not hint:
-                hint = f" It belongs into the section {homes[0]!r}."
+                hint = f" It belongs in the section {homes[0]!r}."
             raise ConfigError(f"{path}: there is no section {short_repr(key)}.{hint} Allowed: {', '.join(_KEYS)}")
     _warn_of_versions(path, content.get("versions"))
     return content

@@ -152,7 +152,7 @@ def _setting_in(section: str, given: str) -> str:
     if given in _names_in(section):
         return _own_names(section).get(given, given)
     others = [other for other in SECTIONS if given in field_names(other)]
-    hint = f" It belongs into the section {others[0]!r}." if others else hint_at_name(given, _own_names(section))
+    hint = f" It belongs in the section {others[0]!r}." if others else hint_at_name(given, _own_names(section))
     allowed = ", ".join(field_names(section))
     raise ConfigError(f"the section {section!r} has no setting {short_repr(given)}.{hint} Allowed: {allowed}")
 

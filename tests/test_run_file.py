@@ -44,7 +44,7 @@ def test_a_name_of_another_tool_is_refused_with_the_name_that_it_has_here(write,
             read_run(path, options)
     section, _, field = ours.partition(".")
     for home, config in (("lora", p3.LoraConfig), ("training", p3.TrainingConfig)):
-        said = f"Did you mean '{field}'" if home == section else f"'{field}', and is none of"
+        said = f"Did you mean '{field}'" if home == section else f"'{field}' and belongs to "
         with pytest.raises(p3.ConfigError, match=said):
             config(**{theirs: 1})
 
@@ -199,10 +199,10 @@ def test_columns_are_texts_and_other_mappings_hold_numbers(write):
         ("training: {packing: maybe}", "packing='maybe'; allowed: True, False"),
         ("training: {max_steps: 1.5}", "max_steps=1.5"),
         ("trainings: {max_steps: 1}", "there is no section 'trainings'. Did you mean 'training'?"),
-        ("learning_rate: 1", "belongs into the section 'training'"),
+        ("learning_rate: 1", "belongs in the section 'training'"),
         ("model: {name_or_pat: x}", "Did you mean 'name_or_path'?"),
         ("data: {colums: x}", "Did you mean 'columns'?"),
-        ("lora: {learning_rate: 8}", "It belongs into the section 'training'."),
+        ("lora: {learning_rate: 8}", "It belongs in the section 'training'."),
         ("lora: {rnk: 8}", "Did you mean 'rank'?"),
         ("training: {seed: 1, seed: 2}", "'seed' is given twice"),
         ("training: {eval_strategy: no, evaluation_strategy: steps}", "eval_strategy='no' are two values of one"),

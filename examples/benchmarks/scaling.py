@@ -72,7 +72,7 @@ SPLIT_MS = {  # checkpointing, base: milliseconds of 8 layers of Phi-4 with a wh
 
 
 class Bytes(NamedTuple):
-    """What a model brings to the links: the adapters' float32 gradients, and a layer's frozen weights by format."""
+    """Bytes that cross the links: the adapters' float32 gradients, and a layer's frozen weights by format."""
 
     gradients: int
     layers: int

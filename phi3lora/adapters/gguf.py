@@ -180,7 +180,7 @@ def find_converters(folder: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of llama.cpp's converters.
 
     Raises:
-        AdapterError: there are none in ``folder``; None: nor in any of the places that :func:`export_gguf` names.
+        AdapterError: there are none in ``folder``, or, if it is None, in any place that :func:`export_gguf` names.
     """
     named = folder if folder is not None else os.environ.get("LLAMA_CPP")
     if named is not None:

@@ -390,7 +390,7 @@ def _published_names(folder: Path) -> list[str]:
     if links := [name for name in names if name in linked]:
         raise AdapterError(
             f"{str(folder)!r} holds links, which are not followed: {first_of(links)}. Allowed: files. Replace "
-            f"each by what it leads to, if that is to be published"
+            f"each by the file that it leads to, if you want to publish that"
         )
     others = [name for name in names if "/" in name or not any(fnmatch(name, pattern) for pattern in PUBLISHED)]
     if others:

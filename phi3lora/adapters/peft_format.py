@@ -51,7 +51,7 @@ PATTERN_NOTE = (
     "rank_pattern and alpha_pattern: PEFT, transformers and vLLM (0.32 or later) read them; llama.cpp, Ollama and "
     "SGLang ignore them silently and compute another function"
 )
-"""What an export of the layout "pattern", and its card, say of the engines."""
+"""Note about the engines, in the report and the card of an export in the layout "pattern"."""
 
 _MOST_KEYS, _MOST_CHARACTERS, _MOST_REPEATS = 5000, 300, 3
 

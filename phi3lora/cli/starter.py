@@ -90,7 +90,8 @@ def _fit(
 ) -> tuple[str | None, int, MemoryPlan]:
     """Return the precision of the base and the rows of a micro-batch that fit, and the memory they take.
 
-    16 bits where the base and one row fit in them; else 4 bits. As many rows as fit without a full recomputation.
+    The base stays in 16 bits if it and one row fit, else it is in 4 bits. The rows are as many as fit without
+    recomputing whole layers.
     """
     weights_gib = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad) / GIB
 

@@ -76,7 +76,7 @@ class DocumentSet:
         self.tokenizer: Any = None
         """The tokenizer that ``load`` was given, for :meth:`show`."""
         self.findings = findings or Findings()
-        """What loading found in the source: see ``data/findings.py``."""
+        """Findings of loading the source: see ``data/findings.py``."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has of this set: all but what is computed from it."""

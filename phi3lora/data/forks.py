@@ -73,7 +73,7 @@ class _Fork:
         """Wait for the answer.
 
         Raises:
-            EOFError, UnpicklingError: there is none, or half of one.
+            EOFError, UnpicklingError: no answer, or half of one.
         """
         return pickle.load(self._pipe)
 

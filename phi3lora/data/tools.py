@@ -17,9 +17,9 @@ role ``tool``. A template writes them as text. Three ways, tried in this order, 
 3.  The row is refused: a call that nothing renders would train an empty answer.
 
 The model card says where the tools go, that they are what ``json.dumps`` writes, without OpenAI's wrapper, and which
-markers enclose calls; a call is a JSON list, as the model writes it. How a result is written nobody at Microsoft says.
-It is what the template makes of the role ``tool``, which vLLM, Ollama and ``apply_chat_template`` send too; llama.cpp's
-template has ``<|tool_response|>`` instead. Sources:
+markers enclose calls; a call is a JSON list, as the model writes it. Microsoft does not say how a result is written.
+Here it is what the template makes of the role ``tool``, which vLLM, Ollama and ``apply_chat_template`` send too;
+llama.cpp's template has ``<|tool_response|>`` instead. Sources:
 
     https://huggingface.co/microsoft/Phi-4-mini-instruct#tool-enabled-function-calling-format
     https://github.com/microsoft/PhiCookBook (md/02.Application/07.FunctionCalling/Phi4)

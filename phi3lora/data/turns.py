@@ -192,7 +192,7 @@ def _switch(turn: Mapping[str, Any], switches: Sequence[str], masks: Sequence[st
     says: dict[str, bool] = {}
     for key in switches:
         value = turn[key]
-        if is_empty(value) or (key == "loss" and not isinstance(value, bool)):  # a loss that somebody noted down
+        if is_empty(value) or (key == "loss" and not isinstance(value, bool)):  # a loss that was recorded, no switch
             continue
         on = _on_off(value)
         if on is None:

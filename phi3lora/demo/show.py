@@ -66,7 +66,7 @@ def score(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]]) -> Score
 def run_demo(seeds: list[int], output_dir: str, random_init: bool = False) -> bool:
     """Tune once for each seed and print the scores; return whether every seed reached 95 % exact match."""
     for seed in seeds:
-        TrainingConfig(seed=seed)  # refuses what is none, before a tuning begins
+        TrainingConfig(seed=seed)  # refuses a value that is not a seed, before a tuning begins
     started = time.perf_counter()
     rows = [json.loads(line) for line in (FOLDER / "eval.jsonl").read_text().splitlines()]
     table = []

@@ -77,7 +77,7 @@ class InjectionReport:
     total_parameters: int
     """Number of entries in the whole model, adapters included."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """What ``"all-linear"`` could not adapt: path of a layer, or of a module with 3-D weights -> reason."""
+    """Modules that ``"all-linear"`` could not adapt: path of a layer, or of a module with 3-D weights -> reason."""
     bypassed: dict[str, str] = field(default_factory=dict)
     """Adapted layers that may be bypassed: path -> the parent's class, whose code reads their weight itself."""
 

@@ -28,7 +28,7 @@ _ADAPTER_NAMES = frozenset({
     *ADAPTER_PARAMETERS, "r", "lora_alpha", "use_rslora", "lora_dropout", "scaling", "enabled", "merged",
     "merge_weights", "fan_in_fan_out", "segments", "enable_lora", "conv",
 })  # fmt: skip
-"""What an adapted layer holds beside the state of its base layer."""
+"""Attributes of an adapted layer beside the state of its base layer."""
 
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 INNER_STATE = frozenset({

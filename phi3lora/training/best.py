@@ -97,14 +97,14 @@ class BestModel:
         state = self.state
         if measured["eval_data"] is None or state.measured in (None, measured):
             return False
-        logger.warning("the best model so far was measured on something else: looking for the best one anew")
+        logger.warning("the best model so far was measured on something else: looking for a new best one")
         state.best_metric = state.best_checkpoint = state.best_checkpoint_metric = None
         state.evaluations_without_gain = 0
         return True
 
 
 def adopt_best(resumed_from: Path, output_dir: str | os.PathLike[str], state: TrainingState) -> None:
-    """Make sure that the best checkpoint is whole and in ``output_dir``; else the run looks for a best one anew.
+    """Make sure that the best checkpoint is whole and in ``output_dir``; else the run looks for a new best one.
 
     A run that goes on in another folder gets a copy.
     """

@@ -114,7 +114,7 @@ class TrainingState:
     evaluations_without_gain: int = 0
     """Evaluations since ``best_metric`` was last beaten."""
     measured: dict[str, Any] | None = None
-    """What the best metrics belong to: metric, evaluation data, base. None in checkpoints of version 0.1.0."""
+    """Metric, evaluation data and base that the best metrics belong to. None in checkpoints of version 0.1.0."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Lines of ``metrics.jsonl``. Callbacks may add lines; those that are there are written already."""
     should_stop: bool = False
@@ -143,7 +143,7 @@ class Resumable:
     data: dict[str, Any]
     """Facts that fix the batches: the dataset's fingerprint and size, the row length."""
     measured: dict[str, Any]
-    """What the run's metrics belong to: the metric, the evaluation data (None: not evaluated), the base."""
+    """Metric, evaluation data (None: not evaluated) and base that the run's metrics belong to."""
     rank: int = 0
     """Number of this process; each has its own random generators."""
     processes: int = 1
@@ -266,7 +266,7 @@ def newest_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """Return the checkpoint that ``resume_from_checkpoint`` selects, which must be whole, or None to start anew."""
+    """Return the checkpoint that ``resume_from_checkpoint`` selects, which must be whole; None for a new run."""
     selected = config.resume_from_checkpoint
     if not selected:
         return None

@@ -37,7 +37,7 @@ logger = logging.getLogger("phi3lora")
 RECORD = "run.yaml"
 """Name of the file in the output folder that has the settings of the run, as resolved, and runs again."""
 _FILES = ("metrics.jsonl", PICTURE)
-"""Files of a run, beside its checkpoints and its record, that another run would write anew."""
+"""Files of a run, beside its checkpoints and its record, that another run would overwrite."""
 
 
 # --- The lock
@@ -96,7 +96,7 @@ class OutputFolder:
             return False
 
     def keep(self) -> None:
-        """Create and lock the folder anew if it was deleted or replaced.
+        """Create and lock the folder again if it was deleted or replaced.
 
         Raises:
             CheckpointError: another run has made it and uses it, or has left checkpoints in it.

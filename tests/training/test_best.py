@@ -89,7 +89,7 @@ def test_another_evaluation_set_is_asked_for_and_its_best_is_found_anew(tmp_path
     with caplog.at_level(logging.WARNING, logger="phi3lora"):
         result, _ = run(tmp_path, [9.0, 7.0, 8.0, 9.0], monkeypatch, resume_with_changes=True, **settings)
     assert result.best_checkpoint == str(tmp_path / "checkpoint-4")  # not checkpoint-1, of the other set
-    assert "looking for the best one anew" in caplog.text
+    assert "looking for a new best one" in caplog.text
 
 
 def test_a_run_may_go_on_without_evaluations_and_remembers_what_the_best_was_measured_on(tmp_path, monkeypatch):
