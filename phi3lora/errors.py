@@ -59,8 +59,13 @@ class TrainingError(Phi3LoRAError):
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Return ``" Did you mean 'q_proj'?"`` for the candidate closest to ``name``, or ``""`` if none is close."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    """Return ``" Did you mean 'q_proj'?"`` for the candidate closest to ``name``, or ``""`` if none is close.
+
+    A candidate whose words have ``name`` as their initials comes first: ``learning_rate`` for ``lr``.
+    """
+    names, letters = list(candidates), name.strip("-")
+    close = [each for each in names if len(letters) > 1 and "".join(re.findall(r"(?<![a-z])[a-z]", each)) == letters]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -142,6 +147,14 @@ def is_path(value: object) -> bool:
     name = os.fspath(value)
     are_short = all(len(os.fsencode(part)) <= _MAX_NAME_BYTES for part in name.split("/"))
     return name != "" and "\0" not in name and are_short
+
+
+_HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # the rule of huggingface_hub
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether ``text`` can be a name on the hub: ``name`` or ``owner/name``."""
+    return _HUB_NAME.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
 def as_path(value: Any, what: str, error: type[Phi3LoRAError]) -> Path:

@@ -61,7 +61,7 @@ def test_the_demo_ends_with_the_line_that_lets_one_talk_to_it(tmp_path, monkeypa
     monkeypatch.setattr("phi3lora.demo.show.score", lambda *arguments: show.Score(["an answer"] * 200, 1.0, 1.0, 1.0))
     assert main(["demo", "--seeds", "3", "--output-dir", "runs/d"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    words = shlex.split(last.removeprefix("talk to it: "))
+    words = shlex.split(last.removeprefix("talk to it  "))
     assert words[-5:] == ["chat", "--model", "demo", "--adapter", "runs/d/seed-3/adapter.safetensors"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n"))
     assert main(words[-5:]) == 0

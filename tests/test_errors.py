@@ -17,6 +17,7 @@ from phi3lora.errors import (
     DataError,
     Phi3LoRAError,
     as_path,
+    did_you_mean,
     error_line,
     install_hint,
     is_int,
@@ -46,6 +47,23 @@ def test_values_and_errors_are_shown_on_one_short_line():
     assert error_line(KeyError("state")) == "KeyError: 'state'"
     assert error_line(DataError("row 3: no text\nmore")) == "row 3: no text"
     assert error_line(ValueError("\ud800")) == "ValueError: \\ud800"
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("lr", "learning_rate"),  # not "r", which has more letters in common
+        ("--lr", "--learning-rate"),
+        ("q_prj", "q_proj"),
+        ("x", None),
+        ("colour", None),
+    ],
+)
+def test_the_nearest_name_or_the_one_with_these_initials_is_proposed(name, close):
+    dash = "--" if name.startswith("--") else ""
+    names = [f"{dash}{each}" for each in ("r", "learning-rate" if dash else "learning_rate", "q_proj", "max_steps")]
+    assert did_you_mean(name, names) == (f" Did you mean {close!r}?" if close else "")
 
 
 STRANGE = "\x1b[31mred\x1b]0;title\x07\nphi3lora: a line \u202e\u2028\x9b\ufeff\ud800"

@@ -102,6 +102,14 @@ def test_a_folder_with_several_adapters_is_refused_with_their_names(checkpoint, 
     assert "it holds a.safetensors, b.safetensors: name one" in capsys.readouterr().err
 
 
+def test_a_folder_of_several_runs_is_refused_with_their_names(tmp_path, capsys):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.safetensors").touch()
+    assert main([*CHAT, "--adapter", str(tmp_path)]) == 1
+    assert "it holds first, second: name one" in capsys.readouterr().err
+
+
 def test_ctrl_c_in_a_chat_ends_it_without_a_traceback(monkeypatch, capsys):
     for target in ("builtins.input", "phi3lora.cli.commands.generate"):
         with monkeypatch.context() as patch:
@@ -581,7 +589,9 @@ def test_an_empty_path_is_refused_before_anything_is_loaded_or_written(tmp_path,
         (["--resume-from-checkpoint", "true"], "has no good checkpoint"),
         (["--report-to", "nothing"], "report_to"),
         (["--learning-rate", "fast"], "learning_rate='fast'; allowed: a number"),
-        (["--learning-rat", "1"], "unrecognized arguments"),
+        (["--learning-rat", "1"], "unrecognized arguments: --learning-rat. Did you mean '--learning-rate'?"),
+        (["--lr=1"], "unrecognized arguments: --lr=1. Did you mean '--learning-rate'?"),
+        (["--set", "wd=1"], "no setting 'wd'. Did you mean 'weight_decay'?"),
     ],
     ids=str,
 )
@@ -595,6 +605,21 @@ def test_a_wrong_setting_is_told_before_the_model_is_loaded(options, message, tm
     else:
         assert main(words) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "message"),
+    [
+        (["trian", "run.yaml"], "phi3lora [-h]", "no command 'trian'. Did you mean 'train'? Commands: demo, doctor,"),
+        (["chat", "--adaptor", "a"], "phi3lora chat", "--adaptor a. Did you mean '--adapter'? `phi3lora chat --help`"),
+        (["train", "a.yaml", "b.yaml"], "phi3lora train", "arguments: b.yaml. `phi3lora train --help-all` lists"),
+    ],
+)
+def test_wrong_usage_shows_the_usage_of_the_command_and_the_nearest_name(words, usage, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    told = capsys.readouterr().err
+    assert told.startswith(f"usage: {usage}") and message in told
 
 
 def test_lora_settings_that_the_adapter_does_not_have_are_refused(checkpoint, tmp_path, capsys):

@@ -30,7 +30,7 @@ from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
 from ..display import command_line, shell_lines, shown_path, terminal_columns, text_facts
-from ..errors import AdapterError, ConfigError, as_path, is_number
+from ..errors import AdapterError, ConfigError, as_path, first_of, is_number
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
 from ..inference.speed import speed_shown
@@ -67,7 +67,7 @@ def _demo(options: argparse.Namespace) -> int:
     reached = run_demo(options.seeds, options.output_dir, options.random_init)
     if not options.random_init:
         adapter = f"{options.output_dir}/seed-{options.seeds[0]}/adapter.safetensors"
-        print(f"talk to it: {command_line('chat', '--model', DEMO, '--adapter', adapter)}")
+        print(text_facts({"talk to it": _chat_command(DEMO, adapter)}))
     return 0 if reached != options.random_init else 1
 
 
@@ -101,11 +101,16 @@ def _train(options: argparse.Namespace) -> int:
         return 128 + result.interrupted_by
     if is_main:
         path = str(save_adapter(model, out))
-        chat = command_line("chat", "--model", run.model.name_or_path, "--adapter", path)
-        columns = terminal_columns()
-        chat = "\n".join(shell_lines(chat, columns and columns - len("talk to it  ")))
+        chat = _chat_command(run.model.name_or_path, path)
         print(text_facts({"adapter": shown_path(path), "talk to it": chat}))
     return 0
+
+
+def _chat_command(model: str, adapter: str) -> str:
+    """Return the command that starts a chat with an adapter, in lines that fit a terminal after "talk to it"."""
+    columns = terminal_columns()
+    chat = command_line("chat", "--model", model, "--adapter", adapter)
+    return "\n".join(shell_lines(chat, columns and columns - len("talk to it  ")))
 
 
 def _launcher() -> list[str]:
@@ -281,8 +286,9 @@ def find_adapter(name: str) -> Path:
     files = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")]) if path.is_dir() else []
     if len(files) == 1:
         return files[0]
-    held = f"; it holds {', '.join(file.name for file in files)}: name one" if files else ""
-    raise AdapterError(f"there is no adapter file {name!r}{held}; allowed: {_ADAPTERS}")
+    held = [file.name for file in files] or [file.parent.name for file in sorted(path.glob("*/adapter.safetensors"))]
+    others = f"; it holds {first_of(held)}: name one" if held else ""
+    raise AdapterError(f"there is no adapter file {name!r}{others}; allowed: {_ADAPTERS}")
 
 
 def _load_model(run: Run, adapter: Path | None, **options: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import did_you_mean
 from ..run_file import versions
 from ..run_settings import SECTIONS, field_help, kinds_of
 
@@ -81,7 +82,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not spelt:
         parser.print_help(sys.stderr)
         parser.exit(2)
-    return parser.parse_args(spelt)
+    if not spelt[0].startswith("-") and spelt[0] not in _EXAMPLES:
+        close = did_you_mean(spelt[0], _EXAMPLES)
+        parser.error(f"there is no command {spelt[0]!r}.{close} Commands: {', '.join(_EXAMPLES)}")
+    options, unknown = parser.parse_known_args(spelt)
+    if unknown:
+        _refuse(options.parser, unknown)
+    return options
+
+
+def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """End the process with the command's usage and, for the first unknown option, the nearest one."""
+    names = [name for name in command._option_string_actions if name.startswith("--")]
+    option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+    close = did_you_mean(option, names) if option is not None else ""
+    listing = "--help-all" if "--help-all" in names else "--help"
+    command.error(f"unrecognized arguments: {' '.join(unknown)}.{close} `{command.prog} {listing}` lists the options")
 
 
 def _with_dashes(argument: str) -> str:
@@ -110,7 +126,7 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.set_defaults(settings=[])
+        command.set_defaults(settings=[], parser=command)
         _ARGUMENTS[name](command, shows_all)
     return parser
 
