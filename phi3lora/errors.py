@@ -22,6 +22,7 @@ SEED_END = 2**63
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_CHARACTERS = 300  # of a value in a message
 _MAX_NAME_BYTES = 255  # of a file's name on every usual system; even asking whether a longer one exists is an error
+_HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # the rule of huggingface_hub
 
 
 class Phi3LoRAError(ValueError):
@@ -147,9 +148,6 @@ def is_path(value: object) -> bool:
     name = os.fspath(value)
     are_short = all(len(os.fsencode(part)) <= _MAX_NAME_BYTES for part in name.split("/"))
     return name != "" and "\0" not in name and are_short
-
-
-_HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # the rule of huggingface_hub
 
 
 def is_hub_name(text: str) -> bool:

@@ -396,7 +396,7 @@ def _published_names(folder: Path) -> list[str]:
     if others:
         raise AdapterError(
             f"{str(folder)!r} holds files that should not be published: {first_of(others)}. Allowed: "
-            f"{', '.join(PUBLISHED)}. Copy the files to publish into a folder of their own"
+            f"{', '.join(PUBLISHED)}. export_peft and save_merged write a folder to publish; or copy the files into one"
         )
     try:
         base = read_json(folder / CONFIG_NAME)["base_model_name_or_path"]

@@ -111,6 +111,8 @@ def read_config(folder: Path) -> PeftConfig:
     Raises:
         ValueError: no such file, not JSON, another method than LoRA, or a setting that has no counterpart here.
     """
+    if not (folder / CONFIG_NAME).exists():
+        raise ValueError(f"it has no {CONFIG_NAME}, so it is no PEFT folder; load_adapter loads adapter files")
     try:
         found = read_json(folder / CONFIG_NAME)
         if not isinstance(found, dict):

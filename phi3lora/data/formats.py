@@ -112,7 +112,7 @@ def detect_format(
     forms = "; ".join(f"{name}: {', '.join(names.get(c, c) for c in COLUMNS[name])}" for name in formats)
     raise DataError(
         f"row {number} has the keys {keys_of(row)}, which fit no known format. Known: {forms}. "
-        f"Name your columns with columns={{'prompt': 'your column', ...}}"
+        f"Name your columns with columns={{'prompt': 'your column', ...}} (--columns prompt=... completion=...)"
     )
 
 

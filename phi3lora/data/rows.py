@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
+from json import JSONDecodeError
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
                 row = parse_json(text)
                 row = plain(row) if "NaN" in text else row
             except (ValueError, RecursionError) as error:  # also raised for an integer of too many digits
-                what = f"not JSON: {error}; got {text[:60].rstrip()!r}"
+                found = f"{error.msg} at character {error.pos + 1}" if isinstance(error, JSONDecodeError) else error
+                what = f"not JSON: {found}; got {text[:60].rstrip()!r}"
             else:
                 if isinstance(row, Mapping):
                     yield number, row

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..display import quiet_libraries
-from ..errors import DataError, as_path, error_line, first_of, short_repr
+from ..errors import DataError, as_path, error_line, first_of, is_hub_name, short_repr
 from .rows import (
     COMPRESSIONS,
     SUFFIXES,
@@ -35,7 +35,6 @@ logger = logging.getLogger("phi3lora")
 
 _ALLOWED_FILES = f"{', '.join(SUFFIXES)}, each also with {', '.join(COMPRESSIONS)}"
 _ALLOWED_SPLITS = "'train' (all of it), 'all', or a part such as 'train[:100]' or 'train[10%:20%]'"
-_HUB_NAME = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # the rule of huggingface_hub
 # Names that datasets takes for its own readers. They would look for files everywhere under the working directory.
 _READERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"}
 _NO_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}  # descriptions of a dataset
@@ -160,12 +159,15 @@ def _is_from_hub(text: str, split: str) -> bool:
         raise DataError(f"{short_repr(text)} is a URL; allowed: a local file or a name on the hub. Download it first")
     path = as_path(text, "a dataset", DataError)
     if not text.strip("./\\ \n"):
-        raise DataError(f"a dataset cannot be {text!r}; allowed: a file, folder or pattern by its name, a hub name")
+        raise DataError(
+            f"a dataset cannot be {text!r}; allowed: a file or folder by its name, a pattern such as './*.jsonl', a "
+            f"hub name"
+        )
     if path.is_dir():
         return _has_configurations(path)
     if path.is_file() or file_kind(path)[0] in SUFFIXES or glob.has_magic(text):
         return False
-    if not _HUB_NAME.fullmatch(text) or "--" in text or ".." in text:
+    if not is_hub_name(text):
         raise DataError(
             f"cannot load {short_repr(text, 100)}, split {split!r}: no file or folder here, and no name on the hub "
             f"('name' or 'owner/name'); allowed: a path, a pattern such as 'data/*.jsonl', a hub name"

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..display import quiet_libraries
-from ..errors import ModelError, error_line, is_int, is_number, is_path, require, short_repr
+from ..errors import ModelError, error_line, is_hub_name, is_int, is_number, is_path, require, short_repr
 from ..lora.base_weight import PRECISIONS, keep_4bit_packing, quantize_base, require_bitsandbytes, usable_precision
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
@@ -204,6 +204,7 @@ def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
             f"revision={short_repr(revision)} is for a model of the hub, and {short_repr(name)} is a folder; leave it "
             f"out, or name a folder that holds that revision"
         )
+    _check_is_folder_or_hub_name(name)
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
         model_type, layers = config.get("model_type"), config.get("num_hidden_layers", 32)
@@ -228,6 +229,25 @@ def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
         if not is_allowed:
             raise ModelError(f"{short_repr(name)} has {key} {short_repr(value)}; allowed: {allowed}")
     return config
+
+
+def _check_is_folder_or_hub_name(name: str) -> None:
+    """Raise for what can hold no model: a file, a folder without a ``config.json``, a path where nothing is."""
+    path = Path(name)
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return
+        why = (
+            "it is a folder without a config.json, so it holds no model. To use an adapter, load its base first "
+            "(--model BASE --adapter FOLDER)"
+        )
+    elif path.exists():
+        why = "it is a file; allowed: a model's folder, or a name on the hub"
+    elif is_hub_name(name):
+        return
+    else:
+        why = "there is no such folder, and it is no name on the hub ('owner/name')"
+    raise ModelError(f"cannot load {short_repr(name)}: {why}")
 
 
 def _check_no_adapter(name: str, revision: str | None) -> None:

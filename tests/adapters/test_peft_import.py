@@ -245,7 +245,7 @@ def test_unreadable_folders_are_refused(tmp_path):
         (path / "adapter_config.json").write_bytes(content)
         assert_refused(model, path, "not a readable PEFT config")
     (path / "adapter_config.json").unlink()
-    assert_refused(model, path, "not a readable PEFT config")
+    assert_refused(model, path, "has no adapter_config.json, so it is no PEFT folder")
 
 
 @pytest.mark.parametrize("header", ["{", "[]", "{}", '{"layers": 3}'])

@@ -197,6 +197,7 @@ def refused_files():
     cut = lines[0] + lines[1] + lines[2][:30] + "\n"
     for name in ("broken.jsonl", "misnamed.json"):
         yield name, cut, ["row 3", "not JSON"]
+    yield "open.jsonl", '{"prompt": "a"\n{}\n', ["row 1", "Expecting ',' delimiter at character 16;"]
     yield "late.jsonl", '\n\n{"question": "a"}\n', ["row 3", "'question'"]
     yield "list.json", '[{"prompt": "a"},\n {"prompt":\n]', ["list.json", "line 3"]
     yield "line.jsonl", JSONL + "[1, 2]\n", ["line.jsonl", "row 8", "allowed: a JSON object"]

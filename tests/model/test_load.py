@@ -199,6 +199,25 @@ def test_a_folder_with_an_adapter_is_refused(damaged):
     assert not any("lora" in name for name in p3.load_model(damaged, device="cpu")[0].state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", r"'\./nowhere': there is no such folder, and it is no name on the hub \('owner/name'\)"),
+        ("a/b/c", "there is no such folder, and it is no name on the hub"),
+        ("chats.jsonl", "'chats.jsonl': it is a file; allowed: a model's folder"),
+        ("run", r"'run': it is a folder without a config.json.*--model BASE --adapter FOLDER"),
+    ],
+)
+def test_a_path_without_a_model_is_refused_in_our_own_words(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text("{}")
+    Path("run").mkdir()
+    Path("run", "adapter.safetensors").touch()
+    for read in (p3.load_model, load.read_model_config):
+        with pytest.raises(ModelError, match=message):
+            read(name)
+
+
 # --- longrope
 
 
