@@ -29,7 +29,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def on_the_demo(source: str) -> str:
     """The code of a page with the embedded model and a short run."""
-    short = re.sub(r"max_steps([=:] ?)(500|70)", r"max_steps\g<1>2", source)
+    short = re.sub(r"max_steps([=:] ?)(500|70|40)", r"max_steps\g<1>2", source)
     return short.replace(HUB_NAME, str(p3.demo.BASE))
 
 
@@ -51,6 +51,17 @@ def test_python_of_a_page_runs_top_to_bottom(page, tmp_path, monkeypatch):
     names: dict = {"__name__": "__main__"}
     for i, block in enumerate(blocks(page, "python")):
         exec(compile(on_the_demo(block), f"{page.name}, block {i + 1}", "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_quickstart_teaches_the_answer_that_its_page_shows(tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs" / "quickstart.md"
+    [table] = blocks(page, "text")
+    shown = table.splitlines()[2]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    exec(compile("".join(blocks(page, "python")), page.name, "exec"), {"__name__": "__main__"})
+    assert shown.endswith("Order 7 is on its way.") and shown in capsys.readouterr().out
 
 
 def commands(page: Path) -> list[list[str]]:
