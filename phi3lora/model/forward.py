@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -183,15 +183,20 @@ def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def train_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in train mode for the block; restore each module's mode afterwards."""
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set the mode for the block; a model that is in it already never leaves it, so threads can share one."""
     modes = {module: module.training for module in model.modules()}
-    model.train()
+    model.train(training)
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def train_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Put the model in train mode for the block; restore each module's mode afterwards."""
+    return _mode(model, True)
 
 
 @contextmanager
@@ -203,8 +208,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """
     config: Any = getattr(model, "config", None)
     return_dict = getattr(config, "return_dict", True)
-    with train_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), keep_factors(model):
-        model.eval()
+    with _mode(model, False), torch.no_grad(), torch.compiler.set_stance("force_eager"), keep_factors(model):
         try:
             if not return_dict:
                 config.return_dict = True

@@ -103,6 +103,16 @@ def test_modes_and_gradients_are_restored_after_an_error():
     assert torch.is_grad_enabled() and model.training
 
 
+def test_a_model_in_eval_mode_never_leaves_it_so_that_threads_can_share_it():
+    model, seen = adapted_model(lora_dropout=0.5).eval(), []
+    layer = model.model.layers[0].self_attn.qkv_proj
+    real = layer.train
+    layer.train = lambda mode=True: seen.append(mode) or real(mode)
+    with eval_mode(model):
+        pass
+    assert seen and True not in seen
+
+
 def test_a_huge_loss_has_infinite_perplexity():
     model = adapted_model()
     model.lm_head.weight.data.mul_(1e5)
