@@ -336,6 +336,7 @@ def _chat(options: argparse.Namespace) -> int:
     settings = {name: getattr(options, name) for name in names}
     if settings["top_p"] != 1 and settings["temperature"] == 0:
         logger.warning("--top-p %g has no effect: at --temperature 0 the likeliest token is taken", options.top_p)
+        settings["top_p"] = 1.0
     start = [{"role": "system", "content": options.system}] if options.system else []
     chat = list(start)
     print("One line is one turn; /clear starts a new chat, an empty line ends it.", flush=True)

@@ -22,6 +22,7 @@ Shapes: M rows, L positions in the cache, H_kv key/value heads, C head_dim, V vo
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache, Phi3ForCausalLM, Phi3Model
 
+from ..errors import ModelError
 from ..kernels.recording import recorded
 from ..model.attention import NAME, PLAIN_OUTPUT
 from ..model.backend import choose_backend
@@ -84,13 +86,14 @@ def decode(
     Args:
         model: a Phi-3 without :func:`unsupported_reason`, in eval mode, without gradients.
         prompts: token ids.
-        max_new_tokens: the longest answer, in tokens.
+        max_new_tokens: the longest answer, in tokens; see also :func:`longest_answers`.
         slots: the number of rows; memory for their keys and values is allocated, and freed at the end.
         stops: tokens that end an answer.
         sampling, repetition_penalty: how tokens are chosen.
         put: called with each token of each answer.
     """
     answers: list[list[int]] = [[] for _ in prompts]
+    limits = longest_answers(model, prompts, max_new_tokens)
     slots = min(slots, len(prompts))
     device, boundary = model.get_input_embeddings().weight.device, longrope_boundary(model.config)
     make_steps = KernelSteps if _kernels_can_run(model) else PlainSteps
@@ -103,16 +106,27 @@ def decode(
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if boundary is None:
-            run([Request(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)])
+            run([Request(i, prompt, limits[i]) for i, prompt in enumerate(prompts)])
             return answers
         short = [i for i, prompt in enumerate(prompts) if len(prompt) <= boundary]
-        run([Request(i, prompts[i], min(max_new_tokens, boundary + 1 - len(prompts[i]))) for i in short])
-        ended = {i for i in short if answers[i][-1] in stops or len(answers[i]) == max_new_tokens}
+        run([Request(i, prompts[i], min(limits[i], boundary + 1 - len(prompts[i]))) for i in short])
+        ended = {i for i in short if answers[i][-1] in stops or len(answers[i]) == limits[i]}
         run([
-            Request(i, [*prompt, *answers[i]], max_new_tokens - len(answers[i]))
+            Request(i, [*prompt, *answers[i]], limits[i] - len(answers[i]))
             for i, prompt in enumerate(prompts) if i not in ended
         ])  # fmt: skip
     return answers
+
+
+def longest_answers(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """Return the longest answer to each prompt, in tokens, which ends where the model's context does.
+
+    The model reads no answer's last token, so that one may lie past the context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return [max_new_tokens] * len(prompts)
+    return [min(max_new_tokens, max(context + 1 - len(prompt), 1)) for prompt in prompts]
 
 
 def _kernels_can_run(model: Any) -> bool:
@@ -316,7 +330,17 @@ class _Steps:
         attention = self.decoder.layers[0].self_attn
         heads, head_dim = attention.config.num_key_value_heads, attention.head_dim
         shape = (2, len(self.decoder.layers), self.slots, heads, self.length, head_dim)
-        return torch.zeros(shape, dtype=dtype, device=self.device)  # what a mask hides must be finite
+        try:
+            return torch.zeros(shape, dtype=dtype, device=self.device)  # what a mask hides must be finite
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or self.device.type == "cpu"):
+                raise
+            raise ModelError(
+                f"no memory on {self.device} for the keys and values of {self.slots} answers at a time: "
+                f"{math.prod(shape) * dtype.itemsize / 2**30:.1f} GiB, for prompt and answer of up to {self.length} "
+                f"tokens together. Lower batch_size or max_new_tokens; in a run, per_device_eval_batch_size or "
+                f"eval_max_new_tokens"
+            ) from error
 
     def kernels(self, rows: int) -> object:
         """Return a value that is equal for two steps that need the same kernels."""

@@ -272,7 +272,8 @@ def sample_answers(
     """
     if not dataset.known_length:
         raise DataError("sample_answers needs a ChatDataset, not a stream; pass stream.take(100), for example")
-    if count is not None and not (isinstance(count, int) and count >= 1):
+    count = plain_value(count)
+    if count is not None and not is_int(count, 1):
         raise DataError(f"count={count!r}; allowed: a whole number >= 1, or None for all")
     return _answers(model, tokenizer, _answerable(dataset, count), max_new_tokens, batch_size)
 

@@ -19,7 +19,7 @@ from ..errors import DataError, is_int, plain_value, require
 from ..lora.wrappers import unwrap
 from ..model.forward import eval_mode, require_causal_lm
 from ..model.load import longrope_boundary
-from .decoding import decode, unsupported_reason
+from .decoding import decode, longest_answers, unsupported_reason
 from .sampling import Draw as Draw
 from .sampling import Sampling
 
@@ -53,7 +53,7 @@ def generate(
         model, tokenizer: the result of ``load_model``; the model's modes are restored.
         prompt: a question; a chat (a list of ``{"role", "content"}``, a user's or a tool's turn last); or a list of
             either. Messages are read as those of a training row, ``tool_calls`` and ``tool_call_id`` included.
-        max_new_tokens: the longest answer, in tokens.
+        max_new_tokens: the longest answer, in tokens. An answer also ends where the model's context does.
         system: a system prompt before each question.
         tools: functions that the answers may call, as in a training row's ``tools``; None: none.
         temperature: 0 always takes the likeliest token (and so gives the same answer every time); above 0 samples.
@@ -73,8 +73,9 @@ def generate(
         ``<|tool_call|>[{"name": ..., "arguments": {}}]<|/tool_call|>``, ``<think>``.
 
     Raises:
-        DataError: a prompt of another form, one that ends in an assistant turn, no prompt, ``stream`` with several; a
-            setting outside its range.
+        DataError: a prompt of another form, one that ends in an assistant turn or is longer than the model's context,
+            no prompt, ``stream`` with several; a setting outside its range.
+        ModelError: no memory for the keys and values of ``batch_size`` answers.
 
     Example:
         >>> p3.generate(model, tokenizer, "My invoice is wrong.", max_new_tokens=64)  # doctest: +SKIP
@@ -86,6 +87,9 @@ def generate(
         (temperature, top_p, top_k, repetition_penalty, seed)
     )
     _check_sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    for name, value, default in (("top_p", top_p, 1), ("top_k", top_k, 0)):
+        if temperature == 0 and value != default:
+            logger.warning("generate: %s=%s has no effect: at temperature=0 the likeliest token is taken", name, value)
     encoder = ChatEncoder(tokenizer)
     prompts = [_prompt_ids(encoder, chat, tools, i) for i, chat in enumerate(chats, 1)]
     sampling = None
@@ -133,10 +137,14 @@ def generate_answers(
             f"a prompt has token id {largest}; the model's vocabulary has {vocabulary}. Use the model's own tokenizer; "
             f"for tokens that you added, call model.resize_token_embeddings(len(tokenizer)) before inject_lora"
         )
-    streamer: Any = None
-    if stream:
-        tokenizer: Any = encoder  # of a tokenizer, a streamer uses decode alone
-        streamer = TextStreamer(tokenizer)
+    context = getattr(model.config, "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts, 1):
+        if context is not None and len(prompt) > context:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens; the model allows {context}. Shorten it, or use a model of "
+                f"a longer context"
+            )
+    streamer = AnswerStreamer(encoder) if stream else None
     with eval_mode(model):
         reason = unsupported_reason(model)
         if reason is None:
@@ -146,13 +154,34 @@ def generate_answers(
                 sampling=sampling, repetition_penalty=repetition_penalty, put=put,
             )  # fmt: skip
             if streamer is not None:
-                streamer.end()
+                streamer.end()  # type: ignore[no-untyped-call]
         else:
             logger.debug("generate: transformers' own loop (%s)", reason)
             ids = _generate_by_transformers(
                 model, encoder, prompts, max_new_tokens, batch_size, sampling, repetition_penalty, streamer
             )
     return [encoder.decode(answer).strip() for answer in ids]
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints an answer word by word, exactly as it is decoded in the end.
+
+    transformers' own decodes each line alone, and Phi-3's tokenizer drops a space at the start of what it decodes: code
+    would lose a space of each indentation. Here the last token of a line is decoded again with the next line.
+    """
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        tokenizer: Any = encoder  # of a tokenizer, a streamer uses decode alone
+        super().__init__(tokenizer)
+
+    def put(self, value: Tensor) -> None:
+        """Add a token, and print what is then certain."""
+        line = self.token_cache  # which a new line replaces by an empty list
+        super().put(value)  # type: ignore[no-untyped-call]
+        if line and not self.token_cache:
+            tails = (line[i:] for i in reversed(range(len(line))))
+            self.token_cache = next(tail for tail in tails if self.tokenizer.decode(tail))
+            self.print_len = len(self.tokenizer.decode(self.token_cache))
 
 
 def _generate_by_transformers(
@@ -168,11 +197,13 @@ def _generate_by_transformers(
         options["streamer"] = streamer
     lengths, boundary = [len(prompt) for prompt in prompts], longrope_boundary(model.config)
     equal_lengths = repetition_penalty != 1  # a penalty would count padding as repeated tokens
+    limits = longest_answers(model, prompts, max_new_tokens)
     for group in _group_prompts(lengths, batch_size, max_new_tokens, boundary, equal_lengths):
         more = {} if sampling is None else {"logits_processor": sampling.processors(group)}
-        new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], max_new_tokens, {**options, **more})
+        longest = max(limits[i] for i in group)
+        new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], longest, {**options, **more})
         for i, ids in zip(group, new_ids.tolist(), strict=True):
-            answers[i] = ids
+            answers[i] = ids[: limits[i]]
     return answers
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -31,7 +30,7 @@ class Sampling:
 
     def warpers(self) -> list[LogitsProcessor]:
         """Return what turns logits into the scores whose softmax is drawn from."""
-        found: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
+        found: list[LogitsProcessor] = [Temperature(self.temperature)]
         if self.top_k:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -41,6 +40,19 @@ class Sampling:
     def processors(self, prompts: Sequence[int]) -> LogitsProcessorList:
         """Return what turns the logits of these prompts, by their numbers, into scores whose largest is the draw."""
         return LogitsProcessorList([*self.warpers(), Draw([self.first_seed + i for i in prompts])])
+
+
+class Temperature(LogitsProcessor):
+    """Divide scores by a temperature, the largest of a row at zero: no temperature makes scores infinite or NaN.
+
+    Below 1e-30, distinct float32 scores are so far apart that only the largest is ever drawn; above 1e30 all are equal.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = min(max(temperature, 1e-30), 1e30)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
+        return (scores - scores.amax(-1, keepdim=True)) / self.temperature
 
 
 class Draw(LogitsProcessor):

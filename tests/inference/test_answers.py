@@ -72,7 +72,12 @@ def test_rows_of_the_same_number_in_several_sources_are_different_chats(tmp_path
 
 @pytest.mark.parametrize(
     ("options", "count", "message"),
-    [({"train_on": "all"}, 4, "train_on='all'"), ({}, 0, "count=0; allowed"), ({}, 1.5, "count=1.5; allowed")],
+    [
+        ({"train_on": "all"}, 4, "train_on='all'"),
+        ({}, 0, "count=0; allowed"),
+        ({}, 1.5, "count=1.5; allowed"),
+        ({}, True, "count=True; allowed"),
+    ],
 )
 def test_chats_without_a_prompt_and_other_counts_are_errors(options, count, message):
     with pytest.raises(p3.DataError, match=message):
@@ -101,7 +106,7 @@ def test_a_stream_has_no_samples():
 
 
 def test_printed_lines_are_shortened_away_from_the_answer():
-    answers = p3.sample_answers(model(), TOKENIZER, load(), count=2, max_new_tokens=4)
+    answers = p3.sample_answers(model(), TOKENIZER, load(), count=np.int64(2), max_new_tokens=4)
     lines = str(answers).splitlines()
     names = ["prompt     ", "reference  ", "answer     "]
     assert [line[:11] for line in lines] == [*names, "", *names]

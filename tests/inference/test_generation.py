@@ -10,6 +10,7 @@ from conftest import adapted_model, longrope_model, make_tokenizer, quiet_config
 from tokenizers import AddedToken
 
 import phi3lora as p3
+from phi3lora.inference import generation
 from phi3lora.inference.generation import Draw, stop_token_ids
 
 TOKENIZER = make_tokenizer()
@@ -244,6 +245,30 @@ def test_streaming_prints_the_answer_of_max_new_tokens_and_returns_it(capsys):
         p3.generate(model, TOKENIZER, ["a", "b"], stream=True)
 
 
+@pytest.mark.parametrize("name", ["phi-3", "phi-3-legacy", "phi-4", "phi-4-mini"])
+@pytest.mark.parametrize(
+    "text",
+    ["def f(x):\n    if x:\n        return 1\n\n    return  2", "日本\n 語 😀\n  👨‍👩‍👧", "1. a\n   - b\n\n\n    c"],
+)
+def test_the_streamed_text_is_the_answer_with_every_space_and_grows_with_it(name, text, monkeypatch, capsys):
+    """The tokens are given: Phi-3's table spells most of the characters in bytes."""
+    tokenizer, printed = make_tokenizer(name), [""]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(*args, put, **options):
+        for token in ids:
+            put(token)
+            printed.append(printed[-1] + capsys.readouterr().out)
+        return [ids]
+
+    monkeypatch.setattr(generation, "decode", decode)
+    answer = p3.generate(confident_model(), tokenizer, "Hi", stream=True)
+    printed.append(printed[-1] + capsys.readouterr().out)
+    assert answer == text
+    assert printed[-1] == answer + "\n"
+    assert len(set(printed)) > 3
+
+
 # --- The choice of tokens
 
 
@@ -265,7 +290,7 @@ def test_greedy_answers_and_seeds_leave_the_generator_alone_and_sampling_follows
     assert sample(1) == sample(1)
     for options in ({}, {"top_k": 0}):  # 0: no bound
         assert len({sample(seed, **options) for seed in range(4)}) > 1
-    for options in ({"top_p": 1e-6}, {"top_k": 1}, {"temperature": 1e-4}):
+    for options in ({"top_p": 1e-6}, {"top_k": 1}, *({"temperature": t} for t in (1e-4, 1e-40, 1e-300))):
         assert {sample(seed, **options) for seed in range(4)} == {greedy}
 
 
@@ -298,6 +323,27 @@ def test_a_repetition_penalty_equals_one_by_hand_in_a_batch_of_any_lengths():
     expected = [greedy_by_hand(model, user(prompt), 8, penalty=3.0) for prompt in PROMPTS]
     assert p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, repetition_penalty=3.0) == expected
     assert p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=8) != expected
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-42, 1.0, 1e300, float("inf")])
+def test_no_temperature_makes_scores_infinite(temperature, options):
+    """Of several infinite scores, or of NaN, argmax takes the first: here a control token, which is not shown."""
+    model = confident_model(scale=1.0)
+    settings = {"max_new_tokens": 6, "temperature": temperature, "seed": 0, **options}
+    answers = p3.generate(model, TOKENIZER, ["Hi"] * 16, top_k=3, **settings)
+    assert (len(set(answers)) == 1) is (temperature < 1e-30)
+    assert all(answers)
+
+
+def test_top_p_and_top_k_without_a_temperature_are_said_to_have_no_effect(caplog):
+    model = confident_model()
+    p3.generate(model, TOKENIZER, "Hi", max_new_tokens=1, seed=0, top_p=1, temperature=0.0)
+    p3.generate(model, TOKENIZER, "Hi", max_new_tokens=1, top_p=0.9, top_k=5, temperature=0.7)
+    assert not caplog.records
+    p3.generate(model, TOKENIZER, "Hi", max_new_tokens=1, top_p=0.9, top_k=5)
+    assert "top_p=0.9 has no effect: at temperature=0" in caplog.text
+    assert "top_k=5 has no effect: at temperature=0" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -379,6 +425,35 @@ def test_a_token_beyond_the_vocabulary_and_another_module_are_named():
         p3.generate(tiny_model(), tokenizer, "a <new199>")
     with pytest.raises(p3.ModelError, match="a Linear is not a causal language model"):
         p3.generate(torch.nn.Linear(2, 2), TOKENIZER, "Hi")
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["rows", "transformers"])
+def test_an_answer_ends_where_the_context_does_and_a_longer_prompt_is_refused(hooked):
+    model = confident_model()
+    if hooked:
+        model.register_forward_hook(lambda *args: None)
+    lengths = [len(prompt_ids(user(prompt))) for prompt in PROMPTS]
+    model.config.max_position_embeddings = max(lengths) + 2
+    assert max(lengths) - min(lengths) > 8
+    for prompt, length, answer in zip(
+        PROMPTS, lengths, p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=10**9), strict=True
+    ):
+        assert answer == greedy_by_hand(model, user(prompt), max(lengths) + 3 - length)
+    longest = PROMPTS[lengths.index(max(lengths))]
+    for context, tokens in ((max(lengths), 1), (max(lengths) + 1, 2)):
+        model.config.max_position_embeddings = context
+        answer = p3.generate(model, TOKENIZER, longest, max_new_tokens=10**9)
+        assert answer == greedy_by_hand(model, user(longest), tokens)
+    model.config.max_position_embeddings = max(lengths) - 1
+    with pytest.raises(p3.DataError, match=rf"prompt 2 has {max(lengths)} tokens; the model allows {max(lengths) - 1}"):
+        p3.generate(model, TOKENIZER, ["Hi", longest])
+
+
+def test_a_cache_that_cannot_be_allocated_is_an_error_with_the_settings_to_lower():
+    model = confident_model()
+    model.config.max_position_embeddings = 10**16
+    with pytest.raises(p3.ModelError, match=r"no memory on cpu .* GiB, .* Lower batch_size or max_new_tokens"):
+        p3.generate(model, TOKENIZER, "Hi", max_new_tokens=10**15)
 
 
 def test_neither_torch_s_default_device_nor_a_huge_batch_size_matters(capsys):
