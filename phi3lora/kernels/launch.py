@@ -75,10 +75,14 @@ def compiled_together() -> Iterator[None]:
     """
     wanted: list[tuple[Any, Tensor]] = []
     with ThreadPoolExecutor() as pool:
-        token = _wanted.set(wanted)
+        token, mode = _wanted.set(wanted), triton.AsyncCompileMode(pool, ignore_errors=True)
         try:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
+            with mode:
                 yield
+        except BaseException:
+            mode.raw_futures.clear()  # an interrupt of its wait would leave the mode on, for threads that end here
+            mode.__exit__(None, None, None)
+            raise
         finally:
             _wanted.reset(token)
         kernels = dict(wanted)

@@ -136,3 +136,22 @@ def test_kernels_are_compiled_and_loaded_together_and_a_failure_raises_where_it_
     assert launching._wanted.get() is None and _async_compile.active_mode.get() is None
     with pytest.raises(RuntimeError, match="no compiler"):
         launch(bad)
+
+
+def test_an_interrupt_while_kernels_are_compiled_leaves_later_launches_alone(monkeypatch):
+    """Else each later kernel would be sent to the threads that have ended."""
+
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_async_compile, "as_completed", lambda futures: interrupted(futures) if futures else [])
+    kernel = Asked("kernel")
+
+    def warmup(*arguments, grid, **constants):
+        mode, others = _async_compile.active_mode.get(), TRITON_FUTURE_ARGUMENTS - 1
+        return mode.submit("key", kernel.compile, *[lambda *_: None] * others)
+
+    monkeypatch.setattr(kernel, "warmup", warmup)
+    with pytest.raises(KeyboardInterrupt), launching.compiled_together():
+        launching.launch(kernel, [{"BM": 64, "num_warps": 4}], lambda block: (1,), torch.zeros(16), D=16)
+    assert launching._wanted.get() is None and _async_compile.active_mode.get() is None
