@@ -101,13 +101,12 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any], wanted: Tensor | N
     cos, sin = (t.expand(h.shape[0], -1, -1).flatten(0, 1).to(dtype).contiguous() for t in rope)  # (N, n)
     adapted = _adapted(decoder)
     parameters = _matrices(adapted)
-    layout = packed_layout(model.config, batch)
-    learns = torch.is_grad_enabled() and decoder.training and any(p.requires_grad for p in parameters)
-    if h.is_cuda and learns and decoder not in _COMPILED and not any(map(_has_hooks, decoder.layers)):
+    recordings = _RECORDINGS.get(decoder) if _may_be_recorded(decoder, h, adapted) else None
+    layout = packed_layout(model.config, batch, few_sizes=recordings is not None)
+    if _begins_to_learn(decoder, h, parameters):
         _COMPILED.add(decoder)
-        _compile_kernels(decoder, h, cos, sin, wanted, layout)
-    recordings = _RECORDINGS.get(decoder)
-    if recordings is None or not _may_be_recorded(decoder, h, adapted):
+        _compile_kernels(decoder, h, cos, sin, wanted if recordings is None else None, layout)
+    if recordings is None:
         return _decode(decoder, parameters, h, cos, sin, wanted, **layout)
 
     def decode(parameters: Sequence[Tensor], **inputs: Any) -> Tensor:
@@ -115,24 +114,37 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any], wanted: Tensor | N
         settle_copies(decoder.layers)
         return hidden
 
-    inputs = {"h": h, "cos": cos, "sin": sin, **packed_layout(model.config, batch, few_sizes=True)}
+    inputs = {"h": h, "cos": cos, "sin": sin, **layout}
     hidden = recordings(decode, parameters, inputs, _state(decoder, adapted))
     return hidden if wanted is None else hidden.index_select(0, wanted)
+
+
+def _begins_to_learn(decoder: Any, h: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Return whether the kernels of training can be compiled now, and were not before."""
+    learns = torch.is_grad_enabled() and decoder.training and any(p.requires_grad for p in parameters)
+    return h.is_cuda and learns and decoder not in _COMPILED and not any(map(_has_hooks, decoder.layers))
 
 
 def _compile_kernels(
     decoder: Any, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None, layout: dict[str, Any]
 ) -> None:
-    """Compile side by side what the first two layers launch in forward and backward; others rarely launch more.
+    """Compile side by side what two layers launch in forward and backward; others rarely launch more.
 
-    Both run without their kernels, on whatever numbers are in memory, and leave no gradient and no random state behind.
+    They are the first that learns and the next, and the one before them. Both directions run without their kernels, on
+    whatever numbers are in memory, and leave no gradient and no random state behind.
     """
     from .launch import compiled_together
 
-    layers = SimpleNamespace(layers=decoder.layers[:2], norm=decoder.norm)
+    each = (_matrices(_adapted(SimpleNamespace(layers=[layer]))) for layer in decoder.layers)
+    first = next(i for i, matrices in enumerate(each) if any(p.requires_grad for p in matrices))
+    layers = SimpleNamespace(layers=decoder.layers[max(first - 1, 0) : first + 2], norm=decoder.norm)
     leaves = [p.detach().requires_grad_(p.requires_grad) for p in _matrices(_adapted(layers))]
-    # A backward in a thread of its own would launch the kernels.
-    with torch.random.fork_rng(devices=[]), torch.autograd.set_multithreading_enabled(False), compiled_together():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.autograd.set_multithreading_enabled(False),  # a backward in a thread of its own would launch the kernels
+        torch.autograd.set_detect_anomaly(False),  # the numbers may be NaN
+        compiled_together(),
+    ):
         output = _decode(layers, leaves, h.detach(), cos, sin, wanted, **layout)
         with torch.autocast(h.device.type, enabled=False):  # as after a forward
             output.backward(torch.zeros_like(output))  # type: ignore[no-untyped-call]

@@ -30,7 +30,7 @@ if torch.cuda.is_available():
 from triton.runtime import interpreter  # noqa: E402
 
 from phi3lora.kernels import launch as launching  # noqa: E402
-from phi3lora.kernels import swiglu  # noqa: E402
+from phi3lora.kernels import low_rank, norm, reduce, rotary, swiglu  # noqa: E402
 from phi3lora.kernels.adapter import Adapter  # noqa: E402
 from phi3lora.kernels.cross_entropy import cross_entropy_  # noqa: E402
 from phi3lora.kernels.low_rank import lora_weight_gradient, project, project_backward_  # noqa: E402
@@ -59,12 +59,13 @@ BATCH = packed_batch([random_documents(11, 6), random_documents(9, 5, 3)], 18)
 SIZE = {"hidden_size": 64, "intermediate_size": 48}
 
 
-def adapted(r: int = 4, targets="all-linear", dropout: float = 0.0, base=None, one_A=False, **changes):
+def adapted(r: int = 4, targets="all-linear", dropout: float = 0.0, base=None, one_A=False, layers=None, **changes):
     """A model with adapters; with ``one_A``, q, k and v share one lora_A, as do gate and up, as in PEFT's adapters."""
     model = tiny_model(**{**SIZE, **changes})
     if base is not None:
         quantize_base(model, base)
-    p3.inject_lora(model, p3.LoraConfig(r=r, lora_alpha=8, target_modules=targets, lora_dropout=dropout))
+    where = {"target_modules": targets, "layers_to_transform": layers}
+    p3.inject_lora(model, p3.LoraConfig(r=r, lora_alpha=8, lora_dropout=dropout, **where))
     for layer in model.model.layers if one_A else ():
         for parent, name in ((layer.self_attn, "qkv_proj"), (layer.mlp, "gate_up_proj")):
             setattr(parent, name, p3.Linear.adapt(getattr(parent, name).base_layer(), r, 8))
@@ -306,15 +307,69 @@ def test_kernels_are_compiled_on_the_calling_thread_and_leave_no_trace(monkeypat
     monkeypatch.setattr(launching, "compiled_together", compiled_together)
     monkeypatch.setattr(launching, "on_device_of", on_device_of)
     model = adapted(dropout=0.3, num_hidden_layers=3)
+    state = torch.get_rng_state()
+    compile_kernels(model, mode)
+    assert set(launched) == {(True, threading.current_thread())}
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def compile_kernels(model, mode: str) -> None:
     h = model.model.embed_tokens(BATCH["input_ids"])
     cos, sin = (t.expand(len(h), -1, -1).flatten(0, 1) for t in model.model.rotary_emb(h, BATCH["position_ids"]))
     layout = packed_layout(model.config, BATCH)
-    state = torch.get_rng_state()
     with use_backend(model, FUSED), activation_checkpointing(model, mode):
         decoder._compile_kernels(model.model, h, cos.contiguous(), sin.contiguous(), torch.arange(5), layout)
-        assert set(launched) == {(True, threading.current_thread())}
-        assert all(p.grad is None for p in model.parameters())
-        assert torch.equal(torch.get_rng_state(), state)
+
+
+def launches(monkeypatch) -> list[str]:
+    """Return a list that gets the names of the kernels that are asked for; none runs, and new memory is NaN."""
+    asked: list[str] = []
+    for module in (low_rank, norm, reduce, rotary, swiglu):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: asked.append(kernel.fn.__name__))
+    monkeypatch.setattr(launching, "compiled_together", nullcontext)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, torch.nan, **options))
+    return asked
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
+@pytest.mark.parametrize("layers", [[0], [1], [2], [3, 4], None])
+def test_kernels_are_compiled_wherever_the_adapters_are(monkeypatch, layers, mode):
+    asked = launches(monkeypatch)
+    compile_kernels(adapted(layers=layers, num_hidden_layers=5), mode)
+    assert {"_swiglu_forward", "_swiglu_backward", "_rotary_forward", "_lora_weight_gradient"} <= set(asked)
+
+
+def test_numbers_that_no_kernel_wrote_are_no_anomaly(monkeypatch):
+    asked = launches(monkeypatch)
+    with torch.autograd.set_detect_anomaly(True):
+        compile_kernels(adapted(num_hidden_layers=3), "none")
+    assert "_norm_backward" in asked
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_what_is_compiled_first_is_what_the_step_computes(monkeypatch, record):
+    """A recording computes all tokens, in a layout of few sizes: another would build attention's graphs in vain."""
+    compiled, computed, few = [], [], []
+    model, wanted = adapted(num_hidden_layers=1), torch.arange(5)
+    decode = decoder._decode
+    monkeypatch.setattr(decoder, "_begins_to_learn", lambda *_: True)
+    monkeypatch.setattr(decoder, "_may_be_recorded", lambda *_: record)
+    monkeypatch.setattr(decoder, "_compile_kernels", lambda decoder, h, cos, sin, *rest: compiled.append(rest))
+    monkeypatch.setattr(
+        decoder, "packed_layout", lambda *a, **options: few.append(options.get("few_sizes")) or packed_layout(*a)
+    )
+
+    def counted(decoder, parameters, h, cos, sin, wanted=None, **layout):
+        computed.append((wanted, layout))
+        return decode(decoder, parameters, h, cos, sin, wanted, **layout)
+
+    monkeypatch.setattr(decoder, "_decode", counted)
+    with use_backend(model, FUSED):
+        fused_decoder(model, BATCH, wanted)
+    assert few == [record]
+    assert compiled[0][0] is computed[0][0] is (None if record else wanted)
+    assert compiled[0][1] == computed[0][1]
 
 
 # --- Layers as modules: hooks, wrappers, and which models
