@@ -75,6 +75,8 @@ def assert_close(fast, plain, cosine: float = 0.999, relative: float = 1e-3) -> 
 
 def test_a_first_step_finds_its_layers_kernels_compiled(monkeypatch):
     triton = pytest.importorskip("triton")
+    if torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin < 227 * 1024:
+        pytest.skip("the first block of a kernel does not fit, so another is compiled at its launch")
     ahead, late = [], []
 
     def compiles(*, fn, is_manual_warmup, **_):
