@@ -174,12 +174,13 @@ class _Config:
 
     def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the settings that differ from the defaults, and the others."""
-        settings: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+        changed: dict[str, Any] = {}
+        others: dict[str, Any] = {}
         defaults = type(self)()
         for name in field_names(type(self)):
             value = getattr(self, name)
-            settings[value == getattr(defaults, name)][name] = value
-        return settings
+            (others if value == getattr(defaults, name) else changed)[name] = value
+        return changed, others
 
     def not_given(self) -> tuple[str, str]:
         """Return the settings that were not given: those that are on with their values, and the names of the others."""

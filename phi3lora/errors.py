@@ -90,6 +90,11 @@ def first_of(items: Sequence[object], most: int = 5) -> str:
     return text + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count and its noun: ``"1 row"``, ``"2,661 rows"``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def require(is_allowed: bool, name: str, value: object, allowed: str, error: type[Phi3LoRAError]) -> None:
     """Raise an ``error`` with the name of a value, the value and the allowed ones, unless ``is_allowed``."""
     if not is_allowed:

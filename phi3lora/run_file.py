@@ -28,11 +28,11 @@ from .run_settings import (
     DataSettings,
     ModelSettings,
     Quoted,
-    field_names,
     find_setting,
     is_name,
     path_in,
     read_value,
+    setting_names,
 )
 
 logger = logging.getLogger("phi3lora")
@@ -72,7 +72,7 @@ def read_run(path: str | None, options: Sequence[tuple[str, Any]] = (), out: str
     Raises:
         ConfigError: a file that cannot be read, an unknown name, two values for one setting, a value out of range.
     """
-    where = "" if path is None else f"{path}{' and the options' * bool(options)}: "
+    where = "" if path is None else f"{path}{' and the options' if options else ''}: "
     content = {} if path is None else _read_file(path)
     sections = _read_settings(_settings_of(path, content), f"{path}: ")
     for section, values in _read_settings((name, _joined(name, value)) for name, value in options).items():
@@ -149,7 +149,7 @@ def _read_file(path: str) -> Mapping[str, Any]:
     for key in content:
         if key not in _KEYS:
             hint = hint_at_name(str(key), _KEYS)
-            homes = [section for section in SECTIONS if key in field_names(section)]
+            homes = [section for section in SECTIONS if key in setting_names(section)]
             if homes and not hint:
                 hint = f" It belongs in the section {homes[0]!r}."
             raise ConfigError(f"{path}: there is no section {short_repr(key)}.{hint} Allowed: {', '.join(_KEYS)}")
@@ -164,7 +164,7 @@ def _settings_of(path: str | None, content: Mapping[str, Any]) -> Iterator[tuple
         if values is None:
             continue
         if section in ("model", "data") and isinstance(values, (str, list)):
-            values = {field_names(section)[0]: values}
+            values = {setting_names(section)[0]: values}
         if not isinstance(values, Mapping):
             raise ConfigError(f"{path}: {section} is {short_repr(values)}; allowed: names and values")
         for name, value in values.items():

@@ -122,7 +122,7 @@ _ALIASES = {
 _OF_THE_DATA = ("max_length", "max_seq_length", "max_seq_len")  # the rows of training follow
 
 
-def field_names(section: str) -> list[str]:
+def setting_names(section: str) -> list[str]:
     """Return the settings of a section, in order."""
     return [f.name for f in dataclasses.fields(SECTIONS[section])]
 
@@ -136,7 +136,7 @@ def find_setting(given: str) -> tuple[str, str]:
     if dot and section in SECTIONS:
         return section, _setting_in(section, name)
     candidates = ["data"] if given in _OF_THE_DATA else list(SECTIONS)
-    homes = [s for s in candidates if given in field_names(s)] or [s for s in candidates if given in _names_in(s)]
+    homes = [s for s in candidates if given in setting_names(s)] or [s for s in candidates if given in _names_in(s)]
     if homes == ["model", "data"]:
         raise ConfigError(f"{given!r} is a setting of the model and of the data; write model.{given} or data.{given}")
     if not homes:
@@ -151,15 +151,15 @@ def _setting_in(section: str, given: str) -> str:
     """Return the field of a section that a name sets; an argument that has no effect here keeps its name."""
     if given in _names_in(section):
         return _own_names(section).get(given, given)
-    others = [other for other in SECTIONS if given in field_names(other)]
+    others = [other for other in SECTIONS if given in setting_names(other)]
     hint = f" It belongs in the section {others[0]!r}." if others else hint_at_name(given, _own_names(section))
-    allowed = ", ".join(field_names(section))
+    allowed = ", ".join(setting_names(section))
     raise ConfigError(f"the section {section!r} has no setting {short_repr(given)}.{hint} Allowed: {allowed}")
 
 
 def _own_names(section: str) -> dict[str, str]:
     """Return the names of a section's fields, and the aliases -> the field."""
-    fields = field_names(section)
+    fields = setting_names(section)
     return {**dict(zip(fields, fields, strict=True)), **{a: f for a, f in _ALIASES[section].items() if f in fields}}
 
 

@@ -22,7 +22,7 @@ from phi3lora.__main__ import main
 from phi3lora.cli.commands import find_adapter
 from phi3lora.cli.options import build_parser
 from phi3lora.run_file import read_run
-from phi3lora.run_settings import field_names
+from phi3lora.run_settings import setting_names
 from phi3lora.training.loop import run_training
 
 QUESTIONS = ["What is the price of the Fusgus scarf?", "Which colours are there?"]
@@ -659,7 +659,7 @@ def test_every_setting_has_an_option(capsys):
         main(["train", "--help-all"])
     text = capsys.readouterr().out
     for section in ("model", "data", "lora", "training"):
-        for name in field_names(section):
+        for name in setting_names(section):
             if name not in ("modules_to_save", "gradient_checkpointing"):
                 assert name.replace("_", "-") in text or name in ("name_or_path", "source", "eval_source"), name
     for name in ("base-precision", "format", "columns", "train-on", "streaming", "eval-data", "parallel"):

@@ -12,7 +12,7 @@ import yaml
 import phi3lora as p3
 from phi3lora.compat import ATTENTION_SETTINGS, CALLED_HERE
 from phi3lora.run_file import read_run, run_text
-from phi3lora.run_settings import SECTIONS, field_help, field_names
+from phi3lora.run_settings import SECTIONS, field_help, setting_names
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_a_name_of_another_tool_is_refused_with_the_name_that_it_has_here(write,
 def test_every_name_of_other_tools_is_no_name_of_ours_and_leads_to_one():
     for theirs, ours in CALLED_HERE.items():
         section, _, field = ours.partition(".")
-        assert field in field_names(section)
-        assert not any(theirs in field_names(each) for each in SECTIONS)
+        assert field in setting_names(section)
+        assert not any(theirs in setting_names(each) for each in SECTIONS)
 
 
 @pytest.mark.parametrize("name", sorted(ATTENTION_SETTINGS))
@@ -316,7 +316,7 @@ def test_a_written_file_reads_back_as_the_same_run(write, caplog):
 
 def test_every_setting_has_a_text_and_a_name_that_is_found():
     for section in SECTIONS:
-        names = field_names(section)
+        names = setting_names(section)
         assert set(names) <= set(field_help(section)), section
         assert not any("``" in text or ":func:" in text for text in field_help(section).values())
         assert [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init] == names

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from ..data.dataset import ChatDataset
-from ..errors import first_of, short_repr
+from ..errors import counted, first_of, short_repr
 from ..lora.inject import lora_layers
 from ..training.setup import PlannedRun
 from .report import Finding, ok, warning
@@ -28,7 +28,7 @@ def check_forms(planned: PlannedRun) -> Finding:
     found = planned.dataset.findings
     text = f"read as {_counted(found.rows_by_form) or f'format {planned.dataset.format!r}'}"
     if found.turns_switched_off:
-        text += f"; {found.turns_switched_off:,} assistant turn{'s' * (found.turns_switched_off != 1)} switched off"
+        text += f"; {counted(found.turns_switched_off, 'assistant turn')} switched off"
     return ok(text)
 
 
@@ -116,7 +116,7 @@ def check_advice(planned: PlannedRun) -> Finding:
     if not advice:
         return ok("no row is doubtful")
     by_count = sorted(advice.items(), key=lambda item: (-item[1], item[0]))
-    return warning("; ".join(f"{n:,} row{'s' * (n != 1)}: {sentence}" for sentence, n in by_count))
+    return warning("; ".join(f"{counted(n, 'row')}: {sentence}" for sentence, n in by_count))
 
 
 def _counted(counts: Counter[str]) -> str:

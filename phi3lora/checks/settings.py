@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ..display import Pieces
+from ..errors import counted
 from ..lora.base_weight import base_format, count_trainable, reason_against_fp8
 from ..lora.inject import lora_layers
 from ..model.estimate import GIB, MemoryPlan, cache_bytes_per_token, flops_per_token, mean_context_tokens
@@ -140,7 +141,7 @@ def check_disk(planned: PlannedRun) -> Finding:
     folder = next(part for part in (path, *path.parents) if part.is_dir())
     each, count = checkpoint_bytes(planned), checkpoints_at_once(planned)
     needed, free = each * count, shutil.disk_usage(folder).free
-    text = f"{count} checkpoint{'s' * (count != 1)} of {_format_bytes(each)}, {_format_bytes(free)} free"
+    text = f"{counted(count, 'checkpoint')} of {_format_bytes(each)}, {_format_bytes(free)} free"
     if needed > free:
         return error(f"{text}: set save_total_limit, or choose another output_dir")
     return warning(f"{text}: that is most of the free space") if needed > 0.8 * free else ok(text)

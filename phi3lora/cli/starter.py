@@ -18,7 +18,7 @@ from ..lora.inject import inject_lora
 from ..model.estimate import GIB, MemoryPlan, plan_memory
 from ..model.load import read_model_config
 from ..run_file import Run, scalar
-from ..run_settings import DEMO, SECTIONS, field_help, field_names
+from ..run_settings import DEMO, SECTIONS, field_help, setting_names
 
 _ROWS = 8  # of a step
 _SHOWN = {
@@ -114,7 +114,7 @@ def _section(section: str, values: Mapping[str, Any]) -> str:
         value = values.get(name, getattr(defaults, name))
         lines += [*_comment(texts[name], "  # "), f"  {name}: {scalar(value)}"]
     lines += ["", "  # Other settings, at their defaults:"]
-    for name in field_names(section):
+    for name in setting_names(section):
         if name not in shown and name not in _NEVER and name in texts:
             first = texts[name].split(". ")[0].rstrip(".")
             lines += [f"  # {name}: {scalar(getattr(defaults, name))}", *_comment(first, "  #     ")]

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..errors import DataError, is_int, plain_value, require
+from ..errors import DataError, counted, is_int, plain_value, require
 from .document_set import DocumentSet, check_seed, joined
 from .documents import RowTokenizer
 from .formats import check_columns, known_format
@@ -125,7 +125,7 @@ class ChatDataset(DocumentSet):
         dataset.origin = origin
         logger.info("%s", dataset.summary())
         for sentence, count in dataset.findings.advice.items():
-            logger.warning("%d row%s: %s", count, "s" * (count != 1), sentence)
+            logger.warning("%s: %s", counted(count, "row"), sentence)
         return dataset
 
     @classmethod

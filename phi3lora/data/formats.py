@@ -97,7 +97,7 @@ def detect_format(
     names = columns or {}
     formats = _candidates(tuple(names))
     tried = formats if first is None or first not in formats else (first, *formats)
-    for is_missing in (is_empty, lambda value: value is None):  # an empty answer, if there is no better form
+    for is_missing in (is_empty, lambda value: value is None):  # a form with an empty column only if no other fits
         for name in tried:
             for column in COLUMNS[name]:
                 if is_missing(row.get(names.get(column, column))):
@@ -243,7 +243,7 @@ def _count(findings: Findings, messages: list[Message], prompt_messages: int, fo
             findings.turns_switched_off += role == "assistant"
         elif role != "assistant" or is_prompt:
             del message["train"]
-            what = f"the {role}'s message{' in a prompt' * is_prompt}"
+            what = f"the {role}'s message{' in a prompt' if is_prompt else ''}"
             findings.advice[f"{what} is switched on for training, which only train_on='all' follows"] += 1
 
 

@@ -63,7 +63,7 @@ def read_templated(prompt: str, answer: str, number: int) -> tuple[list[Message]
     space = prompt[len(end) :] if marker else ""  # after the marker: the template's own
     messages, style = _messages(head, number, "a prompt with the template's markers")
     if marker is None:
-        marker = _ASSISTANT["<|im_start|>" in prompt]
+        marker = _ASSISTANT[1 if "<|im_start|>" in prompt else 0]
         answer = answer.lstrip().removeprefix(marker)
     body = answer.rstrip()
     if not body.removesuffix(_EOS).rstrip().endswith(_END_OF[marker]):

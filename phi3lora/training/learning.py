@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..config import TrainingConfig
+from ..errors import counted
 from ..lora.inject import lora_layers
 from .checkpoint import TrainingState
 from .optim import schedule
@@ -54,7 +55,7 @@ def too_small(model: nn.Module, config: TrainingConfig, total_steps: int, steps:
     if share is None or share >= LEAST_REACH:
         return None
     return (
-        f"{steps:,} step{'s' * (steps != 1)} at up to {config.learning_rate:g} can change an adapted layer's output by "
+        f"{counted(steps, 'step')} at up to {config.learning_rate:g} can change an adapted layer's output by "
         f"{100 * share:.2g} % at most, too little to learn from. Raise learning_rate (2e-4 is usual), max_steps or "
         f"num_train_epochs, or take more steps an epoch with a smaller per_device_train_batch_size"
     )

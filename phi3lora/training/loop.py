@@ -200,7 +200,7 @@ class _Run:
         self.optimizer_step = OptimizerStep(model, optimizer, precision, config.max_grad_norm, world)
         facts = steps.data_facts(), measured_on(config, planned.eval_dataset, model)
         self.resumable = Resumable(model, optimizer, precision.scaler, config, *facts, world.rank, world.size)
-        self._require_one_run()
+        self._require_same_run()
         self.state = load_checkpoint(resumed_from, self.resumable) if resumed_from else TrainingState()
         world.on_main(lambda: claim_output_dir(config, resuming=resumed_from is not None))
         world.on_main(lambda: set_aside_newer(config.output_dir, self.state.global_step))
@@ -215,7 +215,7 @@ class _Run:
         if resumed_from:
             self._recall_evaluations(resumed_from)
 
-    def _require_one_run(self) -> None:
+    def _require_same_run(self) -> None:
         """Refuse processes that would train different runs, and give all the adapters of rank 0."""
         of_process = ("disable_tqdm", "log_level", "project", "report_to", "run_name")
         facts = {name: value for name, value in self.config.to_dict().items() if name not in of_process}
@@ -366,7 +366,7 @@ class _Run:
         if self.is_best():
             state.best_checkpoint = f"checkpoint-{state.global_step}"
             state.best_checkpoint_metric = self.best.metric(self.last_eval)
-        self._require_one_adapter()
+        self._require_same_adapters()
         path, self.resumable.generators = None, self.world.gather(rng_state())
         try:
             path = self.world.from_main(self._write_checkpoint)
@@ -389,7 +389,7 @@ class _Run:
         self.output.keep()
         return save_checkpoint(self.resumable, self.state)
 
-    def _require_one_adapter(self) -> None:
+    def _require_same_adapters(self) -> None:
         """Refuse to save adapters that have come apart: a process would go on from what it had not trained."""
         if self.world.size > 1:
             facts = {"SHA-256 of the adapters": digest(self.planned.trained)}

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..files import fsync, remove, write_atomic
 from ..lora.inject import lora_layers
 from ..run_file import is_record, run_text
-from ..run_settings import field_names
+from ..run_settings import setting_names
 from .checkpoint import checkpoints, step_of
 from .picture import PICTURE
 from .setup import PlannedRun
@@ -291,7 +291,7 @@ def _data_section(origin: Mapping[str, Any] | None, eval_dataset: Any, unknown: 
     if origin is None:
         unknown.append("data: not known, as the rows were chosen or made in Python. Fill in source.")
         return {}
-    names = field_names("data")
+    names = setting_names("data")
     data = {name: value for name, value in origin.items() if name in names and value is not None}
     if eval_dataset is None or eval_dataset.origin == origin:
         return data
