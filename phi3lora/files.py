@@ -63,7 +63,8 @@ def write_folder(path: Path, write: Callable[[Path], object], *, marker: str, re
     those that match a pattern of ``replaces`` go and the rest stay (as hard links, so nothing is copied).
 
     A folder that cannot be renamed (the current one, a mount point, one in a folder that is not writable) gets the
-    files one by one: ``marker``, the file without which nobody reads the folder, is removed first and written last.
+    files one by one. ``marker``, the file without which no reader accepts the folder, is removed first and written
+    last.
     """
     path = Path(os.path.realpath(path))
     old = path.with_name(f".{path.name}.old")

@@ -119,7 +119,7 @@ def _read_settings(given: Iterable[tuple[str, Any]], where: str = "") -> dict[st
 
 
 def _resolve(run: Run, where: str) -> None:
-    """Put values in the place of None, and check what the two dataclasses without rules hold."""
+    """Resolve the settings that are None, and check those of the two sections that do not check themselves."""
     is_demo = run.model.name_or_path == DEMO
     run.model.dtype = run.model.dtype or ("float32" if is_demo else "bfloat16")
     data = run.data

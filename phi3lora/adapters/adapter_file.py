@@ -112,7 +112,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def written(what: str, kind: str = "one there") -> Iterator[None]:
-    """Raise an AdapterError that names ``what`` if the block cannot write it: an earlier one, a ``kind``, is intact."""
+    """Raise an AdapterError if the block cannot write ``what``; it says that an earlier ``kind`` is unchanged."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

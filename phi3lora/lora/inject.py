@@ -316,7 +316,7 @@ def _check_not_tied(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each layer at its path, and wherever else the layer stands that it replaces.
+    """Put each layer at its path, and at every other place of the layer that it replaces.
 
     In eval mode torch's fused encoder reads ``linear1.weight`` itself and would bypass the adapter, so that shortcut is
     turned off in the encoders around a swapped layer.

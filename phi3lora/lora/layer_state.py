@@ -103,7 +103,10 @@ def reason_against_state(base: nn.Module, adapted_class: type[nn.Module]) -> str
 
 
 def computed_weights(layer: nn.Module) -> list[str]:
-    """Return the tensors that ``weight`` or ``bias`` is computed from, or a note, where it is no parameter."""
+    """Return the names of the tensors that ``weight`` and ``bias`` are computed from, where these are not parameters.
+
+    If such tensors are not on the layer itself, ``"elsewhere"`` stands for them.
+    """
     return [
         ", ".join(part for part in (*layer._parameters, *layer._buffers) if part.startswith(f"{name}_")) or "elsewhere"
         for name in ("weight", "bias")

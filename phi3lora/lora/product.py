@@ -6,8 +6,8 @@ With gradients it is one operator: each low-rank product is accumulated into the
 second (N, out) buffer, and the backward makes no copy of dy. Registering it with torch lets ``torch.compile`` treat it
 as one node and fuse the operations around it.
 
-Without gradients the operator's own way through torch costs more than a small product, and so does each product of
-one segment. So segments of one width at equal distances are one batched product, on views of y, z and B
+Without gradients, torch takes longer to call the operator than to compute a small product, and a product for each
+segment takes as many calls. So segments of one width at equal distances are one batched product, on views of y, z and B
 (``with_low_rank``):
 
     qkv_proj, 3 x 192 columns, r 16, q and v adapted, N tokens:

@@ -65,7 +65,11 @@ class BestModel:
         return None if best is None else Path(self.config.output_dir) / best
 
     def metric(self, evaluation: Mapping[str, float]) -> float:
-        """Return the metric of an evaluation's ``eval_*``, among which ``compute_metrics`` must have put it."""
+        """Return the metric from the ``eval_*`` of an evaluation.
+
+        Raises:
+            TrainingError: it is not there; ``compute_metrics`` has not returned it.
+        """
         name = metric_name(self.config)
         if "eval_" + name not in evaluation:
             found = ", ".join(key.removeprefix("eval_") for key in evaluation)
