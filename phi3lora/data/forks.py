@@ -24,7 +24,10 @@ _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 def cores() -> int:
-    """Return the number of processes that may work at once: under torchrun, this one's share of the cores."""
+    """Return the number of processes that may work at once: one for each core, up to eight.
+
+    The processes that torchrun started on a machine share its cores.
+    """
     if sys.platform != "linux":  # a fork of a process with threads is not safe elsewhere
         return 1
     return max(1, min(_MOST, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
