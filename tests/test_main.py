@@ -71,6 +71,16 @@ def test_a_chat_goes_on_until_an_empty_line_or_the_end_of_input_and_clear_starts
     assert printed == [*expected, "", *fresh, ""]
 
 
+def test_a_turn_past_the_model_s_context_is_left_out_and_the_chat_goes_on(monkeypatch, capsys, caplog):
+    model, tokenizer, _, _ = p3.demo.load()
+    expected = answers_to(model, tokenizer, QUESTIONS)
+    long = "word " * model.config.max_position_embeddings
+    printed = chat(monkeypatch, capsys, [QUESTIONS[0], long, *QUESTIONS[1:]])
+    assert printed == [expected[0], "", *expected[1:], ""]
+    assert f"the model allows {model.config.max_position_embeddings}" in caplog.text
+    assert "This turn is left out; /clear starts a new chat" in caplog.text
+
+
 def test_every_command_accepts_an_adapter_in_any_form(monkeypatch, capsys, checkpoint, tmp_path):
     model, tokenizer, _, _ = p3.demo.load()
     before = answers_to(model, tokenizer, QUESTIONS)

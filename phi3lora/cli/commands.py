@@ -30,7 +30,7 @@ from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
 from ..display import command_line, shell_lines, shown_path, terminal_columns, text_facts
-from ..errors import AdapterError, ConfigError, as_path, first_of, is_number
+from ..errors import AdapterError, ConfigError, DataError, as_path, first_of, is_number
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
 from ..inference.speed import speed_shown
@@ -346,8 +346,15 @@ def _chat(options: argparse.Namespace) -> int:
                 chat = list(start)
                 continue
             chat.append({"role": "user", "content": text})
-            with speed_shown(tokenizer):
-                answer = generate(model, tokenizer, chat, stream=True, **settings)
+            try:
+                with speed_shown(tokenizer):
+                    answer = generate(model, tokenizer, chat, stream=True, **settings)
+            except DataError as error:
+                if len(chat) == len(start) + 1:
+                    raise
+                logger.warning("%s. This turn is left out; /clear starts a new chat", error)
+                chat.pop()
+                continue
             chat.append({"role": "assistant", "content": answer})
     except EOFError:
         print()

@@ -198,12 +198,12 @@ def _generate_by_transformers(
     lengths, boundary = [len(prompt) for prompt in prompts], longrope_boundary(model.config)
     equal_lengths = repetition_penalty != 1  # a penalty would count padding as repeated tokens
     limits = longest_answers(model, prompts, max_new_tokens)
-    for group in _group_prompts(lengths, batch_size, max_new_tokens, boundary, equal_lengths):
+    for group in _group_prompts(lengths, limits, batch_size, boundary, equal_lengths):
         more = {} if sampling is None else {"logits_processor": sampling.processors(group)}
-        longest = max(limits[i] for i in group)
-        new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], longest, {**options, **more})
+        limit = limits[group[0]]
+        new_ids = _generate_ids(model, encoder, [prompts[i] for i in group], limit, {**options, **more})
         for i, ids in zip(group, new_ids.tolist(), strict=True):
-            answers[i] = ids[: limits[i]]
+            answers[i] = ids
     return answers
 
 
@@ -227,9 +227,9 @@ def _stop_token_ids(encoder: ChatEncoder) -> list[int]:
 
 
 def _group_prompts(
-    lengths: list[int], batch_size: int, max_new_tokens: int, boundary: int | None, equal_lengths: bool
+    lengths: list[int], limits: list[int], batch_size: int, boundary: int | None, equal_lengths: bool
 ) -> list[list[int]]:
-    """Group prompts that run together: of similar length for little padding, or of equal length for none.
+    """Group prompts that run together: of similar length for little padding, or of equal length for none; of one limit.
 
     The longest sequence in a batch decides a longrope model's rotary factors. So prompts that stay within the
     boundary, prompts beyond it, and each prompt that may cross it run separately.
@@ -238,9 +238,9 @@ def _group_prompts(
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         regime: object = None
         if boundary is not None:
-            crosses = lengths[i] <= boundary < lengths[i] + max_new_tokens
+            crosses = lengths[i] <= boundary < lengths[i] + limits[i]
             regime = f"crosses: {i}" if crosses else lengths[i] > boundary
-        groups.setdefault((regime, lengths[i] if equal_lengths else None), []).append(i)
+        groups.setdefault((regime, limits[i], lengths[i] if equal_lengths else None), []).append(i)
     return [group[k : k + batch_size] for group in groups.values() for k in range(0, len(group), batch_size)]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import adapted_model, longrope_model, make_tokenizer, quiet_config, tiny_model
 from tokenizers import AddedToken
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import phi3lora as p3
 from phi3lora.inference import generation
@@ -447,6 +448,14 @@ def test_an_answer_ends_where_the_context_does_and_a_longer_prompt_is_refused(ho
     model.config.max_position_embeddings = max(lengths) - 1
     with pytest.raises(p3.DataError, match=rf"prompt 2 has {max(lengths)} tokens; the model allows {max(lengths) - 1}"):
         p3.generate(model, TOKENIZER, ["Hi", longest])
+
+
+def test_a_model_with_a_table_of_positions_answers_prompts_of_unlike_lengths_up_to_its_end():
+    config = GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=3, bos_token_id=1)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    alone = [p3.generate(model, TOKENIZER, prompt, max_new_tokens=1000) for prompt in PROMPTS]
+    assert p3.generate(model, TOKENIZER, PROMPTS, max_new_tokens=1000) == alone
 
 
 def test_a_cache_that_cannot_be_allocated_is_an_error_with_the_settings_to_lower():
