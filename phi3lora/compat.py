@@ -52,7 +52,7 @@ IGNORED_TRAINING_ARGUMENTS = frozenset(
 IGNORED_LORA_ARGUMENTS = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config megatron_config
-    megatron_core peft_type peft_version qalora_group_size revision runtime_config
+    megatron_core peft_version qalora_group_size revision runtime_config
     """.split()
 )
 """Arguments of PEFT's ``LoraConfig`` that have no effect here, whatever their value."""
@@ -87,6 +87,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "generation_num_beams": (1, None),
     "target_parameters": (None, []),
     "init_lora_weights": (True, None),
+    "peft_type": ("LORA", None),
 }
 """Argument that would change the result -> its accepted values, which change nothing."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from .compat import IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, accept_foreign_arguments, field_names
 from .display import html_facts, html_folded, one_line, text_facts
-from .errors import SEED_END, ConfigError, is_int, is_number, is_path, plain_value, require
+from .errors import SEED_END, ConfigError, home_path, is_int, is_number, is_path, plain_value, require
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained, as in torch and transformers. Supervised tokens have any other label."""
@@ -77,7 +77,12 @@ def _optional(rule: Rule) -> Rule:
 
 
 def _choice(*allowed: Any) -> Rule:
-    return (lambda value: value in allowed), ", ".join(map(repr, allowed))
+    """Return the rule of one of some values; 0 and 1 are none of them where True and False are."""
+
+    def accepts(value: Any) -> bool:
+        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+    return accepts, ", ".join(map(repr, allowed))
 
 
 def _pattern(rule: Rule, what: str) -> Rule:
@@ -90,6 +95,7 @@ def _pattern(rule: Rule, what: str) -> Rule:
 
 
 _COUNT: Rule = (lambda value: is_int(value, 1)), "a whole number >= 1"
+_RANK: Rule = (lambda value: is_int(value, 1, 2**16 + 1)), "a whole number from 1 to 65,536"
 _POSITIVE: Rule = (lambda value: is_number(value) and value > 0), "a number > 0"
 _NOT_NEGATIVE: Rule = (lambda value: is_number(value) and value >= 0), "a number >= 0"
 SHARE: Rule = (lambda value: is_number(value) and 0 <= value < 1), "0 <= x < 1"
@@ -116,6 +122,12 @@ _LAYER_LISTS: Rule = _optional((_are_regexes, "a name, a regular expression, or 
 _RATIO: Rule = _optional((lambda value: is_number(value) and value >= 1, "a number >= 1"))
 _ARGUMENTS: Rule = _optional((lambda value: isinstance(value, Mapping), "a dict of the schedule's arguments"))
 _ROW_TOKENS: Rule = _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole"))
+_WARM_UP: Rule = _optional(
+    (lambda value: value == 0 or _INTERVAL[0](value), "0, a whole number, or a share of all steps in (0, 1)")
+)
+_TASKS = _choice(
+    "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", None,
+)  # fmt: skip
 _CHECKPOINTING = _choice("none", "selective", "full", "offload", "auto", None, True, False)
 _OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
@@ -216,7 +228,7 @@ class LoraConfig(_Config):
         ConfigError: an unknown name (the nearest one is suggested) or a value outside its range.
     """
 
-    r: int = setting(16, _COUNT)
+    r: int = setting(16, _RANK)
     """Rank of each adapter, >= 1."""
     lora_alpha: float = setting(32, _POSITIVE)
     """Numerator of the adapter's scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. If
@@ -229,7 +241,7 @@ class LoraConfig(_Config):
     """Layers to adapt: ``"all-linear"`` (every linear layer except the output head), a list of module-name suffixes, or
     a string: one suffix, or a regular expression that matches a whole path. On Phi-3's fused projections ``q_proj,
     k_proj, v_proj`` and ``gate_proj, up_proj`` select segments."""
-    task_type: str | None = setting("CAUSAL_LM", _NAME)
+    task_type: str | None = setting("CAUSAL_LM", _TASKS)
     """PEFT's task type, recorded for other tools."""
     modules_to_save: None = setting(None, _NOTHING)
     """Modules to train whole, which is not supported: only None is allowed."""
@@ -245,7 +257,7 @@ class LoraConfig(_Config):
     layers_pattern: str | Sequence[str] | None = setting(None, _LAYER_LISTS)
     """Names of the module lists that ``layers_to_transform`` counts in, such as ``"layers"``; None: the first number in
     a path is the layer's index."""
-    rank_pattern: Mapping[str, int] = setting(dict, _pattern(_COUNT, "rank"))
+    rank_pattern: Mapping[str, int] = setting(dict, _pattern(_RANK, "rank"))
     """Ranks of certain layers: a dict from a regular expression for the end of a path, such as ``"o_proj"`` or
     ``"layers.0.mlp.down_proj"``, to a rank. The first match counts; the other layers have rank ``r``."""
     alpha_pattern: Mapping[str, float] = setting(dict, _pattern(_POSITIVE, "lora_alpha > 0"))
@@ -267,6 +279,8 @@ class LoraConfig(_Config):
         """Return a field's value with several names as a list, no value as None, no pattern as an empty one."""
         if name in ("rank_pattern", "alpha_pattern"):
             return {} if value is None else value
+        if name == "modules_to_save":
+            return None if value in ([], ()) else value
         if name in ("target_modules", "exclude_modules") and isinstance(value, str):
             return value if value or name == "target_modules" else None
         if name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -317,7 +331,7 @@ class TrainingConfig(_Config):
     ``"inverse_sqrt"``, ``"cosine_with_min_lr"``, ``"cosine_warmup_with_min_lr"``, ``"warmup_stable_decay"``."""
     lr_scheduler_kwargs: Mapping[str, Any] | None = setting(None, _ARGUMENTS)
     """Further arguments of the schedule, such as ``{"min_lr": 1e-5}`` for ``"cosine_with_min_lr"``."""
-    warmup_steps: float | None = setting(None, _optional(_NOT_NEGATIVE))
+    warmup_steps: float | None = setting(None, _WARM_UP)
     """Steps of linear warm-up, or a share of all steps in (0, 1); None: ``warmup_ratio`` if that is given, else 5 % of
     the steps. The 5 % are rounded down, so a run of fewer than 20 steps has no warm-up."""
     warmup_ratio: float | None = setting(None, _optional(SHARE))
@@ -448,7 +462,8 @@ class TrainingConfig(_Config):
     def _normalised(self, name: str, value: Any) -> Any:
         if name == "report_to":
             return [] if value is None else _names(value)
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return home_path(value) if name in ("output_dir", "resume_from_checkpoint") else value
 
     def _resolve_activation_checkpointing(self) -> None:
         """Make ``activation_checkpointing`` and ``gradient_checkpointing``, its switch, agree."""

@@ -160,11 +160,16 @@ def is_hub_name(text: str) -> bool:
     return _HUB_NAME.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
+def home_path(value: Any) -> Any:
+    """Return a path's text with the home folder in the place of ``~/``; other values as they are."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def as_path(value: Any, what: str, error: type[Phi3LoRAError]) -> Path:
     """Return ``value`` as a path, or raise an ``error`` that names ``what``."""
     if not is_path(value):
         raise error(f"{what} cannot be {short_repr(value)}; allowed: a path, names of at most {_MAX_NAME_BYTES} bytes")
-    return Path(value)
+    return Path(home_path(os.fspath(value)))
 
 
 def install_hint(extra: str) -> str:

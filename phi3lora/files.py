@@ -212,11 +212,24 @@ def sha256_of(path: Path) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return ``json.loads(text)``; every refusal is a ValueError, also of text that is nested too deeply."""
+    """Return ``json.loads(text)``; every refusal is a ValueError, also of text that is nested too deeply.
+
+    A key that an object has twice with different values is refused; ``json.loads`` keeps the last one in silence.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object_of)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if value != found[key] and (value == value or found[key] == found[key]):  # NaN equals nothing
+                both = f"{short_repr(value, 40)} and {short_repr(found[key], 40)}"
+                raise ValueError(f"an object has the key {short_repr(key, 40)} twice, with the values {both}")
+    return found
 
 
 def read_json(path: Path) -> Any:

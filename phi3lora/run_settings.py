@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from .compat import ALIASES, IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, UNSUPPORTED, hint_at_name
 from .config import SEED, SHARE, LoraConfig, Rule, TrainingConfig, setting
-from .errors import ConfigError, is_int, require, short_repr
+from .errors import ConfigError, home_path, is_int, require, short_repr
 
 DEMO = "demo"
 """Name that stands for the embedded model, and for its data."""
@@ -251,7 +250,7 @@ def path_in(text: Any) -> Any:
     """Return a path with the home folder in the place of ``~/``, which shells leave in ``--set output_dir=~/runs``."""
     if not isinstance(text, str):
         return text
-    return os.path.expanduser(text) if text.startswith("~/") else str(text)
+    return str(home_path(text))
 
 
 def _number(text: str, whole: bool = False) -> int | float:

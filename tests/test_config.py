@@ -218,6 +218,13 @@ def test_an_unsupported_argument_is_accepted_only_at_a_value_that_changes_nothin
         assert INSTEAD.get(name, "Leave it out") in message
 
 
+def test_an_empty_list_of_modules_to_save_and_the_home_folder_mean_what_they_do_elsewhere(monkeypatch):
+    assert LoraConfig(modules_to_save=[]).modules_to_save is None
+    monkeypatch.setenv("HOME", "/there")
+    config = TrainingConfig(output_dir="~/runs", resume_from_checkpoint="~/runs/checkpoint-5")
+    assert (config.output_dir, config.resume_from_checkpoint) == ("/there/runs", "/there/runs/checkpoint-5")
+
+
 def test_no_name_is_in_two_tables():
     own = fields_of(LoraConfig).keys() | fields_of(TrainingConfig).keys()
     ignored = [IGNORED_TRAINING_ARGUMENTS, IGNORED_LORA_ARGUMENTS]
@@ -290,13 +297,13 @@ TRAINING_BOUNDS = {
     "report_to": ([["wandb"], ["tensorboard", "mlflow", "trackio"], ["all"]], ["comet", ["wandb", "comet"], 5]),
     "project": (["bots"], ["", None, 5]),
     "resume_from_checkpoint": ([False, True, None, "auto", "runs/checkpoint-5"], [1.5, ["a"]]),
-    "activation_checkpointing": (["none", "full"], ["some", 3, ["full"]]),
-    "gradient_checkpointing": ([True, False], ["yes", 3, ["full"]]),
+    "activation_checkpointing": (["none", "full"], ["some", 3, ["full"], 1]),
+    "gradient_checkpointing": ([True, False], ["yes", 3, ["full"], 1, 0]),
     "log_level": (["passive", "info", "error"], ["loud"]),
 }
 SEGMENTS_REFUSED = [5, "qkv", ["qkv"], {"qkv": 5}, {"qkv": []}, {"qkv": {"q": "8"}}, {"qkv": [20, -4]}, {1: [8]}]
 LORA_BOUNDS = {
-    "r": COUNT,
+    "r": (COUNT[0], [*COUNT[1], 2**16 + 1]),
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,
     "bias": (["none", "all", "lora_only"], ["some", "", None, True]),
@@ -306,7 +313,7 @@ LORA_BOUNDS = {
         ["", [], None, [""], ["o_proj", 3], 5, "("],
     ),
     "modules_to_save": ([None], [["lm_head"], "lm_head"]),
-    "task_type": (["CAUSAL_LM", None], [5]),
+    "task_type": (["CAUSAL_LM", "SEQ_CLS", None], [5, "Causal_LM", ""]),
     "segments": ([None, {"qkv": [8, 4]}, {"qkv": {"q": 8, "k": 4}}], SEGMENTS_REFUSED),
     "exclude_modules": ([None, "lm_head", r".*\.layers\.\d+\.mlp\..*", ["k_proj"]], ["(", 5, ["o_proj", 3], [""]]),
     "layers_to_transform": ([None, [0], [3, 1]], [-1, [1.5], "0", [True], True]),

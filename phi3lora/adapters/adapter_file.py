@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError, Phi3LoRAError, as_path, error_line, first_of, is_int, short_repr
+from ..errors import AdapterError, ConfigError, Phi3LoRAError, as_path, error_line, first_of, is_int, short_repr
 from ..files import parse_json, parse_tensors, read_json, tensor_file, write_atomic
 from ..lora.base_values import base_values, changed_buffers, keep_base_values, put_base_values
 from ..lora.inject import inject_layers, lora_layers, remove_lora, restorer_of_requires_grad
@@ -38,6 +38,8 @@ logger = logging.getLogger("phi3lora")
 
 HEADER_KEY = "phi3lora"
 _FORMAT = 1
+_LAYER_SETTINGS = ("class", "r", "lora_alpha", "use_rslora", "segments", "enable_lora")
+_NEWER = ". A newer version of phi3lora may have written it: update this one"
 _SHA256 = "sha256"
 """Key in an older ``<path>.json`` of the checksum of the ``.pt`` that it describes."""
 
@@ -204,7 +206,10 @@ def _inject_and_load(model: nn.Module, state: dict[str, Tensor], metadata: dict[
     actual = {plain_name(path): path for path, _ in model.named_modules()}
     layers = {actual.get(path, path): settings for path, settings in metadata["layers"].items()}
     try:
-        inject_layers(model, layers, LoraConfig(**metadata["config"]))
+        try:
+            inject_layers(model, layers, LoraConfig(**metadata["config"]))
+        except ConfigError as error:
+            raise AdapterError(f"{source!r}: its settings cannot be used: {error}") from error
         _load_checked(model, state, metadata, source)
     except Phi3LoRAError:
         remove_lora(model)
@@ -283,6 +288,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             metadata = _read_sidecar(path, hashlib.sha256(data).hexdigest())
         if metadata is not None:
             metadata["config"] = metadata.get("config") or None
+            _check_known(metadata)
             if not all(isinstance(value, dict) for value in (*metadata["layers"].values(), metadata["config"] or {})):
                 raise TypeError
     except (OSError, ValueError) as error:
@@ -290,6 +296,20 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     except (LookupError, TypeError, AttributeError) as error:
         raise AdapterError(f"{str(path)!r}: the settings stored with the tensors are not phi3lora's") from error
     return state, metadata
+
+
+def _check_known(metadata: dict[str, Any]) -> None:
+    """Raise ValueError for settings of a format that this version does not know: they may change what is computed."""
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"its settings have the format {short_repr(metadata.get('format'))}; allowed: {_FORMAT}{_NEWER}"
+        )
+    for where, settings, known in (
+        ("its settings", metadata, ("format", "config", "layers")),
+        *((repr(path), layer, _LAYER_SETTINGS) for path, layer in metadata["layers"].items()),
+    ):
+        if unknown := [short_repr(key, 60) for key in settings if key not in known]:
+            raise ValueError(f"{where} has the unknown {first_of(unknown)}; allowed: {', '.join(known)}{_NEWER}")
 
 
 def _read_sidecar(path: Path, digest: str) -> Any:
@@ -307,7 +327,8 @@ def adapter_path(value: object) -> Path:
     if (path / CONFIG_NAME).is_file() or (path.name == TENSORS_NAME and path.with_name(CONFIG_NAME).is_file()):
         raise AdapterError(f"{str(path)!r} is in PEFT's format; load its folder with import_peft(model, folder)")
     if path.suffix not in (".safetensors", ".pt"):
-        raise AdapterError(f"an adapter file cannot be called {path.name!r}; allowed: *.safetensors, *.pt")
+        name = path.name or str(path)
+        raise AdapterError(f"an adapter file cannot be called {name!r}; allowed: *.safetensors, *.pt")
     return path
 
 

@@ -86,6 +86,10 @@ class PeftConfig:
     """Settings of every module that no pattern matches; its target modules are not those of the folder."""
     rank_pattern: Sequence[tuple[re.Pattern[str], int]]
     alpha_pattern: Sequence[tuple[re.Pattern[str], float]]
+    targets: Sequence[str] = ()
+    """Suffixes of the modules that the tensors should cover in every layer; none where the config says it otherwise."""
+    base: str = ""
+    """Name of the base model, ``""`` if the config has none."""
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """Return the rank and alpha of the module at ``path`` (without prefix), as PEFT's ``get_pattern_key`` does."""
@@ -143,7 +147,10 @@ def read_config(folder: Path) -> PeftConfig:
         except (AttributeError, TypeError, re.error, ValueError) as error:
             allowed = f"a dict of regular expressions to values of {field}, at most {_MOST_KEYS:,}"
             raise ValueError(f"{CONFIG_NAME}: {name}={short_repr(pattern)}: {error}; allowed: {allowed}") from error
-    return PeftConfig(common, *patterns)
+    targets, base = found.get("target_modules"), found.get("base_model_name_or_path")
+    is_limited = any(found.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) and not is_limited else []
+    return PeftConfig(common, patterns[0], patterns[1], names, base if isinstance(base, str) else "")
 
 
 def peft_folders_in(folder: Path) -> list[str]:

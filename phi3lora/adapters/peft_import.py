@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraConfig, lora_scaling
-from ..errors import AdapterError, as_path, error_line
+from ..errors import AdapterError, as_path, error_line, is_hub_name
 from ..files import parse_json, read_tensors
 from ..lora.inject import InjectionReport, injection_report
 from ..lora.layers import Conv2d
@@ -114,7 +114,30 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot import {str(folder)!r}: {error}") from error
     install_adapter(model, state, metadata, str(folder), name)
+    _warn_of_doubts(model, folder, config, pairs)
     return injection_report(model)
+
+
+def _warn_of_doubts(model: nn.Module, folder: Path, config: PeftConfig, pairs: Mapping[str, Pair]) -> None:
+    """Warn of targets without tensors, as of a folder that is not whole, and of a base by another name."""
+    have = [name.rpartition(".")[2] for name in pairs]
+    most = max(map(have.count, have))
+    missing = [t for t in config.targets if not any(path == t or path.endswith(f".{t}") for path in pairs)]
+    fewer = [f"{t!r} in {have.count(t)}" for t in config.targets if 0 < have.count(t) < most]
+    if missing:
+        logger.warning("%s has no tensors for %s, which its config targets too", folder, ", ".join(map(repr, missing)))
+    if fewer:
+        logger.warning("%s adapts %s of %d layers; its config targets all of them", folder, ", ".join(fewer), most)
+    ours = getattr(getattr(model, "config", None), "_name_or_path", "")
+    are_hub_names = all("/" in name and is_hub_name(name) for name in (config.base, ours)) and not os.path.isdir(ours)
+    if are_hub_names and _base_name(config.base) != _base_name(ours):
+        why = "if their weights differ, so will the answers"
+        logger.warning("%s was made for %r, and this model is %r; %s", folder, config.base, ours, why)
+
+
+def _base_name(name: str) -> str:
+    """Return a hub name without its owner and without what marks a quantised copy."""
+    return re.sub(r"(-unsloth)?(-bnb-4bit)?$", "", name.partition("/")[2].lower())
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:

@@ -45,7 +45,7 @@ from .template import ChatEncoder, EncodedChat
 logger = logging.getLogger("phi3lora")
 
 SMALLEST_BYTES = 2**20  # a smaller source is tokenised in less than the second that importing datasets takes
-_READING = "rows formats turns marked_text other_jobs findings template tokens tools documents".split()
+_READING = "compression rows formats turns marked_text other_jobs findings template tokens tools documents".split()
 _MODULES = [Path(__file__).with_name(f"{name}.py") for name in _READING]
 _CHATS_AT_ONCE = 1000
 _ROWS_TO_FORK = 4096  # a source of fewer is encoded in two or three seconds

@@ -109,9 +109,11 @@ def detect_format(
         raise DataError(f"row {number} has no {absent}, named by columns={dict(names)}; it has the keys {keys_of(row)}")
     if needed.isdisjoint(names):
         refuse_other_job(row, None, (), number)
+    if empty := [short_repr(key, 60) for key, value in row.items() if is_empty(value)]:
+        empty = [f" ({first_of(empty)} without a value)"]
     forms = "; ".join(f"{name}: {', '.join(names.get(c, c) for c in COLUMNS[name])}" for name in formats)
     raise DataError(
-        f"row {number} has the keys {keys_of(row)}, which fit no known format. Known: {forms}. "
+        f"row {number} has the keys {keys_of(row)}{''.join(empty)}, which fit no known format. Known: {forms}. "
         f"Name your columns with columns={{'prompt': 'your column', ...}} (--columns prompt=... completion=...)"
     )
 

@@ -8,11 +8,10 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import DataError, short_repr
-from .turns import ROLES, Message, is_empty
+from .turns import MEDIA, MEDIA_IN_MESSAGES, ROLES, Message, is_empty
 
 _REJECTED = ("rejected", "rejected_response", "rejected_responses", "rejected_messages")
 _LABELS = ("label", "kto_tag")
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _MEDIA_MARK = re.compile(r"<image>|<\|(?:image|audio)_\d+\|>")
 _ENDS = (
     "<|end|>", "<|im_end|>", "</s>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end_of_turn|>",
@@ -30,7 +29,7 @@ _ANSWER_STARTS = ("### Response:", "### Assistant:", "### Answer:", "ASSISTANT:"
 
 @lru_cache(maxsize=1024)
 def _suspects(keys: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(key for key in (*_REJECTED, *_LABELS, *_MEDIA) if key in keys)
+    return tuple(key for key in (*_REJECTED, *_LABELS, *MEDIA) if key in keys)
 
 
 def refuse_other_job(row: Mapping[str, Any], form: str | None, needed: Sequence[str], number: int) -> None:
@@ -48,7 +47,7 @@ def refuse_other_job(row: Mapping[str, Any], form: str | None, needed: Sequence[
         what = f"row {number}: its column {column!r} is {short_repr(value, 60)}: it looks like "
         if column in _REJECTED or column == "chosen":
             raise DataError(f"{what}half of a preference pair (DPO), not a chat to train on; {_preferred(row, anyway)}")
-        if column in _MEDIA:
+        if column in MEDIA:
             raise DataError(f"{what}multimodal data, but the models are text-only; remove the row, or {anyway or _MAP}")
         is_flag = isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
         if form not in (None, "text") and (is_flag or (form == "prompt_completion" and value in (0, 1))):
@@ -84,8 +83,13 @@ def _preferred(row: Mapping[str, Any], anyway: str) -> str:
 
 
 def refuse_media(messages: Sequence[Message], number: int) -> None:
-    """Raise if a message of the user has a place for an image or a sound."""
+    """Raise if a message holds an image or a sound, or one of the user has a place for it."""
     for message in messages:
+        if len(message) > 2 and (key := next((key for key in MEDIA_IN_MESSAGES if key in message), None)):
+            raise DataError(
+                f"row {number}: a message of role {message['role']!r} has {key!r}: {short_repr(message[key], 60)}; the "
+                f"models are text-only: remove the row, or the key"
+            )
         content = message["content"]
         if "<" not in content or message["role"] != "user":
             continue

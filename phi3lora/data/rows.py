@@ -6,16 +6,14 @@ A row is a dict of Python's own values. NaN, ``pandas.NA`` and NaT are None in i
 from __future__ import annotations
 
 import bisect
-import bz2
 import csv
-import gzip
 import io
 import logging
 import lzma
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from json import JSONDecodeError
@@ -26,8 +24,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import DataError, error_line, short_repr
+from ..errors import DataError, error_line, first_of, short_repr
 from ..files import parse_json
+from .compression import COMPRESSIONS, open_unpacked
 
 logger = logging.getLogger("phi3lora")
 
@@ -35,10 +34,7 @@ NumberedRow = tuple[int, Mapping[str, Any]]
 """A row with its number. Rows count from 1; in a .jsonl file the number is the line's."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-"""Endings that may follow those of :data:`SUFFIXES`."""
 
-_OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _ROWS_AT_ONCE = 1000  # of a table
 _ROWS_IN_PYTHON = 100  # of those, made Python objects at a time
 _QUOTED_ERRORS = 3
@@ -104,8 +100,9 @@ def package_of(value: Any) -> str:
 
 def is_table(value: Any) -> bool:
     """Return whether a value is a DataFrame or an Arrow table, of any library."""
-    is_frame = package_of(value) == "pandas" and type(value).__name__ == "DataFrame"
-    return is_frame or (hasattr(value, "__arrow_c_stream__") and not isinstance(value, type))
+    if package_of(value) == "pandas":  # whose Series give an Arrow stream, too, of values and not of rows
+        return type(value).__name__ == "DataFrame"
+    return hasattr(value, "__arrow_c_stream__") and not isinstance(value, type)
 
 
 def read_rows(source: Any, bad: BadRows, start: int = 0) -> Iterator[NumberedRow]:
@@ -155,7 +152,7 @@ def _file_rows(path: Path, bad: BadRows, start: int) -> Iterator[NumberedRow]:
 
 def _open(path: Path) -> Any:
     """Open a file of text, and unpack it on the way. One in UTF-16 or UTF-32 is refused."""
-    file = _open_binary(path)
+    file = open_unpacked(path, file_kind(path)[1])
     start = file.peek(4)[:4]
     wide = "UTF-32" if start in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
@@ -164,17 +161,6 @@ def _open(path: Path) -> Any:
             f"{str(path)!r} looks like {wide}, it starts with the bytes {start!r}; allowed: UTF-8. Save it as UTF-8"
         )
     return file
-
-
-def _open_binary(path: Path) -> Any:
-    _, compression = file_kind(path)
-    if compression in _OPENERS:
-        return _OPENERS[compression](path, "rb")
-    import pyarrow  # comes with datasets
-
-    if not pyarrow.Codec.is_available("zstd"):
-        raise DataError(f"{str(path)!r}: this pyarrow cannot read .zst; unpack the file, or save it as .gz")
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
 
 
 def _not_utf8(what: str, error: UnicodeDecodeError) -> DataError:
@@ -256,6 +242,9 @@ def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
         rows = _rows_in(value)
     except DataError as error:
         raise DataError(f"{str(path)!r} {error}") from None
+    if isinstance(value, Mapping) and any(item is rows for item in value.values()) and len(value) > 1:
+        others = [short_repr(key, 40) for key, item in value.items() if item is not rows]
+        logger.info("%r: its list of rows is read; not used are its keys %s", str(path), first_of(others))
     return _numbered(rows, bad, is_plain="NaN" not in text)
 
 
@@ -275,7 +264,8 @@ def _rows_in(value: Any) -> list[Any]:
         raise DataError(f"holds a {type(value).__name__}; allowed: a list of objects")
     held = {key: item for key, item in value.items() if key not in _IN_A_ROW and _is_list_of_rows(item)}
     if len(held) == 1:
-        return list(*held.values())
+        rows: list[Any] = held.popitem()[1]
+        return rows
     if held:
         raise DataError(
             f"holds several lists of objects: {', '.join(map(short_repr, held))}; allowed: one list per file"
@@ -424,7 +414,7 @@ def _table_bytes(path: Path) -> Any:
 
     if not file_kind(path)[1]:
         return pyarrow.memory_map(str(path))
-    with _open_binary(path) as file:
+    with open_unpacked(path, file_kind(path)[1]) as file:
         return pyarrow.BufferReader(file.read())
 
 

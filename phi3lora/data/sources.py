@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..display import quiet_libraries
-from ..errors import DataError, as_path, error_line, first_of, is_hub_name, short_repr
+from ..errors import DataError, as_path, error_line, first_of, home_path, is_hub_name, short_repr
+from .compression import COMPRESSIONS
 from .rows import (
-    COMPRESSIONS,
     SUFFIXES,
     BadRows,
     NumberedRow,
@@ -95,7 +95,7 @@ def find_sources(
                 is_object = found.name.startswith("(")
                 several.append(replace(found, name=f"source {position} {found.name}") if is_object else found)
         return several
-    text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+    text = home_path(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else None
     what = short_repr(text) if text is not None else f"a {type(source).__name__}"
     try:
         if text is not None and _is_from_hub(text, split):
@@ -116,7 +116,7 @@ def origin_of(source: Any, **options: Any) -> dict[str, Any] | None:
     names = list(source) if isinstance(source, (list, tuple)) else [source]
     if not names or not all(isinstance(name, (str, os.PathLike)) for name in names):
         return None
-    texts = [os.fspath(name) for name in names]
+    texts = [home_path(os.fspath(name)) for name in names]
     paths = [os.path.abspath(text) if os.path.exists(text) or glob.has_magic(text) else text for text in texts]
     return {"source": paths if len(paths) > 1 else paths[0], **options}
 
@@ -230,12 +230,18 @@ def _splits_of(source: Any, text: str | None, split: str) -> dict[str | None, An
             return {None: [_file(path)]}
         if not glob.has_magic(text):
             raise DataError(f"no such file: {text!r}")
-        files = [path for path in map(Path, glob.glob(text, recursive=True)) if path.is_file()]
-        return {None: list(map(_file, _readable(f"the pattern {text!r}", files)))}
+        matches = sorted(glob.glob(text, recursive=True), key=lambda name: (len(Path(name).parts), name))
+        files = {os.path.realpath(name): Path(name) for name in reversed(matches) if os.path.isfile(name)}
+        if (others := sum(map(os.path.isfile, matches)) - len(files)) > 0:
+            logger.info("the pattern %r finds %d files again, through links: each is read once", text, others)
+        return {None: list(map(_file, _readable(f"the pattern {text!r}", list(files.values()))))}
     if not isinstance(source, Mapping):
         return {None: source}
     is_table_of_rows = is_columnar(source) and split.partition("[")[0] not in source
-    return {None: columnar_rows(source)} if is_table_of_rows else dict(source)
+    try:
+        return {None: columnar_rows(source)} if is_table_of_rows else dict(source)
+    except DataError as error:
+        raise DataError(f"the dict {error}") from None
 
 
 def _file(path: Path) -> Source:
@@ -254,7 +260,7 @@ def _readable(what: str, files: list[Path]) -> list[Path]:
             f"other folders by a pattern such as 'folder/**/*.jsonl'"
         )
     if others:
-        logger.info("%s: %d files are read, these are not: %s", what, len(readable), listed)
+        logger.info("%s has %d files of rows; it also has %s", what, len(readable), listed)
     return readable
 
 
@@ -276,12 +282,15 @@ def _splits_of_folder(folder: Path) -> dict[str | None, Any]:
     inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     named = [path for path in inside if path.name.lower() in ("data", *_SPLIT_WORDS) and path.is_dir()]
     inside = [path for path in inside if path not in named]
-    inside += chain.from_iterable(sorted(path.iterdir()) for path in named)
+    inside += [path for folder in named for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     splits: dict[str | None, Any] = {}
     for path in _readable(f"the folder {str(folder)!r}", inside):
         splits.setdefault(_split_in_name(path.relative_to(folder)), []).append(_file(path))
     if len(splits) > 1 and None in splits:  # files beside those of the splits
         splits["train"] = splits.pop(None) + splits.get("train", [])
+    if len(splits) > 1:
+        listed = "; ".join(f"{name!r}: {first_of([s.name for s in files], _NAMED)}" for name, files in splits.items())
+        logger.info("the folder %r has several splits, by the names of its files: %s", str(folder), listed)
     return splits
 
 

@@ -33,6 +33,11 @@ _ON_OFF: dict[Any, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": Fal
 _ON_OFF |= {"false": False, "true": True}
 _TURNS_START = re.compile(r'\s*\[\s*\{\s*"')
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
+_PART_KEYS = ("type", "text", "value")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns that hold what the models cannot read."""
+MEDIA_IN_MESSAGES = (*MEDIA, "image_url", "input_audio")
+"""Keys of messages, and of the parts of their contents, that do."""
 
 
 def is_empty(value: Any) -> bool:
@@ -53,7 +58,8 @@ def read_turns(value: Any, number: int, column: str) -> list[Message]:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or not all(map(_is_turn, value)):
-        raise DataError(f"row {number}: {column!r} is {short_repr(value, 60)}; allowed: a list of turns (dicts)")
+        allowed = f"{'text, or ' * (column in ('prompt', 'completion'))}a list of turns (dicts)"
+        raise DataError(f"row {number}: {column!r} is {short_repr(value, 60)}; allowed: {allowed}")
     return [_message(turn, number) for turn in value]
 
 
@@ -106,7 +112,19 @@ def _part(part: Any, number: int, what: str) -> Any:
             f"row {number}: {what} is a list with a part of type {short_repr(kind, 60)}; allowed: parts of type 'text' "
             f"(the models are text-only; calls of functions go into 'tool_calls', results into a 'tool' message)"
         )
+    for key in part:
+        if key in (*MEDIA_IN_MESSAGES, *_SWITCHES, *_MASKS) and not is_empty(part[key]):
+            raise DataError(
+                f"row {number}: {what} has a part with {key!r}: {short_repr(part[key], 60)}; allowed: text, "
+                f"which is trained or left out with the whole message; remove the key, or the row"
+            )
     return part.get("text", part.get("value"))  # "value": LLaMA-Factory's second format
+
+
+def _other_keys(parts: Any) -> dict[str, Any]:
+    """Return the keys of a content's parts beside their text, such as ``cache_control``, named as keys of a message."""
+    found = (part for part in parts if isinstance(part, Mapping))
+    return {f"content.{k}": v for part in found for k, v in part.items() if k not in _PART_KEYS and not is_empty(v)}
 
 
 class _Layout(NamedTuple):
@@ -141,7 +159,8 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     lower = name.lower() if isinstance(name, str) else ""
     role = ROLES.get(lower)
     if role is None:
-        raise DataError(f"row {number}: role {short_repr(name, 60)}; allowed: {', '.join(ROLES)}")
+        keys = "" if role_keys else f" of a turn with the keys {', '.join(short_repr(key, 40) for key in turn)}"
+        raise DataError(f"row {number}: role {short_repr(name, 60)}{keys}; allowed: {', '.join(ROLES)}")
     message: Message = {"role": role, "content": content}
     if lower in _CALLS:
         message.update(content="", tool_calls=_calls(content, number, lower))
@@ -149,6 +168,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         message["content"] = ""
     elif not is_text(content):
         message["content"] = text_of(content, number, f"the content of role {short_repr(name, 60)}")
+        message.update(_other_keys(content))
     if switches or masks:
         on = _switch(turn, switches, masks, number)
         if on is not None:

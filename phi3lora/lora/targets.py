@@ -116,6 +116,10 @@ class Limits:
         left = {name for name in segments if not self._leaves_out(sibling(path, name))}
         return None if segments and not left else left
 
+    def number_none(self, paths: Iterable[str]) -> bool:
+        """Return whether ``layers_to_transform`` is set and no path is in a layer with a number."""
+        return self._layers is not None and all(self._number(path) is None for path in paths)
+
     def _leaves_out(self, name: str) -> bool:
         if self._layers is not None and self._number(name) not in self._layers:
             return True
@@ -144,15 +148,20 @@ def select_targets(
     """Return path -> names of the segments to adapt (none where not fused) of the targeted layers, in model order."""
     nameable = _nameable(model, fused)
     selected: dict[str, set[str]] = {}
+    unnumbered: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:
         is_one = isinstance(targets, str)
         matched = [(path, names) for full_name, path, names in nameable if matches(full_name, target, is_one)]
         if not matched:
-            guess = did_you_mean(target, {full_name.rpartition(".")[2] for full_name, _, _ in nameable})
+            guess = did_you_mean(target, {"all-linear"} | {name.rpartition(".")[2] for name, _, _ in nameable})
+            if target == "all-linear":
+                guess = " As one string, not in a list, it means every linear layer."
             parameters = [(name, tuple(p.shape)) for name, p in model.named_parameters() if _matches(name, target)]
             if parameters:
                 guess = " {!r} is a parameter of shape {}; only layers can be adapted.".format(*parameters[0])
             raise ModelError(f"target_modules: {target!r} matches nothing.{guess} {candidates(model, fused)}")
+        if limits.number_none([path for path, _ in matched]):
+            unnumbered.append(target)
         for path, names in matched:
             left = limits.left(path, names)
             if left is None:
@@ -165,6 +174,11 @@ def select_targets(
             selected.setdefault(path, set()).update(left)
     if not selected:
         raise ModelError("exclude_modules and layers_to_transform leave none of the targets; allow some of them")
+    if unnumbered:
+        raise ModelError(
+            f"layers_to_transform leaves out the target {unnumbered[0]!r}, which is in no layer with a number; remove "
+            f"the target, or name the layers in target_modules instead (such as 'layers.0.self_attn.o_proj')"
+        )
     return {path: selected[path] for path, _ in model.named_modules() if path in selected}
 
 
@@ -250,9 +264,10 @@ def ranks_and_alphas(
                 )
             found[path] += (next(iter(values.values())),)
         if unused:
-            raise ModelError(
-                f"{field}: {min(unused)!r} matches none of the adapted layers: {', '.join(_ends(selected))}"
-            )
+            key = min(unused)
+            is_late = any(_ends_with(path, key) for path in selected)
+            late = ", that no earlier key matches; put it before that" if is_late else ""
+            raise ModelError(f"{field}: {key!r} matches none of the adapted layers{late}: {', '.join(_ends(selected))}")
     return found
 
 

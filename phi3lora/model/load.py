@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..display import quiet_libraries
-from ..errors import ModelError, error_line, is_hub_name, is_int, is_number, is_path, require, short_repr
+from ..errors import ModelError, error_line, home_path, is_hub_name, is_int, is_number, is_path, require, short_repr
 from ..lora.base_weight import PRECISIONS, keep_4bit_packing, quantize_base, require_bitsandbytes, usable_precision
 from .attention import NAME as PACKED_ATTENTION
 from .attention import register
@@ -95,7 +95,7 @@ def load_model(
     device = _available_device(device)
     torch_dtype = _DTYPES.get(dtype)  # None for "auto"
 
-    name = os.fspath(name_or_path)
+    name = home_path(os.fspath(name_or_path))
     config = read_model_config(name, revision)
     _check_no_adapter(name, revision)
     _check_sizes(Path(name), config)

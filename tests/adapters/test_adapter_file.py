@@ -246,6 +246,26 @@ def test_settings_out_of_bounds_build_nothing(tmp_path, name, value):
 
 
 @suffixes
+def test_settings_of_another_version_are_refused_by_name(tmp_path, suffix):
+    model, path = adapted(), tmp_path / f"adapter{suffix}"
+    state, known = adapter_state_dict(model), adapter_metadata(model)
+    layer = known["layers"][OUT]
+    for change, message in {
+        "format": ({"format": 2}, "format 2; allowed: 1"),
+        "no format": ({"format": None}, "format None; allowed: 1"),
+        "top": ({"ranks": {}}, "unknown 'ranks'"),
+        "layer": (
+            {"layers": {**known["layers"], OUT: {**layer, "use_dora": True}}},
+            f"'{OUT}' has the unknown 'use_dora'",
+        ),
+        "config": ({"config": {**known["config"], "use_dora": True}}, "its settings cannot be used: .*use_dora"),
+        "alpha": ({"layers": {**known["layers"], OUT: {**layer, "lora_alpha": 0}}}, "cannot be used: .*lora_alpha=0"),
+    }.values():
+        path.write_bytes(tensor_file(suffix, state, {HEADER_KEY: json.dumps({**known, **change})}))
+        assert_refused(lively_model(), path, message)
+
+
+@suffixes
 def test_missing_and_half_written_files_are_refused(tmp_path, suffix):
     model = adapted()
     assert_refused(model, tmp_path / f"none{suffix}", "there is no adapter file")

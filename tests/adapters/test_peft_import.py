@@ -110,6 +110,24 @@ def test_names_with_and_without_prefixes_and_settings_that_change_nothing(tmp_pa
     assert_same_logits(ours, theirs)
 
 
+def test_targets_without_tensors_and_another_base_are_said(tmp_path, caplog):
+    targets = ["qkv_proj", "down_proj"]
+    peft_made(base_model(), tmp_path, target_modules=targets)
+    model, again = base_model(), base_model()
+    model.config._name_or_path = again.config._name_or_path = "microsoft/Phi-3-mini-4k-instruct"
+    change_config(tmp_path, base_model_name_or_path="unsloth/Phi-3-mini-4k-instruct-bnb-4bit")
+    p3.import_peft(model, tmp_path)
+    assert not caplog.messages, "all is as it should be"
+    change_config(
+        tmp_path, target_modules=[*targets, "q_proj"], base_model_name_or_path="microsoft/Phi-3.5-mini-instruct"
+    )
+    change_tensors(tmp_path, lambda t: [t.pop(key) for key in [*t] if "layers.1.mlp" in key])
+    p3.import_peft(again, tmp_path)
+    assert "no tensors for 'q_proj'" in caplog.text
+    assert "adapts 'down_proj' in 1 of 2 layers" in caplog.text
+    assert "was made for 'microsoft/Phi-3.5-mini-instruct', and this model is 'microsoft/Phi-3-mini" in caplog.text
+
+
 def test_a_pickle_of_tensors_is_read_and_one_with_code_is_not(tmp_path):
     theirs = peft_made(base_model(), tmp_path, target_modules=["qkv_proj"])
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -401,3 +401,11 @@ def test_the_caller_s_rows_are_left_as_they_were():
     before = json.dumps(row)
     ChatDataset.load([row], TOKENIZER, max_length=64)
     assert json.dumps(row) == before
+
+
+def test_a_row_whose_columns_have_no_value_says_so_and_one_of_another_type_says_what_is_allowed():
+    with pytest.raises(DataError, match=r"keys 'messages', 'id' \('messages' without a value\), which fit no known"):
+        detect_format({"messages": None, "id": 3})
+    for value in (b"Q", 42):
+        with pytest.raises(DataError, match=r"'prompt' is .*; allowed: text, or a list of turns"):
+            to_chat({"prompt": value, "completion": "A"}, "prompt_completion", 1)

@@ -21,8 +21,9 @@ import pytest
 from conftest import chat_rows, make_tokenizer
 from pyarrow import feather, ipc, parquet
 
+from phi3lora.data.compression import COMPRESSIONS, open_unpacked
 from phi3lora.data.dataset import ChatDataset
-from phi3lora.data.rows import COMPRESSIONS, SUFFIXES, BadRows, read_rows
+from phi3lora.data.rows import SUFFIXES, BadRows, read_rows
 from phi3lora.errors import DataError
 
 TOKENIZER = make_tokenizer()
@@ -127,13 +128,14 @@ def test_every_file_form_gives_the_documents_of_the_list_of_dicts(name, tmp_path
 PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
-def packed(path, compression):
-    content = path.read_bytes()
+def pack(content: bytes, compression: str) -> bytes:
     if compression == ".zst":
-        content = pyarrow.compress(content, codec="zstd", asbytes=True)
-    else:
-        content = PACKERS[compression](content)
-    return written(path.with_name(path.name + compression.upper()), content)
+        return pyarrow.compress(content, codec="zstd", asbytes=True)
+    return PACKERS[compression](content)
+
+
+def packed(path, compression):
+    return written(path.with_name(path.name + compression.upper()), pack(path.read_bytes(), compression))
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -149,6 +151,46 @@ def test_a_packed_file_that_is_cut_or_not_packed_is_refused_by_name(compression,
     path = packed(written(tmp_path / "a.jsonl", JSONL), compression)
     for content in (path.read_bytes()[:-9], JSONL.encode()):
         assert "a.jsonl" in refusal(written(path, content))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_each_part_of_a_packed_file_is_read_and_a_damaged_one_is_refused(compression, tmp_path):
+    path, part = tmp_path / f"a.jsonl{compression}", pack(JSONL.encode(), compression)
+    padding = b"\0" * 4 if compression == ".xz" else b""
+    assert list(load(written(path, part + padding + pack(b"", compression) + part))) == [*load(ROWS), *load(ROWS)]
+    for damaged in (part[:-1], b"\xff" * 4 + part[4:], JSONL.encode()):
+        assert repr(str(path)) in refusal(written(path, part + damaged))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("size", [0, 1, 8191, 8192, 8193, 100_000])
+def test_a_file_is_unpacked_to_its_bytes_in_reads_of_any_size(size, compression, tmp_path):
+    content = np.random.default_rng(0).bytes(size) + b"a" * size
+    path = written(tmp_path / "packed", pack(content, compression) * 2)
+    with open_unpacked(path, compression) as file:
+        assert b"".join(iter(lambda: file.read(777), b"")) == 2 * content
+
+
+def test_a_key_that_an_object_has_twice_with_two_values_is_refused(tmp_path):
+    chat = '{"prompt": "Q", "completion": "A", "id": NaN, %s}'
+    for text in ('"prompt": "P"', '"meta": {"a": 1, "a": 2}', '"id": 3', '"prompt": null'):
+        for name in ("a.jsonl", "a.json"):
+            assert "twice" in refusal(written(tmp_path / name, chat % text))
+    assert len(load(written(tmp_path / "a.jsonl", chat % '"prompt": "Q", "id": NaN'))) == 1
+
+
+def test_what_a_file_of_one_list_of_rows_has_beside_it_is_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "phi3lora")
+    path = written(tmp_path / "a.json", json.dumps({"version": 2, "system": "Be brief.", "data": ROWS}))
+    assert list(load(path)) == list(load(ROWS))
+    assert "not used are its keys 'version', 'system'" in caplog.text
+    caplog.clear()
+    load(written(path, json.dumps({"data": ROWS})))
+    assert "not used" not in caplog.text
+
+
+def test_a_series_is_no_table():
+    assert "row 1 is a list" in refusal(FRAME["messages"])
 
 
 def test_zstd_without_its_codec_is_refused_with_the_way_out(tmp_path, monkeypatch):

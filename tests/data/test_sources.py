@@ -188,6 +188,29 @@ def test_files_named_after_a_split_are_that_split(train, test, tmp_path):
     assert list(load(tmp_path, split="test")) == list(load(ROWS[9:]))
 
 
+def test_hidden_files_are_read_nowhere_in_a_folder_and_its_splits_are_said(tmp_path, caplog):
+    caplog.set_level("INFO", "phi3lora")
+    for name in ("dev-docs.jsonl", "other.jsonl", "data/more.jsonl", "data/._more.jsonl", "train/.a.jsonl", ".b.jsonl"):
+        written(tmp_path / name)
+    assert len(load(tmp_path)) == 2 * len(ROWS)
+    assert "several splits" in caplog.text and "'validation': " in caplog.text and "dev-docs.jsonl" in caplog.text
+
+
+def test_a_pattern_reads_a_file_once_however_many_links_lead_to_it(tmp_path, caplog):
+    caplog.set_level("INFO", "phi3lora")
+    path = written(tmp_path / "chats" / "a.jsonl")
+    (tmp_path / "chats" / "loop").symlink_to(tmp_path / "chats")
+    (tmp_path / "z.jsonl").symlink_to(path)
+    chats = load(str(tmp_path / "chats" / "**" / "*.jsonl"))
+    assert list(chats) == list(load(ROWS)) and "each is read once" in caplog.text
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "a.jsonl")
+    assert list(load("~/a.jsonl")) == list(load("~/*.jsonl")) == list(load(ROWS))
+
+
 def test_a_folder_or_pattern_without_data_is_refused_with_what_was_found(tmp_path):
     assert "found: nothing" in refusal(tmp_path)
     (tmp_path / "notes.txt").write_text("Not data.")

@@ -55,6 +55,27 @@ def test_other_makers_keys_of_role_and_content_are_read(keys):
     assert to_chat({"conversations": chat}, "sharegpt", 1).messages == [USER, ANSWER]
 
 
+@pytest.mark.parametrize("key", ["image", "images", "audio", "video", "image_url", "input_audio"])
+def test_media_in_a_message_or_beside_a_part_s_text_are_refused(key):
+    for turns in ([{**USER, key: ["a.png"]}, ANSWER], [USER, {**ANSWER, key: "a.png"}]):
+        assert repr(key) in refusal(*turns)
+    for part in ({"type": "text", "text": "x", key: "a.png"}, {"text": "x", key: {"url": "a.png"}}):
+        assert repr(key) in refusal({**USER, "content": [part]}, ANSWER)
+    assert read({**USER, key: None}, {**ANSWER, "content": [{"text": "x", key: None}]})[1]["content"] == "x"
+
+
+def test_a_loss_switch_of_a_part_is_refused_and_its_other_keys_are_kept_for_the_count():
+    for key in ("train", "weight", "loss", "mask"):
+        assert repr(key) in refusal(USER, {**ANSWER, "content": [{"type": "text", "text": "x", key: 0}]})
+    parts = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "y"}]
+    found = read({**USER, "content": parts}, ANSWER)[0]
+    assert found == {"role": "user", "content": "xy", "content.cache_control": {"type": "ephemeral"}}
+
+
+def test_a_turn_without_a_role_is_refused_with_its_keys():
+    assert "role None of a turn with the keys 'Role', 'content'" in refusal({"Role": "user", "content": "x"}, ANSWER)
+
+
 def test_a_turn_that_says_two_things_is_refused_and_one_that_says_one_twice_is_read():
     assert read({**USER, "from": "human", "value": "Where?", "text": "Where?"}, ANSWER) == [USER, ANSWER]
     assert "'assistant'" in refusal({**USER, "from": "assistant"}, ANSWER)
