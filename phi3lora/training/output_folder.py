@@ -293,7 +293,7 @@ def _data_section(origin: Mapping[str, Any] | None, eval_dataset: Any, unknown: 
         return {}
     names = setting_names("data")
     data = {name: value for name, value in origin.items() if name in names and value is not None}
-    if eval_dataset is None or eval_dataset.origin == origin:
+    if eval_dataset is None or ("eval_share" in origin and eval_dataset.origin == origin):  # two parts of one split
         return data
     held_out = eval_dataset.origin
     options = {name: value for name, value in origin.items() if name not in ("source", "split", "streaming")}
