@@ -33,7 +33,6 @@ from ..display import command_line, shell_lines, shown_path, terminal_columns, t
 from ..errors import AdapterError, ConfigError, DataError, as_path, first_of, is_number
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
-from ..inference.speed import speed_shown
 from ..lora.base_weight import require_bitsandbytes
 from ..lora.inject import inject_lora
 from ..model.load import check_load_settings, load_model, load_tokenizer
@@ -47,6 +46,7 @@ from ..training.output_folder import check_output_dir, record_path
 from ..training.picture import plot
 from ..training.setup import PlannedRun
 from ..training.trackers import check_trackers
+from .speed import speed_shown
 from .starter import write_starter
 
 logger = logging.getLogger("phi3lora")

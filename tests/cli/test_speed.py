@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import phi3lora as p3
-from phi3lora.inference.speed import speed_shown
+from phi3lora.cli.speed import speed_shown
 
 
 class Terminal(io.StringIO):
