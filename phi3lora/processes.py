@@ -19,7 +19,7 @@ def rank_and_size() -> tuple[int, int]:
     Nothing is exchanged.
 
     Raises:
-        TrainingError: ``WORLD_SIZE`` says that there are several processes, and other variables are missing.
+        TrainingError: ``WORLD_SIZE`` says that there are several processes, and other variables are missing or wrong.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -32,6 +32,10 @@ def rank_and_size() -> tuple[int, int]:
             f"WORLD_SIZE={size}, but {', '.join(missing)} is not set; allowed: all that torchrun sets. Start "
             f"several processes with torchrun --nproc-per-node {size}, or one with WORLD_SIZE=1"
         )
+    for name, end in (("RANK", int(size)), ("MASTER_PORT", 2**16)):
+        value = os.environ[name]
+        if not (value.isdecimal() and int(value) < end):
+            raise TrainingError(f"{name}={value!r}, but WORLD_SIZE={size}; allowed: 0 to {end - 1} (torchrun sets it)")
     return int(os.environ["RANK"]), int(size)
 
 

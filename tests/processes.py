@@ -33,7 +33,7 @@ def in_processes(
     A process that raises ends with its error: the first one is raised here, or with ``errors`` returned in its place.
     A process that is killed has the value None.
     """
-    port = _free_port()
+    port = free_port()
     context = multiprocessing.get_context("fork")  # torch and transformers are imported already
     found = []
     for rank in range(count):
@@ -61,7 +61,7 @@ def in_processes(
     return values
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port below those that Linux gives out, so that no other connection takes it before rank 0 listens."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)

@@ -2,7 +2,8 @@
 
 Every process runs the same script and the same loop, on its own share of each step's micro-batches. Few things cross:
 
-    start            the settings, compared; the adapters, copied from rank 0; some sums of zeros, to time them
+    start            errors of single ranks; the settings, compared; the adapters, copied from rank 0; some sums of
+                     zeros, to time them
     each step        one sum of all gradients and of the loss, on the device; two barriers and two flags, on the host
     evaluation       the sums of losses
     checkpoint       the random generators, to rank 0, which writes; hashes of the adapters, compared
@@ -46,6 +47,7 @@ _BUCKET_BYTES = 32 * 2**20  # smaller ones slow the matrix products beside them 
 _FAST_SUM = 50e9  # bytes/s; NVLink: over 100e9, PCIe: at most 25e9, sockets: 5e9. So the CPU (gloo) always overlaps
 _TRIALS = 4  # the first one also connects the devices
 _WORLDS = itertools.count()  # the same number in every process, because they call train equally often
+OTHER_RUN = "the processes do not train the same run"
 
 
 class World:
@@ -119,6 +121,20 @@ class World:
         with self._together():
             dist.all_gather_object(found, value, group=self._host_group)
         return found
+
+    def on_each(self, do: Callable[[], object]) -> None:
+        """Call ``do`` on every rank. If it raises a ``Phi3LoRAError`` on some, no rank goes on."""
+        own: Phi3LoRAError | None = None
+        try:
+            do()
+        except Phi3LoRAError as error:
+            own = error
+        everyone = self.gather(None if own is None else error_line(own))
+        if own is not None:
+            raise own
+        for rank, why in enumerate(everyone):
+            if why is not None:
+                raise TrainingError(f"rank {rank} of {self.size} ends at step {self.step}, and so do all: {why}")
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums of the ranks' numbers, in double precision."""
@@ -247,24 +263,42 @@ def joined(device: torch.device, shares_windows: bool = False) -> Iterator[World
     with world._together():
         is_ours = join(device)
         store = dist.distributed_c10d._get_default_store()
-        timeout = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+        timeout = _backend_of(device).options._timeout
         # A thread needs a group of its own: its messages must not meet those of another.
-        groups = [dist.new_group(backend="gloo", timeout=_HOST_SHARE * timeout) for _ in range(1 + shares_windows)]
+        groups = [dist.new_group(backend="gloo", timeout=_HOST_SHARE * timeout)]
         roll_call_s = min(_ROLL_CALL_S, _ROLL_CALL_SHARE * timeout.total_seconds())
         world = World(world.rank, world.size, groups[0], store, roll_call_s)
-        world.share = WindowShare(world, groups[1]) if shares_windows else None
+    kind = "a stream" if shares_windows else "documents in memory"
+    world.require_equal({"train_dataset": kind}, OTHER_RUN)  # before a group that only a stream needs
+    if shares_windows:
+        with world._together():
+            groups.append(dist.new_group(backend="gloo", timeout=_HOST_SHARE * timeout))
+        world.share = WindowShare(world, groups[1])
     level = logger.level
     if not world.is_main:
         logger.setLevel(logging.ERROR)
     try:
         yield world
     except BaseException as error:
-        world.note_end(f"{type(error).__name__}: {error_line(error)}")
+        line, kind = error_line(error), type(error).__name__
+        world.note_end(line if line.startswith(kind) else f"{kind}: {line}")
         raise
     finally:
         logger.setLevel(level)
     for group in [None] if is_ours else groups:
         dist.destroy_process_group(group)
+
+
+def _backend_of(device: torch.device) -> Any:
+    """Return what sends a device's tensors in the default group, which the caller may have initialised otherwise."""
+    try:
+        return dist.group.WORLD._get_backend(device)  # type: ignore[union-attr]
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the process group was initialised with the backend {dist.get_backend_config()!r}, which sends no tensors "
+            f"of {device.type}; allowed: 'gloo' on the CPU, 'cpu:gloo,cuda:nccl' on GPUs; or leave init_process_group "
+            f"out, because train calls it"
+        ) from error
 
 
 class GradientSum:

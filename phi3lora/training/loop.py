@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter_file import load_adapter_state, read_adapter
+from ..adapters.adapter_file import adapter_metadata, load_adapter_state, read_adapter
 from ..checks.doctor import problems
 from ..checks.report import Finding
 from ..config import TrainingConfig
@@ -36,6 +36,7 @@ from ..inference.evaluation import ComputeMetrics, evaluate
 from ..lora.wrappers import unwrap
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
+from ..model.sharding import sharded_base
 from .best import BestModel, adopt_best, measured_on, scores_rouge
 from .callbacks import Callback
 from .checkpoint import (
@@ -46,7 +47,7 @@ from .checkpoint import (
     rng_state,
     save_checkpoint,
 )
-from .distributed import digest, joined
+from .distributed import OTHER_RUN, digest, joined
 from .interrupts import Interrupts
 from .learning import learned_nothing
 from .logging import DeferredMetrics, Reporter, StepRecord, report_skipped
@@ -119,9 +120,10 @@ def run_training(
     config.output_dir = os.path.abspath(config.output_dir)  # a callback may change the working directory
     with ExitStack() as stack:
         stack.enter_context(usual_torch())
-        check_run(planned)
         is_stream = not planned.train_dataset.known_length
         world = planned.world = stack.enter_context(joined(model_device(model), is_stream))
+        world.on_each(lambda: check_run(planned))
+        world.require_equal({"the base": "whole" if sharded_base(model) is None else "split"}, OTHER_RUN)
         output = world.on_main(lambda: stack.enter_context(locked(config.output_dir)))
         run = _Run(planned, callbacks, output)
         state, report = run.state, run.report
@@ -226,7 +228,10 @@ class _Run:
         facts["eval_dataset"] = None if planned.eval_dataset is None else planned.eval_dataset.fingerprint()
         facts["compute_metrics"] = "given" if planned.compute_metrics is not None else None
         facts["trainable parameters"] = [(name, tuple(p.shape)) for name, p in self.planned.trained.items()]
-        self.world.require_equal(facts, "the processes do not train the same run")
+        for path, adapter in adapter_metadata(self.model)["layers"].items():
+            dropout: Any = self.model.get_submodule(path).lora_dropout
+            facts[f"the adapter of {path}"] = {**adapter, "lora_dropout": dropout.p}
+        self.world.require_equal(facts, OTHER_RUN)
         self.world.copy_from_main_(list(self.planned.trained.values()))
 
     def _recall_evaluations(self, resumed_from: Path) -> None:

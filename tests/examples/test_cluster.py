@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import free_port
 
 import phi3lora as p3
 
@@ -21,9 +21,6 @@ SHORT = ["max_steps=2", "per_device_train_batch_size=2", "--max-length", str(p3.
 @pytest.fixture
 def environment(tmp_path):
     """The variables that the files read, for the demo's model and data; and the package's commands in PATH."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "torchrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
@@ -37,7 +34,7 @@ def environment(tmp_path):
         "MODEL": str(p3.demo.BASE),
         "DATA": str(p3.demo.FOLDER / "train.jsonl"),
         "OUTPUT_DIR": str(tmp_path / "run"),
-        "PORT": str(port),
+        "PORT": str(free_port()),
         "GPUS": "2",
     }
 

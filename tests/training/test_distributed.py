@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (
+    LIMIT_S,
     adapted_model,
     adapters_of,
     chat_dataset,
@@ -29,6 +31,8 @@ import phi3lora as p3
 from phi3lora.adapters.adapter_file import read_adapter
 from phi3lora.data.batches import BatchPlan, StepSchedule
 from phi3lora.model import load as load_module
+from phi3lora.model.sharding import shard
+from phi3lora.processes import join
 from phi3lora.training import distributed
 from phi3lora.training import step as step_module
 from phi3lora.training.distributed import GradientSum, World
@@ -433,6 +437,20 @@ def test_a_world_size_without_the_rest_of_torchrun_s_variables_is_an_error(monke
         assert World.current().size == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "2"), ("RANK", "-1"), ("RANK", "one"), ("MASTER_PORT", "port"), ("MASTER_PORT", "65536")],
+)
+def test_a_wrong_variable_of_torchrun_s_is_an_error_and_not_a_wait(monkeypatch, name, value):
+    right = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "65535"}
+    for given in right.items():
+        monkeypatch.setenv(*given)
+    assert World.current().rank == 1
+    monkeypatch.setenv(name, value)
+    with pytest.raises(p3.TrainingError, match=f"{name}='{value}', but WORLD_SIZE=2; allowed: 0 to"):
+        World.current()
+
+
 def test_load_model_takes_the_gpu_of_its_local_rank(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -502,8 +520,77 @@ def test_processes_that_differ_or_come_apart_or_end_are_errors_of_all(tmp_path):
     assert kept == []
     assert ended.startswith("TrainingError: rank 0 of 2 lost contact with the other processes at step")
     assert "resume_from_checkpoint='auto'" in ended
+    assert "; rank 1 ended with ZeroDivisionError: division by zero. torchrun" in ended
     assert second[4].startswith("ZeroDivisionError")
     assert (tmp_path / "ended" / "checkpoint-2").is_dir()
+
+
+def test_one_rank_s_refusal_ends_all_at_once(tmp_path):
+    """No rank waits for one that has refused its arguments."""
+
+    def work():
+        settings = {"eval_dataset": HELD_OUT if rank() == 0 else None, "eval_strategy": "epoch"}
+        return run(tmp_path / "run", max_steps=1, **settings)
+
+    other, refused = in_processes(2, work, errors=True, limit_s=LIMIT_S)
+    assert str(refused) == "eval_strategy='epoch' needs an eval_dataset"
+    assert isinstance(other, p3.TrainingError)
+    assert str(other) == f"rank 1 of 2 ends at step 0, and so do all: {refused}"
+
+
+@pytest.mark.parametrize(
+    ("fact", "values"),
+    [
+        ("lora_alpha", "'lora_alpha': 8.*'lora_alpha': 16"),
+        ("lora_dropout", "'lora_dropout': 0.0.*'lora_dropout': 0.5"),
+        ("target_modules", r"'enable_lora': \[True, True, False\].*'enable_lora': \[True, False, True\]"),
+    ],
+)
+def test_adapters_of_one_shape_that_compute_differently_are_refused(tmp_path, fact, values):
+    other = {"lora_alpha": (8, 16), "lora_dropout": (0.0, 0.5),
+             "target_modules": (["q_proj", "k_proj"], ["q_proj", "v_proj"])}  # fmt: skip
+
+    def work():
+        return p3.train(adapted_model(**{fact: other[fact][rank()]}), DATA, quiet_config(tmp_path, max_steps=1))
+
+    for error in in_processes(2, work, errors=True):
+        assert isinstance(error, p3.TrainingError)
+        assert re.search(f"not train the same run: the adapter of model.layers.0.* of rank 0 is.*{values}", str(error))
+
+
+@pytest.mark.parametrize("stream_rank", [0, 1])
+def test_a_stream_beside_documents_is_refused(tmp_path, stream_rank):
+    """A stream needs one group more, for which the others would be waited for."""
+    from test_streams import stream
+
+    data = {stream_rank: stream(), 1 - stream_rank: DATA}
+    for error in in_processes(2, lambda: run(tmp_path, max_steps=1, data=data[rank()]), errors=True, limit_s=LIMIT_S):
+        assert "not train the same run: train_dataset of rank 0 is" in str(error)
+
+
+def test_a_split_base_beside_a_whole_one_is_refused(tmp_path):
+    """It would be gathered from a rank that does not take part."""
+
+    def work():
+        model = adapted_model()
+        join(torch.device("cpu"))
+        if rank() == 0:
+            shard(model)
+        return p3.train(model, DATA, quiet_config(tmp_path, max_steps=1))
+
+    for error in in_processes(2, work, errors=True, limit_s=LIMIT_S):
+        assert "not train the same run: the base of rank 0 is 'split', of rank 1 'whole'" in str(error)
+
+
+def test_a_group_that_cannot_send_the_device_s_tensors_is_refused():
+    def work():
+        dist.init_process_group("cpu:gloo")
+        with distributed.joined(torch.device("meta")):
+            pass
+
+    for error in in_processes(2, work, errors=True):
+        assert isinstance(error, p3.TrainingError)
+        assert "the backend 'cpu:gloo', which sends no tensors of meta; allowed: " in str(error)
 
 
 @pytest.mark.parametrize("what", ["eval_dataset", "compute_metrics"])
