@@ -326,7 +326,8 @@ class ChatEncoder:
             return text
         except Exception as error:  # a template is a program by the model's author: it may raise anything
             what = str(error) if isinstance(error, TemplateError) else error_line(error)
-            raise DataError(f"row {number}: the chat template refuses the chat: {what}") from error
+            row = f"row {number}: the" if number else "with a plain question and answer, the"
+            raise DataError(f"{row} chat template refuses the chat: {what}") from error
 
     def _closing(self, literal: str) -> re.Match[str] | None:
         """Match the special token that ``literal`` begins with, after optional white space."""

@@ -36,7 +36,7 @@ from torch import nn
 
 from ..adapters.adapter_file import adapter_metadata, load_adapter_state, read_adapter, save_adapter
 from ..config import TrainingConfig
-from ..errors import AdapterError, CheckpointError, error_line, is_int, printable, short_repr
+from ..errors import AdapterError, CheckpointError, error_line, first_of, is_int, printable, short_repr
 from ..files import read_json, read_pickled, sha256_of, write_folder
 from ..lora.base_weight import base_format
 from .history import HISTORY, HistoryFile, read_history
@@ -47,6 +47,7 @@ logger = logging.getLogger("phi3lora")
 _NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
 """Name of the file with the checksums of a checkpoint's files, which is written last."""
+_FORMAT = 1  # of a checkpoint
 _LAST_LINES = 1000  # of the history, in trainer_state.json
 _REQUIRED = ("lora.safetensors", "lora_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 
@@ -206,7 +207,7 @@ def _write_files(run: Resumable, state: TrainingState, folder: Path) -> None:
     for rank, generators in enumerate(run.generators or [rng_state()]):
         torch.save(generators, folder / f"rng_state_{rank}.pth")
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != HISTORY}
-    _write_json(folder / MANIFEST, {"format": 1, "sha256": files})
+    _write_json(folder / MANIFEST, {"format": _FORMAT, "sha256": files})
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -237,7 +238,10 @@ def step_of(checkpoint: Path) -> int:
 def damage(path: Path) -> str | None:
     """Return why a checkpoint cannot be used, or None if every file matches the manifest."""
     try:
-        files = read_json(path / MANIFEST)["sha256"]
+        manifest = read_json(path / MANIFEST)
+        files = manifest["sha256"]
+        if (number := manifest.get("format")) != _FORMAT:
+            return f"its {MANIFEST} has the format {short_repr(number)}, of another version; allowed: {_FORMAT}"
         unlisted = [name for name in _REQUIRED if name not in files]
         if unlisted:
             return f"its manifest does not list {unlisted[0]}"
@@ -281,7 +285,9 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
     path = Path(selected)
     reason = damage(path) if path.is_dir() else "no such folder"
     if reason is not None:
-        raise CheckpointError(f"cannot resume from {short_repr(str(path))}: {reason}")
+        inside = first_of([repr(str(found)) for found in checkpoints(path)])
+        hint = f"; it holds checkpoints, allowed: one of {inside}" if inside else ""
+        raise CheckpointError(f"cannot resume from {short_repr(str(path))}: {reason}{hint}")
     return path
 
 

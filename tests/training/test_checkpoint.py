@@ -162,6 +162,15 @@ def test_a_manifest_that_lists_nothing_does_not_make_a_checkpoint_whole(folder):
     assert newest_good_checkpoint(folder) == folder / "checkpoint-4"
 
 
+def test_a_checkpoint_of_another_format_is_passed_over_and_a_run_s_folder_leads_to_its_checkpoints(folder):
+    path = folder / "checkpoint-6" / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    assert "format 2, of another version; allowed: 1" in damage(folder / "checkpoint-6")
+    assert newest_good_checkpoint(folder) == folder / "checkpoint-4"
+    with pytest.raises(p3.CheckpointError, match=r"it holds checkpoints, allowed: one of '.*checkpoint-6'"):
+        find_checkpoint(quiet_config(folder, resume_from_checkpoint=str(folder)))
+
+
 def test_without_a_good_checkpoint_resuming_is_an_error_and_auto_starts_from_scratch(folder):
     for path in checkpoints(folder):
         (path / "manifest.json").unlink()
