@@ -13,6 +13,9 @@ class Callback:
 
     Set ``state.should_stop = True`` in a hook to end the run after the step. With several processes (torchrun), each
     calls its own callbacks, and the run ends for all as soon as one asks for it.
+
+    A checkpoint holds the random generators as they were before ``on_save`` and ``on_step_end``. A hook that draws from
+    them makes a resumed run differ from an uninterrupted one: give ``generate`` a ``seed`` if it samples there.
     """
 
     def on_train_begin(self, state: TrainingState) -> None:
