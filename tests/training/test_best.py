@@ -235,3 +235,31 @@ def test_answers_in_evaluations_do_not_change_the_run_or_its_resume(tmp_path):
     assert same_tensors(adapters_of(model), adapters_of(reference))
     scores = [[line.get("eval_rougeL") for line in result.history] for result in (answered, resumed)]
     assert scores[0] == scores[1]
+
+
+def test_a_callback_that_streams_and_samples_with_a_seed_does_not_change_the_run_or_its_resume(tmp_path):
+    class Samples(p3.Callback):
+        def on_train_begin(self, state):
+            settings = {"max_new_tokens": 2, "temperature": 1.0, "seed": state.global_step}
+            self.seen.append(p3.generate(self.model, make_tokenizer(), "Hi", stream=True, **settings))
+            assert self.model.training
+
+        def on_save(self, state, path):
+            self.on_train_begin(state)
+
+        on_step_end = on_train_begin
+
+    def sampled(folder, callbacks=(), **settings):
+        model, samples = adapted_model(lora_dropout=0.1).train(), Samples()
+        samples.model, samples.seen = model, []
+        p3.train(model, chat_dataset(), quiet_config(folder, **EVERY_STEP, **{"max_steps": 4, **settings}),
+                 callbacks=[*callbacks, samples], eval_dataset=chat_dataset(5))  # fmt: skip
+        return adapters_of(model), samples.seen
+
+    _, reference = train_with_answers(tmp_path / "plain", eval_strategy="no")
+    straight, seen = sampled(tmp_path / "straight")
+    assert same_tensors(straight, adapters_of(reference))
+    sampled(tmp_path / "cut", [stop_at(2)])
+    resumed, seen_again = sampled(tmp_path / "cut", resume_from_checkpoint=True)
+    assert same_tensors(resumed, straight)
+    assert len(seen) == 9 and seen_again[1:] == seen[5:]
