@@ -275,7 +275,10 @@ class Html(str):
     __slots__ = ()
 
 
-_PRE = "white-space:pre-wrap;text-align:left;font-family:monospace;background:transparent"
+_PRE = (
+    "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;"  # Jupyter breaks within words
+    "text-align:left;font-family:monospace;background:transparent"
+)
 _LEFT = "text-align:left;vertical-align:top;padding:2px 8px"
 
 
