@@ -9,7 +9,7 @@ import numpy as np
 from ..data.document_text import divided_text
 from ..data.template import ChatEncoder
 from ..display import DIVIDER
-from ..errors import first_of
+from ..errors import counted, first_of
 from ..model.load import longrope_boundary
 from ..training.setup import PlannedRun
 from .report import Finding, error, ok, warning
@@ -53,7 +53,7 @@ def check_end_of_turn(planned: PlannedRun) -> Finding:
     # With train_on="all", a span starts with its document, has its turns inside, and may end in the template's eos.
     ends = np.isin(spans.last_token, [dataset.end_of_turn_id, eos]) | ((spans.start == 0) & ~spans.cut)
     missing = ~ends & ~spans.cut
-    turns = f"{len(ends):,} trained turns of {spans.documents:,} documents"
+    turns = f"{counted(len(ends), 'trained turn')} of {counted(spans.documents, 'document')}"
     if missing.any():
         rows = first_of(spans.rows(dataset, missing))
         return error(f"{missing.sum():,} of {turns} do not train {name} (rows {rows}): the model would not stop")
@@ -90,11 +90,11 @@ def check_lengths(planned: PlannedRun) -> Finding:
     facts, lengths = planned.statistics, planned.dataset.lengths
     p50, p90, p99 = (int(x) for x in np.percentile(lengths, [50, 90, 99], method="higher"))
     text = (
-        f"{len(lengths):,} documents of {p50:,} | {p90:,} | {p99:,} | {facts['longest']:,} tokens "
+        f"{counted(len(lengths), 'document')} of {p50:,} | {p90:,} | {p99:,} | {facts['longest']:,} tokens "
         f"(50 | 90 | 99 | 100 %), max_length {facts['max_length']:,}, {facts['truncated']:,} truncated"
     )
     if facts["dropped"]:
-        text += f", {facts['dropped']:,} rows dropped because truncation left nothing to train"
+        text += f", {counted(facts['dropped'], 'row')} dropped because truncation left nothing to train"
     if facts["dropped"] or facts["truncated"] >= 0.01 * len(lengths):
         return warning(f"{text}. Raise max_length, or load with overflow='split'")
     return ok(text)
@@ -110,9 +110,10 @@ def check_packing(planned: PlannedRun) -> Finding:
         for micro in micro_batches
     )
     fill = int(lengths.sum()) / capacity
-    kind = f"rows packed to {plan.max_length:,} tokens" if plan.packing else "rows of one document, padded"
+    kind = f"packed to {plan.max_length:,} tokens" if plan.packing else "of one document, padded"
     per_epoch = -(-len(micro_batches) // planned.config.gradient_accumulation_steps)
-    text = f"{rows:,} {kind}, {100 * fill:.1f} % full; {per_epoch:,} steps an epoch, {steps.total:,} in all"
+    text = f"{counted(rows, 'row')} {kind}, {100 * fill:.1f} % full; "
+    text += f"{counted(per_epoch, 'step')} an epoch, {steps.total:,} in all"
     if fill < (0.7 if plan.packing else 0.5) and rows > planned.config.per_device_train_batch_size:
         remedy = "choose a max_length that the documents fill better" if plan.packing else "set packing=True"
         return warning(f"{text}: the rest is padding; {remedy}")

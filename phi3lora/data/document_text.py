@@ -26,7 +26,7 @@ from ..display import (
     use_colour,
     wrap,
 )
-from ..errors import first_of
+from ..errors import counted, first_of
 
 _NAMED = 8  # of a dataset's sources
 _PREVIEW_TOKENS = 30  # at each end of a shortened piece
@@ -64,8 +64,8 @@ def _dataset_facts(dataset: Any) -> tuple[list[str], str, list[str]]:
     """Return phrases: sizes, the format, and what else there is to say."""
     s = dataset.statistics()
     sizes = [
-        f"{s['documents']:,} documents",
-        f"{s['tokens']:,} tokens",
+        counted(s["documents"], "document"),
+        counted(s["tokens"], "token"),
         f"{100 * s['supervised_share']:.1f} % supervised",
     ]
     sizes.append(f"longest {s['longest']:,} of {s['max_length']:,}")
@@ -74,9 +74,11 @@ def _dataset_facts(dataset: Any) -> tuple[list[str], str, list[str]]:
         named = [f"{name} {count:,}" for name, count in dataset.documents_by_source().items()]
         notes.append(f"documents by source: {first_of(named, _NAMED)}")
     if s["truncated"] or s["dropped"]:
-        notes.append(f"{s['truncated']:,} truncated, {s['dropped']:,} rows dropped: nothing trained was left in them")
+        notes.append(f"{s['truncated']:,} truncated")
+    if s["dropped"]:
+        notes.append(f"{counted(s['dropped'], 'row')} dropped because nothing trained was left")
     if s["bad"]:
-        notes.append(f"{s['bad']:,} bad rows skipped")
+        notes.append(f"{counted(s['bad'], 'bad row')} skipped")
     return sizes, f"format {s['format']!r}", notes
 
 

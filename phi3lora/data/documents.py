@@ -32,7 +32,7 @@ import transformers
 
 from ..config import IGNORE_INDEX
 from ..display import quiet_libraries
-from ..errors import DataError, did_you_mean, error_line
+from ..errors import DataError, counted, did_you_mean, error_line
 from ..files import read_json, sha256_of, write_atomic
 from .findings import Findings
 from .forks import cores, in_processes
@@ -222,7 +222,7 @@ class RowTokenizer:
             )
         if dropped_rows:
             logger.warning(
-                "%d rows dropped: they have no trained token within max_length=%d", dropped_rows, self.max_length
+                "%s dropped: no trained token within max_length=%d", counted(dropped_rows, "row"), self.max_length
             )
         rows, truncated, all_ids, all_labels = zip(*documents, strict=True)
         tokenizer = self.encoder.tokenizer

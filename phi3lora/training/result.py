@@ -22,6 +22,7 @@ from ..display import (
     terminal_columns,
     text_facts,
 )
+from ..errors import counted
 from ..run_settings import DEMO
 from .checkpoint import TrainingState
 
@@ -66,7 +67,7 @@ class TrainingResult:
     """Checkpoint with the adapters that the model has now; None if they were not saved."""
 
     def __repr__(self) -> str:
-        facts = [f"{self.global_step:,} steps", *(f"{name} {value}" for name, value in self._figures().items())]
+        facts = [counted(self.global_step, "step"), *(f"{name} {value}" for name, value in self._figures().items())]
         return one_line("TrainingResult", ["interrupted", *facts] if self.interrupted else facts)
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class TrainingResult:
     def facts(self) -> dict[str, str]:
         """Return the lines of the printed form: name -> text."""
         seconds = self.metrics.get("train_seconds", 0.0)
-        steps = f"{self.global_step:,} steps, {self.metrics.get('tokens', 0):,.0f} tokens in {seconds:,.0f} s"
+        steps = f"{counted(self.global_step, 'step')}, {self.metrics.get('tokens', 0):,.0f} tokens in {seconds:,.0f} s"
         facts = {
             "interrupted" if self.interrupted else "done": steps,
             **self._figures(),

@@ -109,7 +109,7 @@ CASES = {  # name -> (arguments of examine or functions that make them, finding,
         {"dataset": lambda: p3.ChatDataset.load(
             [{"prompt": text, "completion": "yes"} for text in (LONG, "Hi")], make_tokenizer(), max_length=32
         )},
-        "lengths", "warning", r"1 rows dropped",
+        "lengths", "warning", r"1 row dropped",
     ),
     "empty answers": (
         {"dataset": lambda: chats_of("yes", "", "no", "")}, "empty answers", "warning", r"2 empty .*\(rows 2, 4\)",

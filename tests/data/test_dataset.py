@@ -161,10 +161,10 @@ def test_statistics_are_the_sums_over_the_documents(lengths, seed):
 def test_statistics_repr_and_a_warning_count_truncated_and_dropped_rows(caplog):
     rows = [row("Hi", "yes"), row("Hi", "no " * 60), row("long " * 60, "lost")]
     dataset = load(rows, 40)
-    assert ["1 rows dropped" in record.getMessage() for record in caplog.records] == [True]
+    assert ["1 row dropped" in record.getMessage() for record in caplog.records] == [True]
     s = dataset.statistics()
     assert (s["documents"], s["truncated"], s["dropped"], s["longest"]) == (2, 1, 1, 40)
-    assert "1 truncated, 1 rows dropped" in repr(dataset)
+    assert "1 truncated, 1 row dropped because nothing" in repr(dataset)
     assert "truncated" not in repr(load(rows))
     assert [dataset.select([i]).statistics()["truncated"] for i in (0, 1)] == [0, 1]
 

@@ -168,7 +168,7 @@ def test_the_last_lines_have_the_losses_the_adapter_and_the_next_command(tmp_pat
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
     train(tmp_path, [on(interrupt)])
     facts = facts_of(last_lines(capsys))
-    assert facts["interrupted"].startswith("1 steps") and "resume_from_checkpoint=True" in facts["next"]
+    assert facts["interrupted"].startswith("1 step,") and "resume_from_checkpoint=True" in facts["next"]
 
 
 def test_the_banner_fits_and_names_the_defaults_in_force(tmp_path, capsys, monkeypatch):
