@@ -453,7 +453,7 @@ def test_a_bad_row_stops_with_its_number_or_is_left_out(tmp_path, monkeypatch, b
     chats = load(path, on_bad_row="skip")
     assert len(chats) == 14 and chats.bad_rows == (at + 1,)
     assert [chats.row_number(i) for i in range(len(chats))] == [n for n in range(1, 16) if n != at + 1]
-    assert chats.statistics()["bad"] == 1 and "1 bad rows skipped" in repr(chats)
+    assert chats.statistics()["bad"] == 1 and "1 bad row skipped" in repr(chats)
     assert chats.fingerprint() == load([GOOD] * 14).fingerprint()
 
 
