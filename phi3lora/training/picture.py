@@ -130,7 +130,8 @@ def _draw(runs: Mapping[str, History]) -> Any:
                 if points:
                     name = " ".join(filter(None, (run, suffix))) or "training"
                     colour = f"C{number}" if len(runs) > 1 or not suffix else "C1"
-                    axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5, markersize=4, label=name)
+                    shown = style if len(points) > 1 else "o"  # a line through one point is invisible
+                    axes.plot(*zip(*points, strict=True), shown, color=colour, linewidth=1.5, markersize=4, label=name)
         axes.set_ylabel(label)
         if i >= len(panels) - columns:
             axes.set_xlabel("optimizer step")

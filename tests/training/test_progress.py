@@ -9,8 +9,10 @@ import re
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import adapted_model, chat_dataset, interrupt, on, quiet_config
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import phi3lora as p3
 from phi3lora.display import width_of
@@ -213,6 +215,20 @@ def test_plot_writes_the_file_and_prints_a_table_of_the_runs(tmp_path, run, suff
     assert str(plot).splitlines()[2].split() == ["first/run", "2", "3", "->", "1.5", "1.4", "9"]
     loss = plot.figure.axes[0].get_lines()
     assert [line.get_xydata().tolist() for line in loss] == [[[1, 3], [2, 1.5]], [[2, 1.4]]] * 2
+
+
+def test_plot_marks_the_only_point_of_a_curve(tmp_path, run):
+    only = tmp_path / "metrics.jsonl"
+    only.write_text((run / "metrics.jsonl").read_text().partition("\n")[0] + "\n")
+    drawn = p3.plot(only, run).figure.axes
+    assert [[curve.get_marker() for curve in axes.lines] for axes in drawn] == [["o", "None", "o"], *[["o", "None"]] * 3]
+    canvas = FigureCanvasAgg(p3.plot(only).figure)
+    canvas.draw()
+    for axes in canvas.figure.axes:
+        (curve,) = axes.lines
+        x, y = curve.get_transform().transform(curve.get_xydata()[0]).round().astype(int)
+        pixel = np.asarray(canvas.buffer_rgba())[-1 - y, x, :3]
+        assert pixel.tolist() == [31, 119, 180]  # matplotlib's first colour
 
 
 def test_plot_refuses_what_is_no_run_and_skips_a_half_written_last_line(tmp_path, run, caplog):
