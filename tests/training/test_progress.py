@@ -220,8 +220,8 @@ def test_plot_writes_the_file_and_prints_a_table_of_the_runs(tmp_path, run, suff
 def test_plot_marks_the_only_point_of_a_curve(tmp_path, run):
     only = tmp_path / "metrics.jsonl"
     only.write_text((run / "metrics.jsonl").read_text().partition("\n")[0] + "\n")
-    drawn = p3.plot(only, run).figure.axes
-    assert [[curve.get_marker() for curve in axes.lines] for axes in drawn] == [["o", "None", "o"], *[["o", "None"]] * 3]
+    markers = [[curve.get_marker() for curve in axes.lines] for axes in p3.plot(only, run).figure.axes]
+    assert markers == [["o", "None", "o"], *[["o", "None"]] * 3]
     canvas = FigureCanvasAgg(p3.plot(only).figure)
     canvas.draw()
     for axes in canvas.figure.axes:
