@@ -367,13 +367,17 @@ def test_a_run_writes_the_file_that_runs_it_again(tmp_path, monkeypatch):
     assert "transformers" in yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["versions"]
 
 
-@pytest.mark.parametrize("held_out", ["demo", "own.jsonl"])
-def test_a_run_records_held_out_data_that_is_named_like_its_training_data(held_out, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("held_out", "stream"), [("demo", []), ("own.jsonl", []), ("own.jsonl", ["streaming=True"])])
+def test_a_run_records_held_out_data_that_is_named_like_its_training_data(
+    held_out, stream, tmp_path, monkeypatch, caplog
+):
+    stream = [*stream, "buffer_size=5", "eval_steps=1"] if stream else []
     monkeypatch.chdir(tmp_path)
     chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
     (tmp_path / "own.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 8)
     words = ["train", "--model", "demo", "--data", held_out, "--eval-data", held_out, "--r", "2"]
-    assert main([*words, "--set", "max_steps=1", "per_device_train_batch_size=1", "output_dir=one"]) == 0
+    assert main([*words, "--set", "max_steps=1", "per_device_train_batch_size=1", "output_dir=one", *stream]) == 0
+    assert "buffer_size" not in caplog.text
     named = read_run("one/run.yaml").data.eval_source
     assert named == ("demo" if held_out == "demo" else str(tmp_path / held_out))
     assert main(["train", "one/run.yaml", "--set", "output_dir=two"]) == 0

@@ -228,9 +228,10 @@ def _load_both(run: Run, tokenizer: Any) -> tuple[ChatDataset, ChatDataset | Non
 
 
 def _load_data(data: DataSettings, source: Any, split: str, tokenizer: Any, is_held_out: bool = False) -> ChatDataset:
-    same = ("max_length", "name", "format", "columns", "overflow", "train_on", "revision", "buffer_size", "on_bad_row")
+    same = ("max_length", "name", "format", "columns", "overflow", "train_on", "revision", "on_bad_row")
     options: dict[str, Any] = {name: getattr(data, name) for name in same}
-    options["streaming"] = data.streaming and not is_held_out
+    if data.streaming and not is_held_out:
+        options |= {"streaming": True, "buffer_size": data.buffer_size}
     chats = ChatDataset.load(_paths(source, is_held_out), tokenizer, split=split, **options)
     if chats.origin is not None and DEMO in as_list(source):
         read = as_list(chats.origin["source"])

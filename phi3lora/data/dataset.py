@@ -36,6 +36,8 @@ from .template import ChatEncoder
 
 logger = logging.getLogger("phi3lora")
 
+_BUFFER_SIZE = 10_000  # load's default
+
 
 class ChatDataset(DocumentSet):
     """A sequence of tokenised documents; ``d[i]`` is ``{"input_ids": [...], "labels": [...]}``.
@@ -59,7 +61,7 @@ class ChatDataset(DocumentSet):
         train_on: str = "assistant",
         revision: str | None = None,
         streaming: bool = False,
-        buffer_size: int = 10_000,
+        buffer_size: int = _BUFFER_SIZE,
         on_bad_row: str = "error",
     ) -> ChatDataset:
         """Read a chat dataset, recognise its format, render and tokenise it.
@@ -85,7 +87,8 @@ class ChatDataset(DocumentSet):
                 ``"train": false``.
             revision: revision of a hub dataset.
             streaming: True returns a :class:`phi3lora.ChatStream`, which reads its rows during training.
-            buffer_size: rows of a stream that are held in memory, shuffled and packed together.
+            buffer_size: rows of a stream that are held in memory, shuffled and packed together. A warning says that it
+                has no effect without ``streaming``.
             on_bad_row: ``"error"`` raises with the row's number, ``"skip"`` leaves the row out and reports it.
 
         Raises:
@@ -106,6 +109,8 @@ class ChatDataset(DocumentSet):
         format = known_format(format)
         check_columns(columns, format)
         BadRows(on_bad_row)  # checks it
+        if buffer_size != _BUFFER_SIZE and not streaming:
+            logger.warning("buffer_size=%d has no effect without streaming=True", buffer_size)
         # A stream is tokenised in a background thread, and a fast tokenizer must not be used by two threads at once.
         encoder = ChatEncoder(copy.deepcopy(tokenizer) if streaming else tokenizer, train_on)
         one_thread = threading.Lock()
@@ -147,7 +152,8 @@ class ChatDataset(DocumentSet):
         Args:
             weights: source -> weight > 0, or pairs. A source is a ``ChatDataset`` or ``ChatStream``, or what
                 :meth:`load` reads. Pairs of loaded ones can have different formats, columns or splits.
-            tokenizer, options: arguments of :meth:`load`, for sources that are not loaded yet.
+            tokenizer, options: arguments of :meth:`load`, for sources that are not loaded yet. A warning names those
+                that have no effect because all are loaded.
             seed: which documents of a source are taken if not all are, and in which order. A stream's rows are taken
                 in their order.
             stopping_strategy: ``"first_exhausted"`` takes no document twice: the mix ends when one source has nothing
@@ -166,7 +172,10 @@ class ChatDataset(DocumentSet):
         check_seed(seed)
         is_known = stopping_strategy in STRATEGIES
         require(is_known, "stopping_strategy", stopping_strategy, ", ".join(map(repr, STRATEGIES)), DataError)
-        if tokenizer is None and not all(isinstance(source, (ChatDataset, ChatStream)) for source in given):
+        all_loaded = all(isinstance(source, (ChatDataset, ChatStream)) for source in given)
+        if all_loaded and options:
+            logger.warning("%s: no effect on a mix of loaded sources", ", ".join(f"{name}=" for name in options))
+        if tokenizer is None and not all_loaded:
             raise DataError("a mix of sources that are not loaded needs the arguments of load: tokenizer, max_length=")
         parts: list[ChatDataset | ChatStream] = []
         for source in given:
@@ -174,6 +183,8 @@ class ChatDataset(DocumentSet):
             is_path = isinstance(source, (str, os.PathLike))
             with naming(repr(os.fspath(source)) if is_path else f"({type(source).__name__})", True):
                 parts.append(source if is_loaded else cls.load(source, tokenizer, **options))
+            if not (is_loaded or options.get("streaming")):
+                options.pop("buffer_size", None)  # load has said that it has no effect
         streams = [part for part in parts if isinstance(part, ChatStream)]
         if streams and len(streams) < len(parts):
             raise DataError("a mix of streams and datasets; allowed: one kind. Load all with the same streaming=")

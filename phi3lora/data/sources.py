@@ -34,7 +34,6 @@ from .rows import (
 logger = logging.getLogger("phi3lora")
 
 _ALLOWED_FILES = f"{', '.join(SUFFIXES)}, each also with {', '.join(COMPRESSIONS)}"
-_ALLOWED_SPLITS = "'train' (all of it), 'all', or a part such as 'train[:100]' or 'train[10%:20%]'"
 # Names that datasets takes for its own readers. They would look for files everywhere under the working directory.
 _READERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"}
 _NO_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}  # descriptions of a dataset
@@ -325,9 +324,10 @@ def _select(splits: dict[str | None, Any], split: str, streaming: bool) -> list[
         for part in split.split("+"):
             match = _PART.fullmatch(part)
             if match is None or match[1] not in named:
-                raise DataError(_no_split(split, match[1] if match else part, splits))
+                raise DataError(_no_split(split, match[1] if match else part, splits, streaming))
             slices.setdefault(match[1], []).append(match[2] or "")
-    several = [_slice(_sources_of(named[key]), parts, split) for key, parts in slices.items()]
+    allowed = _allowed_splits(splits, streaming)
+    several = [_slice(_sources_of(named[key]), parts, split, allowed) for key, parts in slices.items()]
     if len(slices) > 1:
         several = [
             [replace(source, name=f"{source.name}, split {key!r}") for source in sources]
@@ -336,13 +336,36 @@ def _select(splits: dict[str | None, Any], split: str, streaming: bool) -> list[
     return list(chain.from_iterable(several))
 
 
-def _no_split(split: str, name: str, splits: dict[str | None, Any]) -> str:
-    if None in splits:
-        return f"no split {name!r} (split={split!r}): the source has no splits; allowed: {_ALLOWED_SPLITS}"
-    known = ", ".join(map(short_repr, list(splits)[:20])) or "none"
-    is_row = not all(isinstance(rows, Iterable) and not isinstance(rows, str) for rows in splits.values())
+def _no_split(split: str, name: str, splits: dict[str | None, Any], streaming: bool) -> str:
+    within = f"(split={short_repr(split)})"
+    if any(map(_holds_turns, splits.values())):
+        keys = first_of([*map(short_repr, splits)])
+        return f"no split {short_repr(name)} {within}: the keys {keys} are a row's. A single row goes into a list"
+    if name == "all":
+        why = f"no part or sum of 'all' {within}"
+    else:
+        why = f"no split {short_repr(name)} {within}" + (": the source has no splits" if None in splits else "")
+    is_row = not all(
+        isinstance(rows, (Iterable, os.PathLike)) and not isinstance(rows, str) for rows in splits.values()
+    )
     hint = ". A single row goes into a list" if is_row else ""
-    return f"no split {name!r}; allowed: {known}, a part such as 'NAME[:100]', sums of them with +{hint}"
+    return f"{why}; allowed: {_allowed_splits(splits, streaming)}{hint}"
+
+
+def _holds_turns(rows: Any) -> bool:
+    first = rows[0] if isinstance(rows, list) and rows else None
+    return isinstance(first, Mapping) and ("role" in first or "from" in first)
+
+
+def _allowed_splits(splits: dict[str | None, Any], streaming: bool) -> str:
+    """Return what ``split`` may be for a source with these splits, in words."""
+    names = ["train" if key is None else key for key in splits]
+    listed = first_of([*map(short_repr, names)], 20) or "none"
+    if None in splits:
+        listed += " (all of it)"
+    sums = "" if streaming and len(names) < 2 else ", sums of these with +"
+    parts = "".join(f", parts such as '{name}[:100]' or '{name}[10%:20%]'" for name in names[:1] if not streaming)
+    return f"{listed}{parts}{sums}, or 'all' alone"
 
 
 def _sources_of(rows: Any) -> list[Source]:
@@ -358,7 +381,7 @@ def _sources_of(rows: Any) -> list[Source]:
     return [Source(rows, f"({kind})")]
 
 
-def _slice(sources: list[Source], parts: list[str], split: str) -> list[Source]:
+def _slice(sources: list[Source], parts: list[str], split: str, allowed: str) -> list[Source]:
     """Return the parts of the sources that ``parts`` (``["[:50%]", "[90%:]"]``) asks for, of all of their rows."""
     if parts == [""]:
         return sources
@@ -370,8 +393,8 @@ def _slice(sources: list[Source], parts: list[str], split: str) -> list[Source]:
         instruction = datasets.ReadInstruction.from_spec("+".join(f"rows{part}" for part in parts))
         absolute = instruction.to_absolute({"rows": sum(sizes)})
     except (ValueError, AssertionError, LookupError) as error:
-        message = f"split={split!r}: {error_line(error)}; allowed: {_ALLOWED_SPLITS}, sums of them with +"
-        raise DataError(message) from None
+        why = error_line(error).replace("rows[", "[")
+        raise DataError(f"split={split!r}: {why}; allowed: {allowed}") from None
     ranges = [(part.from_, part.to) for part in absolute if part.from_ < part.to]
     if not ranges:
         raise DataError(f"split={split!r} leaves nothing of {sum(sizes)} rows")

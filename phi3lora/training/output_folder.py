@@ -296,7 +296,9 @@ def _data_section(origin: Mapping[str, Any] | None, eval_dataset: Any, unknown: 
     if eval_dataset is None or ("eval_share" in origin and eval_dataset.origin == origin):  # two parts of one split
         return data
     held_out = eval_dataset.origin
-    options = {name: value for name, value in origin.items() if name not in ("source", "split", "streaming")}
+    options = {
+        name: value for name, value in origin.items() if name not in ("source", "split", "streaming", "buffer_size")
+    }
     if held_out is None or any(held_out.get(name) != value for name, value in options.items()):
         unknown.append("held-out data: not known, or loaded with other options. Fill in eval_source or eval_share.")
         return data

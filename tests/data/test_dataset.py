@@ -120,6 +120,17 @@ def test_an_invalid_option_is_refused_with_the_allowed_values(options, words):
     assert words in str(caught.value)
 
 
+def test_a_buffer_size_without_streaming_is_said_to_have_no_effect(caplog):
+    rows = chat_rows(2)
+    ChatDataset.load(rows, TOKENIZER, max_length=64, streaming=True, buffer_size=1)
+    assert not caplog.records
+    said = "buffer_size=1 has no effect without streaming=True"
+    ChatDataset.load(rows, TOKENIZER, max_length=64, buffer_size=1)
+    assert [record.getMessage() for record in caplog.records] == [said]
+    ChatDataset.mix([(rows, 1), (chat_rows(3), 1)], TOKENIZER, max_length=64, buffer_size=1)
+    assert [record.getMessage() for record in caplog.records] == [said] * 2, "once for a mix"
+
+
 def test_labels_are_unshifted_ids_where_trained_and_minus_100_elsewhere():
     assert IGNORE_INDEX == -100
     (document,) = load([row("Hi", "Hello!")])

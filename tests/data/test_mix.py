@@ -118,6 +118,11 @@ def test_no_document_is_repeated_unless_asked_for_and_then_all_are_there():
     assert {n for (source, _), n in every.items() if source != "(list)"} <= {3, 4}
 
 
+def test_options_of_loading_are_said_to_have_no_effect_on_loaded_sources(caplog):
+    mix([(load(PAIRS), 1), (load(CHATS), 1)], max_length=9, streaming=True)
+    assert [r.getMessage() for r in caplog.records] == ["max_length=, streaming=: no effect on a mix of loaded sources"]
+
+
 def test_a_mix_depends_on_its_seed_and_weights_alone():
     def fingerprint(weights, seed=0, **options):
         return mix(list(zip((load(PAIRS), load(CHATS)), weights, strict=True)), seed=seed, **options).identity()

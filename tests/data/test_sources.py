@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 
 import datasets
@@ -98,6 +99,8 @@ def test_blank_and_bad_lines_are_no_rows_of_a_part(tmp_path):
         ("train[20:]", ["nothing of 12 rows"]),
         ("train[:150%]", ["split='train[:150%]'"]),
         ("", ["split=''"]),
+        ("all[:2]", ["no part or sum of 'all' (split='all[:2]')", "'train[:100]'", "or 'all' alone"]),
+        ("train+all", ["no part or sum of 'all' (split='train+all')"]),
         (7, ["split=7"]),
     ],
 )
@@ -141,6 +144,18 @@ def test_splits_of_any_name_are_read_by_name_and_never_guessed(kind, tmp_path):
         assert all(repr(name) in message for name in SPLITS)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", DICTS)
+def test_every_split_that_a_refusal_allows_can_be_loaded(kind, streaming, tmp_path):
+    source = DICTS[kind](tmp_path)
+    for split in ("train", "all+test_sft", *([] if streaming else ["all[:2]", "test_sft[::2]"])):
+        allowed = re.findall(r"'([^']+)'", refusal(source, split=split, streaming=streaming).split("allowed: ")[1])
+        assert {*SPLITS, "all"} <= set(allowed) and any("[" in name for name in allowed) != streaming
+        for name in [*allowed, "+".join(SPLITS)]:
+            rows = load(source, split=name.replace("[10%", "[0%"), streaming=streaming)  # 10 % of six rows are none
+            assert rows.take(1) if streaming else rows is not None
+
+
 def test_the_only_split_is_not_taken_for_train():
     message = refusal(datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}))
     assert "'train'" in message and "'test'" in message
@@ -148,8 +163,8 @@ def test_the_only_split_is_not_taken_for_train():
 
 @pytest.mark.parametrize(
     "row",
-    [PAIRS[0], {"prompt": "a", "completion": ROWS[0]["messages"]}, {"messages": "[]"}],
-    ids=["text", "mixed", "JSON"],
+    [PAIRS[0], {"prompt": "a", "completion": ROWS[0]["messages"]}, {"messages": "[]"}, ROWS[0]],
+    ids=["text", "mixed", "JSON", "turns"],
 )
 def test_a_single_row_is_refused_with_the_way_out(row):
     assert "goes into a list" in refusal(row)
