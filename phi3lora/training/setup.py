@@ -19,6 +19,7 @@ from ..data.batches import BatchPlan, StepSchedule
 from ..data.dataset import ChatDataset, ChatStream
 from ..display import shown_path
 from ..errors import DataError, TrainingError, first_of
+from ..inference.decoding import longest_answers
 from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
 from ..lora.base_weight import base_format, count_parameters, count_trainable
 from ..lora.inject import adapter_matrices, lora_layers
@@ -121,8 +122,9 @@ class PlannedRun:
         if chats is None or not evaluates or not self.has_answers:
             return 0
         count = min(len(chats), config.eval_max_samples or len(chats))
-        tokens: int = chats.max_document_tokens + config.eval_max_new_tokens
-        return min(config.per_device_eval_batch_size, count) * tokens
+        prompt = range(chats.max_document_tokens)
+        (answer,) = longest_answers(self.model, [prompt], config.eval_max_new_tokens)
+        return min(config.per_device_eval_batch_size, count) * (len(prompt) + answer)
 
     @cached_property
     def memory_backend(self) -> Backend:

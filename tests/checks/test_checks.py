@@ -234,6 +234,7 @@ def test_trained_spans_equal_those_of_a_plain_loop(monkeypatch):
 
 def test_memory_counts_the_cache_of_answers_only_where_a_setting_asks_for_them(tmp_path):
     model, chats = fresh_model(), chat_dataset(8)
+    context, model.config.max_position_embeddings = model.config.max_position_embeddings, 2**21
     settings = {"eval_strategy": "epoch", "eval_max_new_tokens": 2**20, "per_device_eval_batch_size": 4}
 
     def planned(eval_dataset=chats, compute_metrics=None, **changes):
@@ -257,6 +258,11 @@ def test_memory_counts_the_cache_of_answers_only_where_a_setting_asks_for_them(t
         assert run.answer_cache_tokens == 0
         assert "answers" not in check_memory(run).text
         assert run.memory == plain.memory
+    model.config.max_position_embeddings = context  # where an answer ends
+    assert planned(predict_with_generate=True).answer_cache_tokens == 4 * (context + 1)
+    assert planned(predict_with_generate=True, eval_max_new_tokens=5).answer_cache_tokens == 4 * (
+        chats.max_document_tokens + 5
+    )
 
 
 def test_memory_is_compared_with_the_card_that_is_asked_about(tmp_path):
