@@ -183,13 +183,15 @@ def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
     kind, peak, given = config.lr_scheduler_type, config.learning_rate, dict(config.lr_scheduler_kwargs or {})
     if peak == 0:
         return lambda step: 0.0
-    with quiet_libraries():  # it imports bitsandbytes, where that is installed
+    warmup = warmup_steps(config, total_steps)
+    if not given and (usual := _usual_factor(kind, warmup, total_steps)) is not None:
+        return lambda step: peak * usual(step)
+    with quiet_libraries():  # it imports peft and bitsandbytes, where they are installed
         from transformers import optimization
     functions: dict[Any, Any] = optimization.TYPE_TO_SCHEDULER_FUNCTION
     parameters = inspect.signature(functions[kind]).parameters
     own = [name for name in parameters if name not in _SET_BY_US]
     required = [name for name in own if parameters[name].default is inspect.Parameter.empty]
-    warmup = warmup_steps(config, total_steps)
     # It reads the peak from the optimizer, for a smallest rate that is not a share of it.
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
     try:
@@ -207,3 +209,21 @@ def schedule(config: TrainingConfig, total_steps: int) -> Schedule:
             f"{', '.join(name + ' (required)' * (name in required) for name in own) or 'no arguments'}"
         ) from error
     return lambda step: peak * factor(step)
+
+
+def _usual_factor(kind: str, warmup: int, total_steps: int) -> Callable[[int], float] | None:
+    """Return step -> share of the peak rate for the four commonest schedules; None for others.
+
+    transformers computes the same numbers, but importing its schedules takes seconds where peft and bitsandbytes are
+    installed.
+    """
+    decay_steps = max(1, total_steps - warmup)
+    after_warmup: dict[str, Callable[[int], float]] = {
+        "constant": lambda step: 1.0,
+        "constant_with_warmup": lambda step: 1.0,
+        "linear": lambda step: max(0.0, (total_steps - step) / decay_steps),
+        "cosine": lambda step: max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / decay_steps)))),
+    }
+    if kind not in after_warmup:
+        return None
+    return lambda step: step / warmup if step < warmup else after_warmup[kind](step)

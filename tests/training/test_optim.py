@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
 import sys
 
 import pytest
@@ -70,6 +71,13 @@ def test_a_schedule_is_transformers_scheduler_step_by_step_in_any_order(kind):
     assert [rate(step) for step in range(30)] == expected
     assert [rate(step) for step in reversed(range(30))] == expected[::-1]
     assert len(set(expected)) > 1 or kind == "constant"
+
+
+def test_the_default_schedule_loads_no_library_that_it_does_not_need():
+    """transformers' schedules import peft and bitsandbytes where these are installed, which takes seconds."""
+    code = "import sys; from phi3lora.training.optim import *; schedule(TrainingConfig('x'), 9)(1); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers.optimization", "peft", "bitsandbytes"} & set(done.stdout.split())
 
 
 def test_a_stable_phase_of_ones_own_length_gives_no_warning():
