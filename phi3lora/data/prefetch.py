@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -34,6 +34,10 @@ class Share(Protocol):
         Raises:
             NotWanted: the processes have ended their turns.
         """
+        ...
+
+    def require_equal(self, facts: Mapping[str, Any], why: str) -> None:
+        """Take a turn in which every process gives its ``facts``. If one differs, raise a ``TrainingError`` in each."""
         ...
 
     def leave(self) -> None:

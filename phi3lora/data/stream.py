@@ -6,13 +6,16 @@
 A window is a ``ChatDataset`` of ``buffer_size`` rows, which are shuffled and packed within it. After the last row, the
 stream starts again at the first. A window's contents depend only on its number, so an interrupted run continues at its
 window and step: the rows before are read again, but not tokenised; those of a ``Dataset`` or Parquet files are not even
-read. Several processes read all rows, and each tokenises its part of a window for all.
+read. Several processes read all rows, compare a digest of them, and each tokenises its part of a window for all.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +25,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ..display import Html, html, one_line, terminal_columns, wrap
-from ..errors import DataError, is_int, plain_value, require
+from ..errors import DataError, counted, is_int, plain_value, require
 from .document_set import Documents, DocumentSet, joined
 from .documents import NoDocumentsError, RowTokenizer
 from .prefetch import NotWanted, Share
@@ -112,6 +115,7 @@ class RowStream(Generic[Documents]):
 
         Raises:
             DataError: anything that cannot be trained on, with the row's number.
+            TrainingError: the processes of a ``share`` have read different rows.
         """
         try:
             yield from self._windows(start, endless, wanted, share)
@@ -138,6 +142,8 @@ class RowStream(Generic[Documents]):
                 if not wanted():
                     return
                 if number >= start:
+                    if share is not None and number:  # a run compares the documents of window 0 before it starts
+                        self._require_same_rows(number, window, share)
                     try:
                         documents = self._documents(window, bads, share) if in_pass else first
                     except NoDocumentsError as why:
@@ -232,6 +238,22 @@ class RowStream(Generic[Documents]):
             for number, row in self._parts[at].source.read(bad, start):
                 yield at, number, row
 
+    def _require_same_rows(self, number: int, window: list[StreamRow], share: Share) -> None:
+        """Raise an error in every process if the processes have read different rows for a window."""
+        at, first, _ = window[0]
+        content = hashlib.sha256()
+        for row in window:
+            content.update(json.dumps(row, default=_plain, skipkeys=True).encode())
+        facts = {
+            "the window": f"{counted(len(window), 'row')} from row {first} of {self._names[at]}",
+            "the SHA-256 of all columns": content.hexdigest()[:16],
+        }
+        why = (
+            f"the processes read different rows for window {number} of the stream. Give every process all rows in the "
+            f"same order; train divides them"
+        )
+        share.require_equal(facts, why)
+
     def _documents(self, window: list[StreamRow], bads: Sequence[BadRows], share: Share | None = None) -> Documents:
         """Return the documents of rows in their order. The rows of each part are tokenised together."""
         rows_of: dict[int, list[int]] = {}
@@ -265,3 +287,12 @@ def _places_of(documents: DocumentSet, numbers: list[int], places: list[int]) ->
             at += 1
         found.append(places[at])
     return found
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can say of a value in a row, the same in every process."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))

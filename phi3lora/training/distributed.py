@@ -7,7 +7,8 @@ Every process runs the same script and the same loop, on its own share of each s
     each step        one sum of all gradients and of the loss, on the device; two barriers and two flags, on the host
     evaluation       the sums of losses
     checkpoint       the random generators, to rank 0, which writes; hashes of the adapters, compared
-    stream           each rank's part of the tokens of the next window, in a background thread
+    stream           a digest of the next window's rows, compared, and each rank's part of its tokens, in a background
+                     thread
 
 Host values go through gloo and device tensors through NCCL, so that no message between hosts waits for a GPU. One
 process exchanges nothing: every method returns at once. Time-outs are torch's (30 minutes); for others, call
@@ -195,17 +196,8 @@ class World:
 
     def require_equal(self, facts: Mapping[str, Any], why: str) -> None:
         """Raise a ``TrainingError`` on every rank if a fact differs between ranks; it names the ranks."""
-        if self.size == 1:
-            return
-        everyone = self.gather(dict(facts))
-        for name, value in everyone[0].items():
-            others = [rank for rank, found in enumerate(everyone) if found[name] != value]
-            if others:
-                ranks = ", ".join(map(str, others[:8])) + (" ..." if len(others) > 8 else "")
-                raise TrainingError(
-                    f"{why}: {name} of rank 0 is {short_repr(value)}, of rank {others[0]} "
-                    f"{short_repr(everyone[others[0]][name])} ({len(others)} of {self.size} ranks differ: {ranks})"
-                )
+        if self.size > 1:
+            _compare(self.gather(dict(facts)), why)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -426,6 +418,9 @@ class WindowShare:
             raise NotWanted
         return found
 
+    def require_equal(self, facts: Mapping[str, Any], why: str) -> None:
+        _compare(self.exchange(dict(facts)), why)
+
     def leave(self) -> None:
         with suppress(NotWanted, TrainingError):  # if contact is lost, the main thread raises it
             self.exchange(None)
@@ -443,6 +438,18 @@ class WindowShare:
         for _ in range(self._turns, int(self._world.largest([self._turns])[0])):
             with suppress(NotWanted):
                 self._turn(None)
+
+
+def _compare(everyone: Sequence[Mapping[str, Any]], why: str) -> None:
+    """Raise a ``TrainingError`` if a fact of the ranks differs; it names the ranks."""
+    for name, value in everyone[0].items():
+        others = [rank for rank, found in enumerate(everyone) if found[name] != value]
+        if others:
+            ranks = ", ".join(map(str, others[:8])) + (" ..." if len(others) > 8 else "")
+            raise TrainingError(
+                f"{why}: {name} of rank 0 is {short_repr(value)}, of rank {others[0]} "
+                f"{short_repr(everyone[others[0]][name])} ({len(others)} of {len(everyone)} ranks differ: {ranks})"
+            )
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from datetime import datetime
 from itertools import islice
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import LIMIT_S, chat_rows, make_tokenizer, prefetch_threads, same_tensors, until
@@ -90,6 +92,50 @@ def test_a_row_that_cannot_be_used_is_the_same_error_in_every_process(at):
             return str(error.value)
 
     assert set(in_processes(3, work)) == {str(alone.value)}
+
+
+def other_text(rows):
+    return [*rows[:19], {"messages": [*rows[19]["messages"][:-1], {"role": "assistant", "content": "No."}]}, *rows[20:]]
+
+
+DIFFERENT = {
+    "a part of the rows": (lambda rows: [*rows[:9], *rows[9 + rank() :: 2]], 1, "SHA-256 of all columns"),
+    "another order": (lambda rows: [*rows[:10], rows[11], rows[10], *rows[12:]] if rank() else rows, 1, "SHA-256"),
+    "another text": (lambda rows: other_text(rows) if rank() else rows, 2, "SHA-256"),
+    "an early end": (lambda rows: rows[: 9 if rank() else 23], 1, "row 10 of (list)', of rank 1 '9 rows from row 1 of"),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_processes_that_read_different_rows_end_with_an_error_that_names_them(kind, tmp_path):
+    choose, number, words = DIFFERENT[kind]
+
+    def work():
+        with pytest.raises(p3.TrainingError) as error:
+            if kind == "another text":
+                run(tmp_path / "run", data=stream(choose(ROWS)))
+            with distributed.joined(torch.device("cpu"), shares_windows=True) as world:
+                windows(stream(choose(ROWS)), 4, world.share)
+        return str(error.value), until(lambda: prefetch_threads() == [])
+
+    (message, has_ended), other = in_processes(2, work)
+    assert (message, True) == other and has_ended
+    assert f"different rows for window {number} of the stream" in message and words in message
+    assert "(1 of 2 ranks differ: 1)" in message
+
+
+def test_rows_of_any_values_are_the_same_in_every_process():
+    """Some values have no JSON, and the text of others has their place in memory."""
+
+    def work():
+        extra = {"n": np.int64(3), "list": np.arange(3), "when": datetime(2026, 1, 1), "b": b"x", 7: object()}
+        rows = [{**row, **extra, (1, 2): 0} for row in ROWS]
+        with distributed.joined(torch.device("cpu"), shares_windows=True) as world:
+            found = windows(stream(rows), 4, world.share)
+            world.share.end()
+        return [fingerprint for _, (fingerprint, *_) in found]
+
+    assert in_processes(2, work) == [[fingerprint for _, (fingerprint, *_) in windows(stream(), 4)]] * 2
 
 
 @pytest.mark.slow
