@@ -169,10 +169,10 @@ def save_merged(
     _refuse_split(model)
     check_outside_blocks(model, "save_merged")
     _check_head(model)
-    as_path(path, "a merged model's folder", AdapterError)
-    if Path(path, CONFIG_NAME).exists():
+    path = as_path(path, "a merged model's folder", AdapterError)
+    if (path / CONFIG_NAME).exists():
         raise AdapterError(
-            f"{os.fspath(path)!r} holds a PEFT adapter ({CONFIG_NAME}), which would be applied to the merged model "
+            f"{str(path)!r} holds a PEFT adapter ({CONFIG_NAME}), which would be applied to the merged model "
             f"once more; use another folder"
         )
     plain = _plain_model(model, base)
@@ -189,13 +189,13 @@ def save_merged(
             restore_tokenizer_files(tokenizer, folder)
         name = os.fspath(base) if base is not None else getattr(model, "name_or_path", None)
         if name:
-            lora, title = getattr(model, "lora_config", None), Path(path).resolve().name
-            add_card(folder, Path(path), model_card(folder, title, name, lora=lora, merged=True, tokenizer=tokenizer))
+            lora, title = getattr(model, "lora_config", None), path.resolve().name
+            add_card(folder, path, model_card(folder, title, name, lora=lora, merged=True, tokenizer=tokenizer))
         (folder / "merge_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
 
     replaces = _WEIGHTS if tokenizer is None else (*_WEIGHTS, *TOKENIZER_FILES)
     with written(f"the merged model {os.fspath(path)!r}"):
-        write_folder(Path(path), write, marker="config.json", replaces=replaces)
+        write_folder(path, write, marker="config.json", replaces=replaces)
     return report
 
 

@@ -38,6 +38,14 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def test_a_merged_directory_in_the_home_folder_is_found_again(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    p3.save_merged(adapted_model(), make_tokenizer(), "~/merged")
+    assert p3.load_model("~/merged", dtype="float32", device="cpu") and not os.listdir()
+
+
 @pytest.mark.parametrize(
     ("variant", "lora"),
     [
