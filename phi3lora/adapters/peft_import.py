@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,15 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
 
 def _warn_of_doubts(model: nn.Module, folder: Path, config: PeftConfig, pairs: Mapping[str, Pair]) -> None:
     """Warn of targets without tensors, as of a folder that is not whole, and of a base by another name."""
-    have = [name.rpartition(".")[2] for name in pairs]
-    most = max(map(have.count, have))
+    have = Counter(name.rpartition(".")[2] for name in pairs)
+    modules = (plain_name(path).rpartition(".")[2] for path, _ in model.named_modules())
+    there = Counter([*modules, *(name for segments in plainly_named_segments(model).values() for name in segments)])
     missing = [t for t in config.targets if not any(path == t or path.endswith(f".{t}") for path in pairs)]
-    fewer = [f"{t!r} in {have.count(t)}" for t in config.targets if 0 < have.count(t) < most]
+    fewer = [f"{t!r} in {have[t]} of {there[t]}" for t in config.targets if 0 < have[t] < there[t]]
     if missing:
         logger.warning("%s has no tensors for %s, which its config targets too", folder, ", ".join(map(repr, missing)))
     if fewer:
-        logger.warning("%s adapts %s of %d layers; its config targets all of them", folder, ", ".join(fewer), most)
+        logger.warning("%s adapts %s layers; its config targets all of them", folder, ", ".join(fewer))
     ours = getattr(getattr(model, "config", None), "_name_or_path", "")
     are_hub_names = all("/" in name and is_hub_name(name) for name in (config.base, ours)) and not os.path.isdir(ours)
     if are_hub_names and _base_name(config.base) != _base_name(ours):

@@ -111,7 +111,7 @@ def test_names_with_and_without_prefixes_and_settings_that_change_nothing(tmp_pa
 
 
 def test_targets_without_tensors_and_another_base_are_said(tmp_path, caplog):
-    targets = ["qkv_proj", "down_proj"]
+    targets = ["qkv_proj", "down_proj", "lm_head"]  # the last is in one place, the others in two
     peft_made(base_model(), tmp_path, target_modules=targets)
     model, again = base_model(), base_model()
     model.config._name_or_path = again.config._name_or_path = "microsoft/Phi-3-mini-4k-instruct"
