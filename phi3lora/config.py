@@ -123,7 +123,10 @@ _RATIO: Rule = _optional((lambda value: is_number(value) and value >= 1, "a numb
 _ARGUMENTS: Rule = _optional((lambda value: isinstance(value, Mapping), "a dict of the schedule's arguments"))
 _ROW_TOKENS: Rule = _optional((lambda value: is_int(value, 1, 2**24 + 1), "1 to 2**24; a row is allocated whole"))
 _WARM_UP: Rule = _optional(
-    (lambda value: value == 0 or _INTERVAL[0](value), "0, a whole number, or a share of all steps in (0, 1)")
+    (
+        lambda value: (is_number(value) and value == 0) or _INTERVAL[0](value),
+        "0, a whole number, or a share of all steps in (0, 1)",
+    )
 )
 _TASKS = _choice(
     "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", None,

@@ -274,7 +274,7 @@ TRAINING_BOUNDS = {
     **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_max_samples"), COUNT_OR_NONE),
     **dict.fromkeys(("learning_rate", "weight_decay", "early_stopping_threshold"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
-    "warmup_steps": (NOT_NEGATIVE[0], NOT_NEGATIVE[1][:-1]),
+    "warmup_steps": (NOT_NEGATIVE[0], [*NOT_NEGATIVE[1][:-1], 1.5, False]),
     "warmup_ratio": (SHARE[0], SHARE[1][:-1]),
     **dict.fromkeys(("logging_steps", "save_steps"), (STEPS[0], [*STEPS[1], None])),
     **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), STRATEGY),
