@@ -232,21 +232,20 @@ def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _check_is_folder_or_hub_name(name: str) -> None:
-    """Raise for what can hold no model: a file, a folder without a ``config.json``, a path where nothing is."""
-    path = Path(name)
-    if path.is_dir():
-        if (path / "config.json").exists():
+    """Raise for what cannot be a model: a file, a folder without ``config.json``, a path that does not exist."""
+    if os.path.isdir(name):  # unlike Path's, these functions are False for a path that is too long
+        if os.path.exists(os.path.join(name, "config.json")):
             return
         why = (
             "it is a folder without a config.json, so it holds no model. To use an adapter, load its base first "
             "(--model BASE --adapter FOLDER)"
         )
-    elif path.exists():
+    elif os.path.exists(name):
         why = "it is a file; allowed: a model's folder, or a name on the hub"
     elif is_hub_name(name):
         return
     else:
-        why = "there is no such folder, and it is no name on the hub ('owner/name')"
+        why = "there is no such folder, and it cannot be a name on the hub ('owner/name')"
     raise ModelError(f"cannot load {short_repr(name)}: {why}")
 
 

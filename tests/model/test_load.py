@@ -202,8 +202,9 @@ def test_a_folder_with_an_adapter_is_refused(damaged):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", r"'\./nowhere': there is no such folder, and it is no name on the hub \('owner/name'\)"),
-        ("a/b/c", "there is no such folder, and it is no name on the hub"),
+        ("./nowhere", r"'\./nowhere': there is no such folder, and it cannot be a name on the hub \('owner/name'\)"),
+        ("a/" * 3000, "there is no such folder"),
+        ("a/b/c", "there is no such folder, and it cannot be a name on the hub"),
         ("chats.jsonl", "'chats.jsonl': it is a file; allowed: a model's folder"),
         ("run", r"'run': it is a folder without a config.json.*--model BASE --adapter FOLDER"),
     ],
