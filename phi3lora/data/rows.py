@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import DataError, error_line, first_of, short_repr
+from ..errors import DataError, counted, error_line, first_of, short_repr
 from ..files import parse_json
 from .compression import COMPRESSIONS, open_unpacked
 
@@ -83,7 +83,9 @@ class BadRows:
         if self.numbers:
             rest = len(self.numbers) - len(self.errors)
             more = f"; and {rest} more" if rest else ""
-            logger.warning("%d bad rows skipped: %s%s", len(self.numbers), "; ".join(map(str, self.errors)), more)
+            logger.warning(
+                "%s skipped: %s%s", counted(len(self.numbers), "bad row"), "; ".join(map(str, self.errors)), more
+            )
 
 
 def file_kind(path: Path) -> tuple[str, str]:
@@ -244,7 +246,7 @@ def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
         raise DataError(f"{str(path)!r} {error}") from None
     if isinstance(value, Mapping) and any(item is rows for item in value.values()) and len(value) > 1:
         others = [short_repr(key, 40) for key, item in value.items() if item is not rows]
-        logger.info("%r: its list of rows is read; not used are its keys %s", str(path), first_of(others))
+        logger.info("%r: only its list of rows is read; its other keys are not used: %s", str(path), first_of(others))
     return _numbered(rows, bad, is_plain="NaN" not in text)
 
 

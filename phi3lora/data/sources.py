@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..display import quiet_libraries
-from ..errors import DataError, as_path, error_line, first_of, home_path, is_hub_name, short_repr
+from ..errors import DataError, as_path, counted, error_line, first_of, home_path, is_hub_name, short_repr
 from .compression import COMPRESSIONS
 from .rows import (
     SUFFIXES,
@@ -232,7 +232,7 @@ def _splits_of(source: Any, text: str | None, split: str) -> dict[str | None, An
         matches = sorted(glob.glob(text, recursive=True), key=lambda name: (len(Path(name).parts), name))
         files = {os.path.realpath(name): Path(name) for name in reversed(matches) if os.path.isfile(name)}
         if (others := sum(map(os.path.isfile, matches)) - len(files)) > 0:
-            logger.info("the pattern %r finds %d files again, through links: each is read once", text, others)
+            logger.info("the pattern %r finds %s again through links; each is read once", text, counted(others, "file"))
         return {None: list(map(_file, _readable(f"the pattern {text!r}", list(files.values()))))}
     if not isinstance(source, Mapping):
         return {None: source}
@@ -259,7 +259,7 @@ def _readable(what: str, files: list[Path]) -> list[Path]:
             f"other folders by a pattern such as 'folder/**/*.jsonl'"
         )
     if others:
-        logger.info("%s has %d files of rows; it also has %s", what, len(readable), listed)
+        logger.info("%s has %s of rows, and others that are not read: %s", what, counted(len(readable), "file"), listed)
     return readable
 
 

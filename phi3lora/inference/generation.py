@@ -141,8 +141,8 @@ def generate_answers(
     for number, prompt in enumerate(prompts, 1):
         if context is not None and len(prompt) > context:
             raise DataError(
-                f"prompt {number} has {len(prompt)} tokens; the model allows {context}. Shorten it, or use a model of "
-                f"a longer context"
+                f"prompt {number} has {len(prompt)} tokens; the model allows {context}. Shorten it, or use a model "
+                f"with a longer context"
             )
     streamer = AnswerStreamer(encoder) if stream else None
     with eval_mode(model):
