@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..errors import ModelError
+from ..errors import ModelError, error_line
 from ..lora.base_weight import is_4bit, stored_tensors
 from ..processes import join
 
@@ -131,9 +131,25 @@ class ShardedBase:
     # --- Gathering
 
     def use(self, i: int, ahead: int) -> None:
-        """Gather layer i, start to gather the layer that is used after it, and drop all others."""
+        """Gather layer i, start to gather the layer that is used after it, and drop all others.
+
+        Raises:
+            ModelError: the weights were given up, or another rank has ended without taking part.
+        """
         if self.lost:
             raise ModelError(self.lost)
+        try:
+            self._gather(i, ahead)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # all of torch.distributed's are
+            raise ModelError(
+                f"rank {self.rank} of {self.size} lost contact with the other processes while it gathered the weights "
+                f"of layer {i}: {error_line(error)}. If none was killed, they made unequal calls: with a split "
+                f"base every process must call generate, evaluate or the model equally often, not rank 0 alone"
+            ) from error
+
+    def _gather(self, i: int, ahead: int) -> None:
         for j, layer in enumerate(self._layers):
             if layer.is_whole and j not in (i, ahead):
                 layer.drop()

@@ -16,7 +16,7 @@ from conftest import (
     tiny_model,
 )
 from processes import in_processes
-from test_distributed import DATA, HELD_OUT, After, assert_close, difference, plain_python, stop  # noqa: F401
+from test_distributed import DATA, HELD_OUT, After, assert_close, difference, plain_python, rank, stop  # noqa: F401
 from torch import nn
 
 import phi3lora as p3
@@ -101,6 +101,23 @@ def test_a_model_that_is_loaded_split_stays_split(tmp_path):
         assert difference(adapters, expected) < 1e-6
         assert whole <= 4  # the layer that the checkpoint's facts looked at last
         assert last == pytest.approx(after, rel=1e-5)
+
+
+@pytest.mark.parametrize("call", ["generate", "evaluate"])
+def test_a_call_on_one_process_alone_is_refused_with_what_the_others_must_do(tmp_path, call):
+    folder = save_checkpoint(tiny_model(), tmp_path / "model")
+
+    def work():
+        model, _ = p3.load_model(folder, dtype="float32", device="cpu", parallel="fsdp")
+        if rank() == 1:
+            return ""
+        with pytest.raises(p3.ModelError) as error:
+            p3.generate(model, make_tokenizer(), "Hi") if call == "generate" else p3.evaluate(model, HELD_OUT)
+        return str(error.value)
+
+    message, _ = in_processes(2, work)
+    assert message.startswith("rank 0 of 2 lost contact with the other processes while it gathered the weights of")
+    assert "every process must call generate, evaluate or the model equally often, not rank 0 alone" in message
 
 
 class OtherWeight(nn.Parameter):
