@@ -295,4 +295,6 @@ def _plain(value: object) -> object:
         return dict(value)
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
+    if isinstance(value, (set, frozenset)):  # whose order differs from process to process
+        return sorted(str(_plain(item)) for item in value)
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))

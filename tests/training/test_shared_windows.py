@@ -129,7 +129,8 @@ def test_rows_of_any_values_are_the_same_in_every_process():
 
     def work():
         extra = {"n": np.int64(3), "list": np.arange(3), "when": datetime(2026, 1, 1), "b": b"x", 7: object()}
-        rows = [{**row, **extra, (1, 2): 0} for row in ROWS]
+        tags = set(range(16, -1, -8) if rank() else range(0, 17, 8))  # equal, in two orders
+        rows = [{**row, **extra, "tags": tags, (1, 2): 0} for row in ROWS]
         with distributed.joined(torch.device("cpu"), shares_windows=True) as world:
             found = windows(stream(rows), 4, world.share)
             world.share.end()
