@@ -145,7 +145,8 @@ def _read_file(path: str) -> Mapping[str, Any]:
     """Return the sections of a file, and its other keys, as they stand in it."""
     content = _parse(path)
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{path}: it holds {short_repr(content)}; allowed: the sections {', '.join(_KEYS)}")
+        found = "is empty" if content is None else f"holds {short_repr(content)}"
+        raise ConfigError(f"{path}: it {found}; allowed: the sections {', '.join(_KEYS)}")
     for key in content:
         if key not in _KEYS:
             hint = hint_at_name(str(key), _KEYS)
@@ -225,8 +226,12 @@ def _yaml(text: str) -> Any:
     loader_class.add_constructor("tag:yaml.org,2002:map", mapping)
     try:
         return yaml.load(text, loader_class)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem} ({error.context or 'not YAML'})") from error
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).replace('in "<unicode string>", ', "at ")) from error
 
 
 def _warn_of_versions(path: str, recorded: Any) -> None:

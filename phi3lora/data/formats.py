@@ -335,8 +335,9 @@ def _check_roles(messages: list[Message], number: int) -> None:
         uses_tools = role != "user" and (uses_tools or role == "tool" or has_call(message))
         if previous not in _MAY_FOLLOW[role] and not (uses_tools and previous == role == "assistant"):
             order = ", ".join(m["role"] for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
+            place = "first" if previous == "start" else f"after {previous!r}"
             raise DataError(
-                f"row {number}: roles out of order: {role!r} after {previous!r} ({order}); allowed: an optional "
+                f"row {number}: roles out of order: {role!r} {place} ({order}); allowed: an optional "
                 f"'system', then alternating 'user' and 'assistant' ('tool' after 'assistant'; with tools, several "
                 f"'assistant' in a row)"
             )

@@ -220,14 +220,17 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:
                 row = parse_json(text)
                 row = plain(row) if "NaN" in text else row
             except (ValueError, RecursionError) as error:  # also raised for an integer of too many digits
-                found = f"{error.msg} at character {error.pos + 1}" if isinstance(error, JSONDecodeError) else error
-                what = f"not JSON: {found}; got {text[:60].rstrip()!r}"
+                at, found = 0, str(error)
+                if isinstance(error, JSONDecodeError):
+                    at, found = error.pos, f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+                what = f"not JSON: {found}; got {text[max(at - 40, 0) : at + 60].strip()!r}"
             else:
                 if isinstance(row, Mapping):
                     yield number, row
                     continue
-                what = f"{text[:60].rstrip()!r}; allowed: a JSON object"
-            bad.reject(number, DataError(f"{str(path)!r}, row {number}: {what}"))
+                what = f"{text[:60].rstrip()!r}"
+            allowed = "a JSON object on each line (a list of rows goes into a .json file)"
+            bad.reject(number, DataError(f"{str(path)!r}, row {number}: {what}; allowed: {allowed}"))
 
 
 def _json_rows(path: Path, bad: BadRows) -> Iterator[NumberedRow]:

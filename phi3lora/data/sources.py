@@ -225,7 +225,8 @@ def _splits_of(source: Any, text: str | None, split: str) -> dict[str | None, An
             return _splits_of_folder(path)
         if path.is_file():
             if file_kind(path)[0] not in SUFFIXES:
-                raise DataError(f"{str(path)!r} ends in {path.suffix or 'nothing'!r}; allowed: {_ALLOWED_FILES}")
+                ending = f"ends in {path.suffix!r}" if path.suffix else "has no file ending"
+                raise DataError(f"{str(path)!r} {ending}; allowed: {_ALLOWED_FILES}")
             return {None: [_file(path)]}
         if not glob.has_magic(text):
             raise DataError(f"no such file: {text!r}")

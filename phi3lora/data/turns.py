@@ -167,7 +167,8 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     elif role == "assistant" and is_empty(content) and has_call(turn):
         message["content"] = ""
     elif not is_text(content):
-        message["content"] = text_of(content, number, f"the content of role {short_repr(name, 60)}")
+        keys = "" if content_keys else f" in a turn with the keys {', '.join(short_repr(key, 40) for key in turn)}"
+        message["content"] = text_of(content, number, f"the content of role {short_repr(name, 60)}{keys}")
         message.update(_other_keys(content))
     if switches or masks:
         on = _switch(turn, switches, masks, number)

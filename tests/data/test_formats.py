@@ -351,6 +351,7 @@ def test_roles_out_of_order_or_without_an_assistant_are_refused(order):
     message = refusal({"messages": [{"role": role, "content": "x"} for role in order.split(", ") if role]})
     assert message.startswith("row 7")
     assert "roles out of order" in message and f"({order})" in message if order in ORDERS else "no assistant" in message
+    assert ("'assistant' first (" in message) == order.startswith("assistant") and "'start'" not in message
 
 
 def test_with_tools_several_assistant_turns_may_follow_one_another():

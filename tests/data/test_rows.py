@@ -240,6 +240,11 @@ def refused_files():
     for name in ("broken.jsonl", "misnamed.json"):
         yield name, cut, ["row 3", "not JSON"]
     yield "open.jsonl", '{"prompt": "a"\n{}\n', ["row 1", "Expecting ',' delimiter at character 16;"]
+    late = '{"prompt": "' + 200 * "a" + '", "completion": \'b\'}\n'
+    yield "quote.jsonl", late, ["Expecting value at character 230;", ": \\'b\\'}'"]
+    yield "end.jsonl", '{"prompt": "a', ["Unterminated string starting at character 12;"]
+    for text in (json.dumps(ROWS), json.dumps(ROWS, indent=1), json.dumps(ROWS[0], indent=1)):
+        yield "list.jsonl", text, ["row 1", "a JSON object on each line (a list of rows goes into a .json file)"]
     yield "late.jsonl", '\n\n{"question": "a"}\n', ["row 3", "'question'"]
     yield "list.json", '[{"prompt": "a"},\n {"prompt":\n]', ["list.json", "line 3"]
     yield "line.jsonl", JSONL + "[1, 2]\n", ["line.jsonl", "row 8", "allowed: a JSON object"]

@@ -362,6 +362,11 @@ def test_an_error_about_one_of_several_sources_names_it(tmp_path):
     assert "no such file" in refusal([tmp_path / "a.jsonl", "missing.jsonl"])
 
 
+@pytest.mark.parametrize(("name", "said"), [("chats", "has no file ending"), ("chats.txt", "ends in '.txt'")])
+def test_a_file_of_another_ending_or_without_one_is_refused(name, said, tmp_path):
+    assert f"{name}' {said}; allowed: .jsonl" in refusal(written(tmp_path / name))
+
+
 def test_rows_of_the_same_number_in_different_sources_are_different_rows(tmp_path):
     long = [{"prompt": "Hi", "completion": f"hello {i}! " * 40} for i in range(4)]
     frames = [pandas.DataFrame(long), pandas.DataFrame(long[::-1])]

@@ -205,6 +205,11 @@ def test_an_answer_that_calls_needs_no_content_and_results_of_parallel_calls_fol
     assert "NoneType" in refusal({"role": "user", "content": None, **call}, ANSWER)
 
 
+def test_a_misspelt_key_of_a_content_is_named():
+    message = refusal(USER, {"role": "assistant", "contnet": "Hello!"})
+    assert "the content of role 'assistant' in a turn with the keys 'role', 'contnet' is NoneType None" in message
+
+
 @pytest.mark.parametrize("role", ["function_call", "tool_call"])
 @pytest.mark.parametrize("many", [False, True])
 def test_sharegpt_s_function_call_is_a_call_in_openai_s_form(role, many):
