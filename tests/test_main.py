@@ -465,6 +465,29 @@ def test_evaluate_says_that_a_run_file_holds_nothing_out(data, capsys, caplog):
     assert json.loads(capsys.readouterr().out) == measured and "holds no data" not in caplog.text
 
 
+def test_evaluate_says_that_it_leaves_out_the_adapter_that_the_run_wrote(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        "model: demo\ndata: {source: demo, eval_share: 0.02}\ntraining: {output_dir: out}"
+    )
+    assert main(["evaluate", "run.yaml"]) == 0
+    assert "what is measured" not in caplog.text  # nothing has been trained yet
+    model, *_ = p3.demo.load()
+    p3.inject_lora(model, p3.LoraConfig(r=2))
+    p3.save_adapter(model, "out/adapter.safetensors")
+    said = "demo without an adapter, not the adapter out/adapter.safetensors that the run wrote; --adapter out measures"
+    for words, expected in (([], True), (["--adapter", "out"], False)):
+        caplog.clear()
+        assert main(["evaluate", "run.yaml", *words]) == 0
+        assert (said in caplog.text) == expected
+    (tmp_path / "more.yaml").write_text(
+        (tmp_path / "run.yaml").read_text().replace("demo", "{adapter: out, name_or_path: demo}", 1)
+    )
+    assert main(["evaluate", "more.yaml"]) == 0
+    assert "what is measured is the run's first adapter, out/adapter.safetensors, not" in caplog.text
+    capsys.readouterr()
+
+
 def test_the_revision_of_a_folder_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words in (

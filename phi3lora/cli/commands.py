@@ -141,6 +141,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         )  # fmt: skip
     _check_data(run)
     adapter = _check_model(run)
+    if options.file and not any(name == "model.adapter" for name, _ in options.settings):
+        with contextlib.suppress(AdapterError):  # the run has not written an adapter yet
+            logger.warning(
+                "what is measured is %s, not the adapter %s that the run wrote; --adapter %s measures that",
+                f"the run's first adapter, {adapter}" if adapter else f"{run.model.name_or_path} without an adapter",
+                find_adapter(run.training.output_dir), run.training.output_dir,
+            )  # fmt: skip
     tokenizer = load_tokenizer(_model_path(run), revision=run.model.revision)
     if run.data.eval_source or run.data.eval_share:  # of a run file: what its run held out
         dataset = _load_both(run, tokenizer)[1]

@@ -173,10 +173,13 @@ def save_checkpoint(run: Resumable, state: TrainingState) -> Path:
     final = folder / f"checkpoint-{state.global_step}"
     try:
         write_folder(final, lambda temporary: _write_files(run, state, temporary), marker=MANIFEST, replaces=["*"])
-    except (OSError, RuntimeError, AdapterError) as error:  # RuntimeError: torch.save on a full disk
+    except (OSError, RuntimeError, AdapterError) as error:
+        # torch.save says on a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos 33088 vs 32980"
+        reason = f"the disk took only a part of a file ({error})" if "unexpected pos" in str(error) else error
+        goes_on = "the run continues" if run.config.continue_on_save_error else "continue_on_save_error=True continues"
         raise CheckpointError(
-            f"checkpoint {str(final)!r} could not be written: {error}. {_free_space(folder)}; the earlier checkpoints "
-            f"are whole. continue_on_save_error=True lets a run continue without it"
+            f"checkpoint {str(final)!r} could not be written: {reason}. {_free_space(folder)}; the earlier checkpoints "
+            f"are whole; {goes_on} without it"
         ) from error
     return final
 
@@ -358,6 +361,11 @@ def _check_same_run(path: Path, about: dict[str, Any], run: Resumable) -> None:
         )
 
 
+def _shown(value: object) -> str:
+    """Return the ``repr`` of a value for a message; of a digest its first 12 characters."""
+    return repr(value[:12]) if isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value) else short_repr(value)
+
+
 def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
     """Describe every difference in settings, data, base weights and versions."""
     changes = [
@@ -373,18 +381,18 @@ def _changes(about: dict[str, Any], run: Resumable) -> list[str]:
             f"{run.config.gradient_accumulation_steps}{of[1]} now"
         )
     changes += [
-        f"{name} of the data {short_repr(about['data'].get(name))} then, {value!r} now"
+        f"{name} of the data {_shown(about['data'].get(name))} then, {_shown(value)} now"
         for name, value in run.data.items()
         if about["data"].get(name) != value
     ]
     if about["base_dtype"] != run.base_dtype:
         changes.append(f"base weights {about['base_dtype']} then, {run.base_dtype} now")
     elif about.get("base_sample", run.measured["base"]) != run.measured["base"]:
-        then, now = short_repr(about["base_sample"]), run.measured["base"]
-        changes.append(f"numbers of the base weights (SHA-256 of a sample) {then} then, {now!r} now")
+        then, now = _shown(about["base_sample"]), _shown(run.measured["base"])
+        changes.append(f"numbers of the base weights (SHA-256 of a sample) {then} then, {now} now")
     was, now = (about["state"].get("measured") or {}).get("eval_data"), run.measured["eval_data"]
     if None not in (was, now) and was != now:
-        changes.append(f"fingerprint of the evaluation data {short_repr(was)} then, {now!r} now")
+        changes.append(f"fingerprint of the evaluation data {_shown(was)} then, {_shown(now)} now")
     for package, now in _versions().items():
         then = about.get("versions", {}).get(package, now)
         if then.partition("+")[0] != now.partition("+")[0]:  # another build (+cpu, +cu130) is the same version

@@ -265,10 +265,12 @@ def test_a_write_that_fails_inside_torch_or_safetensors_is_reported_too(tmp_path
 
     fill = on(lambda state: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1])), 3)
     try:
-        with pytest.raises(p3.CheckpointError, match=r"checkpoint-4.*could not be written"):
+        with pytest.raises(p3.CheckpointError, match=r"checkpoint-4.*could not be written") as caught:
             run(tmp_path, callbacks=[fill])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "continue_on_save_error=True continues without it" in str(caught.value)
+    assert ("took only a part" in str(caught.value)) == ("unexpected pos" in str(caught.value))
     assert folders_in(tmp_path) == ["checkpoint-2"]
     assert damage(tmp_path / "checkpoint-2") is None
 
@@ -291,6 +293,7 @@ def test_a_run_continues_over_a_full_disk_if_the_user_chose_so(tmp_path, monkeyp
     assert same_tensors(adapters_of(found), adapters_of(expected)) and result.global_step == 6
     reported = {int(r.message.split()[1].rstrip(":")) for r in caplog.records if "No space" in r.message}
     assert reported >= full_at
+    assert all("; the run continues without it" in r.message for r in caplog.records if "No space" in r.message)
     kept = checkpoints(tmp_path / "full")
     assert len(kept) >= (0 if full_at == {2, 4, 6} else 1)
     assert all(damage(p) is None and int(p.name.split("-")[1]) not in full_at for p in kept)
