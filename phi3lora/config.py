@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .compat import IGNORED_LORA_ARGUMENTS, IGNORED_TRAINING_ARGUMENTS, accept_foreign_arguments, field_names
+from .compat import (
+    IGNORED_LORA_ARGUMENTS,
+    IGNORED_TRAINING_ARGUMENTS,
+    accept_foreign_arguments,
+    field_names,
+    hint_at_name,
+)
 from .display import html_facts, html_folded, one_line, text_facts
 from .errors import SEED_END, ConfigError, home_path, is_int, is_number, is_path, plain_value, require
 
@@ -173,6 +179,14 @@ class _Config:
     """Names of the fields that were passed to the constructor; the others have their defaults, or follow from these."""
     inert: tuple[str, ...]
     """Arguments that were given and have no effect here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a name that is no field: nothing would read the value."""
+        known = field_names(type(self))
+        if name not in (*known, "given", "inert"):
+            hint = hint_at_name(name, known, "lora" if "r" in known else "training")
+            raise ConfigError(f"{type(self).__name__} has no field {name!r}.{hint}")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         changed, _ = self._settings()

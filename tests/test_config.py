@@ -473,3 +473,15 @@ def test_configs_are_equal_if_their_effective_settings_are():
     assert TrainingConfig(do_eval=True) == TrainingConfig()
     assert TrainingConfig(seed=1) != TrainingConfig()
     assert dataclasses.replace(LoraConfig(r=4), lora_alpha=16) == LoraConfig(r=4, lora_alpha=16)
+
+
+@pytest.mark.parametrize(("config", "name", "hint"), [
+    (TrainingConfig(), "max_stepss", "Did you mean 'max_steps'?"), (LoraConfig(), "rank", "'r'"),
+])  # fmt: skip
+def test_setting_a_name_that_is_no_field_is_refused(config, name, hint):
+    with pytest.raises(ConfigError, match=f"{type(config).__name__} has no field '{name}'") as caught:
+        setattr(config, name, 3)
+    assert hint in str(caught.value) and not hasattr(config, name)
+    again = copy.deepcopy(config)
+    again.given = frozenset()
+    assert again == config

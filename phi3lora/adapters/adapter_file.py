@@ -39,6 +39,8 @@ logger = logging.getLogger("phi3lora")
 HEADER_KEY = "phi3lora"
 _FORMAT = 1
 _LAYER_SETTINGS = ("class", "r", "lora_alpha", "use_rslora", "segments", "enable_lora")
+FILES_IN_FOLDERS = ("adapter.safetensors", "lora.safetensors")
+"""Names of the adapter file in a run's folder and in a checkpoint's."""
 _NEWER = ". A newer version of phi3lora may have written it: update this one"
 _SHA256 = "sha256"
 """Key in an older ``<path>.json`` of the checksum of the ``.pt`` that it describes."""
@@ -326,6 +328,10 @@ def adapter_path(value: object) -> Path:
     path = as_path(value, "an adapter file", AdapterError)
     if (path / CONFIG_NAME).is_file() or (path.name == TENSORS_NAME and path.with_name(CONFIG_NAME).is_file()):
         raise AdapterError(f"{str(path)!r} is in PEFT's format; load its folder with import_peft(model, folder)")
+    if path.is_dir():
+        inside = next((path / name for name in FILES_IN_FOLDERS if (path / name).is_file()), None)
+        hint = f" in it, {str(inside)!r}" if inside else ": *.safetensors, *.pt"
+        raise AdapterError(f"{str(path)!r} is a folder; allowed: the adapter file{hint}")
     if path.suffix not in (".safetensors", ".pt"):
         name = path.name or str(path)
         raise AdapterError(f"an adapter file cannot be called {name!r}; allowed: *.safetensors, *.pt")

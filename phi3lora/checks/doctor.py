@@ -104,7 +104,7 @@ def doctor(
     require(is_allowed, "device_memory_gib", device_memory_gib, "None, or a number > 0 (GiB)", TrainingError)
     if rank_and_size()[0] > 0:
         return DoctorReport(())
-    run = (model, dataset, config or TrainingConfig(), eval_dataset, tokenizer, compute_metrics)
+    run = (model, dataset, TrainingConfig() if config is None else config, eval_dataset, tokenizer, compute_metrics)
     planned = PlannedRun(*run, device_memory_gib)
     with _restored(model):
         findings = [_run_check(name, check, planned) for name, check in CHECKS.items()]

@@ -70,7 +70,10 @@ def check_empty_answers(planned: PlannedRun) -> Finding:
     empty = (spans.length == 1) & ends & (spans.start > 0)
     if empty.any():
         rows = first_of(spans.rows(planned.dataset, empty))
-        return warning(f"{empty.sum():,} empty assistant answers (rows {rows}): they train the model to say nothing")
+        count = counted(int(empty.sum()), "empty assistant answer")
+        return warning(
+            f"{count} (rows {rows}): {'this trains' if empty.sum() == 1 else 'they train'} the model to say nothing"
+        )
     return ok("no assistant answer is empty")
 
 

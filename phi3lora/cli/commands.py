@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter_file import adapter_path, load_adapter, save_adapter
+from ..adapters.adapter_file import FILES_IN_FOLDERS, adapter_path, load_adapter, save_adapter
 from ..adapters.gguf import export_gguf, find_converters
 from ..adapters.hub import push_to_hub
 from ..adapters.merge import save_merged
@@ -279,7 +279,7 @@ def find_adapter(name: str) -> Path:
         return path.parent if is_peft else path
     if (path / CONFIG_NAME).is_file():
         return path
-    for file in ("adapter.safetensors", "lora.safetensors"):
+    for file in FILES_IN_FOLDERS:
         if (path / file).is_file():
             return path / file
     inside = peft_folders_in(path)

@@ -40,7 +40,7 @@ import torch
 
 from ..config import IGNORE_INDEX, TrainingConfig
 from ..errors import CheckpointError, DataError, is_int, plain_value, require
-from .dataset import ChatDataset, ChatStream
+from .dataset import ChatDataset, ChatStream, require_dataset
 from .document_set import check_seed
 from .prefetch import Share, pinned, prefetched
 
@@ -85,6 +85,7 @@ def batches(
     Raises:
         DataError: an empty dataset, ``batch_size`` < 1, a document longer than ``max_length``.
     """
+    require_dataset("dataset", dataset)
     first = dataset.first_window
     if len(first) == 0:
         raise DataError("the dataset is empty: it has no documents")

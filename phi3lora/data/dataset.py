@@ -39,6 +39,12 @@ logger = logging.getLogger("phi3lora")
 _BUFFER_SIZE = 10_000  # load's default
 
 
+def require_dataset(name: str, value: object) -> None:
+    """Raise unless an argument is a dataset of ours, and not the file or the rows that one is loaded from."""
+    allowed = "a ChatDataset or a ChatStream, which ChatDataset.load(...) returns"
+    require(hasattr(type(value), "first_window"), name, value, allowed, DataError)
+
+
 class ChatDataset(DocumentSet):
     """A sequence of tokenised documents; ``d[i]`` is ``{"input_ids": [...], "labels": [...]}``.
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..config import IGNORE_INDEX
 from ..data.batches import batches
-from ..data.dataset import ChatDataset, ChatStream
+from ..data.dataset import ChatDataset, ChatStream, require_dataset
 from ..data.template import ChatEncoder
 from ..display import flat, html_table, one_line, text_facts
 from ..errors import DataError, Phi3LoRAError, install_hint, is_int, is_number, plain_value, short_repr
@@ -103,6 +103,7 @@ def evaluate(
     _check_number("max_new_tokens", max_new_tokens, 2**63)
     if max_samples is not None:
         _check_number("max_samples", max_samples, 2**63)
+    require_dataset("dataset", dataset)
     asked_by = "rouge=True" if rouge else "compute_metrics" if compute_metrics is not None else None
     if asked_by and not dataset.known_length:
         raise DataError(f"{asked_by} needs a ChatDataset, not a stream; pass stream.take(100), for example")

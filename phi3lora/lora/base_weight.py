@@ -312,7 +312,7 @@ def usable_precision(precision: str | None, device: torch.device) -> str | None:
     if reason is None:
         return precision
     instead = "nf4" if precision == "nf4-fp8" else None
-    becomes = "are multiplied in 16 bits" if instead else "stay in 16 bits"
+    becomes = "are multiplied in 16 bits" if instead else "stay in the dtype of the model"
     logger.warning("base_precision=%r is not possible here (%s): the frozen weights %s", precision, reason, becomes)
     return instead
 

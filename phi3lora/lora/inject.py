@@ -19,7 +19,7 @@ from loralib.layers import LoRALayer
 
 from ..config import LoraConfig
 from ..display import html, html_table, one_line, terminal_columns, text_table, wrap
-from ..errors import ModelError, is_int
+from ..errors import ConfigError, ModelError, is_int, require
 from .base_values import keep_base_values, restore_base_values, trained_biases_and_buffers
 from .base_weight import count_parameters, count_trainable, keep_4bit_packing, weight_shape
 from .layer_state import rebind_hooks
@@ -167,7 +167,8 @@ def inject_lora(model: nn.Module, config: LoraConfig | None = None) -> Injection
         >>> report.layers[0].class_name, report.trainable_parameters
         ('Linear', 48)
     """
-    config, model = config or LoraConfig(), unwrap(model)
+    config, model = LoraConfig() if config is None else config, unwrap(model)
+    require(isinstance(config, LoraConfig), "config", config, "LoraConfig(...); LoraConfig(**a_dict)", ConfigError)
     _check_no_adapters(model)
     made_for_inference = [name for name, p in model.named_parameters() if p.is_inference()]
     if made_for_inference:

@@ -11,11 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import ModelError, short_repr
+
 _PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> Any:
-    """Return the module inside the wrappers of torch around ``model``."""
+    """Return the module inside the wrappers of torch around ``model``; raise a ModelError if it is no module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model={short_repr(model)}; allowed: a torch.nn.Module, such as load_model returns")
     while True:
         part = next((part for part in _PARTS if part in model._modules), None)
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -31,9 +31,8 @@ from ..checks.report import Finding
 from ..config import TrainingConfig
 from ..data.batches import Cursor, Step
 from ..data.dataset import ChatDataset, ChatStream
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TrainingError, require
 from ..inference.evaluation import ComputeMetrics, evaluate
-from ..lora.wrappers import unwrap
 from ..model.estimate import flops_per_token, mean_context_tokens
 from ..model.load import model_device
 from ..model.sharding import sharded_base
@@ -106,8 +105,10 @@ def train(
         CheckpointError: ``output_dir`` is in use or holds another run's checkpoints; there is nothing to resume from;
             a checkpoint belongs to another run or cannot be written.
     """
-    settings = config or TrainingConfig()
-    planned = PlannedRun(unwrap(model), train_dataset, settings, eval_dataset, tokenizer, compute_metrics)
+    is_list = isinstance(callbacks, Sequence) and not any(isinstance(callback, type) for callback in callbacks)
+    require(is_list, "callbacks", callbacks, "a list of objects with hooks of Callback, no classes", TrainingError)
+    settings = TrainingConfig() if config is None else config
+    planned = PlannedRun(model, train_dataset, settings, eval_dataset, tokenizer, compute_metrics)
     return run_training(planned, callbacks)
 
 

@@ -81,6 +81,9 @@ class TrainingResult:
         """Return the lines of the printed form: name -> text."""
         seconds = self.metrics.get("train_seconds", 0.0)
         steps = f"{counted(self.global_step, 'step')}, {self.metrics.get('tokens', 0):,.0f} tokens in {seconds:,.0f} s"
+        skipped = max((line.get("skipped_steps", 0) for line in self.history), default=0)
+        if skipped:
+            steps += f"; {skipped:,} skipped, because the loss or its gradient was not finite"
         facts = {
             "interrupted" if self.interrupted else "done": steps,
             **self._figures(),

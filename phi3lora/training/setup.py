@@ -16,13 +16,14 @@ from torch import nn
 from ..checks.spans import TrainedSpans, trained_spans
 from ..config import TrainingConfig
 from ..data.batches import BatchPlan, StepSchedule
-from ..data.dataset import ChatDataset, ChatStream
+from ..data.dataset import ChatDataset, ChatStream, require_dataset
 from ..display import shown_path
-from ..errors import DataError, TrainingError, first_of
+from ..errors import ConfigError, DataError, TrainingError, first_of, require
 from ..inference.decoding import longest_answers
 from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
 from ..lora.base_weight import base_format, count_parameters, count_trainable
 from ..lora.inject import adapter_matrices, lora_layers
+from ..lora.wrappers import unwrap
 from ..model.activations import activation_checkpointing
 from ..model.attention import attention_in_words, use_packed_attention
 from ..model.backend import Backend, choose_backend, use_backend
@@ -60,7 +61,11 @@ class PlannedRun:
         compute_metrics: Any = None,
         device_memory_gib: float | None = None,
     ) -> None:
-        self.model: Any = model
+        require_dataset("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            require_dataset("eval_dataset", eval_dataset)
+        require(isinstance(config, TrainingConfig), "config", config, "TrainingConfig(...) or None", ConfigError)
+        self.model: Any = unwrap(model)
         self.train_dataset, self.dataset = train_dataset, train_dataset.first_window
         self.config, self.eval_dataset, self.tokenizer = config, eval_dataset, tokenizer
         self.compute_metrics, self.device_memory_gib = compute_metrics, device_memory_gib

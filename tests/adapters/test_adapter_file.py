@@ -272,10 +272,14 @@ def test_missing_and_half_written_files_are_refused(tmp_path, suffix):
     assert_refused(model, tmp_path / f"adapter{suffix}.zip", r"allowed: \*\.safetensors, \*\.pt")
     with pytest.raises(AdapterError, match="cannot be called 'adapter"):
         p3.save_adapter(model, tmp_path / "adapter.bin")
+    with pytest.raises(AdapterError, match=r"is a folder; allowed: the adapter file: \*"):
+        p3.load_adapter(model, tmp_path)
     with pytest.raises(AdapterError, match="no adapters to save"):
         p3.save_adapter(lively_model(), tmp_path / f"adapter{suffix}")
     assert not list(tmp_path.iterdir())
     path = p3.save_adapter(model, tmp_path / f"adapter{suffix}")
+    if suffix == ".safetensors":
+        assert_refused(model, tmp_path, rf"is a folder; allowed: the adapter file in it, '.*adapter\{suffix}'")
     content = path.read_bytes()
     for share in (0, 0.01, 0.5, 0.99):
         path.write_bytes(content[: int(len(content) * share)])

@@ -466,6 +466,9 @@ def test_skipped_rows_are_reported_once_with_the_first_few(caplog):
     with caplog.at_level(logging.WARNING, logger="phi3lora"):
         assert len(load([GOOD] + [{"prompt": "x"}] * 5, on_bad_row="skip")) == 1
     (record,) = [r for r in caplog.records if "bad rows" in r.message]
+    caplog.clear()
+    assert len(load([GOOD, {"prompt": "x"}], on_bad_row="skip")) == 1
+    assert "1 bad row skipped: row 2" in caplog.text
     assert "5 bad rows skipped" in record.message and "row 2" in record.message and "2 more" in record.message
 
 

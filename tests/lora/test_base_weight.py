@@ -139,6 +139,7 @@ def test_fp8_where_it_is_not_possible_is_left_out_with_one_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="phi3lora"):
         quantize_base(model, "fp8")
     assert len(caplog.records) == 1 and "'fp8' is not possible here (no CUDA device)" in caplog.text
+    assert "the frozen weights stay in the dtype of the model" in caplog.text
     assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.float32
     with pytest.raises(ModelError, match="base_precision='int3'; allowed"):
         quantize_base(model, "int3")

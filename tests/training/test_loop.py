@@ -304,6 +304,7 @@ def test_fewer_bad_steps_in_a_row_than_the_limit_are_skipped_logged_and_counted(
     assert not same_tensors(recorder.adapters["step", 5], recorder.adapters["step", 4])
     assert [line["step"] for line in result.history if "loss" in line] == [1, 2, 5, 6, 9]
     assert [line.get("skipped_steps", 0) for line in result.history] == [0, 0, 1, 2, 2, 2, 3, 4, 4]
+    assert "; 4 skipped, because the loss or its gradient was not finite" in str(result)
     assert result.metrics["train_loss"] == result.metrics["train_loss"]  # not NaN
     logged = [m for m in caplog.messages if "was skipped" in m]
     assert [m.split(" was")[0] for m in logged] == ["step 3", "step 4", "step 7", "step 8"]

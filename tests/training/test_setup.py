@@ -39,6 +39,37 @@ def head_trainable():
     return model
 
 
+def calls_with_wrong_types(tmp_path):
+    """(name of the argument, value in the message, call)."""
+    model, chats, config = adapted_model(), chat_dataset(4), quiet_config(tmp_path, max_steps=1)
+    train, rows = p3.train, chat_rows(2)
+    yield "model", "'a/name'", lambda: train("a/name", chats, config)
+    yield "model", "'a/name'", lambda: p3.inject_lora("a/name")
+    yield "model", "'a/name'", lambda: p3.evaluate("a/name", chats)
+    yield "model", "'a/name'", lambda: p3.doctor("a/name", None, chats)
+    yield "model", "'a/name'", lambda: p3.save_adapter("a/name", tmp_path / "a.pt")
+    yield "train_dataset", "'a.jsonl'", lambda: train(model, "a.jsonl", config)
+    yield "train_dataset", "[{", lambda: train(model, rows, config)
+    yield "train_dataset", "'a.jsonl'", lambda: p3.doctor(model, None, "a.jsonl")
+    yield "eval_dataset", "[{", lambda: train(model, chats, config, eval_dataset=rows)
+    yield "dataset", "'a.jsonl'", lambda: p3.evaluate(model, "a.jsonl")
+    yield "dataset", "'a.jsonl'", lambda: p3.batches("a.jsonl")
+    yield "config", "{'max_steps': 1}", lambda: train(model, chats, {"max_steps": 1})
+    yield "config", "{}", lambda: train(model, chats, {})
+    yield "config", "{'r': 8}", lambda: p3.inject_lora(tiny_model(), {"r": 8})
+    yield "callbacks", "<class", lambda: train(model, chats, config, callbacks=p3.Callback)
+    yield "callbacks", "[<class", lambda: train(model, chats, config, callbacks=[p3.Callback])
+    yield "callbacks", "<", lambda: train(model, chats, config, callbacks=p3.Callback())
+
+
+def test_an_argument_of_a_wrong_type_is_named_with_its_value_and_what_is_allowed(tmp_path):
+    for name, value, call in calls_with_wrong_types(tmp_path):
+        with pytest.raises(p3.Phi3LoRAError) as caught:
+            call()
+        assert str(caught.value).startswith(f"{name}={value}") and "; allowed: " in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 BAD_MODELS = {
     "no adapters": (lambda: tiny_model().requires_grad_(False), p3.TrainingError, r"no adapters.*inject_lora"),
     "all frozen": (
