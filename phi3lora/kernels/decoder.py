@@ -62,6 +62,8 @@ _RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
 """By decoder, the CUDA graphs that were recorded in the present block of :func:`fused_layers`."""
 _COMPILED: WeakSet[nn.Module] = WeakSet()
 """Decoders whose training kernels were compiled together."""
+_MOST_TOKENS_COMPILED = 16_384
+"""Tokens of a micro-batch up to which that is done: it holds two hidden states more than a step with offload does."""
 
 
 @contextmanager
@@ -122,7 +124,8 @@ def fused_decoder(model: nn.Module, batch: Mapping[str, Any], wanted: Tensor | N
 def _begins_to_learn(decoder: Any, h: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Return whether the kernels of training can be compiled now, and were not before."""
     learns = torch.is_grad_enabled() and decoder.training and any(p.requires_grad for p in parameters)
-    return h.is_cuda and learns and decoder not in _COMPILED and not any(map(_has_hooks, decoder.layers))
+    is_first = decoder not in _COMPILED and h.shape[:2].numel() <= _MOST_TOKENS_COMPILED
+    return h.is_cuda and learns and is_first and not any(map(_has_hooks, decoder.layers))
 
 
 def _compile_kernels(

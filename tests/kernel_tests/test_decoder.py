@@ -372,6 +372,13 @@ def test_what_is_compiled_first_is_what_the_step_computes(monkeypatch, record):
     assert compiled[0][1] == computed[0][1]
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [(16_384, True), (16_385, False)])
+def test_kernels_are_not_compiled_ahead_where_memory_counts(tokens, expected):
+    model = adapted(num_hidden_layers=1).train()
+    h = SimpleNamespace(is_cuda=True, shape=torch.Size((1, tokens, 64)))
+    assert decoder._begins_to_learn(model.model, h, list(model.parameters())) is expected
+
+
 # --- Layers as modules: hooks, wrappers, and which models
 
 
