@@ -62,7 +62,7 @@ _RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
 """By decoder, the CUDA graphs that were recorded in the present block of :func:`fused_layers`."""
 _COMPILED: WeakSet[nn.Module] = WeakSet()
 """Decoders whose training kernels were compiled together."""
-_MOST_TOKENS_COMPILED = 16_384
+_MOST_TOKENS_COMPILED = 8192
 """Tokens of a micro-batch up to which that is done: it holds two hidden states more than a step with offload does."""
 
 
