@@ -42,6 +42,7 @@ CHECKS: dict[str, Callable[[PlannedRun], Finding]] = {
     "longrope": documents.check_longrope,
     "layers": model_checks.check_layers,
     "precision": model_checks.check_precision,
+    "settings": settings.check_settings,
     "memory": settings.check_memory,
     "scaling": settings.check_scaling,
     "learning rate": settings.check_learning_rate,

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..config import TrainingConfig
 from ..display import Pieces
 from ..errors import counted
 from ..lora.base_weight import base_format, count_trainable, reason_against_fp8
@@ -75,6 +76,50 @@ def check_saving(planned: PlannedRun) -> Finding:
     interval = {"no": "none", "epoch": "one an epoch", "steps": f"one every {config.save_steps:g} steps"}
     kept = f", {config.save_total_limit} kept" if config.save_total_limit and config.save_strategy != "no" else ""
     return ok(f"checkpoints: {interval[config.save_strategy]}{kept}")
+
+
+def check_settings(planned: PlannedRun) -> Finding:
+    """Warn of settings that differ from their defaults and wait for another one."""
+    config, defaults = planned.config, TrainingConfig()
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    saves = config.save_strategy != "no" or config.load_best_model_at_end
+    chooses = config.eval_strategy != "no" and (saves or config.early_stopping_patience is not None)
+    evaluations, adam = "eval_strategy='steps' or 'epoch'", "an optim other than 'sgd'"
+    answers = "evaluations with answers (predict_with_generate=True)"
+    best = f"{evaluations}, and checkpoints or early stopping"
+    warms_up, warm_up = config.lr_scheduler_type != "constant", "an lr_scheduler_type other than 'constant'"
+    trackers = "report_to='wandb', 'trackio' or 'mlflow'"
+    needs = {  # setting -> (whether it has an effect, what it needs for one)
+        "num_train_epochs": (config.max_steps <= 0, "max_steps=-1"),
+        "warmup_steps": (warms_up, warm_up),
+        "warmup_ratio": (not config.warmup_steps and warms_up, f"warmup_steps=0 and {warm_up}"),
+        "adam_beta1": (config.optim != "sgd", adam),
+        "adam_beta2": (config.optim != "sgd", adam),
+        "adam_epsilon": (config.optim != "sgd", adam),
+        "logging_steps": (
+            config.logging_strategy == "steps" or (config.eval_strategy == "steps" and not config.eval_steps),
+            "logging_strategy='steps'",
+        ),
+        "run_name": (set(config.report_to) - {"tensorboard"}, trackers),
+        "project": (set(config.report_to) - {"tensorboard"}, trackers),
+        "per_device_eval_batch_size": (evaluates, evaluations),
+        "eval_steps": (config.eval_strategy == "steps", "eval_strategy='steps'"),
+        "predict_with_generate": (evaluates, evaluations),
+        "eval_max_samples": (evaluates and planned.has_answers, answers),
+        "eval_max_new_tokens": (evaluates and planned.has_answers, answers),
+        "save_steps": (config.save_strategy == "steps", "save_strategy='steps'"),
+        "save_total_limit": (saves, "save_strategy='steps' or 'epoch'"),
+        "metric_for_best_model": (chooses, best),
+        "greater_is_better": (chooses, best),
+        "early_stopping_threshold": (config.early_stopping_patience is not None, "early_stopping_patience"),
+        "resume_with_changes": (config.resume_from_checkpoint, "resume_from_checkpoint"),
+    }
+    idle = [
+        f"{name}={getattr(config, name)!r} has no effect without {needed}"
+        for name, (has_effect, needed) in needs.items()
+        if not has_effect and getattr(config, name) not in (None, 0, getattr(defaults, name))
+    ]
+    return warning("; ".join(idle)) if idle else ok("no setting waits for another one")
 
 
 def check_memory(planned: PlannedRun) -> Finding:

@@ -122,6 +122,28 @@ CASES = {  # name -> (arguments of examine or functions that make them, finding,
         {"dataset": lambda: relabelled(mask_almost_everything, chats_of("ok", "no"))}, "supervised", "warning",
         r"^0\.\d % of",
     ),
+    "steps of evaluations that do not happen": (
+        {"settings": {"eval_steps": 5}}, "settings", "warning",
+        r"^eval_steps=5 has no effect without eval_strategy='steps'$",
+    ),
+    "checkpoints that are not saved": (
+        {"settings": {"save_strategy": "no", "save_steps": 5, "save_total_limit": 2}}, "settings", "warning",
+        r"save_steps=5 .*save_strategy='steps'; save_total_limit=2 .*'steps' or 'epoch'$",
+    ),
+    "answers that are not asked for": (
+        {"settings": {"eval_strategy": "steps", "eval_steps": 2, "eval_max_new_tokens": 9, "num_train_epochs": 1},
+         "eval_dataset": chat_dataset},
+        "settings", "warning", r"^num_train_epochs=1 .*max_steps=-1; eval_max_new_tokens=9 .*with_generate=True\)$",
+    ),
+    "a metric that chooses nothing": (
+        {"settings": {"metric_for_best_model": "perplexity", "early_stopping_threshold": 0.1}}, "settings",
+        "warning", r"^metric_for_best_model='perplexity' .*; early_stopping_threshold=0.1 .* early_stopping_patience$",
+    ),
+    "a metric that chooses among checkpoints": (
+        {"settings": {"metric_for_best_model": "perplexity", "eval_strategy": "steps", "save_strategy": "steps"},
+         "eval_dataset": chat_dataset},
+        "settings", "ok", r"^no setting waits for another one$",
+    ),
     "padding": (
         {}, "padding", "ok",
         r"pad <\|endoftext\|> \(3\), eos <\|endoftext\|> \(3\), end of turn <\|end\|> \(.*masks go by span",
