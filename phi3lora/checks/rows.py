@@ -29,6 +29,8 @@ def check_forms(planned: PlannedRun) -> Finding:
     text = f"read as {_counted(found.rows_by_form) or f'format {planned.dataset.format!r}'}"
     if found.turns_switched_off:
         text += f"; {counted(found.turns_switched_off, 'assistant turn')} switched off"
+    if found.unanswered_last_turns:
+        text += f"; {counted(found.unanswered_last_turns, 'last turn')} without an answer, not trained"
     return ok(text)
 
 

@@ -1,4 +1,4 @@
-"""Findings of a load: unused columns, rows by form, turns switched off, tokens kept as text, doubtful rows."""
+"""Findings of a load: unused columns, rows by form, turns not trained, tokens kept as text, doubtful rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import first_of, short_repr
+from ..errors import counted, first_of, short_repr
 
 _NAMED = 8  # of the unused columns, or of the tokens
 
@@ -22,6 +22,8 @@ class Findings:
     """Columns (``"id"``) and keys of messages (``"messages.name"``) that nothing was made of, and in how many rows."""
     turns_switched_off: int = 0
     """Assistant turns that their row excludes from training (``"train": false``, ``"weight": 0``)."""
+    unanswered_last_turns: int = 0
+    """Last turns of chats that no assistant turn answers, which are not trained."""
     kept_as_text: Counter[str] = field(default_factory=Counter)
     """Control tokens that a content spells, which were tokenised as ordinary text, and how often."""
     added_tokens: Counter[str] = field(default_factory=Counter)
@@ -56,6 +58,8 @@ class Findings:
             phrases.append("rows by form: " + ", ".join(f"{name} {n:,}" for name, n in self.rows_by_form.most_common()))
         if self.turns_switched_off:
             phrases.append(f"{self.turns_switched_off:,} assistant turns switched off by their rows")
+        if self.unanswered_last_turns:
+            phrases.append(f"{counted(self.unanswered_last_turns, 'last turn')} without an answer, not trained")
         for what, counts in (
             ("unused", self.unused),
             ("kept as text", self.kept_as_text),

@@ -202,7 +202,10 @@ class ChatEncoder:
             turns.append(_Turn(turn_start, start, end))
             turn_start = end
             self._count_tokens(content, number, findings)
-        return Rendered(text, contents, [] if prompt else self._trained_spans(messages, turns, text))
+        if prompt:
+            return Rendered(text, contents, [])
+        findings.unanswered_last_turns += self.train_on != "all" and messages[-1]["role"] != "assistant"
+        return Rendered(text, contents, self._trained_spans(messages, turns, text))
 
     def _as_rendered(self, content: str, after: str, text: str, start: int) -> str | None:
         """Return the content that ``text`` has from ``start`` up to ``after``: a template may strip white space."""

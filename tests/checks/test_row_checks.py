@@ -18,6 +18,7 @@ CASES = {  # name -> (findings, name of the check, status, text)
         {"rows_by_form": {"messages": 1200, "sharegpt": 1}}, "rows", "ok", r"'messages' \(1,200\), 'sharegpt' \(1\)",
     ),
     "turns switched off": ({"turns_switched_off": 3}, "rows", "ok", "; 3 assistant turns switched off"),
+    "unanswered turns": ({"unanswered_last_turns": 1}, "rows", "ok", "; 1 last turn without an answer, not trained"),
     "columns without a bearing": (
         {"unused": {"id": 9, "questionId": 2, "messages.name": 1}}, "columns", "ok", r"'id' \(9\), 'questionId' \(2\)",
     ),

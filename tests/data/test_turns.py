@@ -181,6 +181,14 @@ def test_an_answer_with_weight_0_is_context_only():
     assert chats.statistics()["turns_switched_off"] == 1 and "1 assistant turns switched off" in repr(chats)
 
 
+@pytest.mark.parametrize(("train_on", "count"), [("assistant", 1), ("last", 1), ("all", 0)])
+def test_a_last_turn_that_is_not_trained_is_counted(train_on, count):
+    rows = [{"messages": [USER, ANSWER, USER]}, {"messages": [USER, ANSWER]}]
+    chats = ChatDataset.load(rows, TOKENIZER, max_length=64, train_on=train_on)
+    assert chats.statistics()["unanswered_last_turns"] == count
+    assert ("1 last turn without an answer, not trained" in repr(chats)) == bool(count)
+
+
 def test_other_keys_that_hold_something_are_passed_on():
     keys = {"name": "Ada", "reasoning_content": "Hm.", "score": 0, "flag": False, "tool_calls": [{"id": "1"}]}
     empty = {"refusal": None, "audio": "", "annotations": [], "extra": float("nan"), "function_call": None}
