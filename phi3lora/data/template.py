@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from ..errors import DataError, error_line, short_repr
+from ..errors import DataError, error_line, require, short_repr
 from .findings import Findings
 from .formats import Chat, Message
 from .tokens import Content, ContentTokenizer, Rendered, one_of
@@ -82,6 +82,8 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
+        allowed = "a tokenizer of transformers, such as load_model returns"
+        require(hasattr(tokenizer, "chat_template"), "tokenizer", tokenizer, allowed, DataError)
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(f"the tokenizer {name!r} has no chat_template; use an instruct model's tokenizer")

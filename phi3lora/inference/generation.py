@@ -80,6 +80,9 @@ def generate(
     Example:
         >>> p3.generate(model, tokenizer, "My invoice is wrong.", max_new_tokens=64)  # doctest: +SKIP
     """
+    model = unwrap(model)
+    require_causal_lm(model)
+    encoder = ChatEncoder(tokenizer)
     chats, is_list = _as_chats(prompt, system)
     if stream and len(chats) > 1:
         raise DataError(f"stream=True with {len(chats)} prompts; allowed: one")
@@ -90,7 +93,6 @@ def generate(
     for name, value, default in (("top_p", top_p, 1), ("top_k", top_k, 0)):
         if temperature == 0 and value != default:
             logger.warning("generate: %s=%s has no effect: at temperature=0 the likeliest token is taken", name, value)
-    encoder = ChatEncoder(tokenizer)
     prompts = [_prompt_ids(encoder, chat, tools, i) for i, chat in enumerate(chats, 1)]
     sampling = None
     if temperature > 0:
