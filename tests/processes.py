@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TESTS = Path(__file__).parent
 
 
@@ -72,6 +74,7 @@ def free_port() -> int:
 
 def _child(connection: Any, environment: dict[str, int], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)  # renews torch's pool, which does not survive a fork; threads that do it at once fail
     try:
         outcome = work(*arguments), ""
     except BaseException as error:
