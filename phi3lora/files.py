@@ -24,6 +24,7 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,13 @@ def write_folder(path: Path, write: Callable[[Path], object], *, marker: str, re
             _rename_over(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def try_folder(folder: Path) -> None:
+    """Raise the OSError that making ``folder``, or a file in it, would raise; leave nothing behind."""
+    nearest = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    with tempfile.TemporaryFile(dir=nearest):
+        pass
 
 
 def is_leftover(name: str) -> bool:

@@ -31,6 +31,7 @@ from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
 from ..display import command_line, shell_lines, shown_path, terminal_columns, text_facts
 from ..errors import AdapterError, ConfigError, DataError, as_path, first_of, is_number
+from ..files import try_folder
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
 from ..lora.base_weight import require_bitsandbytes
@@ -39,13 +40,12 @@ from ..model.load import check_load_settings, load_model, load_tokenizer
 from ..processes import rank_and_size
 from ..run_file import Run, read_run
 from ..run_settings import DEMO, DataSettings, as_list
+from ..training.best import scores_rouge
 from ..training.checkpoint import find_checkpoint, newest_good_checkpoint
 from ..training.loop import run_training
-from ..training.optim import schedule
 from ..training.output_folder import check_output_dir, record_path
 from ..training.picture import plot
-from ..training.setup import PlannedRun
-from ..training.trackers import check_trackers
+from ..training.setup import PlannedRun, check_config
 from .speed import speed_shown
 from .starter import write_starter
 
@@ -86,8 +86,8 @@ def _train(options: argparse.Namespace) -> int:
     if is_main:
         check_output_dir(config)
         find_checkpoint(config)
-    if not (goes_on and run.out is None):  # else the file is the run's own
-        _check_free(out, options.overwrite)
+        if not (goes_on and run.out is None):  # else the file is the run's own
+            _check_free(out, options.overwrite)
     model, tokenizer, chats, held_out = _load_run(run)
     result = run_training(PlannedRun(model, chats, config, held_out, tokenizer), tells_next=False)
     if result.interrupted_by is not None:  # the exit status that a shell gives a process that a signal ended
@@ -170,15 +170,18 @@ def _load_run(run: Run) -> tuple[Any, Any, ChatDataset, ChatDataset | None]:
     """
     config, data = run.training, run.data
     _check_data(run)
-    if not (data.eval_source or data.eval_share) and (config.eval_strategy != "no" or config.eval_on_start):
+    has_held_out = bool(data.eval_source or data.eval_share)
+    wanted = ["eval_strategy", "eval_on_start", "predict_with_generate"]
+    wanted += ["metric_for_best_model"] if scores_rouge(config) else []
+    needing = [f"{name}={value!r}" for name in wanted if (value := getattr(config, name)) not in ("no", False, None)]
+    if needing and not has_held_out:
         raise ConfigError(
-            f"eval_strategy={config.eval_strategy!r}, eval_on_start={config.eval_on_start}: there is no held-out data; "
-            f"name it (--eval-data FILE), or hold out a share of the rows (--eval-share 0.05)"
+            f"{', '.join(needing)}: there is no held-out data; name it (--eval-data FILE), or hold out a share of the "
+            f"rows (--eval-share 0.05)"
         )
     if data.streaming and config.max_steps <= 0:
         raise ConfigError("streaming=True needs max_steps > 0: the number of rows is not known")
-    check_trackers(config)
-    schedule(config, max(config.max_steps, 1))  # raises for arguments that it does not take
+    check_config(config, has_held_out)
     try:
         adapter = _check_model(run)
     except AdapterError as error:
@@ -443,7 +446,11 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
-    """Refuse to write over a file, or into a folder with files, unless ``--overwrite`` was given."""
+    """Refuse a path that cannot be written, and without ``--overwrite`` a file or a folder with files."""
     taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not overwrite:
         raise ConfigError(f"{str(path)!r} exists; --overwrite replaces it, or choose another name")
+    try:
+        try_folder(path.parent)
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be written: {error.strerror}; choose another name") from error

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..config import LoraConfig, TrainingConfig
 from ..errors import CheckpointError
-from ..files import fsync, remove, write_atomic
+from ..files import fsync, remove, try_folder, write_atomic
 from ..lora.inject import lora_layers
 from ..run_file import is_record, run_text
 from ..run_settings import setting_names
@@ -174,7 +174,16 @@ def claim_output_dir(config: TrainingConfig, resuming: bool) -> None:
 
 
 def check_output_dir(config: TrainingConfig) -> list[Path]:
-    """Return the checkpoints that this run would delete; refuse them unless ``overwrite_output_dir`` is set."""
+    """Return the checkpoints that this run would delete; refuse them unless ``overwrite_output_dir`` is set.
+
+    A folder that cannot be written is refused, too. No file is left in it.
+    """
+    try:
+        try_folder(Path(config.output_dir))
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir={config.output_dir!r} cannot be written to: {error.strerror}; use another folder"
+        ) from error
     found = [] if _resumes_here(config) else checkpoints(config.output_dir)
     if found and not config.overwrite_output_dir:
         raise CheckpointError(

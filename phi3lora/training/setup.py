@@ -225,29 +225,34 @@ def check_run(run: PlannedRun) -> None:
                 f"{name} is {parameter.dtype}; adapters train in float32. Cast the base model before inject_lora, "
                 f"not after"
             )
-    if eval_dataset is None and (config.eval_strategy != "no" or config.eval_on_start):
-        setting = "eval_on_start=True" if config.eval_on_start else f"eval_strategy={config.eval_strategy!r}"
-        raise TrainingError(f"{setting} needs an eval_dataset")
+    check_config(config, eval_dataset is not None, run.compute_metrics is not None)
     if eval_dataset is not None and not eval_dataset.known_length:
         raise TrainingError("eval_dataset is a stream, whose length is not known; pass stream.take(1000)")
     if not run.train_dataset.known_length and config.max_steps <= 0:
         raise TrainingError("train_dataset is a stream, whose length is not known; set max_steps to a number > 0")
-    known = (*METRICS, *ROUGE)
-    if run.compute_metrics is None and metric_name(config) not in known:
-        allowed = f"{', '.join(known)}, or one that train(..., compute_metrics=...) returns"
-        raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {allowed}")
-    if scores_rouge(config):
-        rouge_scorer()  # raises if its package is missing
-    if run.has_answers:
-        missing = "an eval_dataset" if eval_dataset is None else "a tokenizer" if run.tokenizer is None else None
-        if missing:
-            raise TrainingError(f"predict_with_generate, ROUGE and compute_metrics need {missing}")
-    schedule(config, max(config.max_steps, 1))  # raises for arguments that it does not take
-    check_trackers(config)
+    if run.has_answers and run.tokenizer is None:
+        raise TrainingError("predict_with_generate, ROUGE and compute_metrics need a tokenizer")
     _check_split(run)
     check_documents(model, run.dataset, "train_dataset", config.max_length)
     if eval_dataset is not None:
         check_documents(model, eval_dataset, "eval_dataset", None)
+
+
+def check_config(config: TrainingConfig, has_eval_dataset: bool, has_compute_metrics: bool = False) -> None:
+    """Raise a TrainingError for settings that cannot work, whatever the model and the data are."""
+    if not has_eval_dataset and (config.eval_strategy != "no" or config.eval_on_start):
+        setting = "eval_on_start=True" if config.eval_on_start else f"eval_strategy={config.eval_strategy!r}"
+        raise TrainingError(f"{setting} needs an eval_dataset")
+    known = (*METRICS, *ROUGE)
+    if not has_compute_metrics and metric_name(config) not in known:
+        allowed = f"{', '.join(known)}, or one that train(..., compute_metrics=...) returns"
+        raise TrainingError(f"metric_for_best_model={config.metric_for_best_model!r}; allowed: {allowed}")
+    if scores_rouge(config):
+        rouge_scorer()  # raises if its package is missing
+    if not has_eval_dataset and (scores_rouge(config) or has_compute_metrics):
+        raise TrainingError("predict_with_generate, ROUGE and compute_metrics need an eval_dataset")
+    schedule(config, max(config.max_steps, 1))  # raises for arguments that it does not take
+    check_trackers(config)
 
 
 def _check_split(run: PlannedRun) -> None:
