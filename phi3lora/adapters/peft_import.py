@@ -91,16 +91,8 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
         'uniform'
         >>> report = p3.import_peft(model, "support-peft")
     """
-    folder, model = as_path(path, "a PEFT folder", AdapterError), unwrap(model)
+    folder, model = peft_folder(path), unwrap(model)
     check_outside_blocks(model, "import_peft")
-    if not folder.is_dir():
-        found = " (it is a file)" if folder.is_file() else ""
-        raise AdapterError(
-            f"there is no folder {str(folder)!r}{found}; allowed: a local PEFT folder "
-            f"(from the hub: hf download NAME --local-dir DIR); load_adapter loads adapter files"
-        )
-    if inside := peft_folders_in(folder):
-        raise AdapterError(f"{str(folder)!r} is no PEFT folder, it holds some: import one of {', '.join(inside)}")
     try:
         if is_mlx_folder(folder):
             config, tensors = read_mlx_folder(folder)
@@ -117,6 +109,20 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = DEFA
     install_adapter(model, state, metadata, str(folder), name)
     _warn_of_doubts(model, folder, config, pairs)
     return injection_report(model)
+
+
+def peft_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder to import; raise an AdapterError if it is none, or holds PEFT folders."""
+    folder = as_path(path, "a PEFT folder", AdapterError)
+    if not folder.is_dir():
+        found = " (it is a file)" if folder.is_file() else ""
+        raise AdapterError(
+            f"there is no folder {str(folder)!r}{found}; allowed: a local PEFT folder "
+            f"(from the hub: hf download NAME --local-dir DIR); load_adapter loads adapter files"
+        )
+    if inside := peft_folders_in(folder):
+        raise AdapterError(f"{str(folder)!r} is no PEFT folder, it holds some: import one of {', '.join(inside)}")
+    return folder
 
 
 def _warn_of_doubts(model: nn.Module, folder: Path, config: PeftConfig, pairs: Mapping[str, Pair]) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter_file import FILES_IN_FOLDERS, adapter_path, load_adapter, save_adapter
+from ..adapters.adapter_file import adapter_path, load_adapter, save_adapter
 from ..adapters.gguf import export_gguf, find_converters
 from ..adapters.hub import push_to_hub
 from ..adapters.merge import save_merged
 from ..adapters.peft_export import export_peft
-from ..adapters.peft_format import CONFIG_NAME, TENSORS_NAME, peft_folders_in
-from ..adapters.peft_import import import_peft
+from ..adapters.peft_import import import_peft, peft_folder
 from ..checks.doctor import doctor
 from ..data.dataset import ChatDataset
 from ..data.formats import check_columns, known_format
@@ -30,22 +29,23 @@ from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
 from ..display import command_line, shell_lines, shown_path, terminal_columns, text_facts
-from ..errors import AdapterError, ConfigError, DataError, as_path, first_of, is_number
+from ..errors import AdapterError, ConfigError, DataError, is_hub_name, is_number
 from ..files import try_folder
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
 from ..lora.base_weight import require_bitsandbytes
 from ..lora.inject import inject_lora
-from ..model.load import check_load_settings, load_model, load_tokenizer
+from ..model.load import check_load_settings, check_revision, load_model, load_tokenizer
 from ..processes import rank_and_size
 from ..run_file import Run, read_run
 from ..run_settings import DEMO, DataSettings, as_list
 from ..training.best import scores_rouge
-from ..training.checkpoint import find_checkpoint, newest_good_checkpoint
+from ..training.checkpoint import find_checkpoint
 from ..training.loop import run_training
 from ..training.output_folder import check_output_dir, record_path
 from ..training.picture import plot
 from ..training.setup import PlannedRun, check_config
+from .given_adapter import base_of, find_adapter
 from .speed import speed_shown
 from .starter import write_starter
 
@@ -75,7 +75,25 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _read(options: argparse.Namespace) -> Run:
-    return read_run(getattr(options, "file", None), options.settings, getattr(options, "out", None))
+    """Return the settings; a model that is not named is the base that the adapter names."""
+    file, out = getattr(options, "file", None), getattr(options, "out", None)
+    run = read_run(file, options.settings, out)
+    adapter = getattr(options, "folder", run.model.adapter)
+    if adapter is None or "name_or_path" in run.given["model"]:
+        return run
+    try:
+        base = base_of(find_adapter(adapter))
+    except AdapterError:  # the command refuses it
+        return run
+    name, ours = base.get("name_or_path"), run.model.name_or_path
+    if name is None or not (name == DEMO or os.path.isdir(name) or is_hub_name(name)):
+        names = "names no base" if name is None else f"names the base {name!r}, which is not here"
+        logger.warning("%s %s: the model is %s; --model takes another", adapter, names, ours)
+        return run
+    if name != ours:
+        logger.warning("the model is %s, the base that %s names; --model takes another", name, adapter)
+    named = [(f"model.{key}", value) for key, value in base.items() if key not in run.given["model"]]
+    return read_run(file, [*options.settings, *named], out)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -257,49 +275,13 @@ def _model_path(run: Run) -> str:
 
 def _check_model(run: Run) -> Path | None:
     """Refuse settings of ``load_model`` and an adapter that is not there; return the adapter that was found."""
+    check_revision(_model_path(run), run.model.revision)
     check_load_settings(dtype=run.model.dtype, base_precision=run.model.base_precision)
     if run.model.base_precision in ("nf4", "nf4-fp8"):
         require_bitsandbytes()
     if run.model.adapter is None:
         return None
     return find_adapter(run.model.adapter)
-
-
-_ADAPTERS = "an adapter file, a checkpoint's folder, a run's folder, a PEFT folder"
-
-
-def find_adapter(name: str) -> Path:
-    """Return the adapter file, or the PEFT folder, that ``name`` is or holds.
-
-    A run's folder has the adapter that the run wrote at its end; if it has not ended, its newest good checkpoint's.
-
-    Raises:
-        AdapterError: there is none.
-    """
-    path = as_path(name, "an adapter", AdapterError)
-    if path.is_file():
-        is_peft = path.name == TENSORS_NAME and path.with_name(CONFIG_NAME).is_file()
-        return path.parent if is_peft else path
-    if (path / CONFIG_NAME).is_file():
-        return path
-    for file in FILES_IN_FOLDERS:
-        if (path / file).is_file():
-            return path / file
-    inside = peft_folders_in(path)
-    if not any(name.startswith("checkpoint-") for name in inside):  # such are another trainer's, not damaged ones
-        newest = newest_good_checkpoint(path)
-        if newest is not None:
-            return newest / "lora.safetensors"
-    if inside:
-        raise AdapterError(
-            f"there is no adapter in {name!r} itself; it holds the PEFT folders {', '.join(inside)}: name one"
-        )
-    files = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")]) if path.is_dir() else []
-    if len(files) == 1:
-        return files[0]
-    held = [file.name for file in files] or [file.parent.name for file in sorted(path.glob("*/adapter.safetensors"))]
-    others = f"; it holds {first_of(held)}: name one" if held else ""
-    raise AdapterError(f"there is no adapter file {name!r}{others}; allowed: {_ADAPTERS}")
 
 
 def _load_model(run: Run, adapter: Path | None, **options: Any) -> tuple[Any, Any]:
@@ -411,8 +393,10 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     run, out = _read(options), adapter_path(options.out)
     _check_free(out, options.overwrite)
+    _check_model(run)
+    folder = peft_folder(options.folder)
     model, _ = _load_model(run, None, device="cpu")
-    print(import_peft(model, options.folder))
+    print(import_peft(model, folder))
     print(f"adapter: {save_adapter(model, out)}")
     return 0
 

@@ -193,17 +193,22 @@ def _own_gpu() -> str:
     return f"cuda:{rank}"
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise a ModelError for a revision of a folder."""
+    if revision is not None and os.path.isdir(name):
+        raise ModelError(
+            f"revision={short_repr(revision)} is for a model of the hub, and {short_repr(name)} is a folder; leave it "
+            f"out, or name a folder that holds that revision"
+        )
+
+
 def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """Return a checkpoint's ``config.json``, by which ``load_model`` refuses it or not; no other file is read.
 
     Raises:
         ModelError: nothing there, or not a Phi-3 model's.
     """
-    if revision is not None and os.path.isdir(name):
-        raise ModelError(
-            f"revision={short_repr(revision)} is for a model of the hub, and {short_repr(name)} is a folder; leave it "
-            f"out, or name a folder that holds that revision"
-        )
+    check_revision(name, revision)
     _check_is_folder_or_hub_name(name)
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
