@@ -453,6 +453,14 @@ def test_evaluate_measures_the_data_of_its_option_in_the_place_of_what_a_run_fil
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize(("asked", "is_said"), [([], True), (["--samples", "1"], False)])
+def test_evaluate_says_that_a_limit_of_answers_has_no_effect_without_answers(data, capsys, caplog, asked, is_said):
+    columns = ["--columns", "prompt=question", "completion=reply"]
+    words = ["evaluate", "--model", "demo", "--data", "a.jsonl", *columns, "--max-new-tokens", "2"]
+    assert main([*words, *asked]) == 0
+    assert ("--max-new-tokens 2 has no effect" in caplog.text) == is_said
+
+
 def test_evaluate_says_that_a_run_file_holds_nothing_out(data, capsys, caplog):
     (data / "run.yaml").write_text(
         "model: demo\ndata: {source: a.jsonl, columns: {prompt: question, completion: reply}}"

@@ -157,6 +157,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             "%s holds no data out (eval_source, eval_share): what is measured is %s, its training data. Name other "
             "data with --data FILE", options.file, run.data.source,
         )  # fmt: skip
+    tokens = options.max_new_tokens
+    if tokens != options.parser.get_default("max_new_tokens") and not (options.rouge or options.samples):
+        logger.warning("--max-new-tokens %d has no effect without --rouge or --samples: nothing is answered", tokens)
     _check_data(run)
     adapter = _check_model(run)
     if options.file and not any(name == "model.adapter" for name, _ in options.settings):
