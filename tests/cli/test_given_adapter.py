@@ -26,7 +26,13 @@ def loaded(monkeypatch):
         calls.append((name, revision))
         raise LoadedError
 
+    def read_config(name, revision=None):
+        if name.startswith(("unsloth/", "/no")):
+            raise p3.ModelError("not a Phi-3 model")
+        return {"model_type": "phi3"}
+
     monkeypatch.setattr("phi3lora.cli.commands.load_model", load)
+    monkeypatch.setattr("phi3lora.cli.commands.read_model_config", read_config)
     return calls
 
 
@@ -71,6 +77,7 @@ def test_import_loads_the_base_that_the_folder_names(run_folder, tmp_path, caplo
         ({"base_model_name_or_path": str(p3.demo.BASE), "revision": "v2"}, (str(p3.demo.BASE), None), "the model is"),
         ({"model": "org/base"}, ("org/base", None), "the model is org/base"),  # mlx-lm
         ({"base_model_name_or_path": "/no/such/base"}, (ModelSettings().name_or_path, None), "'/no/such/base', which"),
+        ({"base_model_name_or_path": "unsloth/x-bnb-4bit"}, (ModelSettings().name_or_path, None), "cannot be loaded"),
         ({"base_model_name_or_path": None}, (ModelSettings().name_or_path, None), "names no base: the model is"),
         ({"base_model_name_or_path": ModelSettings().name_or_path}, (ModelSettings().name_or_path, None), ""),
     ],
