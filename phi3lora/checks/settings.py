@@ -52,7 +52,7 @@ def check_learning_rate(planned: PlannedRun) -> Finding:
 def check_schedule(planned: PlannedRun) -> Finding:
     config, total = planned.config, planned.steps.total
     warmup = warmup_steps(config, total)
-    text = f"{config.lr_scheduler_type}, {warmup:,} warm-up steps of {total:,}"
+    text = f"{config.lr_scheduler_type}, {counted(warmup, 'warm-up step')} of {total:,}"
     if warmup and warmup >= total:
         return warning(f"{text}: the run ends before the learning rate reaches {config.learning_rate:g}")
     return ok(text)

@@ -18,7 +18,7 @@ from ..config import TrainingConfig
 from ..data.batches import BatchPlan, StepSchedule
 from ..data.dataset import ChatDataset, ChatStream, require_dataset
 from ..display import shown_path
-from ..errors import ConfigError, DataError, TrainingError, first_of, require
+from ..errors import ConfigError, DataError, TrainingError, counted, first_of, require
 from ..inference.decoding import longest_answers
 from ..inference.evaluation import METRICS, ROUGE, check_documents, rouge_scorer
 from ..lora.base_weight import base_format, count_parameters, count_trainable
@@ -314,7 +314,8 @@ def banner_facts(run: PlannedRun, state: TrainingState, gradients: str | None = 
         "step": f"{rows}, {width}",
         "steps": f"{steps.total:,} ({state.global_step:,} done)",
         "optimizer": f"{config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{lora_plus}, "
-        f"{warmup} warm-up steps, weight decay {config.weight_decay:g}, gradient clipped to {config.max_grad_norm:g}",
+        f"{counted(warmup, 'warm-up step')}, weight decay {config.weight_decay:g}, gradient clipped to "
+        f"{config.max_grad_norm:g}",
         "gradients": gradients,
         "seed": f"{config.seed} (data {steps.plan.seed})",
         "output": shown_path(config.output_dir),

@@ -184,6 +184,7 @@ def test_the_banner_lists_what_was_resolved():
     assert (facts["seed"], facts["output"]) == ("5 (data 6)", "there")
     assert "eval data" not in facts and "without effect" not in facts
     assert "from 0.01 (LoRA+: B times 16), 0 warm-up" in banner(lora_plus_lr_ratio=16)["optimizer"]
+    assert ", 1 warm-up step, " in banner(warmup_steps=1)["optimizer"]
 
 
 @pytest.mark.parametrize(
