@@ -29,13 +29,13 @@ from ..data.sources import find_sources
 from ..demo import BASE, FOLDER
 from ..demo.show import run_demo
 from ..display import command_line, shell_lines, shown_path, terminal_columns, text_facts
-from ..errors import AdapterError, ConfigError, DataError, ModelError, is_number
+from ..errors import AdapterError, ConfigError, DataError, is_number
 from ..files import try_folder
 from ..inference.evaluation import evaluate, sample_answers
 from ..inference.generation import generate
 from ..lora.base_weight import require_bitsandbytes
 from ..lora.inject import inject_lora
-from ..model.load import check_load_settings, check_revision, load_model, load_tokenizer, read_model_config
+from ..model.load import check_load_settings, check_revision, load_model, load_tokenizer
 from ..processes import rank_and_size
 from ..run_file import Run, read_run
 from ..run_settings import DEMO, DataSettings, as_list
@@ -45,7 +45,7 @@ from ..training.loop import run_training
 from ..training.output_folder import check_output_dir, record_path
 from ..training.picture import plot
 from ..training.setup import PlannedRun, check_config
-from .given_adapter import base_of, find_adapter
+from .given_adapter import base_of, find_adapter, is_loadable
 from .speed import speed_shown
 from .starter import write_starter
 
@@ -86,7 +86,7 @@ def _read(options: argparse.Namespace) -> Run:
     except AdapterError:  # the command refuses it
         return run
     name, ours = base.get("name_or_path"), run.model.name_or_path
-    if name is None or not _is_loadable(name, base.get("revision")):
+    if name is None or not is_loadable(name, base.get("revision")):
         names = "names no base" if name is None else f"names the base {name!r}, which cannot be loaded"
         logger.warning("%s %s: the model is %s; --model takes another", adapter, names, ours)
         return run
@@ -94,14 +94,6 @@ def _read(options: argparse.Namespace) -> Run:
         logger.warning("the model is %s, the base that %s names; --model takes another", name, adapter)
     named = [(f"model.{key}", value) for key, value in base.items() if key not in run.given["model"]]
     return read_run(file, [*options.settings, *named], out)
-
-
-def _is_loadable(name: str, revision: str | None) -> bool:
-    """Return whether a base is there and ``load_model`` takes it; Unsloth's, for one, are llama-style copies."""
-    try:
-        return name == DEMO or bool(read_model_config(name, revision))
-    except ModelError:
-        return False
 
 
 def _train(options: argparse.Namespace) -> int:

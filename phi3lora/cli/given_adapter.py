@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..adapters.adapter_file import FILES_IN_FOLDERS
 from ..adapters.peft_format import CONFIG_NAME, TENSORS_NAME, peft_folders_in
-from ..errors import AdapterError, ConfigError, as_path, first_of
+from ..errors import AdapterError, ConfigError, ModelError, as_path, first_of
 from ..files import read_json
+from ..model.load import read_model_config
 from ..run_file import is_record, read_run
+from ..run_settings import DEMO
 from ..training.checkpoint import newest_good_checkpoint
 from ..training.output_folder import record_path
 
@@ -75,3 +77,11 @@ def base_of(adapter: Path) -> dict[str, str]:
     if os.path.isdir(named.get("name_or_path", "")):
         named.pop("revision", None)  # a folder has none
     return named if "name_or_path" in named else {}
+
+
+def is_loadable(name: str, revision: str | None) -> bool:
+    """Return whether a base is there and ``load_model`` takes it; Unsloth's, for one, are llama-style copies."""
+    try:
+        return name == DEMO or bool(read_model_config(name, revision))
+    except ModelError:
+        return False

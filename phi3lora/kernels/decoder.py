@@ -63,7 +63,7 @@ _RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
 _COMPILED: WeakSet[nn.Module] = WeakSet()
 """Decoders whose training kernels were compiled together."""
 _MOST_TOKENS_COMPILED = 8192
-"""Tokens of a micro-batch up to which that is done: it holds two hidden states more than a step with offload does."""
+"""Longest micro-batch, in tokens, for which that is done: it holds two hidden states more than a step with offload."""
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def loaded(monkeypatch):
         return {"model_type": "phi3"}
 
     monkeypatch.setattr("phi3lora.cli.commands.load_model", load)
-    monkeypatch.setattr("phi3lora.cli.commands.read_model_config", read_config)
+    monkeypatch.setattr("phi3lora.cli.given_adapter.read_model_config", read_config)
     return calls
 
 
